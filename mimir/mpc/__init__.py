@@ -1,0 +1,1 @@
+"""Secure computation: shares, the correlations they consume, and the operations built on both."""
