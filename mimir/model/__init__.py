@@ -1,7 +1,8 @@
-"""The model owner's side of a language model: read a checkpoint, fold it, encode it, and its tokenizer."""
+"""A language model at the edges of the engine: the owner's checkpoint, the client's tokenizer."""
 
 from __future__ import annotations
 
 from mimir.model.checkpoint import Plan, PlanSpec, decode, encode, load_checkpoint
+from mimir.model.tokenizer import Decoder, Tokenizer
 
-__all__ = ["Plan", "PlanSpec", "decode", "encode", "load_checkpoint"]
+__all__ = ["Decoder", "Plan", "PlanSpec", "Tokenizer", "decode", "encode", "load_checkpoint"]
