@@ -1,0 +1,460 @@
+"""Every loop of Mimir, in C: ring and bit arithmetic, matrix products, the PRG, and the check fields.
+
+Arrays are C-contiguous `uint64` unless said otherwise; inputs may be read-only (a memmap). This file checks types
+and sizes, once, and raises `LocalError`; C checks nothing. Results are new arrays, and time depends only on sizes
+and on arguments called public. The interpreter lock is released inside every call.
+
+The kernels exist at three levels, "ref", "avx2" and "avx512". The best one this machine can run is chosen at load;
+`force`, or the environment variable MIMIR_KERNEL_LEVEL, chooses another. All give the same bits.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from mimir.errors import ConfigError, EnvironmentMissing, LocalError
+
+U64: TypeAlias = npt.NDArray[np.uint64]
+Bytes: TypeAlias = bytes | bytearray | memoryview
+
+LEVELS = ("ref", "avx2", "avx512")
+LEVEL_VARIABLE = "MIMIR_KERNEL_LEVEL"
+GR_DEGREE = 48
+WORD_BITS = 64
+KEY_BYTES = 32
+
+
+class _Missing:
+    """Stands in for the library before it is compiled, so that `python -m mimir.kernels.build` can be imported."""
+
+    def __getattr__(self, name: str) -> Any:
+        raise EnvironmentMissing("the kernels are not compiled: run `python -m mimir.kernels.build`")
+
+
+_ffi: Any = _Missing()
+_lib: Any = _Missing()
+try:
+    from mimir.kernels._native import ffi as _ffi
+    from mimir.kernels._native import lib as _lib
+except ImportError as error:
+    if getattr(error, "name", None) != "mimir.kernels._native":
+        raise
+
+
+# ---- levels ----
+
+
+def level() -> str:
+    """The level in force."""
+    return LEVELS[_lib.mk_level()]
+
+
+def available() -> list[str]:
+    """The levels this machine can run, slowest first."""
+    return list(LEVELS[: _lib.mk_level_max() + 1])
+
+
+def force(name: str) -> None:
+    """Run this level from now on, in every thread. Raises LocalError if the machine lacks it."""
+    if name not in LEVELS:
+        raise LocalError(f"kernel level {name!r} is not one of {', '.join(LEVELS)}")
+    if _lib.mk_level_force(LEVELS.index(name)) != 0:
+        raise LocalError(f"this machine cannot run kernel level {name!r}; it has {', '.join(available())}")
+
+
+def _force_from_environment() -> None:
+    wanted = os.environ.get(LEVEL_VARIABLE)
+    if wanted and not isinstance(_lib, _Missing):
+        try:
+            force(wanted)
+        except LocalError as error:
+            raise ConfigError(f"environment variable {LEVEL_VARIABLE}: {error}") from error
+
+
+_force_from_environment()
+
+
+# ---- checks ----
+
+
+def _array(name: str, value: Any, shape: Sequence[int | None]) -> tuple[int, ...]:
+    """Check type, layout and shape (None: any length); return the shape."""
+    if not isinstance(value, np.ndarray) or value.dtype != np.uint64:
+        kind = value.dtype if isinstance(value, np.ndarray) else type(value).__name__
+        raise LocalError(f"{name} must be a uint64 array, not {kind}")
+    if not value.flags.c_contiguous or not value.flags.aligned:
+        raise LocalError(f"{name} must be contiguous in C order and aligned")
+    if value.ndim != len(shape) or any(w is not None and w != h for w, h in zip(shape, value.shape, strict=True)):
+        wanted = ", ".join("any" if w is None else str(w) for w in shape)
+        raise LocalError(f"{name} must have shape ({wanted}), not {value.shape}")
+    return value.shape
+
+
+def _word(name: str, value: int, bits: int = WORD_BITS) -> int:
+    """Check that a scalar fits; its value is not printed, for it may be secret."""
+    number = int(value)
+    if number < 0 or number.bit_length() > bits:
+        raise LocalError(f"{name} must be an integer of {bits} bits")
+    return number
+
+
+def _count(name: str, value: int, low: int, high: int | None = None) -> int:
+    number = int(value)
+    if number < low or (high is not None and number > high):
+        raise LocalError(f"{name} must be {'at least' if high is None else 'from'} {low}"
+                         f"{'' if high is None else f' to {high}'}, not {number}")
+    return number
+
+
+def _words(n: int) -> int:
+    return (n + WORD_BITS - 1) // WORD_BITS
+
+
+def _in(value: npt.NDArray[Any]) -> Any:
+    return _ffi.from_buffer("uint64_t[]", value)
+
+
+def _out(value: npt.NDArray[Any]) -> Any:
+    return _ffi.from_buffer("uint64_t[]", value, require_writable=True)
+
+
+def _power_of_two(name: str, size: int) -> int:
+    if size < 1 or size & (size - 1):
+        raise LocalError(f"{name} must be a power of two, not {size}")
+    return size
+
+
+# ---- pseudo-random bytes ----
+
+
+def prg(key: Bytes, stream: int, out: npt.NDArray[Any], offset_blocks: int = 0) -> None:
+    """Fill `out` (any dtype, contiguous) with the ChaCha20 key stream from 64-byte block `offset_blocks`.
+
+    Bernstein's layout: a 64-bit block counter in words 12-13, the 64-bit `stream` in words 14-15. Never use a
+    (key, stream, block) twice. RFC 8439 2.3; stream and offset are public.
+    """
+    if memoryview(key).nbytes != KEY_BYTES:
+        raise LocalError(f"key must be {KEY_BYTES} bytes")
+    if not isinstance(out, np.ndarray) or not out.flags.c_contiguous or not out.flags.writeable:
+        raise LocalError("out must be a writable array, contiguous in C order")
+    if out.dtype.hasobject:
+        raise LocalError("out must hold plain numbers")
+    _word("stream", stream)
+    _word("offset_blocks", offset_blocks)
+    if offset_blocks + (out.nbytes + 63) // 64 > 1 << 64:
+        raise LocalError("the block counter would wrap")
+    _lib.mk_prg_chacha20(
+        _ffi.from_buffer("uint8_t[]", out, require_writable=True),
+        out.nbytes, _ffi.from_buffer("uint8_t[]", key), int(stream), int(offset_blocks),
+    )
+
+
+# ---- Z_2^64 ----
+
+
+def _product(kernel: str, a: U64, b: U64, out: U64 | None, add: bool) -> U64:
+    batched = isinstance(a, np.ndarray) and a.ndim == 3
+    lead: tuple[int, ...] = (a.shape[0],) if batched else ()
+    m, k = _array("a", a, (*lead, None, None))[-2:]
+    if kernel == "mk_ring_matmul":
+        n = _array("b", b, (*lead, k, None))[-1]
+    else:
+        n = _array("b", b, (*lead, None, k))[-2]
+    shape = (*lead, m, n)
+    if out is None:
+        if add:
+            raise LocalError("add needs out")
+        out = np.empty(shape, np.uint64)
+    else:
+        _array("out", out, shape)
+        if not out.flags.writeable:
+            raise LocalError("out must be writable")
+        if np.may_share_memory(out, a) or np.may_share_memory(out, b):
+            raise LocalError("out overlaps an input")
+    getattr(_lib, kernel)(_out(out), _in(a), _in(b), lead[0] if batched else 1, m, k, n, int(add))
+    return out
+
+
+def matmul(a: U64, b: U64, out: U64 | None = None, add: bool = False) -> U64:
+    """a (m, k) times b (k, n) -> (m, n) modulo 2^64, added to `out` if `add`; (B, m, k) and (B, k, n) batched.
+
+    With m = 1 the product streams b once, so it is bound by memory.
+    """
+    return _product("mk_ring_matmul", a, b, out, add)
+
+
+def matmul_nt(a: U64, b: U64, out: U64 | None = None, add: bool = False) -> U64:
+    """a (m, k) times the transpose of b (n, k) -> (m, n) modulo 2^64; batched as `matmul`."""
+    return _product("mk_ring_matmul_nt", a, b, out, add)
+
+
+def _rss(kernel: str, x: U64, y: U64, alpha: U64) -> U64:
+    trailing = alpha.shape if isinstance(alpha, np.ndarray) else (None,)
+    shape = _array("alpha", alpha, trailing)
+    _array("x", x, (2, *shape))
+    _array("y", y, (2, *shape))
+    out = np.empty(shape, np.uint64)
+    getattr(_lib, kernel)(_out(out), _in(x), _in(y), _in(alpha), out.size)
+    return out
+
+
+def rss_mul(x: U64, y: U64, alpha: U64) -> U64:
+    """x0 y0 + x0 y1 + x1 y0 + alpha over Z_2^64: x, y (2, ...), alpha (...) -> (...)."""
+    return _rss("mk_ring_rss_mul", x, y, alpha)
+
+
+def rss_and(x: U64, y: U64, alpha: U64) -> U64:
+    """x0 y0 + x0 y1 + x1 y0 + alpha over packed bits (& and ^): x, y (2, ...), alpha (...) -> (...)."""
+    return _rss("mk_bits_rss_and", x, y, alpha)
+
+
+# ---- packed bits ----
+
+
+def bit_slice(x: U64, nbits: int) -> U64:
+    """(n,) -> (nbits, ceil(n/64)): bit l of plane b, word w is bit b of x[64 w + l]; padding is zero."""
+    (n,) = _array("x", x, (None,))
+    planes = np.empty((_count("nbits", nbits, 1, WORD_BITS), _words(n)), np.uint64)
+    _lib.mk_bits_slice(_out(planes), _in(x), n, planes.shape[0])
+    return planes
+
+
+def bit_unslice(planes: U64, n: int) -> U64:
+    """(nbits, ceil(n/64)) -> (n,), the inverse of `bit_slice`; bits above nbits are zero."""
+    _count("n", n, 0)
+    nbits, _ = _array("planes", planes, (None, _words(n)))
+    _count("nbits", nbits, 1, WORD_BITS)
+    x = np.empty(n, np.uint64)
+    _lib.mk_bits_unslice(_out(x), _in(planes), n, nbits)
+    return x
+
+
+def bits_to_ring(words: U64, n: int) -> U64:
+    """(ceil(n/64),) -> (n,) of 0 and 1: element 64 w + l is bit l of word w."""
+    _count("n", n, 0)
+    _array("words", words, (_words(n),))
+    out = np.empty(n, np.uint64)
+    _lib.mk_bits_to_ring(_out(out), _in(words), n)
+    return out
+
+
+def ring_lsb(x: U64) -> U64:
+    """(n,) -> (ceil(n/64),): the lowest bits, packed; padding is zero."""
+    (n,) = _array("x", x, (None,))
+    words = np.empty(_words(n), np.uint64)
+    _lib.mk_ring_lsb(_out(words), _in(x), n)
+    return words
+
+
+# ---- look-up ----
+
+
+def _turned(table: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """(D, K) -> (D, 2K), column u holding column -u mod K: a look-up by c then reads one run from -c mod K."""
+    back = np.concatenate((table[:, :1], table[:, :0:-1]), axis=1)
+    return np.concatenate((back, back), axis=1)
+
+
+def lookup(e: U64, c: U64, tables: U64) -> U64:
+    """out[d, i] = sum_j tables[d, (c[i] - j) mod K] e[i, j] modulo 2^64: e (n, K), c (n,), tables (D, K) -> (D, n).
+
+    e is secret (a share of a one-hot vector); c and tables are public. K is a power of two.
+    """
+    n, size = _array("e", e, (None, None))
+    _power_of_two("the second dimension of e", size)
+    _array("c", c, (n,))
+    depth, _ = _array("tables", tables, (None, size))
+    turned = np.ascontiguousarray(_turned(tables))
+    out = np.empty((depth, n), np.uint64)
+    _lib.mk_ring_lookup(_out(out), _in(e), _in(c), _in(turned), depth, n, size)
+    return out
+
+
+def rotate(e: U64, c: U64) -> U64:
+    """out[i, j] = e[i, (c[i] - j) mod K]: e (n, K), c (n,) public -> (n, K). K is a power of two."""
+    n, size = _array("e", e, (None, None))
+    _power_of_two("the second dimension of e", size)
+    _array("c", c, (n,))
+    out = np.empty((n, size), np.uint64)
+    _lib.mk_ring_rotate(_out(out), _in(e), _in(c), n, size)
+    return out
+
+
+def bit_lookup(e: U64, K: int, c: U64, masks: npt.NDArray[np.uint8]) -> U64:
+    """Bit i of out[d] = XOR_j masks[d, (c[i] - j) mod K] & bit j of e[i], packed: -> (D, ceil(n/64)).
+
+    e (n, max(1, K/64)) packed bits, secret; c (n,) and masks (D, K) uint8 of 0 and 1, public. K is a power of two.
+    """
+    _power_of_two("K", K)
+    n, _ = _array("e", e, (None, _words(K)))
+    _array("c", c, (n,))
+    if not isinstance(masks, np.ndarray) or masks.dtype != np.uint8 or masks.ndim != 2 or masks.shape[1] != K:
+        raise LocalError(f"masks must be a uint8 array of shape (any, {K})")
+    if masks.size and int(masks.max()) > 1:
+        raise LocalError("masks must hold 0 and 1")
+    depth = masks.shape[0]
+    turned = np.zeros((depth, _words(2 * K) + 1), "<u8")  # one zero word more: windows read past their end
+    packed = np.packbits(_turned(masks), axis=1, bitorder="little")
+    turned.view(np.uint8)[:, : packed.shape[1]] = packed
+    out = np.empty((depth, _words(n)), np.uint64)
+    _lib.mk_bits_lookup(_out(out), _in(e), _in(c), _in(turned.astype(np.uint64, copy=False)), depth, n, K)
+    return out
+
+
+# ---- GF(2^64) = GF(2)[x] / (x^64 + x^4 + x^3 + x + 1) ----
+
+
+def gf_mul(a: U64, b: U64) -> U64:
+    """a_j b_j: (n,), (n,) -> (n,)."""
+    (n,) = _array("a", a, (None,))
+    _array("b", b, (n,))
+    out = np.empty(n, np.uint64)
+    _lib.mk_gf_mul(_out(out), _in(a), _in(b), n)
+    return out
+
+
+def gf_scale(a: U64, s: int) -> U64:
+    """a_j s: (n,) -> (n,)."""
+    (n,) = _array("a", a, (None,))
+    out = np.empty(n, np.uint64)
+    _lib.mk_gf_scale(_out(out), _in(a), _word("s", s), n)
+    return out
+
+
+def gf_inner(a: U64, b: U64) -> int:
+    """Sum of a_j b_j."""
+    (n,) = _array("a", a, (None,))
+    _array("b", b, (n,))
+    out = _ffi.new("uint64_t *")
+    _lib.mk_gf_inner(out, _in(a), _in(b), n)
+    return int(out[0])
+
+
+def gf_fold(a: U64, xi: int) -> U64:
+    """lo + xi (lo + hi), the halves of a: (n,), n even -> (n/2,)."""
+    (n,) = _array("a", a, (None,))
+    if n % 2:
+        raise LocalError(f"a must have an even length, not {n}")
+    out = np.empty(n // 2, np.uint64)
+    _lib.mk_gf_fold(_out(out), _in(a), _word("xi", xi), n // 2)
+    return out
+
+
+def gf_select(bits: U64, rho: U64) -> U64:
+    """rho_j where bit j is set, else 0: bits (ceil(n/64),), rho (n,) -> (n,)."""
+    (n,) = _array("rho", rho, (None,))
+    _array("bits", bits, (_words(n),))
+    out = np.empty(n, np.uint64)
+    _lib.mk_gf_select(_out(out), _in(bits), _in(rho), n)
+    return out
+
+
+def gf_select_inner(x: U64, y: U64, rho: U64) -> int:
+    """Sum of rho_j where bit j of both x and y is set: x, y (ceil(n/64),), rho (n,)."""
+    (n,) = _array("rho", rho, (None,))
+    _array("x", x, (_words(n),))
+    _array("y", y, (_words(n),))
+    out = _ffi.new("uint64_t *")
+    _lib.mk_gf_select_inner(out, _in(x), _in(y), _in(rho), n)
+    return int(out[0])
+
+
+# ---- GR(2^64, 48) = Z_2^64[X] / (X^48 + X^5 + X^3 + X^2 + 1) ----
+# A full element is 48 words, word i the coefficient of X^i. A "01" element has coefficients 0 and 1, packed in one
+# word, bit i for X^i; its bits 48 and up are ignored.
+
+
+def gr_mul(a: U64, b: U64) -> U64:
+    """a_j b_j: (n, 48), (n, 48) -> (n, 48)."""
+    n, _ = _array("a", a, (None, GR_DEGREE))
+    _array("b", b, (n, GR_DEGREE))
+    out = np.empty((n, GR_DEGREE), np.uint64)
+    _lib.mk_gr_mul(_out(out), _in(a), _in(b), n)
+    return out
+
+
+def gr_inner(a: U64, b: U64) -> U64:
+    """Sum of a_j b_j: (n, 48), (n, 48) -> (48,)."""
+    n, _ = _array("a", a, (None, GR_DEGREE))
+    _array("b", b, (n, GR_DEGREE))
+    out = np.empty(GR_DEGREE, np.uint64)
+    _lib.mk_gr_inner(_out(out), _in(a), _in(b), n)
+    return out
+
+
+def gr_mul01(a: U64, r: U64) -> U64:
+    """a_j r_j: a (n, 48), r (n,) 01 elements -> (n, 48)."""
+    n, _ = _array("a", a, (None, GR_DEGREE))
+    _array("r", r, (n,))
+    out = np.empty((n, GR_DEGREE), np.uint64)
+    _lib.mk_gr_mul01(_out(out), _in(a), _in(r), n)
+    return out
+
+
+def gr_fold(a: U64, xi: int) -> U64:
+    """lo + xi (hi - lo), the halves of a; xi a 01 element: (n, 48), n even -> (n/2, 48)."""
+    n, _ = _array("a", a, (None, GR_DEGREE))
+    if n % 2:
+        raise LocalError(f"a must have an even length, not {n}")
+    out = np.empty((n // 2, GR_DEGREE), np.uint64)
+    _lib.mk_gr_fold(_out(out), _in(a), _word("xi", xi, GR_DEGREE), n // 2)
+    return out
+
+
+def gr_scale(x: U64, g: U64) -> U64:
+    """x_j g_j: x (n,) ring words, g (n, 48) -> (n, 48)."""
+    (n,) = _array("x", x, (None,))
+    _array("g", g, (n, GR_DEGREE))
+    out = np.empty((n, GR_DEGREE), np.uint64)
+    _lib.mk_gr_scale(_out(out), _in(x), _in(g), n)
+    return out
+
+
+def gr_scale01(x: U64, r: U64) -> U64:
+    """x_j r_j: x (n,) ring words, r (n,) 01 elements -> (n, 48)."""
+    (n,) = _array("x", x, (None,))
+    _array("r", r, (n,))
+    out = np.empty((n, GR_DEGREE), np.uint64)
+    _lib.mk_gr_scale01(_out(out), _in(x), _in(r), n)
+    return out
+
+
+def gr_combine(x: U64, r: U64) -> U64:
+    """sum_j x[i, j] r_j: x (m, n) ring words, r (n,) 01 elements -> (m, 48)."""
+    m, n = _array("x", x, (None, None))
+    _array("r", r, (n,))
+    out = np.empty((m, GR_DEGREE), np.uint64)
+    _lib.mk_gr_combine(_out(out), _in(x), _in(r), m, n)
+    return out
+
+
+def gr_combine_cols(x: U64, r: U64) -> U64:
+    """sum_i x[i, j] r_i: x (m, n) ring words, r (m,) 01 elements -> (n, 48)."""
+    m, n = _array("x", x, (None, None))
+    _array("r", r, (m,))
+    out = np.empty((n, GR_DEGREE), np.uint64)
+    _lib.mk_gr_combine_cols(_out(out), _in(x), _in(r), m, n)
+    return out
+
+
+# ---- bytes ----
+
+
+def wipe(arr: npt.NDArray[Any] | bytearray | memoryview) -> None:
+    """Zero the memory, in a way no compiler drops. Copies that Python or NumPy made elsewhere stay."""
+    try:
+        view = _ffi.from_buffer("uint8_t[]", arr, require_writable=True)
+    except (BufferError, TypeError, ValueError) as error:
+        raise LocalError("only writable, contiguous memory can be wiped") from error
+    _lib.mk_bytes_wipe(view, len(view))
+
+
+def ct_equal(a: Bytes, b: Bytes) -> bool:
+    """Whether the bytes agree, in time that depends on the lengths alone; lengths are public."""
+    left, right = _ffi.from_buffer("uint8_t[]", a), _ffi.from_buffer("uint8_t[]", b)
+    return len(left) == len(right) and _lib.mk_bytes_equal(left, right, len(left)) == 0

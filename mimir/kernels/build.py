@@ -1,0 +1,60 @@
+"""Compile the kernels: by setuptools on install (`cffi_modules`), or in place by `python -m mimir.kernels.build`.
+
+Every level is compiled on every x86-64 machine, each file naming its own instruction sets; dispatch.c chooses
+among them when the library loads.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+from cffi import FFI
+
+SOURCES = ("ref.c", "dispatch.c")
+FLAGS = ["-O3", "-std=gnu11", "-Wall", "-Wextra", "-Werror"]
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent.parent
+HEADERS = ("kernels.h", "levels.h", "ct.h", "simd.h")
+
+
+def declarations(header: str) -> str:
+    """The header as cffi can read it: without its preprocessor lines."""
+    return "\n".join(line for line in header.splitlines() if not line.startswith("#"))
+
+
+def make(place: Path) -> FFI:
+    """The builder; `place` is the path of this directory as the compiler shall see it."""
+    builder = FFI()
+    builder.cdef(declarations((HERE / "kernels.h").read_text()))
+    builder.set_source(
+        "mimir.kernels._native",
+        '#include "kernels.h"',
+        sources=[str(place / name) for name in SOURCES],
+        depends=[str(place / name) for name in HEADERS],
+        include_dirs=[str(place)],
+        extra_compile_args=FLAGS,
+    )
+    return builder
+
+
+ffibuilder = make(HERE.relative_to(ROOT))  # setuptools wants paths relative to setup.py
+
+
+def main() -> int:
+    """Compile aside and move the library into place, so that a process which has it loaded lives on."""
+    with tempfile.TemporaryDirectory() as aside:
+        built = Path(make(HERE).compile(tmpdir=aside, verbose="-v" in sys.argv[1:]))
+        fresh = HERE / f".{built.name}.new"
+        shutil.copyfile(built, fresh)
+        os.replace(fresh, HERE / built.name)
+    print(HERE / built.name)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,104 @@
+/* Which level runs: chosen once when the library loads, by what the processor and the operating system offer. */
+#include <stdatomic.h>
+
+#include "ct.h"
+#include "levels.h"
+
+struct table {
+#define MK_FIELD(name) __typeof__(name) *name;
+    MK_EACH(MK_FIELD)
+#undef MK_FIELD
+};
+
+#define MK_REF(name) name##_ref,
+static const struct table levels[] = {{MK_EACH(MK_REF)}};
+
+static int best_level(void)
+{
+    return 0;
+}
+
+static _Atomic(const struct table *) active = &levels[0];
+
+__attribute__((constructor)) static void choose(void)
+{
+    atomic_store(&active, &levels[best_level()]);
+}
+
+int mk_level(void)
+{
+    return (int)(atomic_load(&active) - levels);
+}
+
+int mk_level_max(void)
+{
+    return best_level();
+}
+
+int mk_level_force(int level)
+{
+    if (level < 0 || level > best_level()) return -1;
+    atomic_store(&active, &levels[level]);
+    return 0;
+}
+
+void mk_bytes_wipe(uint8_t *out, size_t n)
+{
+    ct_wipe(out, n);
+}
+
+int mk_bytes_equal(const uint8_t *a, const uint8_t *b, size_t n)
+{
+    uint64_t differ = 0;
+    for (size_t i = 0; i < n; i++) differ |= (uint64_t)(a[i] ^ b[i]);
+    return -(int)ct_nonzero(differ);
+}
+
+#define MK_THUNK(name, parameters, arguments)                                                                          \
+    void name parameters                                                                                               \
+    {                                                                                                                  \
+        atomic_load_explicit(&active, memory_order_relaxed)->name arguments;                                           \
+    }
+
+MK_THUNK(mk_prg_chacha20, (uint8_t *out, size_t n, const uint8_t *key, uint64_t stream, uint64_t block),
+         (out, n, key, stream, block))
+MK_THUNK(mk_ring_matmul,
+         (uint64_t *c, const uint64_t *a, const uint64_t *b, size_t batch, size_t m, size_t k, size_t n, int add),
+         (c, a, b, batch, m, k, n, add))
+MK_THUNK(mk_ring_matmul_nt,
+         (uint64_t *c, const uint64_t *a, const uint64_t *b, size_t batch, size_t m, size_t k, size_t n, int add),
+         (c, a, b, batch, m, k, n, add))
+MK_THUNK(mk_ring_rss_mul, (uint64_t *out, const uint64_t *x, const uint64_t *y, const uint64_t *alpha, size_t n),
+         (out, x, y, alpha, n))
+MK_THUNK(mk_bits_rss_and, (uint64_t *out, const uint64_t *x, const uint64_t *y, const uint64_t *alpha, size_t n),
+         (out, x, y, alpha, n))
+MK_THUNK(mk_bits_slice, (uint64_t *planes, const uint64_t *x, size_t n, size_t nbits), (planes, x, n, nbits))
+MK_THUNK(mk_bits_unslice, (uint64_t *x, const uint64_t *planes, size_t n, size_t nbits), (x, planes, n, nbits))
+MK_THUNK(mk_bits_to_ring, (uint64_t *out, const uint64_t *words, size_t n), (out, words, n))
+MK_THUNK(mk_ring_lsb, (uint64_t *words, const uint64_t *x, size_t n), (words, x, n))
+MK_THUNK(mk_ring_lookup,
+         (uint64_t *out, const uint64_t *e, const uint64_t *c, const uint64_t *turned, size_t depth, size_t n,
+          size_t size),
+         (out, e, c, turned, depth, n, size))
+MK_THUNK(mk_ring_rotate, (uint64_t *out, const uint64_t *e, const uint64_t *c, size_t n, size_t size),
+         (out, e, c, n, size))
+MK_THUNK(mk_bits_lookup,
+         (uint64_t *out, const uint64_t *e, const uint64_t *c, const uint64_t *turned, size_t depth, size_t n,
+          size_t size),
+         (out, e, c, turned, depth, n, size))
+MK_THUNK(mk_gf_mul, (uint64_t *out, const uint64_t *a, const uint64_t *b, size_t n), (out, a, b, n))
+MK_THUNK(mk_gf_scale, (uint64_t *out, const uint64_t *a, uint64_t s, size_t n), (out, a, s, n))
+MK_THUNK(mk_gf_inner, (uint64_t *out, const uint64_t *a, const uint64_t *b, size_t n), (out, a, b, n))
+MK_THUNK(mk_gf_fold, (uint64_t *out, const uint64_t *a, uint64_t xi, size_t half), (out, a, xi, half))
+MK_THUNK(mk_gf_select, (uint64_t *out, const uint64_t *bits, const uint64_t *rho, size_t n), (out, bits, rho, n))
+MK_THUNK(mk_gf_select_inner,
+         (uint64_t *out, const uint64_t *x, const uint64_t *y, const uint64_t *rho, size_t n), (out, x, y, rho, n))
+MK_THUNK(mk_gr_mul, (uint64_t *out, const uint64_t *a, const uint64_t *b, size_t n), (out, a, b, n))
+MK_THUNK(mk_gr_inner, (uint64_t *out, const uint64_t *a, const uint64_t *b, size_t n), (out, a, b, n))
+MK_THUNK(mk_gr_mul01, (uint64_t *out, const uint64_t *a, const uint64_t *r, size_t n), (out, a, r, n))
+MK_THUNK(mk_gr_fold, (uint64_t *out, const uint64_t *a, uint64_t xi, size_t half), (out, a, xi, half))
+MK_THUNK(mk_gr_scale, (uint64_t *out, const uint64_t *x, const uint64_t *g, size_t n), (out, x, g, n))
+MK_THUNK(mk_gr_scale01, (uint64_t *out, const uint64_t *x, const uint64_t *r, size_t n), (out, x, r, n))
+MK_THUNK(mk_gr_combine, (uint64_t *out, const uint64_t *x, const uint64_t *r, size_t m, size_t n), (out, x, r, m, n))
+MK_THUNK(mk_gr_combine_cols, (uint64_t *out, const uint64_t *x, const uint64_t *r, size_t m, size_t n),
+         (out, x, r, m, n))

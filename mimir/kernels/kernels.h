@@ -1,0 +1,99 @@
+/* Every loop of Mimir: arithmetic in the ring Z_2^64, on packed bits, in GF(2^64) and in GR(2^64, 48).
+ *
+ * The contract, once for all functions:
+ *  - Bounds. Any value of an unsigned type is a valid input; arithmetic wraps modulo 2^64. Sizes are counts of
+ *    elements, may be zero unless stated, and are checked by the Python wrapper, not here.
+ *  - Layout. Arrays are dense and row-major; u64 arrays are aligned to 8 bytes. Nothing is allocated.
+ *  - Aliasing. Outputs overlap no input and no other output. Inputs may overlap one another.
+ *  - Timing. Time and addresses depend on sizes and on the arguments called public below, never on other data.
+ *  - Errors. Functions that return void cannot fail.
+ *  - Padding. Where n bits are packed in ceil(n/64) words, outputs have zero padding and input padding is ignored.
+ *
+ * Each function exists at the levels ref, avx2 and avx512 (suffixes _ref, _avx2, _avx512; see levels.h); the names
+ * below call the level in force. All levels give the same bits. build.py gives this file to cffi with the
+ * preprocessor lines removed. */
+#ifndef MIMIR_KERNELS_H
+#define MIMIR_KERNELS_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+/* Levels: 0 ref, 1 avx2, 2 avx512. mk_level_max is the highest this machine can run. mk_level_force returns 0, or -1
+ * and changes nothing if the machine lacks the level. The best level is in force when the library loads. Forcing
+ * while another thread is inside a kernel is safe: that call ends at the level it began with. */
+int mk_level(void);
+int mk_level_max(void);
+int mk_level_force(int level);
+
+/* Pseudo-random bytes: out[0..n) is the ChaCha20 key stream (20 rounds, the block function of RFC 8439) from block
+ * number `block`, in the first layout by Bernstein: words 12-13 count blocks in 64 bits, words 14-15 hold `stream`.
+ * Public: stream, block. */
+void mk_prg_chacha20(uint8_t *out, size_t n, const uint8_t *key, uint64_t stream, uint64_t block);
+
+/* Matrix products, `batch` times over: c (m, n) = a (m, k) b (k, n), or with _nt the rows of b are its columns:
+ * b (n, k). With add nonzero the product is added to c. Public: add. */
+void mk_ring_matmul(uint64_t *c, const uint64_t *a, const uint64_t *b, size_t batch, size_t m, size_t k, size_t n,
+                    int add);
+void mk_ring_matmul_nt(uint64_t *c, const uint64_t *a, const uint64_t *b, size_t batch, size_t m, size_t k, size_t n,
+                       int add);
+
+/* A party's additive term of a product of replicated shares, x and y of shape (2, n):
+ * out = x0 y0 + x0 y1 + x1 y0 + alpha, and over bits with & and ^. */
+void mk_ring_rss_mul(uint64_t *out, const uint64_t *x, const uint64_t *y, const uint64_t *alpha, size_t n);
+void mk_bits_rss_and(uint64_t *out, const uint64_t *x, const uint64_t *y, const uint64_t *alpha, size_t n);
+
+/* Bit slicing: bit l of planes[b, w] is bit b of x[64 w + l]; planes is (nbits, ceil(n/64)), nbits in 1..64.
+ * unslice gives zero above nbits. */
+void mk_bits_slice(uint64_t *planes, const uint64_t *x, size_t n, size_t nbits);
+void mk_bits_unslice(uint64_t *x, const uint64_t *planes, size_t n, size_t nbits);
+
+/* n packed bits to words 0 or 1, and the lowest bits of n words packed. */
+void mk_bits_to_ring(uint64_t *out, const uint64_t *words, size_t n);
+void mk_ring_lsb(uint64_t *words, const uint64_t *x, size_t n);
+
+/* Table look-up by a secret one-hot vector e_i that was shifted by a public amount c_i; size is a power of two.
+ * Tables come turned round and doubled, so that each look-up reads one run: turned (depth, 2 size),
+ * turned[d, u] = table[d, -u mod size].
+ * lookup: out (depth, n), out[d, i] = sum_j table[d, (c_i - j) mod size] e[i, j].
+ * rotate: out (n, size), out[i, j] = e[i, (c_i - j) mod size].
+ * bits:   the same sum over GF(2). e is (n, max(1, size/64)) words, out (depth, ceil(n/64)) words, and turned is
+ *         (depth, stride) words of packed bits, stride = max(1, size/32) + 1, the last word zero.
+ * Public: c, turned. */
+void mk_ring_lookup(uint64_t *out, const uint64_t *e, const uint64_t *c, const uint64_t *turned, size_t depth,
+                    size_t n, size_t size);
+void mk_ring_rotate(uint64_t *out, const uint64_t *e, const uint64_t *c, size_t n, size_t size);
+void mk_bits_lookup(uint64_t *out, const uint64_t *e, const uint64_t *c, const uint64_t *turned, size_t depth,
+                    size_t n, size_t size);
+
+/* GF(2^64) modulo x^64 + x^4 + x^3 + x + 1; bit i of a word is the coefficient of x^i.
+ * scale: out_j = a_j s.  inner: *out = sum a_j b_j.  fold: out has `half` elements, a has 2 half:
+ * out_j = a_j + xi (a_j + a_{half+j}).  select: out_j = rho_j where bit j is set, else 0.
+ * select_inner: *out = sum of rho_j where bit j of x and of y is set. */
+void mk_gf_mul(uint64_t *out, const uint64_t *a, const uint64_t *b, size_t n);
+void mk_gf_scale(uint64_t *out, const uint64_t *a, uint64_t s, size_t n);
+void mk_gf_inner(uint64_t *out, const uint64_t *a, const uint64_t *b, size_t n);
+void mk_gf_fold(uint64_t *out, const uint64_t *a, uint64_t xi, size_t half);
+void mk_gf_select(uint64_t *out, const uint64_t *bits, const uint64_t *rho, size_t n);
+void mk_gf_select_inner(uint64_t *out, const uint64_t *x, const uint64_t *y, const uint64_t *rho, size_t n);
+
+/* The Galois ring GR(2^64, 48) = Z_2^64[X] / (X^48 + X^5 + X^3 + X^2 + 1); an element is 48 words, word i the
+ * coefficient of X^i. A "01" element has coefficients 0 and 1 and is packed in one word, bit i for X^i; bits 48 and
+ * up are ignored. Names: x ring words, r and xi 01 elements, a, b, g full elements.
+ * mul: a_j b_j.  inner: sum a_j b_j, one element.  mul01: a_j r_j.  scale: x_j g_j.  scale01: x_j r_j.
+ * fold: out_j = a_j + xi (a_{half+j} - a_j), a has 2 half elements.
+ * combine: x (m, n), out_i = sum_j x[i, j] r_j, m elements.  combine_cols: out_j = sum_i x[i, j] r_i, n elements. */
+void mk_gr_mul(uint64_t *out, const uint64_t *a, const uint64_t *b, size_t n);
+void mk_gr_inner(uint64_t *out, const uint64_t *a, const uint64_t *b, size_t n);
+void mk_gr_mul01(uint64_t *out, const uint64_t *a, const uint64_t *r, size_t n);
+void mk_gr_fold(uint64_t *out, const uint64_t *a, uint64_t xi, size_t half);
+void mk_gr_scale(uint64_t *out, const uint64_t *x, const uint64_t *g, size_t n);
+void mk_gr_scale01(uint64_t *out, const uint64_t *x, const uint64_t *r, size_t n);
+void mk_gr_combine(uint64_t *out, const uint64_t *x, const uint64_t *r, size_t m, size_t n);
+void mk_gr_combine_cols(uint64_t *out, const uint64_t *x, const uint64_t *r, size_t m, size_t n);
+
+/* Zero n bytes in a way no compiler drops. equal: 0 if all n bytes agree, else -1; the result alone is public.
+ * One level only: both are bound by memory. */
+void mk_bytes_wipe(uint8_t *out, size_t n);
+int mk_bytes_equal(const uint8_t *a, const uint8_t *b, size_t n);
+
+#endif

@@ -1,0 +1,52 @@
+/* The kernels that exist once per level, and their suffixed declarations. Add a kernel here, in kernels.h, in ref.c,
+ * in simd.h (or the two level files) and in dispatch.c; the compiler names whichever was forgotten. */
+#ifndef MIMIR_LEVELS_H
+#define MIMIR_LEVELS_H
+
+#include "kernels.h"
+
+#define MK_EACH(X)                                                                                                     \
+    X(mk_prg_chacha20)                                                                                                 \
+    X(mk_ring_matmul)                                                                                                  \
+    X(mk_ring_matmul_nt)                                                                                               \
+    X(mk_ring_rss_mul)                                                                                                 \
+    X(mk_bits_rss_and)                                                                                                 \
+    X(mk_bits_slice)                                                                                                   \
+    X(mk_bits_unslice)                                                                                                 \
+    X(mk_bits_to_ring)                                                                                                 \
+    X(mk_ring_lsb)                                                                                                     \
+    X(mk_ring_lookup)                                                                                                  \
+    X(mk_ring_rotate)                                                                                                  \
+    X(mk_bits_lookup)                                                                                                  \
+    X(mk_gf_mul)                                                                                                       \
+    X(mk_gf_scale)                                                                                                     \
+    X(mk_gf_inner)                                                                                                     \
+    X(mk_gf_fold)                                                                                                      \
+    X(mk_gf_select)                                                                                                    \
+    X(mk_gf_select_inner)                                                                                              \
+    X(mk_gr_mul)                                                                                                       \
+    X(mk_gr_inner)                                                                                                     \
+    X(mk_gr_mul01)                                                                                                     \
+    X(mk_gr_fold)                                                                                                      \
+    X(mk_gr_scale)                                                                                                     \
+    X(mk_gr_scale01)                                                                                                   \
+    X(mk_gr_combine)                                                                                                   \
+    X(mk_gr_combine_cols)
+
+#define MK_DECLARE(name)                                                                                               \
+    __typeof__(name) name##_ref;                                                                                       \
+    __typeof__(name) name##_avx2;                                                                                      \
+    __typeof__(name) name##_avx512;
+MK_EACH(MK_DECLARE)
+#undef MK_DECLARE
+
+/* avx2 asks of the machine AVX2 and PCLMULQDQ; avx512 asks F, DQ, BW, VL and VPCLMULQDQ on top. */
+#if defined(__x86_64__) && defined(__GNUC__)
+#define MK_X86 1
+#else
+#define MK_X86 0
+#endif
+
+#define MK_GR 48 /* degree of the Galois ring */
+
+#endif
