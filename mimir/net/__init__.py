@@ -22,7 +22,7 @@ ROUND_TIMEOUT = 60.0  # seconds a round may take in all, unless the channel's ow
 Buffer: TypeAlias = Any
 Payload: TypeAlias = Buffer | Sequence[Buffer]
 
-# Answers a peer's request: (peer, body) to a body. An exception becomes a refusal at the peer; only the text of
+# Answers a peer's request: (peer, body) to a body. An exception is a refusal at the peer; only the text of
 # `BadInput` travels with it.
 Handler: TypeAlias = Callable[[int, dict[str, Any]], Awaitable[Mapping[str, Any]]]
 

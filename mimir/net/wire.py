@@ -42,6 +42,7 @@ MAX_LANE = 32
 MAX_WORD = 64  # characters of a reason or a request kind
 MAX_TEXT = 200  # characters of a refusal
 MAX_SEQUENCE = 1 << 48
+MAX_PARTIES = 256
 MAX_AHEAD = 2  # frames a peer can be ahead in lockstep: the round we are in, and the next
 MAX_EARLY_LANES = 64  # conversations a peer may have begun before we opened our end
 MAX_EARLY_BYTES = 64 << 20  # payload it may have sent for them
@@ -142,6 +143,7 @@ class Hello:
     lane: str
     generation: bytes  # which control connection this one belongs to; empty for the control lane itself
     config: bytes  # digest of the public configuration
+    identity: bytes  # the sender's Ed25519 public key
     nonce: bytes
     ephemeral: bytes  # fresh X25519 public key
     payload: Any = b""
@@ -157,6 +159,7 @@ class Hello:
             self.lane,
             self.generation,
             self.config,
+            self.identity,
             self.nonce,
             self.ephemeral,
         )
@@ -164,27 +167,29 @@ class Hello:
 
 @dataclass(frozen=True, slots=True)
 class Proof:
-    """Signature by the sender's identity over the transcript of both hellos."""
+    """Signature by the sender's identity over both hellos, and proof of holding the fresh shared secret."""
 
     signature: bytes
+    tag: bytes
     payload: Any = b""
 
     KIND: ClassVar[int] = 7
 
     def fields(self) -> tuple[Any, ...]:
-        return (self.KIND, self.signature)
+        return (self.KIND, self.signature, self.tag)
 
 
 @dataclass(frozen=True, slots=True)
 class Welcome:
     """The acceptor has verified everything; the connection carries frames from here on."""
 
+    tag: bytes
     payload: Any = b""
 
     KIND: ClassVar[int] = 8
 
     def fields(self) -> tuple[Any, ...]:
-        return (self.KIND,)
+        return (self.KIND, self.tag)
 
 
 @dataclass(frozen=True, slots=True)
@@ -231,6 +236,10 @@ def _is_lane(v: Any) -> bool:
     return _is_lane_text(v) and lane_kind(v) in LANES
 
 
+def _is_lane_kind(v: Any) -> bool:
+    return type(v) is str and v in LANES
+
+
 is_step = _text(MAX_STEP)
 _is_word = _text(MAX_WORD)
 _is_session = _bytes(SESSION_BYTES)
@@ -245,11 +254,21 @@ _KINDS: dict[int, tuple[Any, tuple[Check, ...], int]] = {
     Ping.KIND: (Ping, (), 0),
     Hello.KIND: (
         Hello,
-        (_u32, _natural(256), _natural(256), _is_lane, _bytes(0, 32), _bytes(32), _bytes(32), _bytes(32)),
+        (
+            _u32,
+            _natural(MAX_PARTIES),
+            _natural(MAX_PARTIES),
+            _is_lane_kind,
+            _bytes(0, 32),
+            _bytes(32),
+            _bytes(32),
+            _bytes(32),
+            _bytes(32),
+        ),
         0,
     ),
-    Proof.KIND: (Proof, (_bytes(64),), 0),
-    Welcome.KIND: (Welcome, (), 0),
+    Proof.KIND: (Proof, (_bytes(64), _bytes(32)), 0),
+    Welcome.KIND: (Welcome, (_bytes(32),), 0),
     Refuse.KIND: (Refuse, (_is_word, _text(MAX_TEXT)), 0),
 }
 
@@ -342,7 +361,7 @@ def _unpack(raw: Any, most: int, maps: bool = True) -> Any:
 class Decoder:
     """Bytes of one link in, frames out. Holds one read and at most one payload.
 
-    Use: fill some of `buffer()`, tell `wrote(n)`, call `next()` until it gives None. Any `WireError` is final.
+    Fill some of `buffer()`, tell `wrote(n)`, call `next()` until it gives None. Any `WireError` is final.
     """
 
     __slots__ = ("_broken", "_end", "_filled", "_header", "_payload", "_stage", "_start", "_view", "state")
@@ -489,7 +508,6 @@ class Lockstep:
         "failure",
         "in_round",
         "lane",
-        "wake",
         "party",
         "peers",
         "received",
@@ -497,6 +515,7 @@ class Lockstep:
         "sent",
         "seq",
         "session",
+        "wake",
     )
 
     def __init__(self, party: int, peers: tuple[int, ...], session: bytes, lane: str) -> None:
