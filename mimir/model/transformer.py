@@ -1,0 +1,269 @@
+"""The transformer in data order, over shares: one function a layer part, and the cache between them.
+
+Every quantity is a share but for shapes. Scales: the residual stream, keys, values and norms have f fraction
+bits (`fixed_point.scale_bits`); a product has 2f until it is truncated. Layer code knows shares, correlations
+and openings, and nothing of the backend.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Final
+
+import numpy as np
+
+from mimir import kernels
+from mimir.model.checkpoint import PlanSpec
+from mimir.mpc import nonlinear, ops, prep
+from mimir.mpc.domain import Ring, encode
+from mimir.mpc.nonlinear import Settings
+from mimir.mpc.ops import Context
+from mimir.mpc.plan import Cost, planning
+from mimir.mpc.share import Share, concat
+
+ROTARY_SCALE: Final = 14  # fraction bits of sines and cosines
+LOGIT_WIDTH: Final = 26  # a logit stays below 2^(26 - 1 - f), 512 at f = 16
+
+
+def weight_shapes(spec: PlanSpec) -> dict[str, tuple[int, int]]:
+    """Shapes (inputs, outputs) of the weight matrices, by name; tables of embeddings count as matrices."""
+    d, hd = spec.width, spec.head_dim
+    shapes = {"embed": (spec.vocab, d), "head": (d, spec.vocab)}
+    if spec.positions == "learned":
+        shapes["pos"] = (spec.context, d)
+    inner = 2 * spec.hidden if spec.act == "silu_glu" else spec.hidden
+    for i in range(spec.layers):
+        shapes[f"{i}.qkv"] = (d, (spec.heads + 2 * spec.kv_heads) * hd)
+        shapes[f"{i}.o"] = (spec.heads * hd, d)
+        shapes[f"{i}.in"] = (d, inner)
+        shapes[f"{i}.out"] = (spec.hidden, d)
+    return shapes
+
+
+def index_bits(count: int) -> int:
+    """Bits of an index below `count`."""
+    return max(1, (count - 1).bit_length())
+
+
+@dataclass(slots=True)
+class LayerCache:
+    """Keys or values of one layer: deltas (kv_heads, positions, head_dim) are public, masks are shares."""
+
+    delta: list[Ring] = field(default_factory=list)
+    mask: list[Share] = field(default_factory=list)
+
+    def extend(self, delta: Ring, mask: Share) -> tuple[Ring, Share]:
+        """Add rows; return everything, joined along the positions."""
+        self.delta.append(delta)
+        self.mask.append(mask)
+        if len(self.delta) > 1:
+            self.delta = [np.concatenate(self.delta, axis=1)]
+            self.mask = [concat(self.mask, axis=1)]
+        return self.delta[0], self.mask[0]
+
+
+@dataclass(slots=True)
+class Cache:
+    """What a session keeps between steps: per layer keys and values, and which slots hold real tokens."""
+
+    keys: list[LayerCache]
+    values: list[LayerCache]
+    valid: Share | None = None  # (slots,), 0 or 1
+    length: int = 0
+
+    @classmethod
+    def empty(cls, layers: int) -> Cache:
+        return cls([LayerCache() for _ in range(layers)], [LayerCache() for _ in range(layers)])
+
+
+def _rotary(spec: PlanSpec, first: int, rows: int) -> tuple[Ring, Ring]:
+    """cos and signed sin (rows, head_dim) for the half-split rotation, at ROTARY_SCALE."""
+    assert spec.rope_theta is not None
+    half = spec.head_dim // 2
+    frequency = spec.rope_theta ** (-np.arange(half) / half)
+    angle = np.arange(first, first + rows)[:, None] * frequency[None]
+    cos, sin = np.cos(angle), np.sin(angle)
+    return (
+        encode(np.concatenate([cos, cos], axis=1), ROTARY_SCALE),
+        encode(np.concatenate([-sin, sin], axis=1), ROTARY_SCALE),
+    )
+
+
+def _rotate(x: Share, cos: Ring, sin: Ring) -> Share:
+    """Rotate the last axis of x (heads, rows, head_dim); adds ROTARY_SCALE to the scale. Local."""
+    half = x.shape[-1] // 2
+    swapped = concat([x[..., half:], x[..., :half]], axis=-1)
+    return x * cos + swapped * sin
+
+
+async def _per_head(ctx: Context, left: Ring, mask: Share, right: Ring, cache: Share, z: Share) -> Share:
+    """(left - mask) @ (right - cache) per head, given z = mask @ cache: left (h, n, k), right (h, k, m). Local."""
+    h, n, k = left.shape
+    m = right.shape[2]
+
+    def local() -> Ring:
+        out = np.empty((mask.v.shape[0], h, n, m), np.uint64)
+        for s in range(len(out)):
+            out[s] = z.v[s] - kernels.matmul(left, np.ascontiguousarray(cache.v[s]))
+            out[s] -= kernels.matmul(np.ascontiguousarray(mask.v[s]), right)
+        return out
+
+    y = ctx.share(await ctx.compute(4 * h * n * k * m, local, (2, h, n, m)))
+    both = await ctx.compute(h * n * k * m, lambda: kernels.matmul(left, right)[None], (1, h, n, m))
+    return y + both.reshape(h, n, m)
+
+
+async def attention(
+    ctx: Context, step: str, spec: PlanSpec, layer: int, u: Share, cache: Cache, first: int, s: Settings
+) -> Share:
+    """Attention of rows first .. first + n over everything before them, without the output matrix: (n, heads * hd)."""
+    f = s.scale_bits
+    n, hd, heads, kv = u.shape[0], spec.head_dim, spec.heads, spec.kv_heads
+    y = await ops.matmul(ctx, f"{step}/qkv", u, f"{layer}.qkv") + _bias(ctx, f"{layer}.qkv_b")
+    y = y.reshape(n, heads + 2 * kv, hd).swap(0, 1)  # (heads + 2 kv, n, hd), scale 2f
+    turned, v = y[: heads + kv], y[heads + kv :]
+    drop = f
+    if spec.positions == "rope":
+        turned = _rotate(turned, *_rotary(spec, first, n))
+        drop += ROTARY_SCALE
+    turned, v = await ops.truncate(ctx, f"{step}/qkv truncate", (turned, drop), (v, f))
+    q, k = turned[:heads], turned[heads:]
+
+    keys = ctx.take(prep.Keys(layer, first, n, heads, kv, hd), 1)
+    values = ctx.take(prep.Values(layer, first, n, heads, kv, hd), 1)
+    dq, dk, dv = await ctx.doors.open(f"{step}/cache", q + keys["x"], k + keys["new"], v + values["new"])
+    all_dk, all_k = cache.keys[layer].extend(dk, keys["new"])
+    all_dv, all_v = cache.values[layer].extend(dv, values["new"])
+    group = heads // kv
+    dk_t = np.ascontiguousarray(np.swapaxes(np.repeat(all_dk, group, axis=0), 1, 2))
+    scores = await _per_head(ctx, dq, keys["x"], dk_t, all_k.repeat(group, 0).swap(1, 2), keys["z"])
+
+    slots = first + n
+    allowed = (np.arange(slots)[None, :] <= np.arange(first, slots)[:, None]).astype(np.uint64)
+    e, total = await nonlinear.exponentials(ctx, f"{step}/softmax", scores, allowed, cache.valid, s)
+    (de,) = await ctx.doors.open(f"{step}/weights", e + values["x"])
+    dv_all = np.ascontiguousarray(np.repeat(all_dv, group, axis=0))
+    mixed = await _per_head(ctx, de, values["x"], dv_all, all_v.repeat(group, 0), values["z"])
+    (mixed,) = await ops.truncate(ctx, f"{step}/mix truncate", (mixed, nonlinear.EXP_SCALE + f - nonlinear.MIX_SCALE))
+    inverse = await nonlinear.reciprocal(ctx, f"{step}/reciprocal", total, s)
+    out = await ops.scale(ctx, f"{step}/divide", inverse.flat(), mixed.reshape(heads * n, hd))
+    (out,) = await ops.truncate(
+        ctx, f"{step}/divide truncate", (out, nonlinear.MIX_SCALE + nonlinear.INVERSE_SCALE - f)
+    )
+    return out.reshape(heads, n, hd).swap(0, 1).reshape(n, heads * hd)
+
+
+def _bias(ctx: Context, name: str) -> Share:
+    """A bias, shared at scale 2f as a row (1, m)."""
+    return ctx.share(np.stack(ctx.weights.pair(name)[: ctx.bk.components]))
+
+
+async def mlp(ctx: Context, step: str, spec: PlanSpec, layer: int, u: Share, s: Settings) -> Share:
+    """The inner part of a block: activation, gated or not, of u @ in: (n, hidden) at scale f."""
+    f = s.scale_bits
+    h = await ops.matmul(ctx, f"{step}/in", u, f"{layer}.in") + _bias(ctx, f"{layer}.in_b")
+    if spec.act == "relu":
+        return await nonlinear.relu(ctx, f"{step}/relu", h, s)
+    if spec.act != "silu_glu":
+        return await nonlinear.activation(ctx, f"{step}/{spec.act}", h, spec.act, s)
+    gate = await nonlinear.activation(ctx, f"{step}/silu", h[:, : spec.hidden], "silu", s)
+    (up,) = await ops.truncate(ctx, f"{step}/up truncate", (h[:, spec.hidden :], f))
+    (y,) = await ops.mul(ctx, f"{step}/gate", (gate, up))
+    (y,) = await ops.truncate(ctx, f"{step}/gate truncate", (y, f))
+    return y
+
+
+async def forward(
+    ctx: Context, step: str, spec: PlanSpec, h: Share, cache: Cache, s: Settings
+) -> Share:
+    """Blocks over n new rows h (n, d) at scale f, which join the cache. Returns the residual stream (n, d)."""
+    f, first = s.scale_bits, cache.length
+    for layer in range(spec.layers):
+        name = f"{step}/layer {layer}"
+        u = await nonlinear.rms_norm(ctx, f"{name}/norm 1", h, spec.norm_eps, s)
+        a = await attention(ctx, f"{name}/attention", spec, layer, u, cache, first, s)
+        y = await ops.matmul(ctx, f"{name}/o", a, f"{layer}.o") + _bias(ctx, f"{layer}.o_b")
+        (y,) = await ops.truncate(ctx, f"{name}/o truncate", (y, f))
+        h = h + y
+        u = await nonlinear.rms_norm(ctx, f"{name}/norm 2", h, spec.norm_eps, s)
+        m = await mlp(ctx, f"{name}/mlp", spec, layer, u, s)
+        y = await ops.matmul(ctx, f"{name}/out", m, f"{layer}.out") + _bias(ctx, f"{layer}.out_b")
+        (y,) = await ops.truncate(ctx, f"{name}/out truncate", (y, f))
+        h = h + y
+    cache.length += h.shape[0]
+    return h
+
+
+async def logits(ctx: Context, step: str, spec: PlanSpec, h: Share, s: Settings) -> Share:
+    """Logits (vocab,) at scale 2f of the last row of h."""
+    u = await nonlinear.rms_norm(ctx, f"{step}/norm", h[-1:], spec.norm_eps, s)
+    y = await ops.matmul(ctx, f"{step}/head", u, "head") + _bias(ctx, "head_b")
+    return y[0]
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """Prepared one-hots through which secret indices (tokens, positions) enter a step."""
+
+    token: dict[str, Share]
+    position: dict[str, Share] | None
+
+
+def entry(ctx: Context, spec: PlanSpec, rows: int) -> Entry:
+    """Take the one-hots for `rows` tokens. Their masks may be told to the client, or be used to open an index."""
+    token = ctx.take(prep.Lookup(0, 0, index_bits(spec.vocab), 0), rows)
+    position = None
+    if spec.positions == "learned":
+        position = ctx.take(prep.Lookup(0, 0, index_bits(spec.context), 0), rows)
+    return Entry(token, position)
+
+
+async def embed(
+    ctx: Context, step: str, spec: PlanSpec, e: Entry, token_offset: Ring, position_offset: Ring | None
+) -> Share:
+    """Rows of the embedding (n, d) at scale f, by public offsets (index + mask) of secret indices."""
+    hot = ops.one_hot(ctx, e.token, token_offset, index_bits(spec.vocab))[:, : spec.vocab]
+    h = await ops.matmul(ctx, f"{step}/embed", hot, "embed")
+    if e.position is not None and position_offset is not None:
+        hot = ops.one_hot(ctx, e.position, position_offset, index_bits(spec.context))[:, : spec.context]
+        h = h + await ops.matmul(ctx, f"{step}/position", hot, "pos")
+    return h
+
+
+async def reenter(
+    ctx: Context, step: str, spec: PlanSpec, token: Share, position: Share | None
+) -> Share:
+    """Embedding (1, d) of a secret token index, which is opened under the mask of a prepared one-hot."""
+    e = entry(ctx, spec, 1)
+    kt = index_bits(spec.vocab)
+    (c,) = await ctx.doors.open_low(f"{step}/token", kt, token.reshape(1) + e.token["r"])
+    p = None
+    if e.position is not None and position is not None:
+        kp = index_bits(spec.context)
+        (p,) = await ctx.doors.open_low(f"{step}/position index", kp, position.reshape(1) + e.position["r"])
+    return await embed(ctx, step, spec, e, c, p)
+
+
+async def cost_of(spec: PlanSpec, s: Settings, first: int, rows: int, *, prompt: bool, sample: str, padded: bool) -> Cost:
+    """Plan one step: `rows` rows from slot `first`; a prompt enters by offsets, a decoded token by its index."""
+    shapes = weight_shapes(spec)
+    shapes |= {f"{k}_b": (1, v[1]) for k, v in shapes.items() if k not in ("embed", "pos")}
+    ctx, cost = planning(shapes)
+    cache = Cache.empty(spec.layers)
+    zero = np.zeros(rows, np.uint64)
+    for c in (*cache.keys, *cache.values):
+        if first:
+            rows_before = np.broadcast_to(np.zeros(1, np.uint64), (spec.kv_heads, first, spec.head_dim))
+            c.delta, c.mask = [rows_before], [ctx.share(rows_before[None])]
+    cache.length = first
+    if padded:
+        cache.valid = ctx.share(np.zeros((1, first + rows), np.uint64))
+    if prompt:
+        h = await embed(ctx, "plan", spec, entry(ctx, spec, rows), zero, zero)
+    else:
+        index = ctx.share(np.zeros((1,), np.uint64))
+        h = await reenter(ctx, "plan", spec, index, index)
+    h = await forward(ctx, "plan", spec, h, cache, s)
+    if sample:
+        await ops.argmax(ctx, "plan", await logits(ctx, "plan", spec, h, s), s.scale_bits, LOGIT_WIDTH)
+    return cost

@@ -1,0 +1,229 @@
+"""The doors: the only code that sends or receives for a computation, and the rule for clear values.
+
+A value may become clear in these ways and no other:
+
+1. `open`: a share that the caller has masked with unused, uniform, verified randomness. Each party gets
+   the component it lacks from one holder in full and from the other as a SHA-256 digest, in the same
+   round. Of the two holders one is honest, so what is accepted is what the honest parties hold: a lie is
+   caught before the value is used, and no two honest parties can be told different values.
+2. `toss`: coins that all parties committed to before anything they challenge was fixed, and opened only
+   afterwards.
+3. `reveal`: to a client only, for a purpose named in REVEAL_PURPOSES, after every party has confirmed
+   that all its checks passed. The components leave re-randomised and sealed to that client.
+
+Preprocessing products pass through `reshare`; they may carry an error added by a cheater and are not used
+before `check` has passed. A failed check raises; it is never reported as a value. What a failure gives
+away: that the session has ended, and when.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import struct
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Final
+
+import numpy as np
+
+from mimir.errors import LocalError, PeerError
+from mimir.mpc.domain import Ring
+from mimir.mpc.drbg import HmacDrbg
+from mimir.mpc.replicated import PARTIES, Replicated
+from mimir.mpc.share import Bits, Share
+from mimir.net import Channel
+
+DIGEST: Final = 32
+SEED: Final = 32
+REVEAL_PURPOSES: Final = frozenset({"token", "input mask"})
+_CONFIRM: Final = b"every check passed"
+
+
+def _pack(arrays: Sequence[Ring]) -> list[memoryview]:
+    return [memoryview(np.ascontiguousarray(a).reshape(-1).view(np.uint8)) for a in arrays if a.size]
+
+
+def _digest(step: str, parts: Sequence[memoryview | bytes]) -> bytes:
+    h = hashlib.sha256(struct.pack(">I", len(step)) + step.encode())
+    for p in parts:
+        h.update(p)
+    return h.digest()
+
+
+def _split(raw: memoryview | bytearray, shapes: Sequence[tuple[int, ...]]) -> list[Ring]:
+    flat = np.frombuffer(raw, np.uint64)
+    out, at = [], 0
+    for shape in shapes:
+        n = int(np.prod(shape))
+        out.append(flat[at : at + n].reshape(shape))
+        at += n
+    return out
+
+
+class Coins:
+    """Seeds all parties have committed to; `toss` opens the next one. Two messages to commit, one a toss."""
+
+    def __init__(self, doors: Doors, phase: str, seeds: list[bytes], commitments: list[list[bytes]]) -> None:
+        self._doors = doors
+        self._phase = phase
+        self._seeds = seeds
+        self._commitments = commitments
+        self._next = 0
+
+    async def toss(self) -> bytes:
+        """32 joint random bytes. Call only when everything they challenge has been received."""
+        d, at = self._doors, self._next
+        if at >= len(self._seeds):
+            raise LocalError("no committed coin is left")
+        self._next += 1
+        mine = self._seeds[at]
+        step = f"{self._phase}/toss"
+        got = await d.round(step, {p: mine for p in d.peers}, {p: SEED for p in d.peers})
+        seeds: list[bytes] = [b""] * PARTIES
+        seeds[d.bk.party] = mine
+        for p in d.peers:
+            seed = bytes(got[p])
+            if _commitment(d.session, self._phase, p, at, seed) != self._commitments[p][at]:
+                raise PeerError(p, step, "opened a coin it had not committed to")
+            seeds[p] = seed
+        nonce = hashlib.sha256(b"".join(c[at] for c in self._commitments)).digest()
+        person = d.session + self._phase.encode() + struct.pack(">I", at)
+        drbg = HmacDrbg(entropy=b"".join(seeds), nonce=nonce, personalisation=person)
+        try:
+            return drbg.generate(SEED)
+        finally:
+            drbg.wipe()
+
+
+def _commitment(session: bytes, phase: str, party: int, at: int, seed: bytes) -> bytes:
+    # The seed is 32 uniform bytes and so hides itself; the rest binds it to its place.
+    return hashlib.sha256(b"mimir coin" + session + struct.pack(">BI", party, at) + seed + phase.encode()).digest()
+
+
+class Doors:
+    """All communication of one lane of one session, in lockstep rounds."""
+
+    def __init__(self, channel: Channel, bk: Replicated) -> None:
+        self.channel = channel
+        self.bk = bk
+        self.session = bytes(channel.session)
+        self.peers = (bk.following, bk.previous)
+        self.on_round: Callable[[], Awaitable[None]] | None = None
+
+    async def round(
+        self, step: str, send: dict[int, bytes | Sequence[memoryview | bytes]], expect: dict[int, int]
+    ) -> dict[int, memoryview | bytearray]:
+        return await self.channel.round(step, send, expect)
+
+    async def open(self, step: str, *shares: Share) -> list[Ring]:
+        """Public values of shares the caller has masked. One round; 8 bytes sent per element, plus a digest."""
+        lack = await self._open(step, [s.v for s in shares])
+        return [s.v[0] + s.v[1] + m for s, m in zip(shares, lack, strict=True)]
+
+    async def open_bits(self, step: str, *shares: Bits) -> list[Ring]:
+        """The same for words of bits."""
+        lack = await self._open(step, [s.v for s in shares])
+        return [s.v[0] ^ s.v[1] ^ m for s, m in zip(shares, lack, strict=True)]
+
+    async def open_low(self, step: str, width: int, *shares: Share) -> list[Ring]:
+        """Public values modulo 2^width, width at most 32; 4 bytes sent per element. The high bits stay hidden."""
+        if width > 32:
+            shift = np.uint64(64 - width)
+            return [x >> shift for x in await self.open(step, *(s * (1 << (64 - width)) for s in shares))]
+        narrow = [_narrow(s.v, width) for s in shares]
+        lack = [_widen(m, s.shape) for m, s in zip(await self._open(step, narrow), shares, strict=True)]
+        low = np.uint64((1 << width) - 1)
+        return [(s.v[0] + s.v[1] + m) & low for s, m in zip(shares, lack, strict=True)]
+
+    async def _open(self, step: str, values: Sequence[Ring]) -> list[Ring]:
+        bk = self.bk
+        full = _pack([v[1] for v in values])  # x_{i+1}, lacked by P_{i-1}
+        vouch = _digest(step, _pack([v[0] for v in values]))  # x_i, lacked by P_{i+1}
+        shapes = [v.shape[1:] for v in values]
+        size = 8 * sum(int(np.prod(s)) for s in shapes)
+        got = await self.round(
+            step, {bk.previous: full, bk.following: vouch}, {bk.following: size, bk.previous: DIGEST}
+        )
+        # x_{i+2} comes in full from P_{i+1} and as a digest from P_{i+2} = P_{i-1}.
+        if _digest(step, [got[bk.following]]) != bytes(got[bk.previous]):
+            raise PeerError(bk.following, step, f"an opening differs from what party {bk.previous} vouches for")
+        return _split(got[bk.following], shapes)
+
+    async def reshare(self, step: str, *summands: Ring) -> list[Ring]:
+        """Turn additive summands, already masked by a share of zero, into replicated components (2, ...).
+
+        One round, 8 bytes per element. Unverified: a cheater may add an error here.
+        """
+        bk = self.bk
+        shapes = [z.shape for z in summands]
+        size = 8 * sum(z.size for z in summands)
+        got = await self.round(
+            step, {bk.previous: _pack(summands), bk.following: b""}, {bk.following: size, bk.previous: 0}
+        )
+        return [np.stack([z, y]) for z, y in zip(summands, _split(got[bk.following], shapes), strict=True)]
+
+    async def commit(self, phase: str, count: int) -> Coins:
+        """Commit to `count` coins: commitments to both peers, then their echo, so that nobody told two stories."""
+        seeds = [os.urandom(SEED) for _ in range(count)]
+        me = self.bk.party
+        mine = [_commitment(self.session, phase, me, i, s) for i, s in enumerate(seeds)]
+        flat = b"".join(mine)
+        got = await self.round(f"{phase}/commit", {p: flat for p in self.peers}, {p: len(flat) for p in self.peers})
+        all_flat = {me: flat, **{p: bytes(got[p]) for p in self.peers}}
+        echo = hashlib.sha256(b"".join(all_flat[p] for p in range(PARTIES))).digest()
+        heard = await self.round(f"{phase}/echo", {p: echo for p in self.peers}, {p: DIGEST for p in self.peers})
+        for p in self.peers:
+            if bytes(heard[p]) != echo:
+                raise PeerError(p, f"{phase}/echo", "parties hold different commitments")
+        lists = [[all_flat[p][DIGEST * i : DIGEST * (i + 1)] for i in range(count)] for p in range(PARTIES)]
+        return Coins(self, phase, seeds, lists)
+
+    async def assert_zero(self, step: str, rings: Sequence[Ring], bits: Sequence[Ring]) -> None:
+        """Every share must be zero: the component a peer cannot see must be what ours imply. One round, 32 bytes.
+
+        P_i holds (z_i, z_{i+1}); if z = 0 the third component is -z_i - z_{i+1}, known to both peers.
+        """
+        bk = self.bk
+        implied = _pack([np.zeros(1, np.uint64) - z[0] - z[1] for z in rings]) + _pack([z[0] ^ z[1] for z in bits])
+        mine = _digest(step, implied)
+        got = await self.round(step, {p: mine for p in self.peers}, {p: DIGEST for p in self.peers})
+        everything = [*rings, *bits]
+        # P_{i+1} implies component i, our slot 0; P_{i-1} implies component i+1, our slot 1.
+        for peer, slot in ((bk.following, 0), (bk.previous, 1)):
+            if _digest(step, _pack([z[slot] for z in everything])) != bytes(got[peer]):
+                raise PeerError(peer, step, "a check of the preprocessing failed")
+
+    async def agree(self, step: str, value: bytes) -> None:
+        """All parties must hold the same public bytes. One round, 32 bytes."""
+        mine = _digest(step, [value])
+        got = await self.round(step, {p: mine for p in self.peers}, {p: DIGEST for p in self.peers})
+        for p in self.peers:
+            if bytes(got[p]) != mine:
+                raise PeerError(p, step, "parties disagree about a public value")
+
+    async def reveal(self, purpose: str, share: Share) -> Ring:
+        """Components (2, ...) of a re-randomised share, to be sealed to a client entitled to it.
+
+        Every party first confirms that all its checks passed; nothing leaves before both have said so. One round.
+        """
+        if purpose not in REVEAL_PURPOSES:
+            raise LocalError(f"no reveal is allowed for the purpose {purpose!r}")
+        await self.agree(f"reveal {purpose}", _CONFIRM)
+        # fresh = r_i - r_{i+1} would need one message; PRF components known pairwise give it with none:
+        # add s_i to component i, where s_0 + s_1 + s_2 = 0 is made from one random share each party half knows.
+        (z,) = await self.reshare(f"reveal {purpose}/refresh", self.bk.zero(*share.shape))
+        await self.assert_zero(f"reveal {purpose}/refresh check", [z], [])
+        return share.v + z
+
+
+def _narrow(v: Ring, width: int) -> Ring:
+    """Two 32-bit halves to a word, high bits dropped so that nothing above `width` travels."""
+    flat = v.reshape(v.shape[0], -1)
+    half = np.zeros((v.shape[0], flat.shape[1] + flat.shape[1] % 2), np.uint32)
+    half[:, : flat.shape[1]] = (flat & np.uint64((1 << width) - 1)).astype(np.uint32)
+    return half.view(np.uint64)
+
+
+def _widen(m: Ring, shape: tuple[int, ...]) -> Ring:
+    n = int(np.prod(shape))
+    return np.ascontiguousarray(m).view(np.uint32)[:n].astype(np.uint64).reshape(shape)

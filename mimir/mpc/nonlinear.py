@@ -1,0 +1,295 @@
+"""Non-linear functions: activation, softmax attention weights, reciprocal, root-mean-square norm.
+
+All are piecewise polynomials looked up under a mask (ops.piecewise). Reciprocal and inverse root see many
+orders of magnitude: they are looked up in a ladder of windows three octaves apart, and the highest window
+that is not empty is selected.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+
+from mimir.errors import LocalError
+from mimir.mpc import ops, prep
+from mimir.mpc.domain import Ring, encode
+from mimir.mpc.ops import Context, Piecewise
+from mimir.mpc.share import Share
+
+Real = npt.NDArray[np.float64]
+
+ACTIVATION_BIN: Final = -2  # log2 of the width of a bin of an activation
+EXP_BIN: Final = -1
+EXP_BITS: Final = 8  # range 128
+EXP_TOP: Final = 4.0  # exp is looked up on [EXP_TOP - 128, EXP_TOP)
+COARSE_BIN: Final = 2  # log2 of the resolution of the row maximum
+COARSE_BITS: Final = 6
+COARSE_REST: Final = 4
+SCORE_BOUND: Final = 2.0 ** (COARSE_BIN + COARSE_BITS - 1)  # scores must lie within +-128
+EXP_SCALE: Final = 24
+MIX_SCALE: Final = 28  # of sum(e v) before division
+INVERSE_SCALE: Final = 24
+WINDOW_BITS: Final = 6
+WINDOW_STEP: Final = 3  # octaves between windows
+WINDOW_FIRST: Final = 7  # smallest index that counts as not empty
+HEADROOM: Final = 60  # a value before truncation stays below 2^60
+DITHER: Final = 1.0  # mean excess, in units of the dropped scale, of a window read
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """Tunables of the approximations; equal at all parties (they are in the config digest)."""
+
+    scale_bits: int = 16
+    degree: int = 3
+    bins: int = 256
+
+    @property
+    def rest(self) -> int:
+        """Bits of the remainder: as many as the ring has room for."""
+        return {1: 14, 2: 14, 3: 12}[self.degree]
+
+
+def _fit(f: Callable[[Real], Real], left: Real, width: float, degree: int) -> Real:
+    """Chebyshev interpolants of f on [left, left + 2 width], in t = (x - left - width) / width: (degree + 1, n)."""
+    k = np.arange(32)
+    nodes = np.cos(np.pi * (k + 0.5) / 32)
+    values = f((left[:, None] + width * (1 + nodes[None, :])).ravel()).reshape(len(left), 32)
+    cheb = np.polynomial.chebyshev.chebvander(nodes, degree) * (2 / 32)
+    cheb[:, 0] /= 2
+    c = values @ cheb  # (n, degree + 1), Chebyshev coefficients
+    return np.stack([np.pad(q := np.polynomial.chebyshev.cheb2poly(row), (0, degree + 1 - len(q))) for row in c]).T
+
+
+def _tables(q: Real, scale: int, rest: int) -> Ring:
+    """Coefficients in t as ring elements of remainder^d: scale + rest * (degree - d) fraction bits each."""
+    degree = len(q) - 1
+    return np.stack([encode(q[d], scale + rest * (degree - d)) for d in range(degree + 1)])
+
+
+@lru_cache(maxsize=64)
+def _piece(
+    name: str, f: Callable[[Real], Real], start: float, bin_log: int, bits: int, in_scale: int, degree: int, rest: int,
+    magnitude: int,
+) -> Piecewise:
+    """f on [start, start + 2^(bin_log + bits)), input shifted to begin at 0, at `in_scale` fraction bits."""
+    low = in_scale + bin_log - rest
+    if low < 0:
+        raise LocalError(f"{name}: the input scale is too small for its bins")
+    width = 2.0**bin_log
+    shift = DITHER * 2.0 ** (low - in_scale)
+    left = start + (np.arange(1 << bits) - 1) * width - shift
+    q = _fit(f, left, width, degree)
+    scale = HEADROOM - magnitude - rest * degree
+    return Piecewise(low, rest, bits, _tables(q, scale, rest), np.zeros((0, 1 << bits), np.uint64), HEADROOM - magnitude)
+
+
+def silu(x: Real) -> Real:
+    return x / (1 + np.exp(-np.clip(x, -500, 500)))
+
+
+_erf = np.vectorize(math.erf, otypes=[np.float64])
+
+
+def gelu(x: Real) -> Real:
+    return 0.5 * x * (1 + _erf(x / math.sqrt(2)))
+
+
+def gelu_tanh(x: Real) -> Real:
+    return 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+
+
+ACTIVATIONS: Final[dict[str, Callable[[Real], Real]]] = {
+    "silu_glu": silu, "gelu": gelu, "gelu_tanh": gelu_tanh,
+}
+
+
+def activation_piece(name: str, s: Settings) -> Piecewise:
+    """Pieces of an activation on [-R, R), R = bins / 8, of an input at twice the scale."""
+    bits = s.bins.bit_length() - 1
+    r = s.bins * 2.0**ACTIVATION_BIN / 2
+    magnitude = math.ceil(math.log2(r)) + 1
+    return _piece(
+        name, ACTIVATIONS[name], -r, ACTIVATION_BIN, bits, 2 * s.scale_bits, s.degree, s.rest, magnitude
+    )
+
+
+async def activation(ctx: Context, step: str, x: Share, name: str, s: Settings) -> Share:
+    """SiLU or GELU of x at scale 2f, result at scale f. |x| < bins / 8. Rounds: degree + 2."""
+    p = activation_piece(name, s)
+    half = 1 << (2 * s.scale_bits + ACTIVATION_BIN + p.bits - 1)
+    ((y, _),) = await ops.piecewise(ctx, step, (x + half, p))
+    (y,) = await ops.truncate(ctx, f"{step}/truncate", (y, p.scale - s.scale_bits))
+    return y
+
+
+async def relu(ctx: Context, step: str, x: Share, s: Settings) -> Share:
+    """max(x, 0) of x at scale 2f, result at scale f. Rounds: 9."""
+    f = s.scale_bits
+    lanes = 64 * ((x.size + 63) // 64)
+    flat = x.flat()
+    padded = np.zeros((x.v.shape[0], lanes), np.uint64)
+    padded[:, : x.size] = flat.v
+    negative = await ops.is_negative(ctx, f"{step}/sign", ctx.share(padded), f, RELU_WIDTH)
+    (y,) = await ops.truncate(ctx, f"{step}/truncate", (flat, f))
+    keep = (-(await ops.to_ring(ctx, f"{step}/inject", negative, lanes)) + 1)[: x.size]
+    (y,) = await ops.mul(ctx, f"{step}/keep", (keep, y))
+    return y.reshape(*x.shape)
+
+
+RELU_WIDTH: Final = 28  # sign of |x| < 2^27 at scale f, that is 2^11
+
+
+# --- a ladder of windows -----------------------------------------------------------------------------
+
+
+@lru_cache(maxsize=64)
+def _ladder(name: str, f: Callable[[Real], Real], base: int, top: int, s: Settings, floor: float) -> tuple[Piecewise, ...]:
+    """Windows for integers in [0, 2^top): bin 2^base, 2^(base + 3), ...; f maps the integer, as a real, to the result."""
+    out = []
+    position = base
+    j = np.arange(1 << WINDOW_BITS)
+    while True:
+        last = position + WINDOW_BITS >= top
+        low = position - s.rest
+        if low < 0:
+            raise LocalError(f"{name}: the first window lies below the remainder")
+        width = 2.0**position
+        left = (j - 1) * width - DITHER * 2.0**low
+        first = position == base
+        q = _fit(lambda x: f(np.maximum(x, floor)), left, width, s.degree)
+        if not first:
+            q[:, : WINDOW_FIRST - 1] = 0  # a lower window answers there
+        used = q[:, (0 if first else WINDOW_FIRST - 1) :]
+        magnitude = math.ceil(math.log2(max(float(np.abs(used).sum(axis=0).max()), 2.0**-30))) + 1
+        scale = min(HEADROOM - magnitude, INVERSE_SCALE + 56) - s.rest * s.degree
+        flags = (j >= WINDOW_FIRST).astype(np.uint64)[None]
+        out.append(Piecewise(low, s.rest, WINDOW_BITS, _tables(q, scale, s.rest), flags, scale + s.rest * s.degree))
+        if last:
+            return tuple(out)
+        position += WINDOW_STEP
+
+
+async def _climb(ctx: Context, step: str, x: Share, ladder: tuple[Piecewise, ...]) -> Share:
+    """The value of the highest window that is not empty, at INVERSE_SCALE. Rounds: degree + 2 + log2(windows)."""
+    looked = await ops.piecewise(ctx, step, *((x, p) for p in ladder))
+    values = await ops.truncate(
+        ctx, f"{step}/truncate", *((v, p.scale - INVERSE_SCALE) for (v, _), p in zip(looked, ladder, strict=True))
+    )
+    rungs = [(flags[0], v) for v, (_, flags) in zip(values, looked, strict=True)]
+    level = 0
+    while len(rungs) > 1:
+        odd = len(rungs) % 2
+        # rungs are ordered from low to high; join (low, high) neighbours, an odd lowest one waits
+        lows, highs = rungs[odd::2], rungs[odd + 1 :: 2]
+        joins = list(zip(lows, highs, strict=True))
+        pairs = [(h[0], h[1] - lo[1]) for lo, h in joins]
+        if len(rungs) > 2:
+            pairs += [(lo[0], h[0]) for lo, h in joins]
+        products = await ops.mul(ctx, f"{step}/select {level}", *pairs)
+        both = products[len(joins) :] or [h[0] for _, h in joins]
+        rungs = rungs[:odd] + [
+            (lo[0] + h[0] - b, lo[1] + p) for (lo, h), p, b in zip(joins, products, both, strict=False)
+        ]
+        level += 1
+    return rungs[0][1]
+
+
+@lru_cache(maxsize=8)
+def _inverse(one: float) -> Callable[[Real], Real]:
+    return lambda x: one / x
+
+
+@lru_cache(maxsize=32)
+def _inverse_root(per: float, eps: float) -> Callable[[Real], Real]:
+    return lambda x: 1 / np.sqrt(np.maximum(x, 0.0) / per + eps)
+
+
+SUM_SHIFT: Final = 8  # sums of exponentials are read at scale EXP_SCALE + 8 = 32
+SUM_SCALE: Final = EXP_SCALE + SUM_SHIFT
+SUM_BASE: Final = 17  # bin of the first window: 2^-15, below e^-8 / 7
+SUM_TOP: Final = 43  # sums below 2^11
+NORM_TOP: Final = 58  # sum of squares below 2^(58 - 2f)
+
+
+def _norm_base(width: int, eps: float, scale: int) -> int:
+    """Bin of the first window: an eighth of the eps that is added to the mean square, not below the remainder."""
+    return max(14, math.floor(math.log2(max(eps, 1e-12) * width)) + 2 * scale - WINDOW_STEP)
+
+
+async def reciprocal(ctx: Context, step: str, x: Share, s: Settings) -> Share:
+    """1 / x at scale 24 for x at scale 24 within e^-8 .. 2^11."""
+    ladder = _ladder("reciprocal", _inverse(2.0**SUM_SCALE), SUM_BASE, SUM_TOP, s, 2.0 ** (SUM_BASE - 1))
+    return await _climb(ctx, step, x * (1 << SUM_SHIFT), ladder)
+
+
+async def rms_norm(ctx: Context, step: str, x: Share, eps: float, s: Settings) -> Share:
+    """x / sqrt(mean(x^2) + eps) for rows x (n, d) at scale f. One mask serves both uses of x.
+
+    Rounds: 1 + (degree + 2 + log2(windows)) + 2.
+    """
+    n, d = x.shape
+    c = ctx.take(prep.Norm(d), n)
+    (dx,) = await ctx.doors.open(f"{step}/x", x + c["x"])
+    square = c["q"] - (c["x"] * (dx * np.uint64(2))).sum(1) + (dx * dx).sum(axis=1, dtype=np.uint64)
+    f = _inverse_root(d * 4.0**s.scale_bits, eps)
+    ladder = _ladder("inverse root", f, _norm_base(d, eps, s.scale_bits), NORM_TOP, s, 0.0)
+    r = await _climb(ctx, f"{step}/root", square, ladder)
+    (dr,) = await ctx.doors.open(f"{step}/scale", r + c["s"])
+    y = c["z"] - c["x"] * dr[:, None] - c["s"].reshape(-1, 1) * dx + dx * dr[:, None]
+    (y,) = await ops.truncate(ctx, f"{step}/truncate", (y, INVERSE_SCALE))
+    return y
+
+
+# --- softmax --------------------------------------------------------------------------------------------
+
+
+def _exp(x: Real) -> Real:
+    return np.exp(x)
+
+
+async def exponentials(
+    ctx: Context, step: str, scores: Share, allowed: Ring, valid: Share | None, s: Settings
+) -> tuple[Share, Share]:
+    """Weights e^(score - shift) at scale 24, 0 where not allowed (public) or not valid (secret), and their sums.
+
+    scores (heads, rows, keys) at scale 2f within +-128; allowed (rows, keys) of 0 and 1; valid (keys,) bits.
+    The shift is the row's maximum, rounded up by at most two coarse bins: it is found by counting, for every
+    threshold, the scores above it, and by testing those counts for zero. Rounds: 1 + 2 + degree + 3.
+    """
+    scale = 2 * s.scale_bits
+    heads, rows, keys = scores.shape
+    one_hot = await ops.coarse_index(
+        ctx, f"{step}/coarse", scores + (1 << (scale + COARSE_BIN + COARSE_BITS - 1)),
+        scale + COARSE_BIN - COARSE_REST, COARSE_REST, COARSE_BITS,
+    )  # (heads, rows, keys, 64)
+    per_row = (one_hot * allowed[None, :, :, None]).sum(2)  # (heads, rows, 64): how many scores in each bin
+    at_least = ctx.share(np.cumsum(per_row.v[..., ::-1], axis=-1, dtype=np.uint64)[..., ::-1])[..., 1:]
+    bits = keys.bit_length()
+    count = at_least.size
+    lanes = 64 * ((count + 63) // 64)
+    padded = np.zeros((scores.v.shape[0], lanes), np.uint64)
+    padded[:, :count] = at_least.flat().v
+    empty = await ops.is_zero(ctx, f"{step}/counts", ctx.share(padded), bits)
+    none = (await ops.to_ring(ctx, f"{step}/inject", empty, lanes))[:count].reshape(heads, rows, -1)
+    top = -(none.sum(2)) + none.shape[2]  # index of the highest bin in use
+    shift = top * (1 << (scale + COARSE_BIN))
+    # maximum < (top + 1) bins - 128: subtract that, then move the range of exp to begin at zero
+    offset = SCORE_BOUND - 2.0**COARSE_BIN + (2.0 ** (EXP_BITS + EXP_BIN) - EXP_TOP)
+    x = scores - shift.reshape(heads, rows, 1).broadcast(heads, rows, keys) + int(offset * 2**scale)
+    start = EXP_TOP - 2.0 ** (EXP_BITS + EXP_BIN)
+    p = _piece("exp", _exp, start, EXP_BIN, EXP_BITS, scale, s.degree, s.rest, 0)
+    ((e, _),) = await ops.piecewise(ctx, f"{step}/exp", (x, p))
+    e = e * allowed[None]
+    if valid is not None:
+        (e,) = await ops.mul(ctx, f"{step}/valid", (e, valid.broadcast(heads, rows, keys)))
+    (e,) = await ops.truncate(ctx, f"{step}/truncate", (e, p.scale - EXP_SCALE))
+    e = e * allowed[None]
+    return e, e.sum(2)
+

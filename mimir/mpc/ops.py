@@ -1,0 +1,325 @@
+"""Operations on shares: each takes fresh correlations, opens masked values, finishes locally.
+
+Every message of these functions is an opening (see doors), so what comes out is right or the session has
+ended. Costs are stated per element; `rounds` counts lockstep rounds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final, Protocol, TypeVar
+
+import numpy as np
+import trio
+
+from mimir import kernels
+from mimir.mpc import prep
+from mimir.mpc.domain import RING_BITS, Ring, words
+from mimir.mpc.prep import Kind, Weights
+from mimir.mpc.share import Backend, Bits, Share, concat
+
+T = TypeVar("T")
+THREAD_WORK: Final = 1 << 21  # multiplications from which a kernel is worth a thread of its own
+_TWO_62: Final = np.uint64(1 << 62)
+
+
+class Opening(Protocol):
+    """What operations need of the doors."""
+
+    async def open(self, step: str, *shares: Share) -> list[Ring]: ...
+
+    async def open_bits(self, step: str, *shares: Bits) -> list[Ring]: ...
+
+    async def open_low(self, step: str, width: int, *shares: Share) -> list[Ring]: ...
+
+
+class Material(Protocol):
+    def take(self, kind: Kind, n: int) -> dict[str, Ring]: ...
+
+
+@dataclass(slots=True)
+class Context:
+    """Where an operation runs: the backend, the doors, this step's correlations, the weights."""
+
+    bk: Backend
+    doors: Opening
+    store: Material
+    weights: Weights
+
+    def take(self, kind: Kind, n: int) -> dict[str, Share]:
+        return {k: Share(v, self.bk) for k, v in self.store.take(kind, n).items()}
+
+    async def compute(self, work: int, fn: Callable[[], T], shape: tuple[int, ...]) -> T:
+        """Run a kernel, in a thread if it is long, so that the mesh keeps time. `shape` is that of its result."""
+        if work < THREAD_WORK:
+            return fn()
+        return await trio.to_thread.run_sync(fn)
+
+    def share(self, v: Ring) -> Share:
+        return Share(v, self.bk)
+
+
+async def truncate(ctx: Context, step: str, *items: tuple[Share, int]) -> list[Share]:
+    """Drop f bits of each (x, f): x / 2^f to within 2 units, for |x| < 2^62. One round, 8 bytes.
+
+    Top-bit correction: c = open(x + 2^62 + r); with R = r_0 + r_1 + r_2 over the integers, U the sum of the
+    r_i >> f and W the number of times R passes 2^64, floor((x' + v) / 2^f) = (c >> f) - U + 2^(64-f) (W +
+    top(r) (1 - top(c))) exactly, v < 3 * 2^f being the public dither. No wrong value exists to be unlucky with.
+    """
+    sums, parts = [], []
+    for x, f in items:
+        p = ctx.take(prep.Trunc(f), x.size)
+        sums.append(x.flat() + _TWO_62 + p["r"])
+        parts.append(p)
+    opened = await ctx.doors.open(step, *sums)
+    out = []
+    for (x, f), p, c in zip(items, parts, opened, strict=True):
+        shift = np.uint64(f)
+        not_top = np.uint64(1) - (c >> np.uint64(63))
+        wrapped = p["over"] + p["top"] * not_top
+        public = (c >> shift) - (_TWO_62 >> shift) - np.uint64(1)
+        out.append((wrapped * (1 << (RING_BITS - f)) - p["high"] + public).reshape(*x.shape))
+    return out
+
+
+async def matmul(ctx: Context, step: str, x: Share, name: str) -> Share:
+    """x (n, k) times the shared weight matrix `name` (k, m): (n, m) at the sum of the scales. One round, 8 k bytes."""
+    c = ctx.take(prep.Weight(name), x.shape[0])
+    (delta,) = await ctx.doors.open(step, x + c["x"])
+    w = ctx.weights.pair(name)
+    n, k, m = *x.shape, w[0].shape[1]
+
+    def local() -> Ring:
+        return np.stack([kernels.matmul(delta, w[0]), kernels.matmul(delta, w[1])])
+
+    y = await ctx.compute(2 * n * k * m, local, (2, n, m))
+    return ctx.share(y) - c["z"]
+
+
+async def mul(ctx: Context, step: str, *pairs: tuple[Share, Share]) -> list[Share]:
+    """Products element by element. One round, 16 bytes."""
+    total = sum(x.size for x, _ in pairs)
+    c = ctx.take(prep.Mul(), total)
+    xs = concat([x.flat() for x, _ in pairs])
+    ys = concat([y.flat() for _, y in pairs])
+    dx, dy = await ctx.doors.open(step, xs + c["x"], ys + c["y"])
+    z = c["z"] - c["y"] * dx - c["x"] * dy + dx * dy
+    out, at = [], 0
+    for x, _ in pairs:
+        out.append(z[at : at + x.size].reshape(*x.shape))
+        at += x.size
+    return out
+
+
+async def scale(ctx: Context, step: str, s: Share, x: Share) -> Share:
+    """s (n) times each row of x (n, m). One round, 8 (m + 1) bytes a row."""
+    c = ctx.take(prep.Scale(x.shape[1]), x.shape[0])
+    ds, dx = await ctx.doors.open(step, s + c["s"], x + c["x"])
+    return c["z"] - c["x"] * ds[:, None] - c["s"].reshape(-1, 1) * dx + dx * ds[:, None]
+
+
+async def conjunction(ctx: Context, step: str, *pairs: tuple[Bits, Bits]) -> list[Bits]:
+    """ANDs of words of bits. One round, two bits a bit."""
+    total = sum(x.size for x, _ in pairs)
+    c = {k: Bits(v.v, ctx.bk) for k, v in ctx.take(prep.AndTriple(), total).items()}
+    xs = Bits(concat([x.flat() for x, _ in pairs]).v, ctx.bk)
+    ys = Bits(concat([y.flat() for _, y in pairs]).v, ctx.bk)
+    dx, dy = await ctx.doors.open_bits(step, xs ^ c["x"], ys ^ c["y"])
+    z = c["z"] ^ (c["y"] & dx) ^ (c["x"] & dy) ^ (dx & dy)
+    out, at = [], 0
+    for x, _ in pairs:
+        out.append(Bits(z.v[:, at : at + x.size].reshape(z.v.shape[0], *x.shape), ctx.bk))
+        at += x.size
+    return out
+
+
+async def to_ring(ctx: Context, step: str, bits: Bits, n: int) -> Share:
+    """Words of bits (w) as n ring elements 0 or 1. One round, one bit each."""
+    c = ctx.take(prep.DaBit(), n)
+    mask = Bits(c["planes"].v[:, 0], ctx.bk)
+    (o,) = await ctx.doors.open_bits(step, bits ^ mask)
+    public = kernels.bits_to_ring(o, n)
+    return c["ring"] * (np.uint64(1) - np.uint64(2) * public) + public
+
+
+async def is_zero(ctx: Context, step: str, x: Share, bits: int) -> Bits:
+    """[x = 0] for x (n) in 0 .. 2^bits - 1, as words. One round, 4 bytes."""
+    n = x.shape[0]
+    c = ctx.take(prep.Zero(bits), n)
+    (o,) = await ctx.doors.open_low(step, bits, x + c["r"])
+    lane = np.arange(n)
+    chosen = (c["planes"].v[:, o.astype(np.int64), lane >> 6] >> (lane & 63).astype(np.uint64)) & np.uint64(1)
+    return Bits(np.stack([kernels.ring_lsb(np.ascontiguousarray(v)) for v in chosen]), ctx.bk)
+
+
+async def is_negative(ctx: Context, step: str, x: Share, low: int, width: int) -> Bits:
+    """[x < 0] for x (n) with |x| < 2^(low + width - 1), as words; |x| < 2^(low + 2) may be taken for zero.
+
+    c = open(x + r); with the bits of r shared, the sign is top(c) ^ top(r) ^ [c' < r'] of the lower bits, by a
+    tree of (less, equal) pairs. Rounds: 1 + log2(width - 1); 8 bytes and 4 bits a bit of width.
+    """
+    n = x.shape[0]
+    c = ctx.take(prep.Compare(low, width), n)
+    (o,) = await ctx.doors.open_low(f"{step}/mask", low + width, x + c["r"])
+    public = kernels.bit_slice(np.ascontiguousarray(o >> np.uint64(low)), width)  # (width, words)
+    r = Bits(c["planes"].v, ctx.bk)
+    sign = r[width - 1] ^ public[width - 1]
+    less = r[: width - 1] & ~public[: width - 1]
+    equal = ~(r[: width - 1] ^ public[: width - 1])
+    level = 0
+    while less.shape[0] > 1:
+        odd = less.shape[0] % 2
+        lo, hi = slice(odd, None, 2), slice(odd + 1, None, 2)
+        a, b = await conjunction(ctx, f"{step}/tree {level}", (equal[hi], less[lo]), (equal[hi], equal[lo]))
+        less, equal = (
+            Bits(np.concatenate([less.v[:, :odd], (less[hi] ^ a).v], axis=1), ctx.bk),
+            Bits(np.concatenate([equal.v[:, :odd], b.v], axis=1), ctx.bk),
+        )
+        level += 1
+    return sign ^ less[0]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Piecewise:
+    """A piecewise polynomial of an index of `bits` bits and a remainder of `rest` bits, above `low` dropped bits.
+
+    tables[d] holds the coefficient of remainder^d for every index; Horner needs degree rounds and the result
+    has `scale` fraction bits. Extra tables (flags) are looked up and returned as they are.
+    """
+
+    low: int
+    rest: int
+    bits: int
+    tables: Ring  # (degree + 1, 2^bits)
+    flags: Ring  # (extra, 2^bits)
+    scale: int
+
+    @property
+    def degree(self) -> int:
+        return self.tables.shape[0] - 1
+
+    @property
+    def kind(self) -> prep.Lookup:
+        return prep.Lookup(self.low, self.rest, self.bits, self.degree)
+
+
+async def piecewise(ctx: Context, step: str, *items: tuple[Share, Piecewise]) -> list[tuple[Share, list[Share]]]:
+    """Evaluate each (x, piecewise) with one degree: (value at its scale, looked-up flags). degree + 1 rounds.
+
+    x must lie in [0, 2^(low + rest + bits)); what lies outside reads another piece.
+    """
+    cs = [ctx.take(p.kind, x.size) for x, p in items]
+    sums = []
+    for (x, p), c in zip(items, cs, strict=True):
+        total = p.low + p.rest + p.bits
+        sums.append((x.flat() + c["r"]) * (1 << (RING_BITS - total)))
+    opened = await ctx.doors.open(f"{step}/index", *sums)
+    value: list[Share] = []
+    coefs: list[Share] = []
+    rests: list[Ring] = []
+    flags: list[list[Share]] = []
+    for (x, p), c, o in zip(items, cs, opened, strict=True):
+        window = o >> np.uint64(RING_BITS - p.rest - p.bits)
+        index = window >> np.uint64(p.rest)
+        tables = np.concatenate([p.tables, p.flags])
+        e = c["e"].v
+
+        def local(e: Ring = e, index: Ring = index, tables: Ring = tables) -> Ring:
+            return np.stack([kernels.lookup(np.ascontiguousarray(v), index, tables) for v in e])
+
+        shape = (2, len(tables), x.size)
+        looked = ctx.share(await ctx.compute(2 * len(tables) * (x.size << p.bits), local, shape))
+        coefs.append(looked)
+        flags.append([looked[i].reshape(*x.shape) for i in range(p.degree + 1, len(tables))])
+        value.append(looked[p.degree])
+        rests.append(window & np.uint64((1 << p.rest) - 1))
+    degree = items[0][1].degree
+    for d in range(degree):
+        masks = [c["mask"][:, d] for c in cs]
+        deltas = await ctx.doors.open(f"{step}/horner {d}", *(t + m for t, m in zip(value, masks, strict=True)))
+        for i, (delta, c) in enumerate(zip(deltas, cs, strict=True)):
+            product = c["prod"][:, d] - c["v"] * delta - masks[i] * rests[i] + delta * rests[i]
+            value[i] = product + coefs[i][degree - 1 - d]
+    return [(v.reshape(*x.shape), f) for (x, _), v, f in zip(items, value, flags, strict=True)]
+
+
+def one_hot(ctx: Context, c: dict[str, Share], opened: Ring, bits: int) -> Share:
+    """The prepared one-hot turned by a public offset: row i has its one at (opened - r) mod 2^bits. No round."""
+    index = opened & np.uint64((1 << bits) - 1)
+    return ctx.share(np.stack([kernels.rotate(np.ascontiguousarray(v), index) for v in c["e"].v]))
+
+
+async def coarse_index(ctx: Context, step: str, x: Share, low: int, rest: int, bits: int) -> Share:
+    """One-hot (*shape, 2^bits) of floor(x / 2^(low + rest)), or that plus one, for x >= 0. One round."""
+    c = ctx.take(prep.Lookup(low, rest, bits, 0), x.size)
+    total = low + rest + bits
+    (o,) = await ctx.doors.open(step, (x.flat() + c["r"]) * (1 << (RING_BITS - total)))
+    return one_hot(ctx, c, o >> np.uint64(RING_BITS - bits), bits).reshape(*x.shape, 1 << bits)
+
+
+async def argmax(ctx: Context, step: str, x: Share, low: int, width: int) -> tuple[Share, Share]:
+    """Largest of x (n) and its index, ties to the lower index: two shares of shape ().
+
+    A tournament in groups: all pairs of a group are compared at once, the winner beats every other. Values
+    closer than 2^(low + 2) may tie. Rounds: about 9 + log2(width) a level.
+    """
+    value, index = x, ctx.share(np.zeros_like(x.v)) + np.arange(x.shape[0], dtype=np.uint64)
+    level = 0
+    while value.shape[0] > 1:
+        n = value.shape[0]
+        size = _group(n)
+        groups = n // size
+        rest = n - groups * size
+        name = f"{step}/level {level}"
+        if size > 2 and low:
+            # Three near-equal values compared with dropped bits could beat one another in a circle.
+            (value,) = await truncate(ctx, f"{name}/exact", (value, low))
+            low = 0
+        v, i = value[: groups * size].reshape(groups, size), index[: groups * size].reshape(groups, size)
+        won = await _winners(ctx, name, v, low, width)  # (groups, size), one-hot rows
+        best = await mul(ctx, f"{name}/select", (won, v), (won, i))
+        value = concat([best[0].sum(1), value[n - rest :]]) if rest else best[0].sum(1)
+        index = concat([best[1].sum(1), index[n - rest :]]) if rest else best[1].sum(1)
+        level += 1
+    return value[0], index[0]
+
+
+def _group(n: int) -> int:
+    """Group size of a tournament level: pairs while there are many, then wider, which costs fewer rounds."""
+    for limit, size in ((12, n), (48, 6), (512, 4), (4096, 4)):
+        if n <= limit:
+            return size
+    return 2
+
+
+async def _winners(ctx: Context, step: str, v: Share, low: int, width: int) -> Share:
+    groups, size = v.shape
+    first, second = np.triu_indices(size, 1)
+    pairs = len(first)
+    differences = v[:, first] - v[:, second]  # (groups, pairs)
+    n = groups * pairs
+    # lanes ordered pair by pair, each pair padded to whole words, so that a pair is a row of words
+    lanes = 64 * words(groups)
+    padded = np.zeros((differences.v.shape[0], pairs, lanes), np.uint64)
+    padded[:, :, :groups] = np.swapaxes(differences.v, 1, 2)
+    assert n <= pairs * lanes
+    lost = await is_negative(ctx, f"{step}/compare", ctx.share(padded.reshape(padded.shape[0], -1)), low, width)
+    lost = Bits(lost.v.reshape(lost.v.shape[0], pairs, -1), ctx.bk)  # first < second
+    beats: list[list[Bits]] = [[] for _ in range(size)]
+    for p, (a, b) in enumerate(zip(first, second, strict=True)):
+        beats[a].append(~lost[p])
+        beats[b].append(lost[p])
+    rows = [Bits(np.stack([b.v for b in row], axis=1), ctx.bk) for row in beats]  # (size - 1, words) each
+    level = 0
+    while rows[0].shape[0] > 1:
+        odd = rows[0].shape[0] % 2
+        joined = await conjunction(ctx, f"{step}/all {level}", *((r[odd::2], r[odd + 1 :: 2]) for r in rows))
+        rows = [
+            Bits(np.concatenate([r.v[:, :odd], j.v], axis=1), ctx.bk) for r, j in zip(rows, joined, strict=True)
+        ]
+        level += 1
+    won = Bits(np.concatenate([r.v[:, 0] for r in rows], axis=1), ctx.bk)  # (size * words)
+    ring = await to_ring(ctx, f"{step}/inject", won, size * lanes)
+    return ring.reshape(size, lanes).swap(0, 1)[:groups]
+

@@ -1,0 +1,103 @@
+"""Planning a step without running it: what it will take, how many rounds, how many bytes.
+
+The planner is a backend, doors, store and weights that know only shapes. Running a layer over them records
+the demand, so the producer prepares exactly what the layer code asks for and the cost model cannot drift
+from the code. It holds no secrets: every array is a single zero, stretched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import numpy as np
+
+from mimir.mpc import prep
+from mimir.mpc.domain import Ring
+from mimir.mpc.ops import Context
+from mimir.mpc.prep import Kind
+from mimir.mpc.share import Bits, Share
+
+T = TypeVar("T")
+
+
+def _zeros(*shape: int) -> Ring:
+    return np.broadcast_to(np.zeros(1, np.uint64), shape)
+
+
+class _Shapes:
+    """A backend of one component that does nothing."""
+
+    party = 0
+    components = 1
+
+    def add_public(self, v: Ring, public: Ring) -> Ring:
+        return _zeros(*v.shape)
+
+    def xor_public(self, v: Ring, public: Ring) -> Ring:
+        return _zeros(*v.shape)
+
+
+@dataclass(slots=True)
+class Cost:
+    """Of one step, online, per party."""
+
+    rounds: int = 0
+    sent: int = 0  # bytes, without framing
+    opened: int = 0
+    demand: dict[Kind, int] = field(default_factory=dict)
+
+
+class _CountingDoors:
+    def __init__(self, cost: Cost) -> None:
+        self.cost = cost
+
+    def _count(self, elements: int, size: int) -> None:
+        self.cost.rounds += 1
+        self.cost.opened += elements
+        self.cost.sent += elements * size + 32
+
+    async def open(self, step: str, *shares: Share) -> list[Ring]:
+        self._count(sum(s.size for s in shares), 8)
+        return [_zeros(*s.shape) for s in shares]
+
+    async def open_bits(self, step: str, *shares: Bits) -> list[Ring]:
+        self._count(sum(s.size for s in shares), 8)
+        return [_zeros(*s.shape) for s in shares]
+
+    async def open_low(self, step: str, width: int, *shares: Share) -> list[Ring]:
+        self._count(sum(s.size for s in shares), 4 if width <= 32 else 8)
+        return [_zeros(*s.shape) for s in shares]
+
+
+class _CountingStore:
+    def __init__(self, cost: Cost, weights: Mapping[str, tuple[int, int]]) -> None:
+        self.cost = cost
+        self.weights = weights
+
+    def take(self, kind: Kind, n: int) -> dict[str, Ring]:
+        prep.add_demand(self.cost.demand, {kind: prep.lanes(kind, n)})
+        shape = self.weights[kind.name] if isinstance(kind, prep.Weight) else None
+        return {name: _zeros(1, *s) for name, s in prep.shapes(kind, n, shape).items()}
+
+
+class _ShapeWeights:
+    def __init__(self, weights: Mapping[str, tuple[int, int]]) -> None:
+        self.weights = weights
+
+    def pair(self, name: str) -> tuple[Ring, Ring]:
+        z = _zeros(*self.weights[name])
+        return z, z
+
+
+class _PlanContext(Context):
+    async def compute(self, work: int, fn: Callable[[], T], shape: tuple[int, ...]) -> Any:
+        return _zeros(1, *shape[1:])
+
+
+def planning(weights: Mapping[str, tuple[int, int]]) -> tuple[Context, Cost]:
+    """A context in which to run a step for its cost; `weights` gives the shapes of the weight matrices."""
+    cost = Cost()
+    ctx = _PlanContext(_Shapes(), _CountingDoors(cost), _CountingStore(cost, weights), _ShapeWeights(weights))
+    return ctx, cost

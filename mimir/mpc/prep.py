@@ -1,0 +1,572 @@
+"""Correlations: made by all three parties together, verified, stored, taken once.
+
+There is no dealer. Masks are expanded from pairwise keys; their bits are free because each component is
+known to two parties; carries come from an adder over GF(2); products are made by resharing and verified by
+`check` before anything of the batch can be taken. A batch that fails is dropped whole and ends the session.
+
+A *kind* names one sort of correlation, with everything that fixes its shape:
+
+    Trunc(f)             truncation pair for ops.truncate
+    Lookup(g, b, k, d)   one-hot of k bits, remainder of b bits, d polynomial steps
+    Zero(k)              zero test of k-bit values
+    Compare(g, w)        sign of w-bit values, g lower bits dropped
+    DaBit()              a random bit in both domains
+    AndTriple()          64 bit triples a word
+    Mul()                a, b, ab
+    Scale(m)             s, x (m), s x
+    Norm(m)              x (m), sum x^2, r, r x
+    Weight(name)         a mask row and its product with a shared weight matrix
+    Keys(layer, ...)     masks of new keys and queries and the products with all cached key masks
+    Values(layer, ...)   the same for attention weights and values
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Final, Protocol
+
+import numpy as np
+import trio
+
+from mimir import kernels
+from mimir.errors import LocalError
+from mimir.mpc import check
+from mimir.mpc.domain import Ring, words
+from mimir.mpc.doors import Doors
+
+ADDER_LANES: Final = 1 << 15  # elements handled by one pass of the adder (bounds memory)
+
+
+# --- kinds -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Trunc:
+    f: int
+
+
+@dataclass(frozen=True, slots=True)
+class Lookup:
+    low: int  # bits below the window, dropped with an error of at most 2 units of 2^low
+    rest: int  # bits of the remainder
+    bits: int  # bits of the index
+    steps: int  # polynomial steps that follow
+
+
+@dataclass(frozen=True, slots=True)
+class Zero:
+    bits: int
+
+
+@dataclass(frozen=True, slots=True)
+class Compare:
+    low: int
+    width: int
+
+
+@dataclass(frozen=True, slots=True)
+class DaBit:
+    pass
+
+
+@dataclass(frozen=True, slots=True)
+class AndTriple:
+    pass
+
+
+@dataclass(frozen=True, slots=True)
+class Mul:
+    pass
+
+
+@dataclass(frozen=True, slots=True)
+class Scale:
+    width: int
+
+
+@dataclass(frozen=True, slots=True)
+class Norm:
+    width: int
+
+
+@dataclass(frozen=True, slots=True)
+class Weight:
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class Keys:
+    """For rows first..first+rows of one layer: queries and keys, and queries times all keys up to there."""
+
+    layer: int
+    first: int
+    rows: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+
+
+@dataclass(frozen=True, slots=True)
+class Values(Keys):
+    pass
+
+
+Kind = Trunc | Lookup | Zero | Compare | DaBit | AndTriple | Mul | Scale | Norm | Weight | Keys
+Demand = Mapping[Kind, int]
+
+
+class Weights(Protocol):
+    """Weight shares by name: two components (k, n), each held by this party and one other."""
+
+    def pair(self, name: str) -> tuple[Ring, Ring]: ...
+
+
+# --- making a batch --------------------------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class Batch:
+    """Correlations in the making, and the relations that must hold before they may be used."""
+
+    doors: Doors
+    weights: Weights
+    caches: dict[tuple[str, int], list[Ring]]
+    out: dict[Kind, dict[str, Ring]] = field(default_factory=dict)
+    relations: list[check.Relation] = field(default_factory=list)
+    gates: list[check.And] = field(default_factory=list)
+    zeros: list[Ring] = field(default_factory=list)
+    zero_bits: list[Ring] = field(default_factory=list)
+
+    async def mul(self, step: str, *pairs: tuple[Ring, Ring]) -> list[Ring]:
+        """Products of shares (2, ...), element by element; the caller states the relation. One round."""
+        bk = self.doors.bk
+        summands = []
+        for x, y in pairs:
+            x, y = np.broadcast_arrays(x, y)
+            x, y = np.ascontiguousarray(x), np.ascontiguousarray(y)
+            summands.append(kernels.rss_mul(x, y, bk.zero(*x.shape[1:])))
+        return await self.doors.reshare(step, *summands)
+
+    async def conj(self, step: str, *pairs: tuple[Ring, Ring]) -> list[Ring]:
+        """ANDs of words of bits (2, ...), with their relations. One round."""
+        bk = self.doors.bk
+        summands = []
+        for x, y in pairs:
+            x, y = np.ascontiguousarray(x), np.ascontiguousarray(y)
+            summands.append(kernels.rss_and(x, y, bk.zero_bits(*x.shape[1:])))
+        z = await self.doors.reshare(step, *summands)
+        self.gates.extend(check.And(x, y, r) for (x, y), r in zip(pairs, z, strict=True))
+        return z
+
+    async def matmul(self, step: str, a: Ring, b: tuple[Ring, Ring]) -> Ring:
+        """Stacks a (2, s, m, k) times b, two components (s, k, n): (2, s, m, n), with its relation. One round."""
+        bk = self.doors.bk
+
+        def local() -> Ring:
+            z = bk.zero(a.shape[1], a.shape[2], b[0].shape[2])
+            both = a[0] + a[1]
+            for i in range(a.shape[1]):
+                kernels.matmul(both[i], b[0][i], out=z[i], add=True)
+                kernels.matmul(np.ascontiguousarray(a[0, i]), b[1][i], out=z[i], add=True)
+            return z
+
+        (c,) = await self.doors.reshare(step, await trio.to_thread.run_sync(local))
+        self.relations.append(check.MatrixProduct(a, b, c))
+        return c
+
+    # -- bits of masks --
+
+    async def add3(self, step: str, r: Ring, width: int, *, low: int, last: bool) -> dict[str, Ring]:
+        """Bits of r_0 + r_1 + r_2 for components (2, n) below 2^width.
+
+        Carry-save: the sum bits of the three are their shares, the majority costs one AND a bit; then a
+        prefix adder. Returns, as words of bits (2, ..., w): "sum" (width) unless `last`; for carry out of bit
+        low-1 "carry_a" + "carry_b"; for `last` also "top" (bit width-1), "over_a" + "over_b" (bit width).
+        Rounds: 2 + log2(width) (+1).
+        """
+        n = r.shape[1]
+        planes = np.stack([kernels.bit_slice(np.ascontiguousarray(r[i]), width) for i in range(2)])
+        bk = self.doors.bk
+        p0, p1, p2 = (bk.known(i, planes) for i in range(3))
+        (maj,) = await self.conj(f"{step}/majority", (p0 ^ p2, p1 ^ p2))
+        maj = maj ^ p2
+        s = planes
+        m = np.concatenate([np.zeros_like(maj[:, :1]), maj[:, :-1]], axis=1)  # the majority, shifted up
+        p = s ^ m
+        (g,) = await self.conj(f"{step}/generate", (s[:, 1:], m[:, 1:]))
+        g = np.concatenate([np.zeros_like(s[:, :1]), g], axis=1)
+        out: dict[str, Ring] = {}
+        if last:
+            carry = await self._carry_out(f"{step}/carry", p[:, : width - 1], g[:, : width - 1])
+            (over,) = await self.conj(f"{step}/top", (p[:, width - 1], carry))
+            out["top"] = p[:, width - 1] ^ carry
+            out["over_a"] = maj[:, width - 1]
+            out["over_b"] = g[:, width - 1] ^ over
+        else:
+            carries = await self._prefix(f"{step}/prefix", p, g)  # carry out of each bit
+            into = np.concatenate([np.zeros_like(carries[:, :1]), carries[:, :-1]], axis=1)
+            out["sum"] = p ^ into
+            if low:
+                out["carry_a"] = maj[:, low - 1]
+                out["carry_b"] = carries[:, low - 1]
+        assert words(n) == planes.shape[2]
+        return out
+
+    async def _carry_out(self, step: str, p: Ring, g: Ring) -> Ring:
+        """Carry out of the last bit: a tree that joins neighbours. log2 rounds, two ANDs a join."""
+        level = 0
+        while p.shape[1] > 1:
+            odd = p.shape[1] % 2
+            lo, hi = slice(odd, None, 2), slice(odd + 1, None, 2)
+            a, b = await self.conj(f"{step} {level}", (p[:, hi], g[:, lo]), (p[:, hi], p[:, lo]))
+            p = np.concatenate([p[:, :odd], b], axis=1)
+            g = np.concatenate([g[:, :odd], g[:, hi] ^ a], axis=1)
+            level += 1
+        return g[:, 0]
+
+    async def _prefix(self, step: str, p: Ring, g: Ring) -> Ring:
+        """Carries out of every bit (Sklansky): log2 rounds, at most width ANDs each."""
+        width = p.shape[1]
+        span = 1
+        p, g = p.copy(), g.copy()
+        while span < width:
+            hi = np.array([i for i in range(width) if i & span])
+            lo = (hi & ~np.int64(2 * span - 1)) + span - 1
+            a, b = await self.conj(f"{step} {span}", (p[:, hi], g[:, lo]), (p[:, hi], p[:, lo]))
+            g[:, hi] ^= a
+            p[:, hi] = b
+            span *= 2
+        return g
+
+    async def inject(self, step: str, bits: Ring, n: int, *, prove: bool = True) -> Ring:
+        """Words of bits (2, j, w) as ring elements (2, j, n).
+
+        XOR of the three components as ring products, two rounds. An error is found because the result must
+        be 0 or 1 (stated here if `prove`, otherwise by the caller) and its low bit must be the bit shared.
+        """
+        bk = self.doors.bk
+        flat = bits.reshape(2, -1, bits.shape[-1])
+        ring = np.stack([np.stack([kernels.bits_to_ring(np.ascontiguousarray(w), n) for w in flat[i]]) for i in (0, 1)])
+        b0, b1, b2 = (bk.known(i, ring) for i in range(3))
+        (both,) = await self.mul(f"{step}/xor 1", (b0, b1))
+        x = b0 + b1 - both * np.uint64(2)
+        (both,) = await self.mul(f"{step}/xor 2", (x, b2))
+        x = x + b2 - both * np.uint64(2)
+        if prove:
+            flat_x = x.reshape(2, -1)
+            self.relations.append(check.Product(flat_x, flat_x, flat_x))
+        self.same_bits(x, flat, n)
+        return x.reshape(*bits.shape[:-1], n)
+
+    def same_bits(self, x: Ring, bits: Ring, n: int) -> None:
+        """State that ring elements (2, j, n), known to be 0 or 1, are the bits (2, j, w).
+
+        The low bits of the components of x share its low bit over GF(2), so this costs nothing but a zero check.
+        """
+        low = np.stack(
+            [np.stack([kernels.ring_lsb(np.ascontiguousarray(row)) for row in x[i].reshape(-1, n)]) for i in (0, 1)]
+        )
+        mask = np.full(bits.shape[-1], 2**64 - 1, np.uint64)
+        if n % 64:
+            mask[-1] = (1 << (n % 64)) - 1
+        self.zero_bits.append((low ^ bits.reshape(low.shape)) & mask)
+
+    async def one_hot(self, step: str, b: Ring) -> Ring:
+        """From bits (2, k, n) as ring elements, one-hots (2, n, 2^k) by doubling; bit j weighs 2^j. k - 1 rounds."""
+        bk = self.doors.bk
+        k, n = b.shape[1:]
+        one = np.ones(n, np.uint64)
+        e = np.stack([bk.add_public(np.zeros(1, np.uint64) - b[:, 0], one), b[:, 0]], axis=2)
+        for j in range(1, k):
+            (high,) = await self.mul(f"{step}/double {j}", (e, b[:, j, :, None]))
+            e = np.concatenate([e - high, high], axis=2)
+        e = np.ascontiguousarray(e)
+        self.relations.append(check.OneHot(e))
+        self.zeros.append(bk.add_public(e.sum(axis=2, dtype=np.uint64), np.full(n, 2**64 - 1, np.uint64)))
+        return e
+
+
+async def _trunc(b: Batch, kind: Trunc, n: int) -> dict[str, Ring]:
+    r = b.doors.bk.random(n)
+    shift = np.uint64(kind.f)
+    bits = await b.add3(f"trunc {kind.f}", r, 64, low=0, last=True)
+    got = await b.inject(f"trunc {kind.f}/inject", np.stack([bits["top"], bits["over_a"], bits["over_b"]], axis=1), n)
+    return {"r": r, "high": r >> shift, "top": got[:, 0], "over": got[:, 1] + got[:, 2]}
+
+
+async def _lookup(b: Batch, kind: Lookup, n: int) -> dict[str, Ring]:
+    bk = b.doors.bk
+    name = f"lookup {kind.low}.{kind.rest}.{kind.bits}.{kind.steps}"
+    width = kind.rest + kind.bits
+    total = kind.low + width
+    r = bk.random(n) & np.uint64((1 << total) - 1)
+    h = r >> np.uint64(kind.low)
+    bits = await b.add3(name, h, width, low=kind.rest, last=False)
+    index = bits["sum"][:, kind.rest :]
+    stack = index
+    if kind.rest:
+        stack = np.concatenate([index, bits["carry_a"][:, None], bits["carry_b"][:, None]], axis=1)
+    # The index bits need no proof of their own: they are re-read from the verified one-hot.
+    got = await b.inject(f"{name}/inject", stack, n, prove=False)
+    e = await b.one_hot(name, got[:, : kind.bits])
+    j = np.arange(1 << kind.bits, dtype=np.uint64)
+    masks = np.stack([(j >> np.uint64(t)) & np.uint64(1) for t in range(kind.bits)])  # (k, K)
+    reread = np.stack([(kernels.matmul_nt(masks, e[i])) for i in range(2)])  # (2, k, n)
+    b.zeros.append(reread - got[:, : kind.bits])
+    out = {"r": r, "e": e}
+    if kind.rest:
+        carries = np.ascontiguousarray(got[:, kind.bits :])
+        flat = carries.reshape(2, -1)
+        b.relations.append(check.Product(flat, flat, flat))
+        low = np.uint64((1 << kind.rest) - 1)
+        v = (h & low) - (carries[:, 0] + carries[:, 1]) * np.uint64(1 << kind.rest)
+        out["v"] = v
+        if kind.steps:
+            masks_t = bk.random(n, kind.steps)
+            v_wide = np.ascontiguousarray(np.broadcast_to(v[:, :, None], masks_t.shape))
+            (prod,) = await b.mul(f"{name}/steps", (masks_t, v_wide))
+            b.relations.append(check.ScalarProduct(v, masks_t, prod))
+            out["mask"], out["prod"] = masks_t, prod
+    return out
+
+
+async def _zero(b: Batch, kind: Zero, n: int) -> dict[str, Ring]:
+    """One-hot over GF(2) of the k bits of r, as bit planes: opening c = x + r, x is 0 iff r = c."""
+    r = b.doors.bk.random(n) & np.uint64((1 << kind.bits) - 1)
+    name = f"zero {kind.bits}"
+    bits = (await b.add3(name, r, kind.bits, low=0, last=False))["sum"]
+    ones = np.full(bits.shape[2], 2**64 - 1, np.uint64)
+    e = np.stack([b.doors.bk.xor_public(bits[:, 0], ones), bits[:, 0]], axis=1)
+    for j in range(1, kind.bits):
+        (high,) = await b.conj(f"{name}/double {j}", (e, np.ascontiguousarray(np.broadcast_to(bits[:, j : j + 1], e.shape))))
+        e = np.concatenate([e ^ high, high], axis=1)
+    return {"r": r, "planes": e}
+
+
+async def _compare(b: Batch, kind: Compare, n: int) -> dict[str, Ring]:
+    r = b.doors.bk.random(n) & np.uint64((1 << (kind.low + kind.width)) - 1)
+    name = f"compare {kind.low}.{kind.width}"
+    bits = (await b.add3(name, r >> np.uint64(kind.low), kind.width, low=0, last=False))["sum"]
+    return {"r": r, "planes": bits}
+
+
+async def _dabit(b: Batch, kind: DaBit, n: int) -> dict[str, Ring]:
+    bits = b.doors.bk.random(1, words(n))
+    ring = await b.inject("dabit", bits, n)
+    return {"ring": ring[:, 0], "planes": bits}
+
+
+async def _and(b: Batch, kind: AndTriple, n: int) -> dict[str, Ring]:
+    bk = b.doors.bk
+    x, y = bk.random(n), bk.random(n)  # n counts words here
+    (z,) = await b.conj("and", (x, y))
+    return {"x": x, "y": y, "z": z}
+
+
+async def _mul(b: Batch, kind: Mul, n: int) -> dict[str, Ring]:
+    bk = b.doors.bk
+    x, y = bk.random(n), bk.random(n)
+    (z,) = await b.mul("mul", (x, y))
+    b.relations.append(check.Product(x, y, z))
+    return {"x": x, "y": y, "z": z}
+
+
+async def _scale(b: Batch, kind: Scale, n: int) -> dict[str, Ring]:
+    bk = b.doors.bk
+    s, x = bk.random(n), bk.random(n, kind.width)
+    (z,) = await b.mul(f"scale {kind.width}", (x, s[:, :, None]))
+    b.relations.append(check.ScalarProduct(s, x, z))
+    return {"s": s, "x": x, "z": z}
+
+
+async def _norm(b: Batch, kind: Norm, n: int) -> dict[str, Ring]:
+    bk = b.doors.bk
+    s, x = bk.random(n), bk.random(n, kind.width)
+    square = ((x[0] + x[1]) * x[0] + x[0] * x[1]).sum(axis=1, dtype=np.uint64) + bk.zero(n)
+    wide = np.ascontiguousarray(np.broadcast_to(s[:, :, None], x.shape))
+    z, q = await b.doors.reshare(f"norm {kind.width}", kernels.rss_mul(x, wide, bk.zero(n, kind.width)), square)
+    b.relations.append(check.ScalarProduct(s, x, z))
+    b.relations.append(check.SquareSum(x, q))
+    return {"s": s, "x": x, "z": z, "q": q}
+
+
+async def _weight(b: Batch, kind: Weight, n: int) -> dict[str, Ring]:
+    w = b.weights.pair(kind.name)
+    x = b.doors.bk.random(n, w[0].shape[0])
+    z = await b.matmul(f"weight {kind.name}", x[:, None], (w[0][None], w[1][None]))
+    return {"x": x, "z": z[:, 0]}
+
+
+async def _keys(b: Batch, kind: Keys, n: int) -> dict[str, Ring]:
+    """Query masks times all key masks so far, per head: (heads, rows, first + rows)."""
+    bk = b.doors.bk
+    q = bk.random(kind.heads, kind.rows, kind.head_dim)
+    new = bk.random(kind.kv_heads, kind.rows, kind.head_dim)
+    cache = b.caches.setdefault(("keys", kind.layer), [])
+    cache.append(new)
+    keys = np.concatenate(cache, axis=2)
+    if keys.shape[2] != kind.first + kind.rows:
+        raise LocalError("key masks must be made in the order of positions")
+    keys = np.repeat(keys, kind.heads // kind.kv_heads, axis=1)
+    keys_t = np.ascontiguousarray(np.swapaxes(keys, 2, 3))  # (2, heads, dim, positions)
+    z = await b.matmul(f"keys {kind.layer}", q, (keys_t[0], keys_t[1]))
+    return {"x": q, "new": new, "z": z}
+
+
+async def _values(b: Batch, kind: Values, n: int) -> dict[str, Ring]:
+    """Attention-weight masks times all value masks so far, per head: (heads, rows, head_dim)."""
+    bk = b.doors.bk
+    a = bk.random(kind.heads, kind.rows, kind.first + kind.rows)
+    new = bk.random(kind.kv_heads, kind.rows, kind.head_dim)
+    cache = b.caches.setdefault(("values", kind.layer), [])
+    cache.append(new)
+    values = np.concatenate(cache, axis=2)
+    if values.shape[2] != kind.first + kind.rows:
+        raise LocalError("value masks must be made in the order of positions")
+    values = np.ascontiguousarray(np.repeat(values, kind.heads // kind.kv_heads, axis=1))
+    z = await b.matmul(f"values {kind.layer}", a, (values[0], values[1]))
+    return {"x": a, "new": new, "z": z}
+
+
+_MAKERS: Final[dict[type, Any]] = {
+    Trunc: _trunc,
+    Lookup: _lookup,
+    Zero: _zero,
+    Compare: _compare,
+    DaBit: _dabit,
+    AndTriple: _and,
+    Mul: _mul,
+    Scale: _scale,
+    Norm: _norm,
+    Weight: _weight,
+    Keys: _keys,
+    Values: _values,
+}
+
+
+def shapes(kind: Kind, n: int, weight_shape: tuple[int, int] | None = None) -> dict[str, tuple[int, ...]]:
+    """Shapes, components not counted, of what n of a kind consist of: for planning a step without running it."""
+    match kind:
+        case Trunc():
+            return {"r": (n,), "high": (n,), "top": (n,), "over": (n,)}
+        case Lookup():
+            out: dict[str, tuple[int, ...]] = {"r": (n,), "e": (n, 1 << kind.bits)}
+            if kind.rest:
+                out["v"] = (n,)
+                if kind.steps:
+                    out["mask"] = out["prod"] = (n, kind.steps)
+            return out
+        case Zero():
+            return {"r": (n,), "planes": (1 << kind.bits, words(n))}
+        case Compare():
+            return {"r": (n,), "planes": (kind.width, words(n))}
+        case DaBit():
+            return {"ring": (n,), "planes": (1, words(n))}
+        case AndTriple() | Mul():
+            return {"x": (n,), "y": (n,), "z": (n,)}
+        case Scale():
+            return {"s": (n,), "x": (n, kind.width), "z": (n, kind.width)}
+        case Norm():
+            return {"s": (n,), "x": (n, kind.width), "z": (n, kind.width), "q": (n,)}
+        case Weight():
+            assert weight_shape is not None
+            return {"x": (n, weight_shape[0]), "z": (n, weight_shape[1])}
+        case Values():
+            total = kind.first + kind.rows
+            rows = (kind.heads, kind.rows, kind.head_dim)
+            return {"x": (kind.heads, kind.rows, total), "new": (kind.kv_heads, kind.rows, kind.head_dim), "z": rows}
+        case Keys():
+            total = kind.first + kind.rows
+            rows = (kind.heads, kind.rows, kind.head_dim)
+            return {"x": rows, "new": (kind.kv_heads, kind.rows, kind.head_dim), "z": (kind.heads, kind.rows, total)}
+
+
+# Axis of each array, components not counted, along which a part may be taken; the others are whole.
+_LANE_AXIS: Final[dict[tuple[type, str], int]] = {(Zero, "planes"): 1, (Compare, "planes"): 1, (DaBit, "planes"): 1}
+
+
+async def produce(batch: Batch, step: str, demand: Demand) -> dict[Kind, dict[str, Ring]]:
+    """Make and verify everything in `demand`; raise if anything in it is wrong. Nothing unverified is returned."""
+    for kind, n in sorted(demand.items(), key=lambda kv: _order(kv[0])):
+        if n:
+            batch.out[kind] = await _MAKERS[type(kind)](batch, kind, n)
+            await trio.lowlevel.checkpoint()
+    await check.verify(batch.doors, f"{step}/verify", batch.relations, batch.gates, batch.zeros, batch.zero_bits)
+    return batch.out
+
+
+def _order(kind: Kind) -> tuple[str, Any]:
+    # All parties make kinds in one order; attention masks in the order of positions.
+    if isinstance(kind, Keys):
+        return (type(kind).__name__, (kind.first, kind.layer))
+    return (type(kind).__name__, repr(kind))
+
+
+@dataclass(slots=True)
+class Store:
+    """Verified correlations of one step of one session. What has been taken is gone."""
+
+    material: dict[Kind, dict[str, Ring]]
+    taken: dict[Kind, int] = field(default_factory=dict)
+
+    def take(self, kind: Kind, n: int) -> dict[str, Ring]:
+        """The next n of a kind; for kinds made of bit lanes n is rounded up to words by the caller. Once only."""
+        have = self.material.get(kind)
+        if have is None:
+            raise LocalError(f"no correlation of kind {kind} was prepared for this step")
+        if isinstance(kind, Keys):
+            return self.material.pop(kind)
+        at = self.taken.get(kind, 0)
+        out = {}
+        for name, v in have.items():
+            axis = 1 + _LANE_AXIS.get((type(kind), name), 0)
+            lanes = (type(kind), name) in _LANE_AXIS
+            lo, hi = (at // 64, at // 64 + words(n)) if lanes else (at, at + n)
+            if hi > v.shape[axis]:
+                raise LocalError(f"correlations of kind {kind} are used up; the demand was planned too small")
+            out[name] = v[(slice(None),) * axis + (slice(lo, hi),)]
+        step = 64 * words(n) if isinstance(kind, Zero | Compare | DaBit) else n
+        self.taken[kind] = at + step
+        return out
+
+    def left(self) -> dict[Kind, int]:
+        """What was planned and not taken."""
+        out = {}
+        for kind, have in self.material.items():
+            total = 1 if isinstance(kind, Keys) else next(iter(have.values())).shape[1]
+            if total - self.taken.get(kind, 0) > 0:
+                out[kind] = total - self.taken.get(kind, 0)
+        return out
+
+    def wipe(self) -> None:
+        for arrays in self.material.values():
+            for v in arrays.values():
+                if v.flags.writeable and v.flags.c_contiguous:
+                    kernels.wipe(v)
+        self.material.clear()
+
+
+def lanes(kind: Kind, n: int) -> int:
+    """How many of a kind a request for n consumes: bit-lane kinds go by whole words."""
+    return 64 * words(n) if isinstance(kind, Zero | Compare | DaBit) else n
+
+
+def add_demand(total: dict[Kind, int], more: Demand) -> None:
+    for kind, n in more.items():
+        total[kind] = total.get(kind, 0) + n
+
+
+def split(material: dict[Kind, dict[str, Ring]], demands: Sequence[Demand]) -> list[Store]:
+    """Cut one verified batch, made for the sum of several demands, into one store per demand."""
+    whole = Store(material)
+    out = []
+    for demand in demands:
+        out.append(Store({k: whole.take(k, n) for k, n in demand.items() if n}))
+    return out
+
+
+__all__ = [
+    "AndTriple", "Batch", "Compare", "DaBit", "Demand", "Keys", "Kind", "Lookup", "Mul", "Norm", "Scale", "Store",
+    "Trunc", "Values", "Weight", "Weights", "Zero", "add_demand", "lanes", "produce", "replace", "split",
+]
