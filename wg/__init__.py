@@ -1,0 +1,37 @@
+"""WireGuard tunnels for a small mesh, raised and watched by a Trio program.
+
+The package stands alone: it imports nothing of `mimir`. Modules, lowest first:
+
+    errors    what can go wrong, with exit codes
+    keys      X25519 keys: make, write and read owner-only files
+    uapi      the text protocol of a running wireguard-go, over its unix socket
+    device    one WireGuard interface, in the kernel or as a supervised wireguard-go
+    tunnel    `async with raise_tunnel(config) as tunnel:` - peers, handshakes, health
+    probe     a bulk transfer through the tunnel, which finds a wrong MTU where ping does not
+    relay     emulation of a wide-area link between two WireGuard endpoints (tests, benchmarks)
+    capture   a sniffer that tells WireGuard datagrams from everything else (tests)
+"""
+
+from wg.errors import DeviceLost, HandshakeTimeout, KeyFileError, NotPossibleHere, TunnelError, WgError
+from wg.keys import PrivateKey, PublicKey, generate, load_private, save_private
+from wg.tunnel import PeerState, PeerStatus, Tunnel, TunnelConfig, TunnelPeer, raise_tunnel
+
+__all__ = [
+    "DeviceLost",
+    "HandshakeTimeout",
+    "KeyFileError",
+    "NotPossibleHere",
+    "PeerState",
+    "PeerStatus",
+    "PrivateKey",
+    "PublicKey",
+    "Tunnel",
+    "TunnelConfig",
+    "TunnelError",
+    "TunnelPeer",
+    "WgError",
+    "generate",
+    "load_private",
+    "raise_tunnel",
+    "save_private",
+]

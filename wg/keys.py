@@ -1,0 +1,184 @@
+"""X25519 keys of the tunnel: made here, written to owner-only files, read back only from such files.
+
+The file format is that of `wg genkey`: one line of base64. A `PrivateKey` owns its bytes and can be wiped;
+Python may still hold copies that the cryptography library or the netlink library made on the way, so wiping
+shortens the life of a key in memory and does not promise its absence.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import os
+import stat
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NoReturn
+
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
+
+from wg.errors import KeyFileError
+
+KEY_BYTES = 32
+#: A key file holds 44 characters and a newline; anything much longer is not a key file.
+KEY_FILE_LIMIT = 128
+
+
+@dataclass(frozen=True, order=True)
+class PublicKey:
+    """The 32 bytes by which a peer is known."""
+
+    raw: bytes
+
+    def __post_init__(self) -> None:
+        if len(self.raw) != KEY_BYTES:
+            raise KeyFileError(f"a public key has {KEY_BYTES} bytes, not {len(self.raw)}")
+
+    @classmethod
+    def from_base64(cls, text: str) -> PublicKey:
+        return cls(_decode_base64(text.strip().encode("ascii", "replace"), "public key"))
+
+    @classmethod
+    def from_hex(cls, text: str) -> PublicKey:
+        try:
+            return cls(bytes.fromhex(text))
+        except ValueError:
+            raise KeyFileError("a public key in hexadecimal has 64 digits 0-9 and a-f") from None
+
+    @classmethod
+    def from_text(cls, text: str) -> PublicKey:
+        """From either spelling: 64 hexadecimal digits or 44 characters of base64."""
+        return cls.from_hex(text) if len(text.strip()) == 2 * KEY_BYTES else cls.from_base64(text)
+
+    def base64(self) -> str:
+        return base64.b64encode(self.raw).decode()
+
+    def hex(self) -> str:
+        return self.raw.hex()
+
+    def __str__(self) -> str:
+        return self.base64()[:8] + "…"
+
+
+class PrivateKey:
+    """An X25519 private key. Never prints, compares, copies or pickles its bytes; `wipe()` zeroes them."""
+
+    __slots__ = ("_bytes",)
+
+    def __init__(self, raw: bytes | bytearray) -> None:
+        if len(raw) != KEY_BYTES:
+            raise KeyFileError(f"a private key has {KEY_BYTES} bytes, not {len(raw)}")
+        clamped = bytearray(raw)
+        # Clamped once here (RFC 7748, section 5), so that every consumer shows the same public key and text.
+        clamped[0] &= 248
+        clamped[31] = (clamped[31] & 127) | 64
+        self._bytes = clamped
+
+    def public(self) -> PublicKey:
+        self._alive()
+        return PublicKey(X25519PrivateKey.from_private_bytes(self._bytes).public_key().public_bytes_raw())
+
+    def hex(self) -> bytearray:
+        """The key as lowercase hexadecimal, in a buffer that the caller wipes."""
+        self._alive()
+        return bytearray(binascii.hexlify(self._bytes))
+
+    def base64(self) -> bytearray:
+        """The key as base64, in a buffer that the caller wipes."""
+        self._alive()
+        return bytearray(base64.b64encode(self._bytes))
+
+    def wipe(self) -> None:
+        """Zero the bytes; any later use raises. Wiping twice is allowed."""
+        self._bytes[:] = bytes(len(self._bytes))
+        self._bytes = bytearray()
+
+    def _alive(self) -> None:
+        if not self._bytes:
+            raise KeyFileError("this private key has been wiped")
+
+    def __repr__(self) -> str:
+        return "PrivateKey(wiped)" if not self._bytes else "PrivateKey(32 bytes)"
+
+    def _refuse(self, *_: object) -> NoReturn:
+        raise TypeError("a private key cannot be compared, hashed, copied, formatted or pickled")
+
+    __eq__ = _refuse
+    __ne__ = _refuse
+    __hash__ = _refuse  # type: ignore[assignment]
+    __bytes__ = _refuse
+    __copy__ = _refuse
+    __deepcopy__ = _refuse
+    __reduce__ = _refuse
+    __reduce_ex__ = _refuse  # type: ignore[assignment]
+    __format__ = _refuse
+    __iter__ = _refuse
+    __bool__ = _refuse
+
+
+def generate() -> PrivateKey:
+    """A fresh private key from the operating system's generator."""
+    return PrivateKey(X25519PrivateKey.generate().private_bytes_raw())
+
+
+def save_private(path: str | os.PathLike[str], key: PrivateKey) -> None:
+    """Write `key` to a new file with mode 0600. Refuses to replace a file: a lost key cannot be had back."""
+    text = key.base64()
+    try:
+        handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    except FileExistsError:
+        raise KeyFileError(f"{path}: exists already; remove it first if its key may be lost") from None
+    except OSError as problem:
+        raise KeyFileError(f"{path}: cannot be created: {problem.strerror}") from None
+    try:
+        os.fchmod(handle, 0o600)  # whatever the umask
+        _write_all(handle, text)
+        _write_all(handle, b"\n")
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+        text[:] = bytes(len(text))
+
+
+def load_private(path: str | os.PathLike[str]) -> PrivateKey:
+    """Read a key from a file that only its owner may read. Else raises `KeyFileError` naming it."""
+    where = Path(path)
+    try:
+        handle = os.open(where, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as problem:
+        raise KeyFileError(f"{where}: cannot be read: {problem.strerror}; make one with keygen") from None
+    try:
+        facts = os.fstat(handle)
+        if not stat.S_ISREG(facts.st_mode):
+            raise KeyFileError(f"{where}: is not a regular file")
+        if facts.st_mode & 0o077:
+            raise KeyFileError(
+                f"{where}: others may read or change this key (mode {stat.S_IMODE(facts.st_mode):04o}); "
+                "chmod 600 it, and make a new key if anybody could have read it"
+            )
+        text = bytearray(KEY_FILE_LIMIT + 1)
+        size = os.readv(handle, [text])
+    finally:
+        os.close(handle)
+    try:
+        if size > KEY_FILE_LIMIT:
+            raise KeyFileError(f"{where}: is too long for a key file")
+        return PrivateKey(_decode_base64(bytes(text[:size]).strip(), str(where)))
+    finally:
+        text[:] = bytes(len(text))
+
+
+def _decode_base64(text: bytes, name: str) -> bytes:
+    try:
+        raw = base64.b64decode(text, validate=True)
+    except binascii.Error:
+        raise KeyFileError(f"{name}: is not base64") from None
+    if len(raw) != KEY_BYTES:
+        raise KeyFileError(f"{name}: a key has {KEY_BYTES} bytes, this has {len(raw)}")
+    return raw
+
+
+def _write_all(handle: int, data: bytes | bytearray) -> None:
+    view = memoryview(data)
+    while view:
+        view = view[os.write(handle, view) :]
