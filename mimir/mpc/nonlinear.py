@@ -27,7 +27,7 @@ Real = npt.NDArray[np.float64]
 ACTIVATION_BIN: Final = -2  # log2 of the width of a bin of an activation
 EXP_BIN: Final = -1
 EXP_BITS: Final = 8  # range 128
-EXP_TOP: Final = 4.0  # exp is looked up on [EXP_TOP - 128, EXP_TOP)
+EXP_TOP: Final = 0.5  # exp is looked up on [EXP_TOP - 128, EXP_TOP)
 COARSE_BIN: Final = 2  # log2 of the resolution of the row maximum
 COARSE_BITS: Final = 6
 COARSE_REST: Final = 4
@@ -106,7 +106,7 @@ def gelu_tanh(x: Real) -> Real:
 
 
 ACTIVATIONS: Final[dict[str, Callable[[Real], Real]]] = {
-    "silu_glu": silu, "gelu": gelu, "gelu_tanh": gelu_tanh,
+    "silu": silu, "gelu": gelu, "gelu_tanh": gelu_tanh,
 }
 
 
@@ -284,7 +284,7 @@ async def exponentials(
     offset = SCORE_BOUND - 2.0**COARSE_BIN + (2.0 ** (EXP_BITS + EXP_BIN) - EXP_TOP)
     x = scores - shift.reshape(heads, rows, 1).broadcast(heads, rows, keys) + int(offset * 2**scale)
     start = EXP_TOP - 2.0 ** (EXP_BITS + EXP_BIN)
-    p = _piece("exp", _exp, start, EXP_BIN, EXP_BITS, scale, s.degree, s.rest, 0)
+    p = _piece("exp", _exp, start, EXP_BIN, EXP_BITS, scale, s.degree, s.rest, 1)
     ((e, _),) = await ops.piecewise(ctx, f"{step}/exp", (x, p))
     e = e * allowed[None]
     if valid is not None:

@@ -60,15 +60,15 @@ class _CountingDoors:
 
     async def open(self, step: str, *shares: Share) -> list[Ring]:
         self._count(sum(s.size for s in shares), 8)
-        return [_zeros(*s.shape) for s in shares]
+        return [np.zeros(s.shape, np.uint64) for s in shares]
 
     async def open_bits(self, step: str, *shares: Bits) -> list[Ring]:
         self._count(sum(s.size for s in shares), 8)
-        return [_zeros(*s.shape) for s in shares]
+        return [np.zeros(s.shape, np.uint64) for s in shares]
 
     async def open_low(self, step: str, width: int, *shares: Share) -> list[Ring]:
         self._count(sum(s.size for s in shares), 4 if width <= 32 else 8)
-        return [_zeros(*s.shape) for s in shares]
+        return [np.zeros(s.shape, np.uint64) for s in shares]
 
 
 class _CountingStore:
