@@ -212,7 +212,8 @@ class Handshake:
     ) -> None:
         if keys.get(party) != identity.public:
             raise BadInput(
-                f"our identity is {identity.public_hex[:16]}..., not the one the configuration gives party {party}"
+                f"our identity is {identity.public_hex[:16]}..., "
+                f"not the one the configuration gives party {party}"
             )
         if dial is not None and (dial == party or dial not in keys or lane not in LANES):
             raise LocalError(f"party {party} cannot call party {dial} on lane {lane!r}")

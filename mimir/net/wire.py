@@ -655,18 +655,15 @@ class Board:
         if not _is_session(session):
             raise LocalError(f"a session is named by {SESSION_BYTES} bytes")
         record = self._sessions.get(session)
-        if record is None:
-            record = self._sessions[session] = _Session()
-            if len(self._sessions) > MAX_SESSIONS:
-                for old, other in self._sessions.items():
-                    if not other.books and old != session:
-                        del self._sessions[old]
-                        break
-                else:
-                    del self._sessions[session]
-                    raise LocalError(f"{MAX_SESSIONS} sessions are open at once")
-        else:
+        if record is not None:
             self._sessions.move_to_end(session)
+            return record
+        if len(self._sessions) >= MAX_SESSIONS:
+            for old, other in self._sessions.items():
+                if not other.books:
+                    del self._sessions[old]
+                    break
+        record = self._sessions[session] = _Session()
         return record
 
     def open(self, session: bytes, lane: str) -> Lockstep:
@@ -676,6 +673,8 @@ class Board:
         record = self.touch(session)
         if lane in record.books or lane in record.closed:
             raise LocalError(f"lane {lane!r} of this session has been opened before")
+        if len(self._sessions) > MAX_SESSIONS:
+            raise LocalError(f"{MAX_SESSIONS} sessions are open at once")
         book = record.books[lane] = Lockstep(self.party, self.peers, session, lane)
         if record.failure is not None:
             book.fail(record.failure)
