@@ -45,6 +45,12 @@ class StoreError(MimirError):
     exit_code = 4
 
 
+class ComponentsDiffer(MimirError):
+    """The two holders of a component do not hold the same: the owner shared wrongly, or a peer lies."""
+
+    exit_code = 6
+
+
 @dataclass(frozen=True, eq=False, repr=False)
 class SharedModel:
     """One party's shares of one model, memory-mapped read-only and verified. Shared by all sessions."""

@@ -1,0 +1,293 @@
+"""What clients, owners and parties say to each other: msgpack maps, every field typed and bounded. No I/O.
+
+Every message has a type, field "t". A message that is not exactly one of these is a `MessageError`.
+
+    client to party                                     party to client
+    status                                              status    what the party is and can do
+    open      the terms of a session                    opened
+    turn      one more prompt in it                     masks     of this client's part of the prompt
+    offsets   the masked prompt                         progress  token  done     (done ends a turn)
+    close                                               error     ends the request, a session included
+    put_model chunk commit    (owners)                  have      committed
+
+Words: `Open` are the agreed terms of a session; every client of it sends the same.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import msgpack
+
+from mimir.errors import BadInput, MimirError
+
+MAX_MESSAGE = 8 << 20  # bytes of one message on the wire, sealed
+MAX_CHUNK = 1 << 20  # bytes of one piece of a component
+MAX_CLIENTS = 8
+MAX_SLOTS = 1 << 16  # token positions of one prompt part, and of one answer
+MAX_TURNS = 1 << 16
+MAX_NAMES = 16
+MAX_TEXT = 500
+MAX_DEPTH_ITEMS = 1 << 16  # entries of one list or map
+MAX_TEMPERATURE = 100.0
+MIN_TEMPERATURE = 0.01
+SESSION_BYTES = 16
+WORD = 8
+_HEX_64 = re.compile(r"[0-9a-f]{64}")
+
+Message = dict[str, Any]
+Rule = Callable[[Any], bool]
+
+
+class MessageError(MimirError):
+    """The other end said something that is no message, or not one it may say."""
+
+    exit_code = 8
+
+
+# --- rules of single fields --------------------------------------------------------------------------------
+
+
+def _whole(low: int, high: int) -> Rule:
+    return lambda value: type(value) is int and low <= value <= high
+
+
+def _real(low: float, high: float) -> Rule:
+    return lambda value: type(value) in (int, float) and math.isfinite(value) and low <= value <= high
+
+
+def _text(limit: int) -> Rule:
+    return lambda value: isinstance(value, str) and len(value) <= limit
+
+
+def _blob(low: int, high: int) -> Rule:
+    return lambda value: isinstance(value, bytes) and low <= len(value) <= high
+
+
+def _words(per_slot: int) -> Rule:
+    def rule(value: Any) -> bool:
+        return (
+            isinstance(value, bytes)
+            and len(value) % (per_slot * WORD) == 0
+            and len(value) <= per_slot * WORD * MAX_SLOTS
+        )
+
+    return rule
+
+
+def _one_of(*values: str) -> Rule:
+    return lambda value: isinstance(value, str) and value in values
+
+
+def _hash(value: Any) -> bool:
+    """A model's digest, or a public key, which looks alike."""
+    return isinstance(value, str) and _HEX_64.fullmatch(value) is not None
+
+
+def _flag(value: Any) -> bool:
+    return type(value) is bool
+
+
+def _list(rule: Rule, limit: int, least: int = 0) -> Rule:
+    return lambda value: (
+        isinstance(value, list) and least <= len(value) <= limit and all(rule(each) for each in value)
+    )
+
+
+def _map(rule: Rule, limit: int) -> Rule:
+    return lambda value: (
+        isinstance(value, dict)
+        and len(value) <= limit
+        and all(isinstance(name, str) and len(name) <= 64 and rule(each) for name, each in value.items())
+    )
+
+
+def _table(**fields: Rule) -> Rule:
+    return lambda value: (
+        isinstance(value, dict)
+        and value.keys() == fields.keys()
+        and all(rule(value[name]) for name, rule in fields.items())
+    )
+
+
+def _free(value: Any) -> bool:
+    """Plain data; whoever uses it checks it (a manifest, statistics)."""
+    return isinstance(value, dict)
+
+
+_count = _whole(0, (1 << 63) - 1)
+_turn = _whole(0, MAX_TURNS)
+_slots = _whole(1, MAX_SLOTS)
+_buckets = _list(_slots, MAX_CLIENTS, least=1)
+_seconds = _real(0, 1e9)
+_sampler = _table(
+    kind=_one_of("greedy", "sample"),
+    temperature=_real(MIN_TEMPERATURE, MAX_TEMPERATURE),
+    topk=_whole(1, 1 << 16),
+)
+
+FROM_CLIENT: dict[str, dict[str, Rule]] = {
+    "status": {},
+    "open": {
+        "session": _blob(SESSION_BYTES, SESSION_BYTES),
+        "model": _hash,
+        "clients": _list(_hash, MAX_CLIENTS, least=1),
+        "buckets": _buckets,
+        "max_new": _slots,
+        "sampler": _sampler,
+        "deterministic_seed": _flag,
+    },
+    "turn": {"turn": _turn, "buckets": _buckets, "max_new": _slots},
+    "offsets": {"turn": _turn, "names": _map(_words(1), MAX_NAMES)},
+    "close": {},
+    "put_model": {"manifest": _free},
+    "chunk": {
+        "tensor": _text(64),
+        "side": _one_of("a", "b"),
+        "offset": _count,
+        "data": _blob(1, MAX_CHUNK),
+    },
+    "commit": {},
+}
+
+FROM_PARTY: dict[str, dict[str, Rule]] = {
+    "status": {"status": _free},
+    "opened": {},
+    "masks": {
+        "turn": _turn,
+        "bits": _map(_whole(1, 64), MAX_NAMES),  # an offset is (value + mask) mod 2^bits
+        "names": _map(_words(2), MAX_NAMES),  # components i and i+1, one after the other
+    },
+    "progress": {
+        "phase": _one_of("preprocessing", "prefill", "decode"),
+        "done": _count,
+        "total": _count,
+        "rounds": _count,
+        "sent": _count,  # bytes by this party
+        "seconds": _seconds,
+    },
+    "token": {"step": _whole(0, MAX_SLOTS), "components": _list(_whole(0, (1 << 64) - 1), 2, least=2)},
+    "done": {"stats": _free},
+    "error": {"code": _text(32), "message": _text(MAX_TEXT)},
+    "have": {"tensors": _map(_list(_count, 2, least=2), MAX_DEPTH_ITEMS), "complete": _flag},
+    "committed": {"model": _hash},
+}
+
+
+# --- messages as bytes -------------------------------------------------------------------------------------
+
+
+def pack(message: Mapping[str, Any], rules: Mapping[str, Mapping[str, Rule]]) -> bytes:
+    """Bytes of a message, checked against `rules` (FROM_CLIENT or FROM_PARTY) first."""
+    check(message, rules)
+    raw: bytes = msgpack.packb(message, use_bin_type=True)
+    if len(raw) > MAX_MESSAGE:
+        raise MessageError(f"message {message['t']} of {len(raw)} bytes is over the limit of {MAX_MESSAGE}")
+    return raw
+
+
+def unpack(raw: bytes, rules: Mapping[str, Mapping[str, Rule]]) -> Message:
+    """The message in `raw`, checked; `MessageError` for anything else."""
+    if len(raw) > MAX_MESSAGE:
+        raise MessageError("a message is over the limit")
+    try:
+        message = msgpack.unpackb(
+            raw,
+            raw=False,
+            strict_map_key=True,
+            max_str_len=MAX_MESSAGE,
+            max_bin_len=MAX_MESSAGE,
+            max_array_len=MAX_DEPTH_ITEMS,
+            max_map_len=MAX_DEPTH_ITEMS,
+            max_ext_len=0,
+        )
+    except (ValueError, TypeError, RecursionError, msgpack.exceptions.UnpackException):
+        raise MessageError("bytes that are no message") from None
+    check(message, rules)
+    return message  # type: ignore[no-any-return]
+
+
+def check(message: Any, rules: Mapping[str, Mapping[str, Rule]]) -> None:
+    """Raise `MessageError`, naming the field, unless this is exactly one of the messages in `rules`."""
+    kind = message.get("t") if isinstance(message, dict) else None
+    if not isinstance(kind, str) or kind not in rules:
+        raise MessageError("a message of unknown type")
+    fields = rules[kind]
+    if message.keys() != {"t", *fields}:
+        raise MessageError(f"message {kind}: fields missing or unknown")
+    for name, rule in fields.items():
+        if not rule(message[name]):
+            raise MessageError(f"message {kind}: field {name} is of the wrong type or out of range")
+
+
+# --- the terms of a session --------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """How a token is chosen. Greedy ignores the rest."""
+
+    kind: Literal["greedy", "sample"] = "greedy"
+    temperature: float = 1.0
+    topk: int = 40
+
+
+@dataclass(frozen=True)
+class Open:
+    """What all clients of a session and all parties agree on before it begins. Public."""
+
+    session: bytes
+    model: str  # digest
+    clients: tuple[str, ...]  # identities, in the order of their prompt parts
+    buckets: tuple[int, ...]  # of the first turn, one per client
+    max_new: int
+    sampler: Sampler
+    deterministic_seed: bool  # one seed by coin toss at the start, then no further coins for sampling
+
+    def message(self) -> Message:
+        """The "open" message of these terms."""
+        return {
+            "t": "open",
+            "session": self.session,
+            "model": self.model,
+            "clients": list(self.clients),
+            "buckets": list(self.buckets),
+            "max_new": self.max_new,
+            "sampler": {
+                "kind": self.sampler.kind,
+                "temperature": float(self.sampler.temperature),
+                "topk": self.sampler.topk,
+            },
+            "deterministic_seed": self.deterministic_seed,
+        }
+
+    @classmethod
+    def from_message(cls, message: Message) -> Open:
+        """The terms in a checked "open" message; `BadInput` if they contradict themselves."""
+        clients, buckets = tuple(message["clients"]), tuple(message["buckets"])
+        if len(set(clients)) != len(clients):
+            raise BadInput("a client is named twice in one session")
+        if len(buckets) != len(clients):
+            raise BadInput(f"{len(clients)} clients, but prompt buckets for {len(buckets)}")
+        sampler = message["sampler"]
+        return cls(
+            message["session"],
+            message["model"],
+            clients,
+            buckets,
+            message["max_new"],
+            Sampler(sampler["kind"], float(sampler["temperature"]), sampler["topk"]),
+            message["deterministic_seed"],
+        )
+
+    def digest(self) -> bytes:
+        """SHA-256 of the terms, for parties and clients to compare."""
+        plain = self.message() | {"session": self.session.hex()}
+        text = json.dumps(plain, sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(b"mimir session terms\0" + text.encode()).digest()
