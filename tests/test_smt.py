@@ -1,0 +1,412 @@
+"""Every formula that finishes an opening, proved by an SMT solver at the width at which it runs.
+
+Two encodings are used. Words are bit-vectors, as the machine computes them. Statements about quotients and
+remainders are also given to the solver as integer arithmetic, where it proves all shifts in a second; there
+a word is an integer below 2^64 and every reduction is written out. Each assumption that a formula needs is
+shown to be needed: without it the solver must find a counterexample, which also shows that the encoding is
+not empty.
+
+DESIGN.md cites the tests by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+
+z3 = pytest.importorskip("z3", reason="pip install z3-solver")
+
+N = 64
+TOP = 1 << (N - 1)
+MODULUS = 1 << N
+SOLVER_LIMIT_MS = 30_000
+SHIFTS = range(1, 62)
+
+
+def _solve(*facts: Any) -> Any:
+    solver = z3.Solver()
+    solver.set("timeout", SOLVER_LIMIT_MS)
+    solver.add(*facts)
+    verdict = solver.check()
+    assert verdict != z3.unknown, f"no answer within {SOLVER_LIMIT_MS} ms: {solver.reason_unknown()}"
+    return solver.model() if verdict == z3.sat else None
+
+
+def prove(claim: Any, *given: Any) -> None:
+    """Fail with a counterexample unless `claim` follows from `given`."""
+    counterexample = _solve(*given, z3.Not(claim))
+    assert counterexample is None, f"counterexample: {counterexample}"
+
+
+def possible(*facts: Any) -> None:
+    """Fail unless all `facts` can hold at once."""
+    assert _solve(*facts) is not None, "these facts exclude one another"
+
+
+# --- integers ----------------------------------------------------------------------------------------
+
+
+class Masked:
+    """z and three mask components as integers below 2^n, c = z + r mod 2^n, and what the parties compute."""
+
+    def __init__(self, f: int, n: int = N) -> None:
+        self.unit = unit = 1 << f
+        self.z, *self.r = z3.Ints("z r0 r1 r2")
+        self.words = [z3.And(0 <= x, x < 1 << n) for x in (self.z, *self.r)]
+        total = sum(self.r)
+        self.c = (self.z + total) % (1 << n)
+        self.wraps = total / (1 << n)  # for integers, z3 writes floor division as /
+        self.top = (total / (1 << (n - 1))) % 2
+        self.c_top = self.c / (1 << (n - 1))
+        self.high = sum(x / unit for x in self.r)
+        self.dither = sum(x % unit for x in self.r)
+        self.floor = (self.z + self.dither) / unit  # what truncation must return
+        self.corrected = (
+            self.c / unit
+            + (1 << (n - f)) * (self.wraps + z3.If(z3.And(self.top == 1, self.c_top == 0), 1, 0))
+            - self.high
+        )
+
+
+@pytest.mark.parametrize("f", SHIFTS)
+def test_top_bit_correction(f: int) -> None:
+    """T2 at 64 bits, all shifts: for 0 <= z < 2^63 the corrected quotient is exact over the integers.
+
+    floor((z + sum(r_i mod 2^f)) / 2^f) = (c >> f) + 2^(64-f) (W + top(r) (1 - top(c))) - sum(r_i >> f), with
+    W = floor((r_0 + r_1 + r_2) / 2^64). Equality over the integers implies it modulo 2^64, where the parties
+    compute.
+    """
+    m = Masked(f)
+    prove(m.corrected == m.floor, *m.words, m.z < TOP)
+    prove(z3.And(0 <= m.wraps, m.wraps <= 2), *m.words)
+
+
+def test_top_bit_correction_needs_its_range() -> None:
+    """T2 is wrong for some z >= 2^63, and wrong without either half of the correction: no part is idle."""
+    m = Masked(16)
+    possible(*m.words, m.z >= TOP, m.corrected != m.floor)
+    unit, scale = m.unit, 1 << (N - 16)
+    possible(*m.words, m.z < TOP, m.c / unit + scale * m.wraps - m.high != m.floor)
+    possible(*m.words, m.z < TOP, m.c / unit + scale * m.top - m.high != m.floor)
+    prove(m.corrected == m.floor, *m.words, m.wraps + m.top == 0, m.z < TOP)
+    for wraps in range(3):
+        possible(*m.words, m.z < TOP, m.wraps == wraps, m.top == 1, m.c_top == 0)
+
+
+@pytest.mark.parametrize("f", SHIFTS)
+def test_truncation_bound(f: int) -> None:
+    """The dither moves the quotient by 0, 1, 2 or 3 units (by at most 2 if f = 1), and each of these happens.
+
+    Against the real quotient: -(1 - 2^-f) <= y - z / 2^f <= 3 (1 - 2^-f), both ends attained.
+    """
+    m = Masked(f)
+    extra = m.floor - m.z / m.unit
+    most = 3 if f > 1 else 2
+    prove(z3.And(0 <= extra, extra <= most), *m.words)
+    for value in range(most + 1):
+        possible(*m.words, m.z < TOP, extra == value)
+    error = m.unit * m.floor - m.z  # in units of 2^-f
+    prove(z3.And(-(m.unit - 1) <= error, error <= 3 * (m.unit - 1)), *m.words)
+    possible(*m.words, m.z < TOP, error == -(m.unit - 1))
+    possible(*m.words, m.z < TOP, error == 3 * (m.unit - 1))
+
+
+@pytest.mark.parametrize("f", SHIFTS)
+def test_signed_truncation(f: int) -> None:
+    """ops.truncate: for -2^62 <= x < 2^62 the result is within 2 units of x / 2^f, and never wraps.
+
+    x enters as x + 2^62 and one unit is taken off afterwards: the result y has floor(x / 2^f) - 1 <= y <=
+    floor(x / 2^f) + 2, and -(2 - 2^-f) <= y - x / 2^f <= 2 - 3 * 2^-f. The bounds are tight. Outside that
+    range of x a wrong result exists, so the bound on |x| is needed.
+    """
+    m = Masked(f)
+    x = z3.Int("x")
+    offset = 1 << (N - 2)
+    enter = m.z == x + offset
+    inside = z3.And(-offset <= x, x < offset)
+    y = m.corrected - (offset >> f) - 1
+    prove(z3.And(x / m.unit - 1 <= y, y <= x / m.unit + 2), *m.words, enter, inside)
+    error = m.unit * y - x
+    low, high = -(2 * m.unit - 1), 2 * m.unit - 3
+    prove(z3.And(low <= error, error <= high), *m.words, enter, inside)
+    possible(*m.words, enter, inside, error == low)
+    possible(*m.words, enter, inside, error == high)
+    possible(*m.words, m.z == (x + offset) % MODULUS, -TOP <= x, x < TOP, z3.Or(error < low, error > high))
+
+
+@pytest.mark.parametrize("f", SHIFTS)
+def test_unbiased_offset(f: int) -> None:
+    """Entering x as x + 2^62 - (2^f - 1) instead, nothing taken off afterwards, makes the error symmetric.
+
+    Then |y - x / 2^f| <= 2 - 2^(1-f), attained on both sides; its mean is exactly 0 (test_identities).
+    """
+    m = Masked(f)
+    x = z3.Int("x")
+    offset = 1 << (N - 2)
+    enter = m.z == x + offset - (m.unit - 1)
+    inside = z3.And(-offset + m.unit - 1 <= x, x < offset)
+    error = m.unit * (m.corrected - (offset >> f)) - x
+    most = 2 * (m.unit - 1)
+    prove(z3.And(-most <= error, error <= most), *m.words, enter, inside)
+    possible(*m.words, enter, inside, error == most)
+    possible(*m.words, enter, inside, error == -most)
+
+
+@pytest.mark.parametrize("f", SHIFTS)
+def test_truncate_and_reduce(f: int) -> None:
+    """T3 at 64 bits, all shifts and *all* z: (c >> f) - sum(r_i >> f) is the quotient modulo 2^(64-f).
+
+    No correction is needed because the wraps of c count 2^(64-f) each. The error is that of truncation.
+    """
+    m = Masked(f)
+    ring = 1 << (N - f)
+    prove((m.c / m.unit - m.high - m.floor) % ring == 0, *m.words)
+    possible(*m.words, m.c / m.unit - m.high != m.floor)
+
+
+@pytest.mark.parametrize(
+    ("low", "rest", "bits"), [(4, 8, 8), (0, 10, 6), (16, 6, 10), (12, 1, 3), (9, 12, 4)]
+)
+def test_lookup_index(low: int, rest: int, bits: int) -> None:
+    """A lookup reads piece j = (c_hi - u) mod 2^bits at remainder d = c_lo - v; 2^rest j + d is the value.
+
+    The value is y = floor((x + dither) / 2^low), at most 3 above floor(x / 2^low); j is y >> rest, or one
+    more with d negative. So j is the piece of x, or one more, or, only for x less than 3 * 2^low below the end of
+    its piece, two more. Below 2^total - 2^(low+rest) - 3 * 2^low the index does not wrap around; from there
+    on piece 0 may be read.
+    """
+    total = low + rest + bits
+    m = Masked(low, total)
+    ring, window, pieces = 1 << (rest + bits), 1 << rest, 1 << bits
+    masks = m.high % ring  # sum of r_i >> low, as the one-hot's u and v know it
+    u, v = masks / window, masks % window
+    opened = m.c / m.unit
+    j, d = z3.Ints("j d")
+    reads = z3.And(j == (opened / window - u) % pieces, d == opened % window - v)
+    edge = (1 << total) - (1 << (low + rest)) - 3 * m.unit
+    prove((window * j + d - m.floor) % ring == 0, *m.words, reads)
+    prove(z3.And(-window < d, d < window), *m.words, reads)
+    prove(window * j + d == m.floor, *m.words, reads, m.z < edge)
+    piece = m.z / (m.unit * window)
+    prove(z3.And(piece <= j, j <= piece + 2), *m.words, reads, m.z < edge)
+    if low:
+        near = m.unit * window - m.z % (m.unit * window) < 3 * m.unit
+        prove(z3.Or(j <= piece + 1, near), *m.words, reads, m.z < edge)
+        if rest > 1:
+            possible(*m.words, reads, m.z < edge, j == piece + 2)
+    else:
+        prove(j <= piece + 1, *m.words, reads, m.z < edge)
+    possible(*m.words, reads, m.z >= edge, j == 0)
+
+
+@pytest.mark.parametrize(("low", "width"), [(0, 20), (8, 24), (16, 48), (12, 32), (3, 4)])
+def test_windowed_sign(low: int, width: int) -> None:
+    """A comparison of the upper bits reads x as negative iff x + dither < 0: it errs to one side only.
+
+    A non-negative x below 2^(low+width-1) - 3 (2^low - 1) never reads as negative; x < -3 (2^low - 1) always
+    does; in between either may happen.
+    """
+    total = low + width
+    m = Masked(low, total)
+    x = z3.Int("x")
+    half = 1 << (total - 1)
+    slack = 3 * (m.unit - 1)
+    inside = z3.And(m.z == x % (1 << total), -half <= x, x < half - slack)
+    read = (m.c / m.unit - m.high) % (1 << width) >= 1 << (width - 1)
+    prove(read == (x + m.dither < 0), *m.words, inside)
+    prove(z3.Not(read), *m.words, inside, x >= 0)
+    prove(read, *m.words, inside, x < -slack)
+    if low:
+        possible(*m.words, inside, x == -slack, read)
+        possible(*m.words, inside, x == -slack, z3.Not(read))
+        possible(*m.words, m.z == x % (1 << total), x == half - 1, read)
+
+
+# --- words ---------------------------------------------------------------------------------------------
+
+
+def word(name: str, n: int = N) -> Any:
+    return z3.BitVec(name, n)
+
+
+def wide(x: Any, n: int) -> Any:
+    return z3.ZeroExt(n - x.size(), x)
+
+
+def bit(x: Any, i: int) -> Any:
+    return z3.Extract(i, i, x)
+
+
+def low_bits(x: Any, n: int) -> Any:
+    return z3.Extract(n - 1, 0, x)
+
+
+class CarrySave:
+    """Three words, their carry-save pair, and their exact sum on two more bits."""
+
+    def __init__(self, n: int) -> None:
+        self.r = r = [word(f"r{i}", n) for i in range(3)]
+        self.exact = wide(r[0], n + 2) + wide(r[1], n + 2) + wide(r[2], n + 2)
+        self.sums = r[0] ^ r[1] ^ r[2]
+        self.majority = ((r[0] ^ r[2]) & (r[1] ^ r[2])) ^ r[2]  # one AND a bit, as the batch computes it
+        self.shifted = self.majority << 1
+
+
+@pytest.mark.parametrize("n", [64, 48, 17, 3, 2])
+def test_carry_save(n: int) -> None:
+    """R = s + 2m exactly; the wraps of R are the top majority bit plus the carry of s + (2m mod 2^n)."""
+    c = CarrySave(n)
+    prove(c.exact == wide(c.sums, n + 2) + 2 * wide(c.majority, n + 2))
+    pair = wide(c.sums, n + 1) + wide(c.shifted, n + 1)
+    prove(z3.LShR(c.exact, n) == wide(bit(c.majority, n - 1), n + 2) + wide(bit(pair, n), n + 2))
+    prove(bit(c.exact, n - 1) == bit(pair, n - 1))
+    prove(low_bits(c.exact, n) == low_bits(pair, n))
+    possible(bit(c.majority, n - 1) == 1, bit(pair, n) == 1)  # two wraps do happen
+
+
+@pytest.mark.parametrize(("n", "low"), [(64, 16), (24, 12), (18, 8), (12, 1)])
+def test_carry_into_index(n: int, low: int) -> None:
+    """prep lookup: the carries at bit low - 1 make sum(r_i mod 2^low) out of low bits of the sum, exactly."""
+    c = CarrySave(n)
+    parts = sum((wide(low_bits(r, low), low + 2) for r in c.r), z3.BitVecVal(0, low + 2))
+    pair = wide(low_bits(c.sums, low), low + 1) + wide(low_bits(c.shifted, low), low + 1)
+    carries = wide(bit(c.majority, low - 1), low + 2) + wide(bit(pair, low), low + 2)
+    prove(parts - (carries << low) == wide(low_bits(c.exact, low), low + 2))
+
+
+def _ports(a: Any, b: Any) -> tuple[list[Any], list[Any]]:
+    """Propagate and generate bits of an addition."""
+    return ([bit(a ^ b, i) for i in range(a.size())], [bit(a & b, i) for i in range(a.size())])
+
+
+def _tree_carry(p: Sequence[Any], g: Sequence[Any]) -> Any:
+    """Carry out of the last bit, joining neighbours from the top; an odd one out waits at the bottom."""
+    p, g = list(p), list(g)
+    while len(p) > 1:
+        odd = len(p) % 2
+        pairs = [(i, i + 1) for i in range(odd, len(p), 2)]
+        g = g[:odd] + [g[hi] ^ (p[hi] & g[lo]) for lo, hi in pairs]
+        p = p[:odd] + [p[hi] & p[lo] for lo, hi in pairs]
+    return g[0]
+
+
+def _prefix_carries(p: Sequence[Any], g: Sequence[Any]) -> list[Any]:
+    """Carries out of every bit, by the prefix network of Sklansky."""
+    p, g = list(p), list(g)
+    span = 1
+    while span < len(p):
+        old_p, old_g = p[:], g[:]
+        for hi in range(len(p)):
+            if hi & span:
+                lo = (hi & ~(2 * span - 1)) + span - 1
+                g[hi] = old_g[hi] ^ (old_p[hi] & old_g[lo])
+                p[hi] = old_p[hi] & old_p[lo]
+        span *= 2
+    return g
+
+
+@pytest.mark.parametrize("n", [64, 63, 40, 18, 7, 2])
+def test_adders(n: int) -> None:
+    """Both adders of prep add: every carry of the prefix network, and the carry out of the tree.
+
+    XOR replaces OR in joining two spans because a span never both generates and propagates.
+    """
+    a, b = word("a", n), word("b", n)
+    total = wide(a, n + 1) + wide(b, n + 1)
+    p, g = _ports(a, b)
+    carries = _prefix_carries(p, g)
+    into = [z3.BitVecVal(0, 1), *carries[:-1]]
+    prove(z3.Concat(*[p[i] ^ into[i] for i in reversed(range(n))]) == a + b)
+    prove(carries[-1] == bit(total, n))
+    prove(_tree_carry(p, g) == bit(total, n))
+    carry = _tree_carry(p[: n - 1], g[: n - 1])
+    prove(p[n - 1] ^ carry == bit(a + b, n - 1))
+    prove(g[n - 1] ^ (p[n - 1] & carry) == bit(total, n))
+
+
+@pytest.mark.parametrize("f", [1, 12, 16, 20, 32, 61])
+def test_top_bit_correction_on_words(f: int) -> None:
+    """T2 as words, in two lemmas: the correction counts the wraps of x + R; quotients take masks one by one.
+
+    x + R = c + 2^64 (W + top(r) (1 - top(c))) for x < 2^63; and for any X, floor((X + r) / 2^f) =
+    floor((X + (r mod 2^f)) / 2^f) + (r >> f). The second, used for each component in turn on x + R, gives
+    the formula.
+    """
+    room = N + 2
+    x, (r0, r1, r2) = word("x"), [word(f"r{i}") for i in range(3)]
+    exact = wide(r0, room) + wide(r1, room) + wide(r2, room)
+    c = x + r0 + r1 + r2
+    not_top = 1 - z3.LShR(c, N - 1)
+    wraps = wide(z3.Extract(room - 1, N, exact), N)
+    wrapped = wraps + wide(bit(exact, N - 1), N) * not_top
+    prove(wide(x, room) + exact == wide(c, room) + (wide(wrapped, room) << N), z3.ULT(x, TOP))
+
+    any_value = word("X", room)
+    fits = z3.ULT(any_value, 3 << N)
+    r = wide(r0, room)
+    rest = r & ((1 << f) - 1)
+    prove(z3.LShR(any_value + r, f) == z3.LShR(any_value + rest, f) + z3.LShR(r, f), fits)
+
+
+@pytest.mark.parametrize("n", [64, 48, 32, 17, 2])
+def test_sign_by_masked_opening(n: int) -> None:
+    """sign(c - r) = top(c) ^ top(r) ^ [c mod 2^(n-1) < r mod 2^(n-1)], for all c and r."""
+    c, r = word("c", n), word("r", n)
+    less = z3.If(z3.ULT(low_bits(c, n - 1), low_bits(r, n - 1)), z3.BitVecVal(1, 1), z3.BitVecVal(0, 1))
+    prove(bit(c, n - 1) ^ bit(r, n - 1) ^ less == bit(c - r, n - 1))
+
+
+@pytest.mark.parametrize("n", [63, 31, 23, 5, 1])
+def test_less_by_tree(n: int) -> None:
+    """The (less, equal) tree of ops.is_negative computes c < r, from less = r & ~c and equal = ~(r ^ c)."""
+    c, r = word("c", n), word("r", n)
+    equal = [bit(~(r ^ c), i) for i in range(n)]
+    less = [bit(r & ~c, i) for i in range(n)]
+    prove((_tree_carry(equal, less) == 1) == z3.ULT(c, r))
+
+
+@pytest.mark.parametrize(("b", "k"), [(8, 10), (12, 8), (40, 8), (24, 40), (52, 12), (1, 1)])
+def test_windows(b: int, k: int) -> None:
+    """c = z + r modulo 2^(b+k), r = 2^b u + v: z = 2^b j + d with j = (c_hi - u) mod 2^k and d = c_lo - v.
+
+    -2^b < d < 2^b, and j is the upper part of z, plus one (modulo 2^k) exactly if d is negative. So a table
+    indexed by j meets remainders of both signs, and piece 0 also continues the last piece from above.
+    """
+    n = b + k
+    z, r = word("z", n), word("r", n)
+    c = z + r
+    j = z3.Extract(n - 1, b, c) - z3.Extract(n - 1, b, r)
+    c_lo, v = low_bits(c, b), low_bits(r, b)
+    d = wide(c_lo, n + 1) - wide(v, n + 1)  # one bit more than the ring, so that its sign can be read
+    prove(z == (wide(j, n) << b) + low_bits(d, n))
+    prove(z3.And(d > -(1 << b), d < 1 << b))
+    negative = z3.If(d < 0, z3.BitVecVal(1, k), z3.BitVecVal(0, k))
+    prove(j == z3.Extract(n - 1, b, z) + negative)
+    possible(j == 0, z3.Extract(n - 1, b, z) == (1 << k) - 1)
+
+
+def test_xor_in_the_ring() -> None:
+    """b0 + b1 - 2 b0 b1, applied twice, is the XOR of three bits modulo 2^64; m (1 - 2c) + c is m ^ c."""
+    b = [word(f"b{i}") for i in range(3)]
+    bits = [z3.ULE(x, 1) for x in b]
+    two = b[0] + b[1] - 2 * b[0] * b[1]
+    prove(two == b[0] ^ b[1], *bits)
+    prove(two + b[2] - 2 * two * b[2] == b[0] ^ b[1] ^ b[2], *bits)
+    prove(b[0] * (1 - 2 * b[1]) + b[1] == b[0] ^ b[1], *bits)
+
+
+def test_low_bit_of_a_sum() -> None:
+    """The low bits of the components of a sum share its low bit over GF(2): a free check of an injection."""
+    x = [word(f"x{i}") for i in range(3)]
+    prove(bit(x[0] + x[1] + x[2], 0) == bit(x[0], 0) ^ bit(x[1], 0) ^ bit(x[2], 0))
+
+
+@pytest.mark.parametrize("width", [32, 21, 8, 1])
+def test_open_low(width: int) -> None:
+    """Opening x * 2^(64-width) and shifting back yields x mod 2^width, and depends on nothing above."""
+    x, y = word("x"), word("y")
+    up = N - width
+    prove(z3.LShR(x << up, up) == x & ((1 << width) - 1))
+    prove((x << up) == (y << up), low_bits(x, width) == low_bits(y, width))
