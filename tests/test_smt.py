@@ -173,9 +173,9 @@ def test_lookup_index(low: int, rest: int, bits: int) -> None:
     """A lookup reads piece j = (c_hi - u) mod 2^bits at remainder d = c_lo - v; 2^rest j + d is the value.
 
     The value is y = floor((x + dither) / 2^low), at most 3 above floor(x / 2^low); j is y >> rest, or one
-    more with d negative. So j is the piece of x, or one more, or, only for x less than 3 * 2^low below the end of
-    its piece, two more. Below 2^total - 2^(low+rest) - 3 * 2^low the index does not wrap around; from there
-    on piece 0 may be read.
+    more with d negative. So j is the piece of x, or one more, or, only for x less than 3 * 2^low below the
+    end of its piece, two more. Below 2^total - 2^(low+rest) - 3 * 2^low the index does not wrap around; from
+    there on piece 0 may be read.
     """
     total = low + rest + bits
     m = Masked(low, total)
