@@ -1,15 +1,16 @@
 """Every loop of Mimir, in C: ring and bit arithmetic, matrix products, the PRG, and the check fields.
 
-Arrays are C-contiguous `uint64` unless said otherwise; inputs may be read-only (a memmap). This file checks types
-and sizes, once, and raises `LocalError`; C checks nothing. Results are new arrays, and time depends only on sizes
-and on arguments called public. The interpreter lock is released inside every call.
+Arrays are C-contiguous `uint64` unless said otherwise; inputs may be read-only (a memmap). This file checks
+types and sizes, once, and raises `LocalError`; C checks nothing. Results are new arrays, and time depends
+only on sizes and on arguments called public. The interpreter lock is released inside every call.
 
-The kernels exist at three levels, "ref", "avx2" and "avx512". The best one this machine can run is chosen at load;
-`force`, or the environment variable MIMIR_KERNEL_LEVEL, chooses another. All give the same bits.
+The kernels exist at three levels, "ref", "avx2" and "avx512". The best one this machine can run is chosen at
+load; `force`, or the environment variable MIMIR_KERNEL_LEVEL, chooses another. All give the same bits.
 """
 
 from __future__ import annotations
 
+import importlib
 import os
 from collections.abc import Sequence
 from typing import Any, TypeAlias
@@ -30,20 +31,23 @@ KEY_BYTES = 32
 
 
 class _Missing:
-    """Stands in for the library before it is compiled, so that `python -m mimir.kernels.build` can be imported."""
+    """Stands in for the library until it is compiled, so that `mimir.kernels.build` can be imported."""
 
     def __getattr__(self, name: str) -> Any:
         raise EnvironmentMissing("the kernels are not compiled: run `python -m mimir.kernels.build`")
 
 
-_ffi: Any = _Missing()
-_lib: Any = _Missing()
-try:
-    from mimir.kernels._native import ffi as _ffi
-    from mimir.kernels._native import lib as _lib
-except ImportError as error:
-    if getattr(error, "name", None) != "mimir.kernels._native":
-        raise
+def _load() -> tuple[Any, Any]:
+    try:
+        native = importlib.import_module("mimir.kernels._native")
+    except ModuleNotFoundError as error:
+        if error.name != "mimir.kernels._native":
+            raise
+        return _Missing(), _Missing()
+    return native.ffi, native.lib
+
+
+_ffi, _lib = _load()
 
 
 # ---- levels ----
@@ -89,10 +93,11 @@ def _array(name: str, value: Any, shape: Sequence[int | None]) -> tuple[int, ...
         raise LocalError(f"{name} must be a uint64 array, not {kind}")
     if not value.flags.c_contiguous or not value.flags.aligned:
         raise LocalError(f"{name} must be contiguous in C order and aligned")
-    if value.ndim != len(shape) or any(w is not None and w != h for w, h in zip(shape, value.shape, strict=True)):
+    found: tuple[int, ...] = value.shape
+    if len(found) != len(shape) or any(w not in (None, f) for w, f in zip(shape, found, strict=True)):
         wanted = ", ".join("any" if w is None else str(w) for w in shape)
-        raise LocalError(f"{name} must have shape ({wanted}), not {value.shape}")
-    return value.shape
+        raise LocalError(f"{name} must have shape ({wanted}), not {found}")
+    return found
 
 
 def _word(name: str, value: int, bits: int = WORD_BITS) -> int:
@@ -106,8 +111,10 @@ def _word(name: str, value: int, bits: int = WORD_BITS) -> int:
 def _count(name: str, value: int, low: int, high: int | None = None) -> int:
     number = int(value)
     if number < low or (high is not None and number > high):
-        raise LocalError(f"{name} must be {'at least' if high is None else 'from'} {low}"
-                         f"{'' if high is None else f' to {high}'}, not {number}")
+        raise LocalError(
+            f"{name} must be {'at least' if high is None else 'from'} {low}"
+            f"{'' if high is None else f' to {high}'}, not {number}"
+        )
     return number
 
 
@@ -150,7 +157,10 @@ def prg(key: Bytes, stream: int, out: npt.NDArray[Any], offset_blocks: int = 0) 
         raise LocalError("the block counter would wrap")
     _lib.mk_prg_chacha20(
         _ffi.from_buffer("uint8_t[]", out, require_writable=True),
-        out.nbytes, _ffi.from_buffer("uint8_t[]", key), int(stream), int(offset_blocks),
+        out.nbytes,
+        _ffi.from_buffer("uint8_t[]", key),
+        int(stream),
+        int(offset_blocks),
     )
 
 
@@ -181,8 +191,9 @@ def _product(kernel: str, a: U64, b: U64, out: U64 | None, add: bool) -> U64:
 
 
 def matmul(a: U64, b: U64, out: U64 | None = None, add: bool = False) -> U64:
-    """a (m, k) times b (k, n) -> (m, n) modulo 2^64, added to `out` if `add`; (B, m, k) and (B, k, n) batched.
+    """a (m, k) times b (k, n) -> (m, n) modulo 2^64, added to `out` if `add`.
 
+    Batched over a leading dimension if both have one.
     With m = 1 the product streams b once, so it is bound by memory.
     """
     return _product("mk_ring_matmul", a, b, out, add)
@@ -255,15 +266,16 @@ def ring_lsb(x: U64) -> U64:
 
 
 def _turned(table: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    """(D, K) -> (D, 2K), column u holding column -u mod K: a look-up by c then reads one run from -c mod K."""
+    """(D, K) -> (D, 2K), column u holding column -u mod K: a look-up by c reads one run from -c mod K."""
     back = np.concatenate((table[:, :1], table[:, :0:-1]), axis=1)
     return np.concatenate((back, back), axis=1)
 
 
 def lookup(e: U64, c: U64, tables: U64) -> U64:
-    """out[d, i] = sum_j tables[d, (c[i] - j) mod K] e[i, j] modulo 2^64: e (n, K), c (n,), tables (D, K) -> (D, n).
+    """out[d, i] = sum_j tables[d, (c[i] - j) mod K] e[i, j] modulo 2^64.
 
-    e is secret (a share of a one-hot vector); c and tables are public. K is a power of two.
+    e (n, K), c (n,), tables (D, K) -> (D, n). e is secret (a share of a one-hot vector); c and tables are
+    public. K is a power of two.
     """
     n, size = _array("e", e, (None, None))
     _power_of_two("the second dimension of e", size)
@@ -288,7 +300,8 @@ def rotate(e: U64, c: U64) -> U64:
 def bit_lookup(e: U64, K: int, c: U64, masks: npt.NDArray[np.uint8]) -> U64:
     """Bit i of out[d] = XOR_j masks[d, (c[i] - j) mod K] & bit j of e[i], packed: -> (D, ceil(n/64)).
 
-    e (n, max(1, K/64)) packed bits, secret; c (n,) and masks (D, K) uint8 of 0 and 1, public. K is a power of two.
+    e (n, max(1, K/64)) packed bits, secret; c (n,) and masks (D, K) uint8 of 0 and 1, public. K is a power
+    of two.
     """
     _power_of_two("K", K)
     n, _ = _array("e", e, (None, _words(K)))
@@ -301,8 +314,9 @@ def bit_lookup(e: U64, K: int, c: U64, masks: npt.NDArray[np.uint8]) -> U64:
     turned = np.zeros((depth, _words(2 * K) + 1), "<u8")  # one zero word more: windows read past their end
     packed = np.packbits(_turned(masks), axis=1, bitorder="little")
     turned.view(np.uint8)[:, : packed.shape[1]] = packed
+    by_word = np.ascontiguousarray(turned.T, np.uint64)
     out = np.empty((depth, _words(n)), np.uint64)
-    _lib.mk_bits_lookup(_out(out), _in(e), _in(c), _in(turned.astype(np.uint64, copy=False)), depth, n, K)
+    _lib.mk_bits_lookup(_out(out), _in(e), _in(c), _in(by_word), depth, n, K)
     return out
 
 
@@ -365,8 +379,8 @@ def gf_select_inner(x: U64, y: U64, rho: U64) -> int:
 
 
 # ---- GR(2^64, 48) = Z_2^64[X] / (X^48 + X^5 + X^3 + X^2 + 1) ----
-# A full element is 48 words, word i the coefficient of X^i. A "01" element has coefficients 0 and 1, packed in one
-# word, bit i for X^i; its bits 48 and up are ignored.
+# A full element is 48 words, word i the coefficient of X^i. A "01" element has coefficients 0 and 1, packed
+# in one word, bit i for X^i; its bits 48 and up are ignored.
 
 
 def gr_mul(a: U64, b: U64) -> U64:

@@ -1,4 +1,4 @@
-"""Compile the kernels: by setuptools on install (`cffi_modules`), or in place by `python -m mimir.kernels.build`.
+"""Compile the kernels: by setuptools on install, or in place by `python -m mimir.kernels.build`.
 
 Every level is compiled on every x86-64 machine, each file naming its own instruction sets; dispatch.c chooses
 among them when the library loads.
@@ -14,7 +14,7 @@ from pathlib import Path
 
 from cffi import FFI
 
-SOURCES = ("ref.c", "dispatch.c")
+SOURCES = ("ref.c", "avx2.c", "avx512.c", "dispatch.c")
 FLAGS = ["-O3", "-std=gnu11", "-Wall", "-Wextra", "-Werror"]
 
 HERE = Path(__file__).resolve().parent

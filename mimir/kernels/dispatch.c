@@ -10,12 +10,31 @@ struct table {
 #undef MK_FIELD
 };
 
-#define MK_REF(name) name##_ref,
-static const struct table levels[] = {{MK_EACH(MK_REF)}};
+#define MK_AT_REF(name) name##_ref,
+#define MK_AT_AVX2(name) name##_avx2,
+#define MK_AT_AVX512(name) name##_avx512,
+static const struct table levels[] = {
+    {MK_EACH(MK_AT_REF)},
+#if MK_X86
+    {MK_EACH(MK_AT_AVX2)},
+    {MK_EACH(MK_AT_AVX512)},
+#endif
+};
 
+/* __builtin_cpu_supports also asks whether the operating system saves the wide registers. */
 static int best_level(void)
 {
+#if MK_X86
+    __builtin_cpu_init();
+    if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("pclmul")) return 0;
+    if (!__builtin_cpu_supports("avx512f") || !__builtin_cpu_supports("avx512dq") ||
+        !__builtin_cpu_supports("avx512bw") || !__builtin_cpu_supports("avx512vl") ||
+        !__builtin_cpu_supports("vpclmulqdq"))
+        return 1;
+    return 2;
+#else
     return 0;
+#endif
 }
 
 static _Atomic(const struct table *) active = &levels[0];

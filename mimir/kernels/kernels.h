@@ -57,7 +57,8 @@ void mk_ring_lsb(uint64_t *words, const uint64_t *x, size_t n);
  * lookup: out (depth, n), out[d, i] = sum_j table[d, (c_i - j) mod size] e[i, j].
  * rotate: out (n, size), out[i, j] = e[i, (c_i - j) mod size].
  * bits:   the same sum over GF(2). e is (n, max(1, size/64)) words, out (depth, ceil(n/64)) words, and turned is
- *         (depth, stride) words of packed bits, stride = max(1, size/32) + 1, the last word zero.
+ *         packed and lies word by word: (max(1, size/32) + 1, depth), bit l of turned[w, d] being bit 64 w + l of
+ *         table d turned round and doubled; the last words are zero.
  * Public: c, turned. */
 void mk_ring_lookup(uint64_t *out, const uint64_t *e, const uint64_t *c, const uint64_t *turned, size_t depth,
                     size_t n, size_t size);

@@ -150,17 +150,17 @@ static uint64_t parity(uint64_t x)
 void mk_bits_lookup_ref(uint64_t *restrict out, const uint64_t *e, const uint64_t *c, const uint64_t *turned,
                         size_t depth, size_t n, size_t size)
 {
-    size_t words = size < 64 ? 1 : size / 64, stride = (size < 64 ? 1 : size / 32) + 1, packed = (n + 63) / 64;
+    size_t words = size < 64 ? 1 : size / 64, packed = (n + 63) / 64;
     uint64_t used = size < 64 ? ((uint64_t)1 << size) - 1 : ~(uint64_t)0;
     if (depth * packed > 0) memset(out, 0, depth * packed * sizeof *out);
     for (size_t i = 0; i < n; i++)
         for (size_t d = 0; d < depth; d++) {
             size_t start = (0 - c[i]) % size; /* first bit of the run; public */
-            const uint64_t *run = turned + d * stride + start / 64;
+            const uint64_t *run = turned + start / 64 * depth + d;
             unsigned s = start % 64;
             uint64_t sum = 0;
             for (size_t w = 0; w < words; w++) {
-                uint64_t window = run[w] >> s | run[w + 1] << 1 << (63 - s);
+                uint64_t window = run[w * depth] >> s | run[(w + 1) * depth] << 1 << (63 - s);
                 sum ^= e[i * words + w] & window & used;
             }
             out[d * packed + i / 64] |= parity(sum) << (i % 64);

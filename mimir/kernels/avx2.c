@@ -1,0 +1,191 @@
+/* The avx2 level: simd.h on four lanes, with AVX2 and PCLMULQDQ. */
+#include "ct.h"
+#include "levels.h"
+
+#if MK_X86
+#pragma GCC target("avx2,pclmul")
+#include <immintrin.h>
+
+#define MK(name) name##_avx2
+#define LANES 4
+
+typedef uint64_t vec __attribute__((vector_size(32)));
+typedef vec bitmask;
+
+/* AVX2 has no 64-bit multiply. A product mod 2^64 is lo lo + 2^32 (lo hi + hi lo), and sums of products can keep the
+ * two parts apart to the end. */
+typedef struct {
+    vec lo, hi;
+} factor;
+typedef struct {
+    vec low, cross;
+} sum;
+
+/* Rows and vectors in the register block of a matrix product, rows and vectors in that of a combination in GR. */
+enum { MM_ROWS = 3, MM_VECS = 2, GR_ROWS = 2, GR_VECS = 4 };
+
+static inline vec load(const uint64_t *p)
+{
+    return (vec)_mm256_loadu_si256((const __m256i *)p);
+}
+
+static inline void store(uint64_t *p, vec v)
+{
+    _mm256_storeu_si256((__m256i *)p, (__m256i)v);
+}
+
+static inline vec splat(uint64_t x)
+{
+    return (vec)_mm256_set1_epi64x((long long)x);
+}
+
+/* All ones in lanes below count. */
+static inline __m256i lanes_below(size_t count)
+{
+    return _mm256_cmpgt_epi64(_mm256_set1_epi64x((long long)count), _mm256_set_epi64x(3, 2, 1, 0));
+}
+
+/* The first count words at p, zero in other lanes; only these are read. count <= LANES. */
+static inline vec load_first(const uint64_t *p, size_t count)
+{
+    return count == LANES ? load(p) : (vec)_mm256_maskload_epi64((const long long *)p, lanes_below(count));
+}
+
+/* All but the first count words at p, zero in the first lanes. */
+static inline vec load_rest(const uint64_t *p, size_t count)
+{
+    __m256i rest = _mm256_xor_si256(lanes_below(count), _mm256_set1_epi64x(-1));
+    return (vec)_mm256_maskload_epi64((const long long *)p, rest);
+}
+
+static inline void store_first(uint64_t *p, size_t count, vec v)
+{
+    if (count == LANES) store(p, v);
+    else _mm256_maskstore_epi64((long long *)p, lanes_below(count), (__m256i)v);
+}
+
+/* Bits LANES q .. LANES q + LANES - 1 of word as lane masks. */
+static inline bitmask bits_of(uint64_t word, unsigned q)
+{
+    const vec bit = (vec){1, 2, 4, 8} << (LANES * q);
+    return (bitmask)_mm256_cmpeq_epi64((__m256i)(splat(word) & bit), (__m256i)bit);
+}
+
+static inline vec keep(bitmask k, vec v)
+{
+    return v & k;
+}
+
+static inline vec add_where(vec to, bitmask k, vec v)
+{
+    return to + (v & k);
+}
+
+static inline vec xor_where(vec to, bitmask k, vec v)
+{
+    return to ^ (v & k);
+}
+
+/* The lowest bits of the lanes, packed. */
+static inline uint64_t lowest_bits(vec v)
+{
+    return (uint64_t)_mm256_movemask_pd((__m256d)_mm256_slli_epi64((__m256i)v, 63));
+}
+
+static inline uint64_t total(vec v)
+{
+    __m128i s = _mm_add_epi64(_mm256_castsi256_si128((__m256i)v), _mm256_extracti128_si256((__m256i)v, 1));
+    return (uint64_t)_mm_cvtsi128_si64(_mm_add_epi64(s, _mm_unpackhi_epi64(s, s)));
+}
+
+static inline factor factor_of(vec v)
+{
+    return (factor){v, v >> 32};
+}
+
+static inline factor factor_splat(const uint64_t *p)
+{
+    return factor_of(splat(*p));
+}
+
+static inline sum sum_zero(void)
+{
+    return (sum){splat(0), splat(0)};
+}
+
+static inline vec mul32(vec a, vec b)
+{
+    return (vec)_mm256_mul_epu32((__m256i)a, (__m256i)b);
+}
+
+static inline sum sum_mul(sum s, factor a, factor b)
+{
+    s.low += mul32(a.lo, b.lo);
+    s.cross += mul32(a.lo, b.hi) + mul32(a.hi, b.lo);
+    return s;
+}
+
+static inline vec sum_value(sum s)
+{
+    return s.low + (s.cross << 32);
+}
+
+/* Carry-less products of 128 bits: of lanes 0 and 2 in *even, of lanes 1 and 3 in *odd. */
+static inline void clmul(vec *even, vec *odd, vec a, vec b)
+{
+    __m128i a0 = _mm256_castsi256_si128((__m256i)a), a1 = _mm256_extracti128_si256((__m256i)a, 1);
+    __m128i b0 = _mm256_castsi256_si128((__m256i)b), b1 = _mm256_extracti128_si256((__m256i)b, 1);
+    *even = (vec)_mm256_set_m128i(_mm_clmulepi64_si128(a1, b1, 0x00), _mm_clmulepi64_si128(a0, b0, 0x00));
+    *odd = (vec)_mm256_set_m128i(_mm_clmulepi64_si128(a1, b1, 0x11), _mm_clmulepi64_si128(a0, b0, 0x11));
+}
+
+static inline vec low_halves(vec even, vec odd)
+{
+    return (vec)_mm256_unpacklo_epi64((__m256i)even, (__m256i)odd);
+}
+
+static inline vec high_halves(vec even, vec odd)
+{
+    return (vec)_mm256_unpackhi_epi64((__m256i)even, (__m256i)odd);
+}
+
+typedef uint32_t vec32 __attribute__((vector_size(32)));
+
+static inline vec32 rotl32(vec32 x, int r)
+{
+    const __m256i by16 = _mm256_setr_epi8(2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13, 2, 3, 0, 1, 6, 7, 4,
+                                          5, 10, 11, 8, 9, 14, 15, 12, 13);
+    const __m256i by8 = _mm256_setr_epi8(3, 0, 1, 2, 7, 4, 5, 6, 11, 8, 9, 10, 15, 12, 13, 14, 3, 0, 1, 2, 7, 4, 5,
+                                         6, 11, 8, 9, 10, 15, 12, 13, 14);
+    if (r == 16) return (vec32)_mm256_shuffle_epi8((__m256i)x, by16);
+    if (r == 8) return (vec32)_mm256_shuffle_epi8((__m256i)x, by8);
+    return x << r | x >> (32 - r);
+}
+
+/* Word w of block l is lane l of x[w]: write the blocks one after another. */
+static inline void put_blocks(uint8_t *out, const vec32 x[16])
+{
+    for (int h = 0; h < 2; h++) { /* words 0-7, then 8-15 */
+        __m256i r[2][4];
+        for (int g = 0; g < 2; g++) {
+            const vec32 *w = x + 8 * h + 4 * g;
+            __m256i ab0 = _mm256_unpacklo_epi32((__m256i)w[0], (__m256i)w[1]);
+            __m256i ab1 = _mm256_unpackhi_epi32((__m256i)w[0], (__m256i)w[1]);
+            __m256i cd0 = _mm256_unpacklo_epi32((__m256i)w[2], (__m256i)w[3]);
+            __m256i cd1 = _mm256_unpackhi_epi32((__m256i)w[2], (__m256i)w[3]);
+            r[g][0] = _mm256_unpacklo_epi64(ab0, cd0);
+            r[g][1] = _mm256_unpackhi_epi64(ab0, cd0);
+            r[g][2] = _mm256_unpacklo_epi64(ab1, cd1);
+            r[g][3] = _mm256_unpackhi_epi64(ab1, cd1);
+        }
+        for (int i = 0; i < 4; i++) { /* half q of r[g][i] is words 4g.. of block 4q + i */
+            _mm256_storeu_si256((__m256i *)(out + 64 * i + 32 * h),
+                                _mm256_permute2x128_si256(r[0][i], r[1][i], 0x20));
+            _mm256_storeu_si256((__m256i *)(out + 64 * (4 + i) + 32 * h),
+                                _mm256_permute2x128_si256(r[0][i], r[1][i], 0x31));
+        }
+    }
+}
+
+#include "simd.h"
+#endif

@@ -1,0 +1,157 @@
+/* The avx512 level: simd.h on eight lanes, with AVX-512 F, DQ, BW, VL and VPCLMULQDQ. */
+#include "ct.h"
+#include "levels.h"
+
+#if MK_X86
+#pragma GCC target("avx2,pclmul,avx512f,avx512dq,avx512bw,avx512vl,vpclmulqdq,prefer-vector-width=512")
+#include <immintrin.h>
+
+#define MK(name) name##_avx512
+#define LANES 8
+
+typedef uint64_t vec __attribute__((vector_size(64)));
+typedef __mmask8 bitmask;
+typedef vec factor; /* see avx2.c: here the processor multiplies 64 bits */
+typedef vec sum;
+
+enum { MM_ROWS = 8, MM_VECS = 3, GR_ROWS = 4, GR_VECS = 6 };
+
+static inline vec load(const uint64_t *p)
+{
+    return (vec)_mm512_loadu_si512(p);
+}
+
+static inline void store(uint64_t *p, vec v)
+{
+    _mm512_storeu_si512(p, (__m512i)v);
+}
+
+static inline vec splat(uint64_t x)
+{
+    return (vec)_mm512_set1_epi64((long long)x);
+}
+
+static inline __mmask8 lanes_below(size_t count)
+{
+    return (__mmask8)((1u << count) - 1);
+}
+
+static inline vec load_first(const uint64_t *p, size_t count)
+{
+    return (vec)_mm512_maskz_loadu_epi64(lanes_below(count), p);
+}
+
+static inline vec load_rest(const uint64_t *p, size_t count)
+{
+    return (vec)_mm512_maskz_loadu_epi64((__mmask8)~lanes_below(count), p);
+}
+
+static inline void store_first(uint64_t *p, size_t count, vec v)
+{
+    _mm512_mask_storeu_epi64(p, lanes_below(count), (__m512i)v);
+}
+
+static inline bitmask bits_of(uint64_t word, unsigned q)
+{
+    return (__mmask8)(word >> (LANES * q));
+}
+
+static inline vec keep(bitmask k, vec v)
+{
+    return (vec)_mm512_maskz_mov_epi64(k, (__m512i)v);
+}
+
+static inline vec add_where(vec to, bitmask k, vec v)
+{
+    return (vec)_mm512_mask_add_epi64((__m512i)to, k, (__m512i)to, (__m512i)v);
+}
+
+static inline vec xor_where(vec to, bitmask k, vec v)
+{
+    return (vec)_mm512_mask_xor_epi64((__m512i)to, k, (__m512i)to, (__m512i)v);
+}
+
+static inline uint64_t lowest_bits(vec v)
+{
+    return _mm512_test_epi64_mask((__m512i)v, _mm512_set1_epi64(1));
+}
+
+static inline uint64_t total(vec v)
+{
+    return (uint64_t)_mm512_reduce_add_epi64((__m512i)v);
+}
+
+static inline factor factor_of(vec v)
+{
+    return v;
+}
+
+static inline factor factor_splat(const uint64_t *p)
+{
+    return splat(*p);
+}
+
+static inline sum sum_zero(void)
+{
+    return splat(0);
+}
+
+static inline sum sum_mul(sum s, factor a, factor b)
+{
+    return s + (vec)_mm512_mullo_epi64((__m512i)a, (__m512i)b);
+}
+
+static inline vec sum_value(sum s)
+{
+    return s;
+}
+
+static inline void clmul(vec *even, vec *odd, vec a, vec b)
+{
+    *even = (vec)_mm512_clmulepi64_epi128((__m512i)a, (__m512i)b, 0x00);
+    *odd = (vec)_mm512_clmulepi64_epi128((__m512i)a, (__m512i)b, 0x11);
+}
+
+static inline vec low_halves(vec even, vec odd)
+{
+    return (vec)_mm512_unpacklo_epi64((__m512i)even, (__m512i)odd);
+}
+
+static inline vec high_halves(vec even, vec odd)
+{
+    return (vec)_mm512_unpackhi_epi64((__m512i)even, (__m512i)odd);
+}
+
+typedef uint32_t vec32 __attribute__((vector_size(64)));
+
+static inline vec32 rotl32(vec32 x, int r)
+{
+    return x << r | x >> (32 - r);
+}
+
+static inline void put_blocks(uint8_t *out, const vec32 x[16])
+{
+    __m512i r[4][4];
+    for (int g = 0; g < 4; g++) {
+        const vec32 *w = x + 4 * g;
+        __m512i ab0 = _mm512_unpacklo_epi32((__m512i)w[0], (__m512i)w[1]);
+        __m512i ab1 = _mm512_unpackhi_epi32((__m512i)w[0], (__m512i)w[1]);
+        __m512i cd0 = _mm512_unpacklo_epi32((__m512i)w[2], (__m512i)w[3]);
+        __m512i cd1 = _mm512_unpackhi_epi32((__m512i)w[2], (__m512i)w[3]);
+        r[g][0] = _mm512_unpacklo_epi64(ab0, cd0);
+        r[g][1] = _mm512_unpackhi_epi64(ab0, cd0);
+        r[g][2] = _mm512_unpacklo_epi64(ab1, cd1);
+        r[g][3] = _mm512_unpackhi_epi64(ab1, cd1);
+    }
+    for (int i = 0; i < 4; i++) { /* quarter q of r[g][i] is words 4g.. of block 4q + i */
+        __m512i a = _mm512_shuffle_i64x2(r[0][i], r[1][i], 0x44), b = _mm512_shuffle_i64x2(r[2][i], r[3][i], 0x44);
+        __m512i c = _mm512_shuffle_i64x2(r[0][i], r[1][i], 0xee), d = _mm512_shuffle_i64x2(r[2][i], r[3][i], 0xee);
+        _mm512_storeu_si512(out + 64 * i, _mm512_shuffle_i64x2(a, b, 0x88));
+        _mm512_storeu_si512(out + 64 * (4 + i), _mm512_shuffle_i64x2(a, b, 0xdd));
+        _mm512_storeu_si512(out + 64 * (8 + i), _mm512_shuffle_i64x2(c, d, 0x88));
+        _mm512_storeu_si512(out + 64 * (12 + i), _mm512_shuffle_i64x2(c, d, 0xdd));
+    }
+}
+
+#include "simd.h"
+#endif

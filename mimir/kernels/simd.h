@@ -1,0 +1,646 @@
+/* The kernels on vectors of LANES words. avx2.c and avx512.c include this once each, after their primitives; what is
+ * computed, and why it is right, stands in ref.c. */
+#include <string.h>
+
+#define INLINE static inline __attribute__((always_inline))
+#define UNROLL _Pragma("GCC unroll 16")
+
+static inline size_t least(size_t a, size_t b)
+{
+    return a < b ? a : b;
+}
+
+/* ---- ChaCha20: one block per 32-bit lane ---- */
+
+enum { BLOCKS = 2 * LANES };
+
+#define QUARTER(a, b, c, d)                                                                                            \
+    do {                                                                                                               \
+        a += b, d = rotl32(d ^ a, 16);                                                                                 \
+        c += d, b = rotl32(b ^ c, 12);                                                                                 \
+        a += b, d = rotl32(d ^ a, 8);                                                                                  \
+        c += d, b = rotl32(b ^ c, 7);                                                                                  \
+    } while (0)
+
+static void chacha_blocks(uint8_t *out, const uint32_t head[12], uint64_t stream, uint64_t block)
+{
+    vec32 s[16], x[16];
+    UNROLL for (int i = 0; i < 12; i++) s[i] = (vec32){0} + head[i];
+    for (int l = 0; l < BLOCKS; l++) {
+        s[12][l] = (uint32_t)(block + (uint64_t)l);
+        s[13][l] = (uint32_t)((block + (uint64_t)l) >> 32);
+    }
+    s[14] = (vec32){0} + (uint32_t)stream;
+    s[15] = (vec32){0} + (uint32_t)(stream >> 32);
+    UNROLL for (int i = 0; i < 16; i++) x[i] = s[i];
+    for (int i = 0; i < 10; i++) {
+        QUARTER(x[0], x[4], x[8], x[12]);
+        QUARTER(x[1], x[5], x[9], x[13]);
+        QUARTER(x[2], x[6], x[10], x[14]);
+        QUARTER(x[3], x[7], x[11], x[15]);
+        QUARTER(x[0], x[5], x[10], x[15]);
+        QUARTER(x[1], x[6], x[11], x[12]);
+        QUARTER(x[2], x[7], x[8], x[13]);
+        QUARTER(x[3], x[4], x[9], x[14]);
+    }
+    UNROLL for (int i = 0; i < 16; i++) x[i] += s[i];
+    put_blocks(out, x);
+}
+
+void MK(mk_prg_chacha20)(uint8_t *out, size_t n, const uint8_t *key, uint64_t stream, uint64_t block)
+{
+    uint32_t head[12] = {0x61707865, 0x3320646e, 0x79622d32, 0x6b206574};
+    uint8_t bytes[64 * BLOCKS];
+    memcpy(head + 4, key, 32); /* these levels are little-endian */
+    for (; n >= sizeof bytes; n -= sizeof bytes, out += sizeof bytes, block += BLOCKS)
+        chacha_blocks(out, head, stream, block);
+    if (n > 0) {
+        chacha_blocks(bytes, head, stream, block);
+        memcpy(out, bytes, n);
+        ct_wipe(bytes, sizeof bytes);
+    }
+    ct_wipe(head, sizeof head);
+}
+
+/* ---- matrix products ---- */
+
+/* Few rows: b is streamed once, STREAM of its rows side by side; a piece of c stays in the first-level cache. */
+enum { FEW = 6, STREAM = 8, PIECE = 2048 };
+
+INLINE void stream_rows(uint64_t *c, const uint64_t *a, const uint64_t *b, size_t m, size_t k, size_t n, size_t width,
+                        const int deep)
+{
+    for (size_t j = 0; j < width; j += LANES) {
+        size_t left = least(width - j, LANES);
+        factor f[STREAM];
+        UNROLL for (int t = 0; t < deep; t++) f[t] = factor_of(load_first(b + (size_t)t * n + j, left));
+        for (size_t i = 0; i < m; i++) {
+            sum s = sum_zero();
+            UNROLL for (int t = 0; t < deep; t++) s = sum_mul(s, factor_splat(a + i * k + t), f[t]);
+            store_first(c + i * n + j, left, load_first(c + i * n + j, left) + sum_value(s));
+        }
+    }
+}
+
+/* The same for one row, whose STREAM factors stay in registers. */
+INLINE void stream_row(uint64_t *c, const uint64_t *a, const uint64_t *b, size_t n, size_t width)
+{
+    factor f[STREAM];
+    size_t j = 0;
+    UNROLL for (int t = 0; t < STREAM; t++) f[t] = factor_splat(a + t);
+    for (; j + LANES <= width; j += LANES) {
+        sum s = sum_zero();
+        UNROLL for (int t = 0; t < STREAM; t++) s = sum_mul(s, f[t], factor_of(load(b + (size_t)t * n + j)));
+        store(c + j, load(c + j) + sum_value(s));
+    }
+    if (j < width) stream_rows(c + j, a, b + j, 1, 0, n, width - j, STREAM);
+}
+
+static void matmul_few(uint64_t *c, const uint64_t *a, const uint64_t *b, size_t m, size_t k, size_t n)
+{
+    const size_t piece = PIECE / m;
+    for (size_t j = 0; j < n; j += piece) {
+        size_t width = least(n - j, piece), t = 0;
+        for (; t + STREAM <= k; t += STREAM) {
+            if (m == 1) stream_row(c + j, a + t, b + t * n + j, n, width);
+            else stream_rows(c + j, a + t, b + t * n + j, m, k, n, width, STREAM);
+        }
+        for (; t < k; t++) stream_rows(c + j, a + t, b + t * n + j, m, k, n, width, 1);
+    }
+}
+
+/* Many rows: a panel of b, PANEL_K by PANEL_N, is packed in strips of NARROW columns; strips meet MM_ROWS rows of a
+ * in registers. */
+enum { NARROW = MM_VECS * LANES, STRIPS = 192 / NARROW, PANEL_N = STRIPS * NARROW, PANEL_K = 64 };
+
+INLINE void block_product(uint64_t *c, const uint64_t *a, const uint64_t *strip, size_t k, size_t n, size_t depth,
+                          size_t width, const int rows)
+{
+    sum s[MM_ROWS][MM_VECS];
+    UNROLL for (int i = 0; i < rows; i++) UNROLL for (int v = 0; v < MM_VECS; v++) s[i][v] = sum_zero();
+    for (size_t t = 0; t < depth; t++) {
+        factor f[MM_VECS];
+        UNROLL for (int v = 0; v < MM_VECS; v++) f[v] = factor_of(load(strip + t * NARROW + v * LANES));
+        UNROLL for (int i = 0; i < rows; i++)
+        {
+            factor g = factor_splat(a + (size_t)i * k + t);
+            UNROLL for (int v = 0; v < MM_VECS; v++) s[i][v] = sum_mul(s[i][v], g, f[v]);
+        }
+    }
+    UNROLL for (int i = 0; i < rows; i++) UNROLL for (int v = 0; v < MM_VECS; v++)
+    {
+        uint64_t *to = c + (size_t)i * n + v * LANES;
+        if (width >= (size_t)(v + 1) * LANES) store(to, load(to) + sum_value(s[i][v]));
+        else if (width > (size_t)v * LANES) {
+            size_t left = width - (size_t)v * LANES;
+            store_first(to, left, load_first(to, left) + sum_value(s[i][v]));
+        }
+    }
+}
+
+/* c += a b over one panel and all rows of a. */
+static void panel_product(uint64_t *c, const uint64_t *a, const uint64_t *panel, size_t m, size_t k, size_t n,
+                          size_t depth, size_t width)
+{
+    for (size_t i = 0; i < m; i += MM_ROWS)
+        for (size_t j = 0; j < width; j += NARROW) {
+            const uint64_t *strip = panel + j * depth, *from = a + i * k;
+            uint64_t *to = c + i * n + j;
+            size_t left = least(width - j, NARROW);
+            switch (least(m - i, MM_ROWS)) {
+#define CASE(rows)                                                                                                     \
+    case rows: block_product(to, from, strip, k, n, depth, left, rows); break;
+                CASE(1)
+                CASE(2)
+                CASE(3)
+#if LANES == 8
+                CASE(4)
+                CASE(5)
+                CASE(6)
+                CASE(7)
+                CASE(8)
+#endif
+#undef CASE
+            }
+        }
+}
+
+/* The value at row t, column j of the panel's matrix is b[t * down + j * right]. */
+static void pack_panel(uint64_t *restrict panel, const uint64_t *b, size_t down, size_t right, size_t depth,
+                       size_t width)
+{
+    for (size_t j = 0; j < width; j += NARROW) {
+        size_t columns = least(width - j, NARROW);
+        uint64_t *strip = panel + j * depth;
+        if (right == 1)
+            for (size_t t = 0; t < depth; t++) {
+                for (size_t v = 0; v < columns; v++) strip[t * NARROW + v] = b[t * down + j + v];
+                for (size_t v = columns; v < NARROW; v++) strip[t * NARROW + v] = 0;
+            }
+        else
+            for (size_t v = 0; v < NARROW; v++)
+                for (size_t t = 0; t < depth; t++)
+                    strip[t * NARROW + v] = v < columns ? b[t * down + (j + v) * right] : 0;
+    }
+}
+
+static void matmul_many(uint64_t *c, const uint64_t *a, const uint64_t *b, size_t down, size_t right, size_t m,
+                        size_t k, size_t n)
+{
+    uint64_t panel[PANEL_K * PANEL_N] __attribute__((aligned(64)));
+    for (size_t t = 0; t < k; t += PANEL_K)
+        for (size_t j = 0; j < n; j += PANEL_N) {
+            size_t depth = least(k - t, PANEL_K), width = least(n - j, PANEL_N);
+            pack_panel(panel, b + t * down + j * right, down, right, depth, width);
+            panel_product(c + j, a + t, panel, m, k, n, depth, width);
+        }
+}
+
+void MK(mk_ring_matmul)(uint64_t *c, const uint64_t *a, const uint64_t *b, size_t batch, size_t m, size_t k, size_t n,
+                        int add)
+{
+    if (batch * m * n == 0) return;
+    if (!add) memset(c, 0, batch * m * n * sizeof *c);
+    for (; batch > 0; batch--, a += m * k, b += k * n, c += m * n) {
+        if (m <= FEW) matmul_few(c, a, b, m, k, n);
+        else matmul_many(c, a, b, n, 1, m, k, n);
+    }
+}
+
+/* c (rows, columns) += products of rows of a with rows of b, all of length k. */
+INLINE void dot_block(uint64_t *c, const uint64_t *a, const uint64_t *b, size_t k, size_t n, const int rows,
+                      const int columns)
+{
+    sum s[4][4];
+    UNROLL for (int i = 0; i < rows; i++) UNROLL for (int j = 0; j < columns; j++) s[i][j] = sum_zero();
+    for (size_t t = 0; t < k; t += LANES) {
+        size_t left = least(k - t, LANES);
+        factor f[4];
+        UNROLL for (int i = 0; i < rows; i++) f[i] = factor_of(load_first(a + (size_t)i * k + t, left));
+        UNROLL for (int j = 0; j < columns; j++)
+        {
+            factor g = factor_of(load_first(b + (size_t)j * k + t, left));
+            UNROLL for (int i = 0; i < rows; i++) s[i][j] = sum_mul(s[i][j], f[i], g);
+        }
+    }
+    UNROLL for (int i = 0; i < rows; i++) UNROLL for (int j = 0; j < columns; j++) c[(size_t)i * n + j] +=
+        total(sum_value(s[i][j]));
+}
+
+void MK(mk_ring_matmul_nt)(uint64_t *c, const uint64_t *a, const uint64_t *b, size_t batch, size_t m, size_t k,
+                           size_t n, int add)
+{
+    if (batch * m * n == 0) return;
+    if (!add) memset(c, 0, batch * m * n * sizeof *c);
+    for (; batch > 0; batch--, a += m * k, b += n * k, c += m * n) {
+        if (m > FEW) {
+            matmul_many(c, a, b, 1, k, m, k, n);
+            continue;
+        }
+        size_t j = 0;
+        for (; j + 4 <= n; j += 4) {
+            size_t i = 0;
+            for (; i + 2 <= m; i += 2) dot_block(c + i * n + j, a + i * k, b + j * k, k, n, 2, 4);
+            if (i < m) dot_block(c + i * n + j, a + i * k, b + j * k, k, n, 1, 4);
+        }
+        for (; j < n; j++)
+            for (size_t i = 0; i < m; i++) dot_block(c + i * n + j, a + i * k, b + j * k, k, n, 1, 1);
+    }
+}
+
+/* ---- elementwise ---- */
+
+static inline vec product(vec a, vec b)
+{
+    return sum_value(sum_mul(sum_zero(), factor_of(a), factor_of(b)));
+}
+
+void MK(mk_ring_rss_mul)(uint64_t *restrict out, const uint64_t *x, const uint64_t *y, const uint64_t *alpha,
+                         size_t n)
+{
+    for (size_t j = 0; j < n; j += LANES) {
+        size_t left = least(n - j, LANES);
+        vec x0 = load_first(x + j, left), x1 = load_first(x + n + j, left);
+        vec y0 = load_first(y + j, left), y1 = load_first(y + n + j, left);
+        sum s = sum_mul(sum_zero(), factor_of(x0), factor_of(y0 + y1));
+        s = sum_mul(s, factor_of(x1), factor_of(y0));
+        store_first(out + j, left, sum_value(s) + load_first(alpha + j, left));
+    }
+}
+
+void MK(mk_bits_rss_and)(uint64_t *restrict out, const uint64_t *x, const uint64_t *y, const uint64_t *alpha,
+                         size_t n)
+{
+    for (size_t j = 0; j < n; j++) out[j] = (x[j] & (y[j] ^ y[n + j])) ^ (x[n + j] & y[j]) ^ alpha[j];
+}
+
+/* ---- packed bits ---- */
+
+/* Transpose 64 by 64 bits: six rounds swap ever smaller off-diagonal squares. */
+static void transpose(uint64_t x[64])
+{
+#define SWAP(s, mask)                                                                                                  \
+    for (int i = 0; i < 64; i += 2 * (s))                                                                              \
+        for (int j = i; j < i + (s); j++) {                                                                            \
+            uint64_t t = (x[j] >> (s) ^ x[j + (s)]) & (mask);                                                          \
+            x[j] ^= t << (s);                                                                                          \
+            x[j + (s)] ^= t;                                                                                           \
+        }
+    SWAP(32, 0x00000000ffffffff)
+    SWAP(16, 0x0000ffff0000ffff)
+    SWAP(8, 0x00ff00ff00ff00ff)
+    SWAP(4, 0x0f0f0f0f0f0f0f0f)
+    SWAP(2, 0x3333333333333333)
+    SWAP(1, 0x5555555555555555)
+#undef SWAP
+}
+
+void MK(mk_bits_slice)(uint64_t *restrict planes, const uint64_t *x, size_t n, size_t nbits)
+{
+    size_t words = (n + 63) / 64;
+    uint64_t block[64] __attribute__((aligned(64)));
+    for (size_t w = 0; w < words; w++) {
+        size_t left = least(n - 64 * w, 64);
+        memcpy(block, x + 64 * w, left * sizeof *x);
+        memset(block + left, 0, (64 - left) * sizeof *x);
+        transpose(block);
+        for (size_t b = 0; b < nbits; b++) planes[b * words + w] = block[b];
+    }
+}
+
+void MK(mk_bits_unslice)(uint64_t *restrict x, const uint64_t *planes, size_t n, size_t nbits)
+{
+    size_t words = (n + 63) / 64;
+    uint64_t block[64] __attribute__((aligned(64)));
+    for (size_t w = 0; w < words; w++) {
+        for (size_t b = 0; b < nbits; b++) block[b] = planes[b * words + w];
+        memset(block + nbits, 0, (64 - nbits) * sizeof *x);
+        transpose(block);
+        memcpy(x + 64 * w, block, least(n - 64 * w, 64) * sizeof *x);
+    }
+}
+
+void MK(mk_bits_to_ring)(uint64_t *restrict out, const uint64_t *words, size_t n)
+{
+    for (size_t j = 0; j < n; j += LANES)
+        store_first(out + j, least(n - j, LANES), keep(bits_of(words[j / 64] >> (j % 64), 0), splat(1)));
+}
+
+void MK(mk_ring_lsb)(uint64_t *restrict words, const uint64_t *x, size_t n)
+{
+    for (size_t w = 0; 64 * w < n; w++) {
+        uint64_t word = 0;
+        for (size_t l = 0; l < 64 && 64 * w + l < n; l += LANES)
+            word |= lowest_bits(load_first(x + 64 * w + l, least(n - 64 * w - l, LANES))) << l;
+        words[w] = word;
+    }
+}
+
+/* ---- look-up ---- */
+
+INLINE void look_up(uint64_t *out, const uint64_t *e, const uint64_t *run, size_t n, size_t size, const int depth)
+{
+    sum s[4];
+    UNROLL for (int d = 0; d < depth; d++) s[d] = sum_zero();
+    for (size_t j = 0; j < size; j += LANES) {
+        size_t left = least(size - j, LANES);
+        factor f = factor_of(load_first(e + j, left));
+        UNROLL for (int d = 0; d < depth; d++) s[d] =
+            sum_mul(s[d], f, factor_of(load_first(run + 2 * size * (size_t)d + j, left)));
+    }
+    UNROLL for (int d = 0; d < depth; d++) out[n * (size_t)d] = total(sum_value(s[d]));
+}
+
+void MK(mk_ring_lookup)(uint64_t *restrict out, const uint64_t *e, const uint64_t *c, const uint64_t *turned,
+                        size_t depth, size_t n, size_t size)
+{
+    for (size_t i = 0; i < n; i++) {
+        const uint64_t *run = turned + (0 - c[i]) % size, *row = e + i * size;
+        size_t d = 0;
+        for (; d + 4 <= depth; d += 4) look_up(out + d * n + i, row, run + 2 * size * d, n, size, 4);
+        for (; d < depth; d++) look_up(out + d * n + i, row, run + 2 * size * d, n, size, 1);
+    }
+}
+
+void MK(mk_ring_rotate)(uint64_t *restrict out, const uint64_t *e, const uint64_t *c, size_t n, size_t size)
+{
+    for (size_t i = 0; i < n; i++, out += size, e += size) {
+        size_t turn = c[i] % size;
+        for (size_t j = 0; j <= turn; j++) out[j] = e[turn - j];
+        for (size_t j = turn + 1; j < size; j++) out[j] = e[size + turn - j];
+    }
+}
+
+void MK(mk_bits_lookup)(uint64_t *restrict out, const uint64_t *e, const uint64_t *c, const uint64_t *turned,
+                        size_t depth, size_t n, size_t size)
+{
+    size_t words = size < 64 ? 1 : size / 64, packed = (n + 63) / 64;
+    uint64_t used = size < 64 ? ((uint64_t)1 << size) - 1 : ~(uint64_t)0;
+    for (size_t d = 0; d < depth; d += LANES) { /* one table per lane */
+        size_t left = least(depth - d, LANES);
+        for (size_t p = 0; p < packed; p++) {
+            vec bits = splat(0);
+            for (size_t l = 0; l < 64 && 64 * p + l < n; l++) {
+                size_t i = 64 * p + l, start = (0 - c[i]) % size;
+                const uint64_t *run = turned + start / 64 * depth + d;
+                unsigned s = start % 64;
+                vec x = splat(0), here = load_first(run, left);
+                for (size_t w = 0; w < words; w++) {
+                    vec next = load_first(run + (w + 1) * depth, left);
+                    x ^= (here >> s | next << 1 << (63 - s)) & splat(e[i * words + w] & used);
+                    here = next;
+                }
+                UNROLL for (int h = 32; h > 0; h /= 2) x ^= x >> h;
+                bits |= (x & splat(1)) << l;
+            }
+            UNROLL for (size_t h = 0; h < LANES; h++) if (h < left) out[(d + h) * packed + p] = bits[h];
+        }
+    }
+}
+
+/* ---- GF(2^64) ---- */
+
+static inline vec gf_reduce(vec lo, vec hi)
+{
+    hi ^= hi >> 63 ^ hi >> 61 ^ hi >> 60;
+    return lo ^ hi ^ hi << 1 ^ hi << 3 ^ hi << 4;
+}
+
+static inline vec gf_product(vec a, vec b)
+{
+    vec even, odd;
+    clmul(&even, &odd, a, b);
+    return gf_reduce(low_halves(even, odd), high_halves(even, odd));
+}
+
+void MK(mk_gf_mul)(uint64_t *restrict out, const uint64_t *a, const uint64_t *b, size_t n)
+{
+    for (size_t j = 0; j < n; j += LANES) {
+        size_t left = least(n - j, LANES);
+        store_first(out + j, left, gf_product(load_first(a + j, left), load_first(b + j, left)));
+    }
+}
+
+void MK(mk_gf_scale)(uint64_t *restrict out, const uint64_t *a, uint64_t s, size_t n)
+{
+    for (size_t j = 0; j < n; j += LANES) {
+        size_t left = least(n - j, LANES);
+        store_first(out + j, left, gf_product(load_first(a + j, left), splat(s)));
+    }
+}
+
+void MK(mk_gf_inner)(uint64_t *restrict out, const uint64_t *a, const uint64_t *b, size_t n)
+{
+    vec sums = splat(0); /* of unreduced products, 128 bits each */
+    for (size_t j = 0; j < n; j += LANES) {
+        size_t left = least(n - j, LANES);
+        vec even, odd;
+        clmul(&even, &odd, load_first(a + j, left), load_first(b + j, left));
+        sums ^= even ^ odd;
+    }
+    uint64_t lo = 0, hi = 0;
+    UNROLL for (int l = 0; l < LANES; l += 2) lo ^= sums[l], hi ^= sums[l + 1];
+    *out = gf_reduce(splat(lo), splat(hi))[0];
+}
+
+void MK(mk_gf_fold)(uint64_t *restrict out, const uint64_t *a, uint64_t xi, size_t half)
+{
+    for (size_t j = 0; j < half; j += LANES) {
+        size_t left = least(half - j, LANES);
+        vec lo = load_first(a + j, left), hi = load_first(a + half + j, left);
+        store_first(out + j, left, lo ^ gf_product(lo ^ hi, splat(xi)));
+    }
+}
+
+void MK(mk_gf_select)(uint64_t *restrict out, const uint64_t *bits, const uint64_t *rho, size_t n)
+{
+    for (size_t j = 0; j < n; j += LANES) {
+        size_t left = least(n - j, LANES);
+        store_first(out + j, left, keep(bits_of(bits[j / 64] >> (j % 64), 0), load_first(rho + j, left)));
+    }
+}
+
+void MK(mk_gf_select_inner)(uint64_t *restrict out, const uint64_t *x, const uint64_t *y, const uint64_t *rho,
+                            size_t n)
+{
+    vec s[4] = {splat(0), splat(0), splat(0), splat(0)};
+    uint64_t result = 0;
+    size_t j = 0;
+    for (; j + 64 <= n; j += 64) {
+        uint64_t word = x[j / 64] & y[j / 64];
+        UNROLL for (unsigned q = 0; q < 64 / LANES; q++) s[q % 4] =
+            xor_where(s[q % 4], bits_of(word, q), load(rho + j + LANES * q));
+    }
+    for (; j < n; j += LANES) {
+        uint64_t word = (x[j / 64] & y[j / 64]) >> (j % 64);
+        s[0] = xor_where(s[0], bits_of(word, 0), load_first(rho + j, least(n - j, LANES)));
+    }
+    s[0] ^= s[1] ^ s[2] ^ s[3];
+    UNROLL for (int l = 0; l < LANES; l++) result ^= s[0][l];
+    *out = result;
+}
+
+/* ---- GR(2^64, 48) ---- */
+
+enum { GV = MK_GR / LANES }; /* vectors in an element */
+
+/* X^s b for s < LANES, one vector longer than b; reads b alone. */
+INLINE void gr_shift(vec t[GV + 1], const uint64_t *b, size_t s)
+{
+    t[0] = load_rest(b - s, s);
+    UNROLL for (int q = 1; q < GV; q++) t[q] = load(b + LANES * q - s);
+    t[GV] = load_first(b + MK_GR - s, s);
+}
+
+/* p += a b. Shifts by whole vectors are free: they rename the vectors of p. */
+INLINE void gr_mul_add(sum p[2 * GV], const uint64_t *a, const uint64_t *b)
+{
+    for (size_t s = 0; s < LANES; s++) {
+        vec t[GV + 1];
+        factor f[GV + 1];
+        gr_shift(t, b, s);
+        UNROLL for (int v = 0; v <= GV; v++) f[v] = factor_of(t[v]);
+        UNROLL for (int q = 0; q < GV; q++)
+        {
+            factor g = factor_splat(a + LANES * q + s);
+            UNROLL for (int v = 0; v <= GV; v++) if (q + v < 2 * GV) p[q + v] = sum_mul(p[q + v], g, f[v]);
+        }
+    }
+}
+
+/* p += a r for a 01 element r: lanes are all ones or zero. */
+INLINE void gr_mul01_add(vec p[2 * GV], const uint64_t *a, uint64_t r)
+{
+    const uint64_t one = ct_one();
+    for (size_t s = 0; s < LANES; s++) {
+        vec t[GV + 1];
+        gr_shift(t, a, s);
+        UNROLL for (int q = 0; q < GV; q++)
+        {
+            bitmask k = bits_of(ct_mask(r, (unsigned)(LANES * (size_t)q + s), one), 0);
+            UNROLL for (int v = 0; v <= GV; v++) p[q + v] = add_where(p[q + v], k, t[v]);
+        }
+    }
+}
+
+/* out = lo + p modulo the modulus. With H the upper half of p: what X^2 H + X^3 H + X^5 H carries past X^48 joins the
+ * lowest words of H first; then lo + p is lo + L - H - X^2 H - X^3 H - X^5 H cut at X^48. */
+INLINE void gr_reduce(uint64_t *out, const vec p[2 * GV], const uint64_t *lo)
+{
+    uint64_t room[8 + MK_GR] __attribute__((aligned(64))) = {0}, *h = room + 8;
+    UNROLL for (int v = 0; v < GV; v++) store(h + LANES * v, p[GV + v]);
+    h[0] -= h[46] + h[45] + h[43];
+    h[1] -= h[46] + h[44];
+    h[2] -= h[45];
+    h[3] -= h[46];
+    UNROLL for (int v = 0; v < GV; v++)
+    {
+        const uint64_t *at = h + LANES * v;
+        vec r = p[v] - load(at) - load(at - 2) - load(at - 3) - load(at - 5);
+        if (lo) r += load(lo + LANES * v);
+        store(out + LANES * v, r);
+    }
+}
+
+INLINE void gr_finish(uint64_t *out, const sum s[2 * GV])
+{
+    vec p[2 * GV];
+    UNROLL for (int v = 0; v < 2 * GV; v++) p[v] = sum_value(s[v]);
+    gr_reduce(out, p, NULL);
+}
+
+void MK(mk_gr_mul)(uint64_t *restrict out, const uint64_t *a, const uint64_t *b, size_t n)
+{
+    for (size_t j = 0; j < n; j++) {
+        sum p[2 * GV];
+        UNROLL for (int v = 0; v < 2 * GV; v++) p[v] = sum_zero();
+        gr_mul_add(p, a + MK_GR * j, b + MK_GR * j);
+        gr_finish(out + MK_GR * j, p);
+    }
+}
+
+void MK(mk_gr_inner)(uint64_t *restrict out, const uint64_t *a, const uint64_t *b, size_t n)
+{
+    sum p[2 * GV];
+    UNROLL for (int v = 0; v < 2 * GV; v++) p[v] = sum_zero();
+    for (size_t j = 0; j < n; j++) gr_mul_add(p, a + MK_GR * j, b + MK_GR * j);
+    gr_finish(out, p);
+}
+
+void MK(mk_gr_mul01)(uint64_t *restrict out, const uint64_t *a, const uint64_t *r, size_t n)
+{
+    for (size_t j = 0; j < n; j++) {
+        vec p[2 * GV];
+        UNROLL for (int v = 0; v < 2 * GV; v++) p[v] = splat(0);
+        gr_mul01_add(p, a + MK_GR * j, r[j]);
+        gr_reduce(out + MK_GR * j, p, NULL);
+    }
+}
+
+void MK(mk_gr_fold)(uint64_t *restrict out, const uint64_t *a, uint64_t xi, size_t half)
+{
+    const uint64_t *b = a + MK_GR * half;
+    for (size_t j = 0; j < half; j++, a += MK_GR, b += MK_GR) {
+        uint64_t d[MK_GR] __attribute__((aligned(64)));
+        vec p[2 * GV];
+        UNROLL for (int v = 0; v < 2 * GV; v++) p[v] = splat(0);
+        UNROLL for (int v = 0; v < GV; v++) store(d + LANES * v, load(b + LANES * v) - load(a + LANES * v));
+        gr_mul01_add(p, d, xi);
+        gr_reduce(out + MK_GR * j, p, a);
+    }
+}
+
+void MK(mk_gr_scale)(uint64_t *restrict out, const uint64_t *x, const uint64_t *g, size_t n)
+{
+    for (size_t j = 0; j < n; j++, out += MK_GR, g += MK_GR) {
+        vec f = splat(x[j]);
+        UNROLL for (int v = 0; v < GV; v++) store(out + LANES * v, product(f, load(g + LANES * v)));
+    }
+}
+
+void MK(mk_gr_scale01)(uint64_t *restrict out, const uint64_t *x, const uint64_t *r, size_t n)
+{
+    for (size_t j = 0; j < n; j++, out += MK_GR)
+        UNROLL for (unsigned v = 0; v < GV; v++) store(out + LANES * v, keep(bits_of(r[j], v), splat(x[j])));
+}
+
+/* Vectors first .. first + GR_VECS - 1 of `rows` combinations out_u = sum_w x[u * right + w * down] r_w. */
+INLINE void combine_block(uint64_t *out, const uint64_t *x, const uint64_t *r, size_t right, size_t down, size_t n,
+                          const unsigned first, const int rows)
+{
+    vec s[GR_ROWS][GR_VECS];
+    UNROLL for (int u = 0; u < rows; u++) UNROLL for (int v = 0; v < GR_VECS; v++) s[u][v] = splat(0);
+    for (size_t w = 0; w < n; w++) {
+        bitmask k[GR_VECS];
+        UNROLL for (unsigned v = 0; v < GR_VECS; v++) k[v] = bits_of(r[w], first + v);
+        UNROLL for (int u = 0; u < rows; u++)
+        {
+            vec f = splat(x[(size_t)u * right + w * down]);
+            UNROLL for (int v = 0; v < GR_VECS; v++) s[u][v] = add_where(s[u][v], k[v], f);
+        }
+    }
+    UNROLL for (int u = 0; u < rows; u++) UNROLL for (int v = 0; v < GR_VECS; v++) store(
+        out + (size_t)u * MK_GR + LANES * (first + (unsigned)v), s[u][v]);
+}
+
+static void combine(uint64_t *out, const uint64_t *x, const uint64_t *r, size_t right, size_t down, size_t rows,
+                    size_t n)
+{
+    size_t u = 0;
+    for (; u + GR_ROWS <= rows; u += GR_ROWS)
+        UNROLL for (unsigned v = 0; v < GV; v += GR_VECS)
+            combine_block(out + u * MK_GR, x + u * right, r, right, down, n, v, GR_ROWS);
+    for (; u < rows; u++)
+        UNROLL for (unsigned v = 0; v < GV; v += GR_VECS)
+            combine_block(out + u * MK_GR, x + u * right, r, right, down, n, v, 1);
+}
+
+void MK(mk_gr_combine)(uint64_t *restrict out, const uint64_t *x, const uint64_t *r, size_t m, size_t n)
+{
+    combine(out, x, r, n, 1, m, n);
+}
+
+void MK(mk_gr_combine_cols)(uint64_t *restrict out, const uint64_t *x, const uint64_t *r, size_t m, size_t n)
+{
+    combine(out, x, r, 1, n, n, m);
+}

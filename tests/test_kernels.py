@@ -1,0 +1,650 @@
+"""Every kernel at every level against Python integers, on random and on edge values.
+
+The oracles below share no code with the kernels: GF and GR products are schoolbook polynomial arithmetic on
+Python integers, matrix products are sums of Python products, ChaCha20 is another library's.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from cryptography.hazmat.primitives.ciphers import Cipher, algorithms
+
+from mimir import kernels as k
+from mimir.errors import LocalError
+
+U64 = npt.NDArray[np.uint64]
+M = 1 << 64
+ONES = M - 1
+GF_TAIL = 0b11011
+GR_TAIL = (0, 2, 3, 5)  # X^48 = -(X^5 + X^3 + X^2 + 1)
+LENGTHS = (0, 1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 63, 64, 65, 100, 127, 128, 129, 200)
+EDGES = np.array(
+    [0, 1, 2, 3, 1 << 31, (1 << 32) - 1, 1 << 32, (1 << 63) - 1, 1 << 63, ONES - 1, ONES], np.uint64
+)
+
+
+def words(rng: np.random.Generator, *shape: int) -> U64:
+    """Random words, a third of them from the edges."""
+    x = rng.integers(0, M, shape, dtype=np.uint64)
+    return np.where(rng.random(shape) < 0.3, rng.choice(EDGES, shape), x).astype(np.uint64)
+
+
+def u64(values: Any) -> U64:
+    return np.array(values, dtype=np.uint64)
+
+
+def same(got: U64, want: Any) -> None:
+    want = u64(want).reshape(got.shape)
+    assert got.dtype == np.uint64
+    np.testing.assert_array_equal(got, want)
+
+
+def refuses(*calls: Callable[[], object]) -> None:
+    for call in calls:
+        with pytest.raises(LocalError):
+            call()
+
+
+# ---- oracles ----
+
+
+def o_matmul(a: U64, b: U64) -> list[list[int]]:
+    columns = b.T.tolist()
+    return [
+        [sum(x * y for x, y in zip(row, column, strict=True)) % M for column in columns] for row in a.tolist()
+    ]
+
+
+def o_gf_mul(a: int, b: int) -> int:
+    p = 0
+    for i in range(64):
+        if b >> i & 1:
+            p ^= a << i
+    for i in range(126, 63, -1):
+        if p >> i & 1:
+            p ^= (1 << i) ^ (GF_TAIL << (i - 64))
+    return p
+
+
+def o_gr_mul(a: list[int], b: list[int]) -> list[int]:
+    p = [0] * 95
+    for i, x in enumerate(a):
+        for j, y in enumerate(b):
+            p[i + j] += x * y
+    for i in range(94, 47, -1):
+        for t in GR_TAIL:
+            p[i - 48 + t] -= p[i]
+    return [v % M for v in p[:48]]
+
+
+def o_01(r: int) -> list[int]:
+    return [r >> i & 1 for i in range(48)]
+
+
+def o_add(a: list[int], b: list[int]) -> list[int]:
+    return [(x + y) % M for x, y in zip(a, b, strict=True)]
+
+
+def o_sub(a: list[int], b: list[int]) -> list[int]:
+    return [(x - y) % M for x, y in zip(a, b, strict=True)]
+
+
+def ints(x: U64) -> Any:
+    return x.tolist()
+
+
+def bit(packed: U64, j: int) -> int:
+    return int(packed[j // 64]) >> (j % 64) & 1
+
+
+def pack(bits: list[int]) -> list[int]:
+    return [sum(b << i for i, b in enumerate(bits[w : w + 64])) for w in range(0, len(bits), 64)]
+
+
+# ---- levels ----
+
+
+def test_level_fixture_forces(level: str) -> None:
+    assert k.level() == level
+
+
+def test_levels_are_ordered_and_forcible() -> None:
+    have = k.available()
+    assert have[0] == "ref" and k.level() in have
+    with pytest.raises(LocalError, match="not one of"):
+        k.force("sse9")
+
+
+@pytest.mark.parametrize("name", k.available())
+def test_environment_forces_level(name: str) -> None:
+    code = "from mimir import kernels; print(kernels.level())"
+    environment = {**os.environ, k.LEVEL_VARIABLE: name}
+    run = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60
+    )
+    assert run.stdout.strip() == name
+
+
+def test_environment_with_unknown_level_is_refused() -> None:
+    environment = {**os.environ, k.LEVEL_VARIABLE: "fast"}
+    run = subprocess.run(
+        [sys.executable, "-c", "import mimir.kernels"],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert run.returncode != 0 and k.LEVEL_VARIABLE in run.stderr and "fast" in run.stderr
+
+
+# ---- PRG ----
+
+
+@pytest.mark.parametrize("n", [0, 1, 63, 64, 65, 511, 512, 513, 1023, 1024, 1025, 5000])
+@pytest.mark.parametrize("block", [0, 1, (1 << 32) - 3, (1 << 64) - 80])
+def test_prg_is_chacha20(level: str, n: int, block: int) -> None:
+    key = bytes(range(1, 33))
+    stream = 0x0123456789ABCDEF
+    out = np.full(n + 8, 0xA5, np.uint8)
+    k.prg(key, stream, out[:n], block)
+    # That library counts in 32 bits only: run it block by block, each with its own counter.
+    want = b""
+    for i in range((n + 63) // 64):
+        nonce = (block + i).to_bytes(8, "little") + stream.to_bytes(8, "little")
+        want += Cipher(algorithms.ChaCha20(key, nonce), mode=None).encryptor().update(bytes(64))
+    assert out[:n].tobytes() == want[:n]
+    assert (out[n:] == 0xA5).all(), "wrote past the end"
+
+
+def test_prg_zero_key_vector(level: str) -> None:
+    out = np.zeros(8, np.uint32)
+    k.prg(bytes(32), 0, out)
+    assert out.tobytes().hex() == "76b8e0ada0f13d90405d6ae55386bd28bdd219b8a08ded1aa836efcc8b770dc7"
+
+
+def test_prg_fills_any_dtype_and_continues(level: str) -> None:
+    whole = np.zeros((6, 64), np.uint64)
+    k.prg(b"k" * 32, 5, whole)
+    part = np.zeros(64, np.uint64)
+    k.prg(memoryview(bytearray(b"k" * 32)), 5, part, 16)
+    same(part, whole[2])
+
+
+def test_prg_misuse() -> None:
+    out = np.zeros(4, np.uint64)
+    frozen = out.copy()
+    frozen.flags.writeable = False
+    for arguments in [
+        (b"short", 0, out),
+        (bytes(32), -1, out),
+        (bytes(32), M, out),
+        (bytes(32), 0, out, M),
+        (bytes(32), 0, frozen),
+        (bytes(32), 0, np.zeros((4, 4), np.uint64)[:, 1]),
+        (bytes(32), 0, np.zeros(3, object)),
+        (bytes(32), 0, bytearray(8)),
+    ]:
+        with pytest.raises(LocalError):
+            k.prg(*arguments)  # type: ignore[arg-type]
+
+
+# ---- Z_2^64 ----
+
+SHAPES = [
+    (0, 3, 2),
+    (2, 0, 3),
+    (2, 3, 0),
+    (1, 1, 1),
+    (1, 7, 9),
+    (1, 8, 8),
+    (1, 17, 33),
+    (1, 40, 250),
+    (2, 9, 5),
+    (3, 8, 24),
+    (5, 20, 31),
+    (6, 16, 17),
+    (7, 5, 3),
+    (8, 64, 24),
+    (9, 65, 25),
+    (13, 70, 49),
+    (17, 3, 200),
+    (23, 130, 7),
+    (4, 33, 1),
+]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_matmul(level: str, rng: np.random.Generator, shape: tuple[int, int, int]) -> None:
+    m, n_in, n = shape
+    a, b = words(rng, m, n_in), words(rng, n_in, n)
+    want = u64(o_matmul(a, b)).reshape(m, n)
+    same(k.matmul(a, b), want)
+    same(k.matmul_nt(a, np.ascontiguousarray(b.T)), want)
+    start = words(rng, m, n)
+    for product, right in ((k.matmul, b), (k.matmul_nt, np.ascontiguousarray(b.T))):
+        out = start.copy()
+        assert product(a, right, out=out) is out
+        same(out, want)
+        out = start.copy()
+        product(a, right, out=out, add=True)
+        same(out, start + want)
+
+
+@pytest.mark.parametrize("shape", [(0, 2, 3, 4), (3, 1, 9, 11), (2, 5, 8, 26), (2, 9, 4, 30)])
+def test_matmul_batched(level: str, rng: np.random.Generator, shape: tuple[int, int, int, int]) -> None:
+    batch, m, n_in, n = shape
+    a, b = words(rng, batch, m, n_in), words(rng, batch, n_in, n)
+    want = u64([o_matmul(x, y) for x, y in zip(a, b, strict=True)]).reshape(batch, m, n)
+    same(k.matmul(a, b), want)
+    same(k.matmul_nt(a, np.ascontiguousarray(b.transpose(0, 2, 1))), want)
+
+
+@pytest.mark.parametrize("m", [1, 2, 6, 7, 19])
+def test_matmul_wider_than_its_blocks(level: str, rng: np.random.Generator, m: int) -> None:
+    a, b = words(rng, m, 150), words(rng, 150, 2100)
+    same(k.matmul(a, b), a @ b)  # NumPy's product wraps too
+    same(k.matmul_nt(a, np.ascontiguousarray(b.T)), a @ b)
+
+
+def test_matmul_all_ones(level: str) -> None:
+    a, b = np.full((9, 65), ONES, np.uint64), np.full((65, 26), ONES, np.uint64)
+    same(k.matmul(a, b), np.full((9, 26), 65))
+    same(k.matmul(a[:1], b), np.full((1, 26), 65))
+
+
+def test_matmul_reads_a_read_only_memmap(level: str, rng: np.random.Generator, tmp_path: Any) -> None:
+    b = words(rng, 20, 30)
+    b.tofile(tmp_path / "b")
+    mapped = np.memmap(tmp_path / "b", np.uint64, "r", shape=(20, 30))
+    a = words(rng, 1, 20)
+    same(k.matmul(a, mapped), a @ b)
+
+
+def test_matmul_misuse(rng: np.random.Generator) -> None:
+    a, b = words(rng, 3, 4), words(rng, 4, 5)
+    square = words(rng, 4, 4)
+    frozen = np.empty((3, 5), np.uint64)
+    frozen.flags.writeable = False
+    with pytest.raises(LocalError, match="overlap"):
+        k.matmul(square, square, out=square)
+    room = words(rng, 40)
+    with pytest.raises(LocalError, match="overlap"):
+        k.matmul(room[:16].reshape(4, 4), square, out=room[8:24].reshape(4, 4))
+    with pytest.raises(LocalError, match="writable"):
+        k.matmul(a, b, out=frozen)
+    with pytest.raises(LocalError, match="add needs out"):
+        k.matmul(a, b, add=True)
+    for left, right in [
+        (a, a),
+        (a.astype(np.int64), b),
+        (a.T, a),
+        (a, words(rng, 8, 10)[::2, ::2]),
+        (a[0], b),
+        (a.tolist(), b),
+        (a, b[None]),
+    ]:
+        with pytest.raises(LocalError):
+            k.matmul(left, right)
+    with pytest.raises(LocalError):
+        k.matmul(a, b, out=np.empty((3, 6), np.uint64))
+    with pytest.raises(LocalError):
+        k.matmul_nt(a, b)
+
+
+@pytest.mark.parametrize("n", LENGTHS)
+def test_rss(level: str, rng: np.random.Generator, n: int) -> None:
+    x, y, alpha = words(rng, 2, n), words(rng, 2, n), words(rng, n)
+    (x0, x1), (y0, y1) = ints(x), ints(y)
+    same(
+        k.rss_mul(x, y, alpha),
+        [(a * c + a * d + b * c + z) % M for a, b, c, d, z in zip(x0, x1, y0, y1, ints(alpha), strict=True)],
+    )
+    same(
+        k.rss_and(x, y, alpha),
+        [(a & c) ^ (a & d) ^ (b & c) ^ z for a, b, c, d, z in zip(x0, x1, y0, y1, ints(alpha), strict=True)],
+    )
+
+
+def test_rss_keeps_trailing_shape(level: str, rng: np.random.Generator) -> None:
+    x, y, alpha = words(rng, 2, 3, 4), words(rng, 2, 3, 4), words(rng, 3, 4)
+    assert k.rss_mul(x, y, alpha).shape == (3, 4)
+    same(k.rss_mul(x, y, alpha), k.rss_mul(x.reshape(2, 12), y.reshape(2, 12), alpha.ravel()))
+    for wrong in [(x, y, alpha.ravel()), (x[:1], y, alpha), (x, y[0], alpha), (x, y, 3)]:
+        with pytest.raises(LocalError):
+            k.rss_and(*wrong)  # type: ignore[arg-type]
+
+
+# ---- packed bits ----
+
+
+@pytest.mark.parametrize("n", LENGTHS)
+@pytest.mark.parametrize("nbits", [1, 2, 17, 63, 64])
+def test_bit_slice(level: str, rng: np.random.Generator, n: int, nbits: int) -> None:
+    x = words(rng, n)
+    planes = k.bit_slice(x, nbits)
+    same(planes, [pack([v >> b & 1 for v in ints(x)]) for b in range(nbits)])
+    low = (1 << nbits) - 1
+    dirty = planes.copy()
+    if n % 64:
+        dirty[:, -1] |= np.uint64((ONES << (n % 64)) & ONES)  # input padding is ignored
+    same(k.bit_unslice(dirty, n), [v & low for v in ints(x)])
+
+
+@pytest.mark.parametrize("n", LENGTHS)
+def test_bits_and_ring(level: str, rng: np.random.Generator, n: int) -> None:
+    x = words(rng, n)
+    packed = k.ring_lsb(x)
+    same(packed, pack([v & 1 for v in ints(x)]))
+    dirty = words(rng, (n + 63) // 64)
+    same(k.bits_to_ring(dirty, n), [bit(dirty, j) for j in range(n)])
+
+
+def test_bit_misuse(rng: np.random.Generator) -> None:
+    x = words(rng, 70)
+    refuses(
+        lambda: k.bit_slice(x, 0),
+        lambda: k.bit_slice(x, 65),
+        lambda: k.bit_slice(x[None], 3),
+        lambda: k.bit_unslice(k.bit_slice(x, 3), 64),
+        lambda: k.bit_unslice(words(rng, 65, 2), 70),
+        lambda: k.bit_unslice(words(rng, 0, 2), 70),
+        lambda: k.bits_to_ring(x, 64),
+        lambda: k.bits_to_ring(x, -1),
+        lambda: k.ring_lsb(x[::2]),
+    )
+
+
+# ---- look-up ----
+
+
+@pytest.mark.parametrize("size", [1, 2, 4, 8, 16, 64, 256])
+@pytest.mark.parametrize("n", [0, 1, 5])
+@pytest.mark.parametrize("depth", [0, 1, 3, 4, 9])
+def test_lookup(level: str, rng: np.random.Generator, size: int, n: int, depth: int) -> None:
+    e, c, tables = words(rng, n, size), words(rng, n), words(rng, depth, size)
+    want = [
+        [sum(int(row[(int(c[i]) - j) % size]) * int(e[i, j]) for j in range(size)) % M for i in range(n)]
+        for row in tables
+    ]
+    same(k.lookup(e, c, tables), want)
+
+
+@pytest.mark.parametrize("size", [1, 2, 4, 8, 16, 128])
+def test_rotate(level: str, rng: np.random.Generator, size: int) -> None:
+    e, c = words(rng, 2 * size + 3, size), np.arange(2 * size + 3, dtype=np.uint64)
+    same(k.rotate(e, c), [[int(e[i, (int(c[i]) - j) % size]) for j in range(size)] for i in range(len(c))])
+
+
+@pytest.mark.parametrize("size", [1, 2, 8, 32, 64, 128, 256])
+@pytest.mark.parametrize("depth", [0, 1, 7, 8, 9])
+def test_bit_lookup(level: str, rng: np.random.Generator, size: int, depth: int) -> None:
+    for n in (0, 1, 70):
+        e, c = words(rng, n, max(1, size // 64)), words(rng, n)
+        masks = rng.integers(0, 2, (depth, size), dtype=np.uint8)
+        rows = []
+        for mask in masks:
+            sums = [
+                sum(int(mask[(int(c[i]) - j) % size]) & bit(e[i], j) for j in range(size)) for i in range(n)
+            ]
+            rows.append(pack([s & 1 for s in sums]))
+        same(k.bit_lookup(e, size, c, masks), rows)
+
+
+def test_one_hot_lookup_finds_the_entry(level: str, rng: np.random.Generator) -> None:
+    """The use: e is one-hot at a secret r, c = value + r is public, so the look-up yields table[value]."""
+    size, n = 64, 20
+    value, r = rng.integers(0, size, n), rng.integers(0, size, n)
+    e = np.zeros((n, size), np.uint64)
+    e[np.arange(n), r] = 1
+    c = ((value + r) % size).astype(np.uint64)
+    table = words(rng, 1, size)
+    same(k.lookup(e, c, table)[0], table[0, value])
+    same(np.argmax(k.rotate(e, c), axis=1).astype(np.uint64), value)
+    masks = (table & np.uint64(1)).astype(np.uint8)
+    packed = u64([[1 << int(x)] for x in r])
+    same(k.bit_lookup(packed, size, c, masks)[0], pack([int(masks[0, v]) for v in value]))
+
+
+def test_lookup_misuse(rng: np.random.Generator) -> None:
+    e, c, t = words(rng, 3, 8), words(rng, 3), words(rng, 2, 8)
+    masks = np.ones((2, 8), np.uint8)
+    refuses(
+        lambda: k.lookup(words(rng, 3, 6), c, words(rng, 2, 6)),
+        lambda: k.lookup(e, c[:2], t),
+        lambda: k.lookup(e, c, t[:, :4]),
+        lambda: k.rotate(words(rng, 3, 0), c),
+        lambda: k.bit_lookup(e, 8, c, masks),
+        lambda: k.bit_lookup(e[:, :1].copy(), 7, c, masks[:, :7]),
+        lambda: k.bit_lookup(e[:, :1].copy(), 8, c, masks * 2),
+        lambda: k.bit_lookup(e[:, :1].copy(), 8, c, masks.astype(np.uint64)),
+    )
+
+
+# ---- GF(2^64) ----
+
+
+@pytest.mark.parametrize("n", LENGTHS)
+def test_gf(level: str, rng: np.random.Generator, n: int) -> None:
+    a, b = words(rng, n), words(rng, n)
+    products = [o_gf_mul(x, y) for x, y in zip(ints(a), ints(b), strict=True)]
+    same(k.gf_mul(a, b), products)
+    total = 0
+    for p in products:
+        total ^= p
+    assert k.gf_inner(a, b) == total
+    for s in (0, 1, 1 << 63, ONES, int(rng.integers(0, M, dtype=np.uint64))):
+        same(k.gf_scale(a, s), [o_gf_mul(x, s) for x in ints(a)])
+    bits, more = words(rng, (n + 63) // 64), words(rng, (n + 63) // 64)
+    same(k.gf_select(bits, a), [int(a[j]) * bit(bits, j) for j in range(n)])
+    total = 0
+    for j in range(n):
+        total ^= int(a[j]) * (bit(bits, j) & bit(more, j))
+    assert k.gf_select_inner(bits, more, a) == total
+
+
+@pytest.mark.parametrize("half", [0, 1, 3, 8, 17, 65])
+def test_gf_fold(level: str, rng: np.random.Generator, half: int) -> None:
+    a, xi = words(rng, 2 * half), int(rng.integers(0, M, dtype=np.uint64))
+    low, high = ints(a[:half]), ints(a[half:])
+    same(k.gf_fold(a, xi), [p ^ o_gf_mul(p ^ q, xi) for p, q in zip(low, high, strict=True)])
+
+
+def test_gf_is_a_field(level: str, rng: np.random.Generator) -> None:
+    a, b, c = words(rng, 33), words(rng, 33), words(rng, 33)
+    same(k.gf_mul(k.gf_mul(a, b), c), k.gf_mul(a, k.gf_mul(b, c)))
+    same(k.gf_mul(a, b), k.gf_mul(b, a))
+    same(k.gf_mul(a, b ^ c), k.gf_mul(a, b) ^ k.gf_mul(a, c))
+    nonzero = np.where(a == 0, np.uint64(3), a)
+    inverse = np.ones(33, np.uint64)
+    square = nonzero
+    for _ in range(63):  # x^(2^64 - 2): the inverse only if the modulus is irreducible
+        square = k.gf_mul(square, square)
+        inverse = k.gf_mul(inverse, square)
+    same(k.gf_mul(inverse, nonzero), np.ones(33))
+
+
+def test_gf_misuse(rng: np.random.Generator) -> None:
+    a = words(rng, 7)
+    refuses(
+        lambda: k.gf_mul(a, a[:6]),
+        lambda: k.gf_fold(a, 1),
+        lambda: k.gf_scale(a, M),
+        lambda: k.gf_scale(a, -1),
+        lambda: k.gf_select(a, a),
+        lambda: k.gf_select_inner(a[:1], a, a),
+        lambda: k.gf_inner(a, a.astype(np.int64)),
+    )
+
+
+# ---- GR(2^64, 48) ----
+
+GR_LENGTHS = (0, 1, 2, 3, 5, 8)
+
+
+@pytest.mark.parametrize("n", GR_LENGTHS)
+def test_gr_products(level: str, rng: np.random.Generator, n: int) -> None:
+    a, b = words(rng, n, 48), words(rng, n, 48)
+    x, r = words(rng, n), words(rng, n)  # bits 48 and up of r are noise
+    products = [o_gr_mul(p, q) for p, q in zip(ints(a), ints(b), strict=True)]
+    same(k.gr_mul(a, b), products)
+    total = [0] * 48
+    for p in products:
+        total = o_add(total, p)
+    same(k.gr_inner(a, b), total)
+    same(k.gr_mul01(a, r), [o_gr_mul(p, o_01(q)) for p, q in zip(ints(a), ints(r), strict=True)])
+    same(k.gr_scale(x, b), [[s * v % M for v in q] for s, q in zip(ints(x), ints(b), strict=True)])
+    same(k.gr_scale01(x, r), [[s * v for v in o_01(q)] for s, q in zip(ints(x), ints(r), strict=True)])
+
+
+@pytest.mark.parametrize("half", [0, 1, 2, 5])
+def test_gr_fold(level: str, rng: np.random.Generator, half: int) -> None:
+    a = words(rng, 2 * half, 48)
+    for xi in (0, 1, 1 << 47, (1 << 48) - 1, int(rng.integers(0, 1 << 48))):
+        same(
+            k.gr_fold(a, xi),
+            [
+                o_add(p, o_gr_mul(o_sub(q, p), o_01(xi)))
+                for p, q in zip(ints(a[:half]), ints(a[half:]), strict=True)
+            ],
+        )
+
+
+@pytest.mark.parametrize(
+    "shape", [(0, 3), (3, 0), (1, 1), (1, 9), (2, 5), (3, 4), (4, 7), (5, 8), (9, 6), (8, 17)]
+)
+def test_gr_combine(level: str, rng: np.random.Generator, shape: tuple[int, int]) -> None:
+    m, n = shape
+    x, r, s = words(rng, m, n), words(rng, n), words(rng, m)
+
+    def combined(row: U64, by: U64) -> list[int]:
+        return [sum(int(v) * (int(q) >> t & 1) for v, q in zip(row, by, strict=True)) % M for t in range(48)]
+
+    same(k.gr_combine(x, r), [combined(row, r) for row in x])
+    same(k.gr_combine_cols(x, s), [combined(column, s) for column in x.T])
+
+
+def test_gr_all_ones(level: str) -> None:
+    a = np.full((1, 48), ONES, np.uint64)
+    r = u64([ONES])
+    same(k.gr_mul(a, a)[0], o_gr_mul([ONES] * 48, [ONES] * 48))
+    same(k.gr_mul01(a, r)[0], o_gr_mul([ONES] * 48, [1] * 48))
+
+
+def test_gr_every_monomial(level: str) -> None:
+    """X^i X^j for all i, j: each place of the reduction is met."""
+    unit = np.eye(48, dtype=np.uint64)
+    for i in range(48):
+        row = np.ascontiguousarray(np.broadcast_to(unit[i], (48, 48)))
+        want = [o_gr_mul(ints(unit[i]), ints(unit[j])) for j in range(48)]
+        same(k.gr_mul(row, unit), want)
+        same(k.gr_mul01(row, u64([1 << j for j in range(48)])), want)
+
+
+def test_gr_is_a_ring_with_units(level: str, rng: np.random.Generator) -> None:
+    a, b, c = words(rng, 5, 48), words(rng, 5, 48), words(rng, 5, 48)
+    same(k.gr_mul(k.gr_mul(a, b), c), k.gr_mul(a, k.gr_mul(b, c)))
+    same(k.gr_mul(a, b), k.gr_mul(b, a))
+    same(k.gr_mul(a, b + c), k.gr_mul(a, b) + k.gr_mul(a, c))
+    one = np.zeros((5, 48), np.uint64)
+    one[:, 0] = 1
+    unit = a.copy()
+    unit[:, 0] |= np.uint64(1)  # nonzero modulo 2, so a unit if the modulus is irreducible modulo 2
+    # x^(2^48 - 2) inverts modulo 2 (that much holds only in a field of 2^48); Newton's steps lift it to 2^64.
+    inverse, square = one.copy(), unit
+    for _ in range(47):
+        square = k.gr_mul(square, square)
+        inverse = k.gr_mul(inverse, square)
+    assert ((k.gr_mul(inverse, unit) - one) % np.uint64(2) == 0).all()
+    for _ in range(6):
+        inverse = k.gr_mul(inverse, np.uint64(2) * one - k.gr_mul(inverse, unit))
+    same(k.gr_mul(inverse, unit), one)
+
+
+def test_gr_misuse(rng: np.random.Generator) -> None:
+    a, r, x = words(rng, 3, 48), words(rng, 3), words(rng, 2, 3)
+    refuses(
+        lambda: k.gr_mul(a, a[:2]),
+        lambda: k.gr_mul(a[:, :47], a[:, :47]),
+        lambda: k.gr_inner(a, r),
+        lambda: k.gr_mul01(a, r[:2]),
+        lambda: k.gr_fold(a, 1),
+        lambda: k.gr_fold(a[:2], 1 << 48),
+        lambda: k.gr_scale(r[:2], a),
+        lambda: k.gr_scale01(r, r[:2]),
+        lambda: k.gr_combine(x, r[:2]),
+        lambda: k.gr_combine_cols(x, r),
+        lambda: k.gr_combine(x.T, r[:2]),
+    )
+
+
+# ---- across levels, at sizes where no oracle is quick ----
+
+WIDE: dict[str, Callable[[np.random.Generator], Any]] = {
+    "matmul": lambda g: k.matmul(words(g, 37, 211), words(g, 211, 403)),
+    "matmul_row": lambda g: k.matmul(words(g, 1, 211), words(g, 211, 4099)),
+    "matmul_nt": lambda g: k.matmul_nt(words(g, 3, 211), words(g, 97, 211)),
+    "lookup": lambda g: k.lookup(words(g, 301, 256), words(g, 301), words(g, 5, 256)),
+    "bit_lookup": lambda g: k.bit_lookup(
+        words(g, 301, 4), 256, words(g, 301), g.integers(0, 2, (21, 256), dtype=np.uint8)
+    ),
+    "gf_inner": lambda g: u64(k.gf_inner(words(g, 4099), words(g, 4099))),
+    "gf_select_inner": lambda g: u64(k.gf_select_inner(words(g, 65), words(g, 65), words(g, 4099))),
+    "gr_inner": lambda g: k.gr_inner(words(g, 301, 48), words(g, 301, 48)),
+    "gr_mul01": lambda g: k.gr_mul01(words(g, 301, 48), words(g, 301)),
+    "gr_combine": lambda g: k.gr_combine(words(g, 13, 1001), words(g, 1001)),
+    "gr_combine_cols": lambda g: k.gr_combine_cols(words(g, 101, 103), words(g, 101)),
+    "bit_slice": lambda g: k.bit_slice(words(g, 4099), 64),
+}
+
+
+@pytest.mark.parametrize("name", WIDE)
+def test_levels_agree(name: str) -> None:
+    before, results = k.level(), []
+    try:
+        for each in k.available():
+            k.force(each)
+            results.append(WIDE[name](np.random.default_rng(7)))
+    finally:
+        k.force(before)
+    for other in results[1:]:
+        np.testing.assert_array_equal(other, results[0])
+
+
+# ---- bytes ----
+
+
+@pytest.mark.parametrize("n", [0, 1, 7, 8, 9, 1001])
+def test_wipe(n: int) -> None:
+    room = np.full(n + 16, 0xFF, np.uint8)
+    k.wipe(room[3 : 3 + n])
+    assert not room[3 : 3 + n].any() and (room[:3] == 0xFF).all() and (room[3 + n :] == 0xFF).all()
+    key = bytearray(b"x" * n)
+    k.wipe(key)
+    assert key == bytearray(n)
+
+
+def test_wipe_misuse() -> None:
+    frozen = np.ones(3, np.uint8)
+    frozen.flags.writeable = False
+    for thing in (b"immutable", frozen, np.ones((4, 4), np.uint8)[:, 1], "text"):
+        with pytest.raises(LocalError):
+            k.wipe(thing)  # type: ignore[arg-type]
+
+
+def test_ct_equal() -> None:
+    a = bytes(range(100))
+    assert k.ct_equal(a, bytearray(a)) and k.ct_equal(b"", b"")
+    assert not k.ct_equal(a, a[:99]) and not k.ct_equal(a, b"")
+    for i in range(100):
+        for b in range(8):
+            other = bytearray(a)
+            other[i] ^= 1 << b
+            assert not k.ct_equal(a, other)
