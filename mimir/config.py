@@ -38,7 +38,7 @@ T = TypeVar("T")
 # ValueError saying what was expected. Where the value stands is added by the caller.
 
 
-def _integer(low: int, high: int) -> Parser:
+def integer_rule(low: int, high: int) -> Parser:
     def parse(value: Any, folder: Path) -> int:
         if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
             raise ValueError(f"an integer from {low} to {high}")
@@ -47,7 +47,7 @@ def _integer(low: int, high: int) -> Parser:
     return parse
 
 
-def _seconds(low: float, high: float) -> Parser:
+def seconds_rule(low: float, high: float) -> Parser:
     def parse(value: Any, folder: Path) -> float:
         if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
             raise ValueError(f"seconds from {low:g} to {high:g}")
@@ -56,7 +56,7 @@ def _seconds(low: float, high: float) -> Parser:
     return parse
 
 
-def _one_of(*choices: str) -> Parser:
+def choice_rule(*choices: str) -> Parser:
     def parse(value: Any, folder: Path) -> str:
         if value not in choices:
             raise ValueError("one of " + ", ".join(f'"{choice}"' for choice in choices))
@@ -65,7 +65,7 @@ def _one_of(*choices: str) -> Parser:
     return parse
 
 
-def _text(limit: int) -> Parser:
+def text_rule(limit: int) -> Parser:
     def parse(value: Any, folder: Path) -> str:
         if not isinstance(value, str) or not 0 < len(value) <= limit or not value.isprintable():
             raise ValueError(f"a text of 1 to {limit} printable characters")
@@ -74,13 +74,13 @@ def _text(limit: int) -> Parser:
     return parse
 
 
-def _path(value: Any, folder: Path) -> Path:
+def path_rule(value: Any, folder: Path) -> Path:
     if not isinstance(value, str) or not value:
         raise ValueError("a path, relative to this file or absolute")
     return (folder / Path(value).expanduser()).absolute()
 
 
-def _key(value: Any, folder: Path) -> str:
+def key_rule(value: Any, folder: Path) -> str:
     if not isinstance(value, str) or len(value) != KEY_HEX:
         raise ValueError(f"a public key: {KEY_HEX} hexadecimal digits, as `mimir keygen` prints it")
     try:
@@ -89,16 +89,16 @@ def _key(value: Any, folder: Path) -> str:
         raise ValueError(f"a public key: {KEY_HEX} hexadecimal digits, as `mimir keygen` prints it") from None
 
 
-def _keys(value: Any, folder: Path) -> tuple[str, ...]:
+def keys_rule(value: Any, folder: Path) -> tuple[str, ...]:
     if not isinstance(value, list) or len(value) > MAX_KEYS:
         raise ValueError(f"a list of at most {MAX_KEYS} public keys")
-    keys = tuple(_key(entry, folder) for entry in value)
+    keys = tuple(key_rule(entry, folder) for entry in value)
     if len(set(keys)) != len(keys):
         raise ValueError("public keys, each only once")
     return keys
 
 
-def _tunnel_key(value: Any, folder: Path) -> str:
+def tunnel_key_rule(value: Any, folder: Path) -> str:
     """WireGuard writes keys in base64, its control socket in hex; both are taken, hex is kept."""
     if isinstance(value, str) and len(value) == 44:
         try:
@@ -108,18 +108,18 @@ def _tunnel_key(value: Any, folder: Path) -> str:
         if len(raw) == KEY_HEX // 2:
             return raw.hex()
     try:
-        return str(_key(value, folder))
+        return str(key_rule(value, folder))
     except ValueError:
         raise ValueError("a WireGuard public key: 44 characters of base64 or 64 hexadecimal digits") from None
 
 
-def _networks(value: Any, folder: Path) -> tuple[str, ...]:
+def networks_rule(value: Any, folder: Path) -> tuple[str, ...]:
     if not isinstance(value, list) or not value or len(value) > MAX_BUCKETS:
         raise ValueError('a list of address ranges such as ["10.77.0.2/32"]')
-    return tuple(str(_network(entry, folder)) for entry in value)
+    return tuple(str(network_rule(entry, folder)) for entry in value)
 
 
-def _network(value: Any, folder: Path) -> str:
+def network_rule(value: Any, folder: Path) -> str:
     import ipaddress
 
     try:
@@ -130,12 +130,12 @@ def _network(value: Any, folder: Path) -> str:
         raise ValueError('an address with its prefix length, such as "10.77.0.1/24"') from None
 
 
-def _buckets(value: Any, folder: Path) -> tuple[int, ...]:
+def buckets_rule(value: Any, folder: Path) -> tuple[int, ...]:
     wanted = f"1 to {MAX_BUCKETS} rising lengths, such as [16, 32, 64, 128]"
     if not isinstance(value, list) or not 1 <= len(value) <= MAX_BUCKETS:
         raise ValueError(wanted)
     try:
-        lengths = tuple(_integer(1, 1 << 20)(entry, folder) for entry in value)
+        lengths = tuple(integer_rule(1, 1 << 20)(entry, folder) for entry in value)
     except ValueError:
         raise ValueError(wanted) from None
     if list(lengths) != sorted(set(lengths)):
@@ -154,7 +154,7 @@ class Address:
         return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
 
 
-def _address(value: Any, folder: Path) -> Address:
+def address_rule(value: Any, folder: Path) -> Address:
     wanted = 'an address such as "10.77.0.1:7101" or "[::1]:7101"'
     if not isinstance(value, str) or len(value) > 255:
         raise ValueError(wanted)
@@ -176,98 +176,98 @@ def _address(value: Any, folder: Path) -> Address:
 class FixedPoint:
     """[fixed_point] How real numbers become ring elements."""
 
-    scale_bits: Annotated[int, _integer(8, 20)] = 16  # fraction bits
+    scale_bits: Annotated[int, integer_rule(8, 20)] = 16  # fraction bits
 
 
 @dataclass(frozen=True)
 class Cheby:
     """[cheby] Interval tables of polynomial pieces."""
 
-    deg: Annotated[int, _integer(1, 7)] = 3  # degree of a piece
-    bins: Annotated[int, _integer(16, 4096)] = 128  # pieces per table, a power of two
+    deg: Annotated[int, integer_rule(1, 7)] = 3  # degree of a piece
+    bins: Annotated[int, integer_rule(16, 4096)] = 128  # pieces per table, a power of two
 
 
 @dataclass(frozen=True)
 class Scheduler:
     """[scheduler] Lengths, all public; prompts and answers are padded to the next bucket."""
 
-    max_context: Annotated[int, _integer(2, 1 << 20)] = 256  # prompt and answers of all turns together
-    prompt_buckets: Annotated[tuple[int, ...], _buckets] = (16, 32, 64, 128)
-    output_buckets: Annotated[tuple[int, ...], _buckets] = (16, 32, 64, 128)
-    max_sessions: Annotated[int, _integer(1, 64)] = 4  # at once
+    max_context: Annotated[int, integer_rule(2, 1 << 20)] = 256  # prompt and answers of all turns together
+    prompt_buckets: Annotated[tuple[int, ...], buckets_rule] = (16, 32, 64, 128)
+    output_buckets: Annotated[tuple[int, ...], buckets_rule] = (16, 32, 64, 128)
+    max_sessions: Annotated[int, integer_rule(1, 64)] = 4  # at once
 
 
 @dataclass(frozen=True)
 class TriplePool:
     """[triple_pool] Prepared material."""
 
-    min_size: Annotated[int, _integer(0, 1 << 16)] = 64  # token positions kept ready; below it, refill
+    min_size: Annotated[int, integer_rule(0, 1 << 16)] = 64  # token positions kept ready; below it, refill
 
 
 @dataclass(frozen=True)
 class Deadlines:
     """[deadlines] Longest waits, in seconds. What waits longer fails and says for whom it waited."""
 
-    round: Annotated[float, _seconds(0.05, 3600)] = 30.0  # one message of a peer inside a session
-    step: Annotated[float, _seconds(0.1, 86400)] = 600.0  # a batch of preprocessing, a prefill, a token
-    client: Annotated[float, _seconds(0.1, 86400)] = 300.0  # a client to answer inside an open session
-    handshake: Annotated[float, _seconds(0.05, 600)] = 10.0  # a new connection to say who it is
+    round: Annotated[float, seconds_rule(0.05, 3600)] = 30.0  # one message of a peer inside a session
+    step: Annotated[float, seconds_rule(0.1, 86400)] = 600.0  # a batch of preprocessing, a prefill, a token
+    client: Annotated[float, seconds_rule(0.1, 86400)] = 300.0  # a client to answer inside an open session
+    handshake: Annotated[float, seconds_rule(0.05, 600)] = 10.0  # a new connection to say who it is
 
 
 @dataclass(frozen=True)
 class Control:
     """[control] Where clients and owners connect (websocket, sealed to this party's identity)."""
 
-    listen: Annotated[Address, _address]
-    max_connections: Annotated[int, _integer(1, 4096)] = 32
+    listen: Annotated[Address, address_rule]
+    max_connections: Annotated[int, integer_rule(1, 4096)] = 32
 
 
 @dataclass(frozen=True)
 class Mesh:
     """[mesh] Where the two peers connect; an address inside the tunnel."""
 
-    listen: Annotated[Address, _address]
+    listen: Annotated[Address, address_rule]
 
 
 @dataclass(frozen=True)
 class Metrics:
     """[metrics] Prometheus figures over HTTP; off unless an address is given."""
 
-    listen: Annotated[Address | None, _address] = None
+    listen: Annotated[Address | None, address_rule] = None
 
 
 @dataclass(frozen=True)
 class Log:
     """[log] To standard error. Shapes, steps, counts and parties; never values."""
 
-    level: Annotated[str, _one_of("debug", "info", "warning", "error")] = "info"
-    format: Annotated[str, _one_of("text", "json")] = "text"
+    level: Annotated[str, choice_rule("debug", "info", "warning", "error")] = "info"
+    format: Annotated[str, choice_rule("text", "json")] = "text"
 
 
 @dataclass(frozen=True)
 class Tunnel:
     """[tunnel] WireGuard between the parties. Mode "none" leaves the links readable: tests only."""
 
-    mode: Annotated[str, _one_of("wireguard", "none")] = "wireguard"
-    interface: Annotated[str | None, _text(15)] = None  # Linux allows 15 characters
-    address: Annotated[str | None, _network] = None  # own address inside the tunnel, with prefix length
-    private_key: Annotated[Path | None, _path] = None  # file, mode 0600
-    listen_port: Annotated[int | None, _integer(1, 65535)] = None  # UDP
-    mtu: Annotated[int, _integer(MIN_MTU, MAX_MTU)] = 1420
+    mode: Annotated[str, choice_rule("wireguard", "none")] = "wireguard"
+    interface: Annotated[str | None, text_rule(15)] = None  # Linux allows 15 characters
+    address: Annotated[str | None, network_rule] = None  # own address inside the tunnel, with prefix length
+    private_key: Annotated[Path | None, path_rule] = None  # file, mode 0600
+    listen_port: Annotated[int | None, integer_rule(1, 65535)] = None  # UDP
+    mtu: Annotated[int, integer_rule(MIN_MTU, MAX_MTU)] = 1420
 
 
 @dataclass(frozen=True)
 class Peer:
     """[[peers]] One entry per party, this one included, the same list in the files of all three."""
 
-    party: Annotated[int, _integer(0, PARTIES - 1)]
-    name: Annotated[str, _text(64)]
-    identity: Annotated[str, _key]  # Ed25519 public key, hex
-    host: Annotated[str, _text(253)]  # of its mesh listener
-    port: Annotated[int, _integer(1, 65535)]
-    tunnel_public_key: Annotated[str | None, _tunnel_key] = None  # hex once read
-    tunnel_endpoint: Annotated[Address | None, _address] = None  # outside the tunnel, UDP
-    tunnel_allowed: Annotated[tuple[str, ...] | None, _networks] = None  # what it may send from inside
+    party: Annotated[int, integer_rule(0, PARTIES - 1)]
+    name: Annotated[str, text_rule(64)]
+    identity: Annotated[str, key_rule]  # Ed25519 public key, hex
+    host: Annotated[str, text_rule(253)]  # of its mesh listener
+    port: Annotated[int, integer_rule(1, 65535)]
+    tunnel_public_key: Annotated[str | None, tunnel_key_rule] = None  # hex once read
+    tunnel_endpoint: Annotated[Address | None, address_rule] = None  # outside the tunnel, UDP
+    tunnel_allowed: Annotated[tuple[str, ...] | None, networks_rule] = None  # what it may send from inside
 
 
 @dataclass(frozen=True)
@@ -275,16 +275,16 @@ class Config:
     """Everything one party is told."""
 
     source: Annotated[Path, None]  # the file; not a key in it
-    party: Annotated[int, _integer(0, PARTIES - 1)]
-    identity_key: Annotated[Path, _path]  # file of `mimir keygen`, mode 0600
-    data_dir: Annotated[Path, _path]  # model shares and the counters of used material
+    party: Annotated[int, integer_rule(0, PARTIES - 1)]
+    identity_key: Annotated[Path, path_rule]  # file of `mimir keygen`, mode 0600
+    data_dir: Annotated[Path, path_rule]  # model shares and the counters of used material
     control: Control
     mesh: Mesh
     peers: tuple[Peer, ...]
     tunnel: Tunnel = field(default_factory=Tunnel)
-    clients: Annotated[tuple[str, ...], _keys] = ()  # identities that may open sessions
-    owners: Annotated[tuple[str, ...], _keys] = ()  # identities that may provision models
-    topk: Annotated[int, _integer(1, 64)] = 40  # largest k of a sampling session, and its default
+    clients: Annotated[tuple[str, ...], keys_rule] = ()  # identities that may open sessions
+    owners: Annotated[tuple[str, ...], keys_rule] = ()  # identities that may provision models
+    topk: Annotated[int, integer_rule(1, 64)] = 40  # largest k of a sampling session, and its default
     fixed_point: FixedPoint = field(default_factory=FixedPoint)
     cheby: Cheby = field(default_factory=Cheby)
     scheduler: Scheduler = field(default_factory=Scheduler)

@@ -24,11 +24,14 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import structlog
 
 from mimir.errors import BadInput, EnvironmentMissing, LocalError, MimirError, ModelError
 from mimir.manifest import Manifest, Tensor, is_digest
 
 Words = npt.NDArray[np.uint64]
+
+log = structlog.get_logger("mimir.store")
 
 SIDES = ("a", "b")  # a: component number of the party, b: the next one
 MAX_INCOMPLETE = 4  # uploads kept for resuming; older ones go
@@ -81,6 +84,7 @@ class ModelStore:
         self._identities = tuple(identities)
         self._lock = threading.Lock()
         self._open: dict[str, SharedModel] = {}
+        self._manifests: dict[str, Manifest] = {}
         self._uploads: set[str] = set()
         try:
             root.mkdir(mode=DIRECTORY_MODE, parents=True, exist_ok=True)
@@ -98,17 +102,24 @@ class ModelStore:
         """Let another process use the root. Models already opened stay mapped."""
         os.close(self._guard)
 
-    def models(self) -> dict[str, str]:
-        """Digest and name of every complete model. Reads manifests only; `open` checks the shares."""
+    def models(self) -> dict[str, Manifest]:
+        """Every complete model by digest. Reads manifests only; `open` checks the shares."""
         found = {}
         for entry in sorted(self.root.iterdir()):
             if is_digest(entry.name):
-                found[entry.name] = self._manifest(entry).name
+                try:
+                    found[entry.name] = self.manifest(entry.name)
+                except StoreError as error:  # one damaged model must not hide the others
+                    log.warning("a model cannot be used", why=str(error))
         return found
 
     def manifest(self, digest: str) -> Manifest:
-        """The public description of a model that is here."""
-        return self._manifest(self._home(digest))
+        """The public description of a model that is here; `BadInput` if it is not."""
+        home = self._home(digest)
+        with self._lock:
+            if digest not in self._manifests:
+                self._manifests[digest] = self._manifest(home)
+            return self._manifests[digest]
 
     def open(self, digest: str) -> SharedModel:
         """Map a model's shares after checking every byte against the manifest; the same object next time."""
@@ -116,7 +127,7 @@ class ModelStore:
             if digest in self._open:
                 return self._open[digest]
             home = self._home(digest)
-            manifest = self._manifest(home)
+            manifest = self._manifest(home)  # read again: the file may have changed since
             maps = {}
             for tensor in manifest.tensors:
                 sides = []
@@ -158,6 +169,7 @@ class ModelStore:
         home = self._home(digest)
         with self._lock:
             self._open.pop(digest, None)
+            self._manifests.pop(digest, None)
             shutil.rmtree(home)
 
     def _home(self, digest: str) -> Path:

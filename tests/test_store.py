@@ -70,7 +70,7 @@ def store(tmp_path: Path) -> ModelStore:
 def test_what_comes_out_is_what_went_in(store: ModelStore) -> None:
     manifest, components = sharing()
     upload(store, manifest, components)
-    assert store.models() == {manifest.digest(): "toy"}
+    assert store.models() == {manifest.digest(): manifest}
     model = store.open(manifest.digest())
     for name, shape in SPEC.shapes().items():
         for number, words in enumerate(model.get(name)):
@@ -217,9 +217,11 @@ def test_damage_on_disk_is_found_on_load(store: ModelStore, fault: str) -> None:
         (home / "manifest.json").write_text(json.dumps(changed))
     elif fault == "gone":
         path.unlink()
+    again = ModelStore(store.root, 2, PARTIES)
     with pytest.raises(StoreError) as caught:
-        ModelStore(store.root, 2, PARTIES).open(manifest.digest())
+        again.open(manifest.digest())
     assert str(home) in str(caught.value)
+    again.models()  # names what is whole, and does not fail
 
 
 def test_a_store_belongs_to_one_process_and_one_federation(store: ModelStore) -> None:

@@ -214,7 +214,7 @@ class _Door:
             try:
                 await self._request(client, message)
                 message = await client.receive()
-            except (ClientGone, MessageError, SealError) as error:
+            except (ClientGone, MessageError, SealError):
                 if client.gone.is_set():
                     log.info("client left", key=client.key[:16])
                     return
@@ -264,6 +264,7 @@ class _Door:
 
     async def _status(self) -> dict[str, Any]:
         config = self._config
+        models = await trio.to_thread.run_sync(self._service.store.models)
         return {
             "version": __version__,
             "party": config.party,
@@ -276,7 +277,10 @@ class _Door:
             "max_context": config.scheduler.max_context,
             "prompt_buckets": list(config.scheduler.prompt_buckets),
             "output_buckets": list(config.scheduler.output_buckets),
-            "models": await trio.to_thread.run_sync(self._service.store.models),
+            "models": {
+                digest: {"name": manifest.name, "model": manifest.spec.public()}
+                for digest, manifest in models.items()
+            },
             "service": self._service.status(),
         }
 

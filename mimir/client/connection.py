@@ -1,0 +1,151 @@
+"""One sealed connection from a client to one party, with a deadline on every wait."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from typing import Any
+
+import trio
+from trio_websocket import ConnectionClosed, HandshakeError, WebSocketConnection, wrap_client_stream
+
+from mimir.client.federation import Party
+from mimir.errors import AbortError, BadInput, ClientError
+from mimir.net import messages
+from mimir.net.identity import Identity, exchange_public
+from mimir.net.messages import MAX_MESSAGE, Message, MessageError
+from mimir.net.seal import TAG, Handshake, Seal, SealError
+
+RECEIVE_BUFFER = 65536
+MAX_FRAME = MAX_MESSAGE + TAG
+CLOSE_SECONDS = 2.0
+RESOURCE = "/mimir/1"
+
+
+class PartyError(ClientError):
+    """One party could not be reached, fell silent, or said what no honest party says."""
+
+    def __init__(self, party: Party, why: str) -> None:
+        super().__init__(f"party {party.name} ({party.address}): {why}")
+        self.party = party
+
+
+class Connection:
+    """Messages to and from one party. Made by `connect`."""
+
+    def __init__(self, party: Party, socket: WebSocketConnection, seal: Seal, silence: float) -> None:
+        self.party = party
+        self.silence = silence  # seconds that the party may owe an answer
+        self.sent = 0  # bytes, sealed
+        self.received = 0
+        self._socket = socket
+        self._seal = seal
+        self._sending = trio.Lock()
+
+    async def send(self, message: Mapping[str, Any]) -> None:
+        """Send one of the messages a client may send."""
+        raw = messages.pack(message, messages.FROM_CLIENT)
+        with trio.move_on_after(self.silence):
+            async with self._sending:  # sealing numbers the messages: they must leave in that order
+                sealed = self._seal.close(raw)
+                try:
+                    await self._socket.send_message(sealed)
+                except ConnectionClosed:
+                    raise PartyError(self.party, "closed the connection; its log may say why") from None
+                self.sent += len(sealed)
+                return
+        raise PartyError(self.party, f"took nothing for {self.silence:g} s")
+
+    async def receive(self, *kinds: str) -> Message:
+        """The next message, which must be of one of `kinds`. An error message is raised as an exception."""
+        with trio.move_on_after(self.silence):
+            message = await self._next()
+            if message["t"] == "error":
+                raise self._reported(message["code"], message["message"])
+            if message["t"] not in kinds:
+                raise PartyError(self.party, f"said {message['t']} where {' or '.join(kinds)} is due")
+            return message
+        raise PartyError(self.party, f"silent for {self.silence:g} s")
+
+    async def _next(self) -> Message:
+        try:
+            sealed = await self._socket.get_message()
+        except ConnectionClosed:
+            raise PartyError(self.party, "closed the connection; its log may say why") from None
+        try:
+            if not isinstance(sealed, bytes):
+                raise MessageError("text instead of a sealed message")
+            self.received += len(sealed)
+            return messages.unpack(self._seal.open(sealed), messages.FROM_PARTY)
+        except (MessageError, SealError) as error:
+            raise PartyError(self.party, f"broke the protocol: {error}") from None
+
+    def _reported(self, code: str, text: str) -> Exception:
+        # The party chose the text: keep it from steering a terminal.
+        text = "".join(character if character.isprintable() else " " for character in text)
+        if code == "refused":
+            return BadInput(f"party {self.party.name} refused: {text}")
+        if code == "aborted":
+            return AbortError(f"party {self.party.name}: {text}")
+        return PartyError(self.party, text)
+
+
+@asynccontextmanager
+async def connect(
+    party: Party, identity: Identity, *, within: float, silence: float
+) -> AsyncIterator[Connection]:
+    """Reach a party, prove who we are and make it prove that it holds the key in the federation file."""
+    expected = exchange_public(bytes.fromhex(party.identity))
+    async with trio.open_nursery() as nursery:
+        socket: WebSocketConnection | None = None
+        try:
+            with trio.move_on_after(within) as scope:
+                try:
+                    stream = await trio.open_tcp_stream(party.host, party.port)
+                    socket = await wrap_client_stream(
+                        nursery,
+                        stream,
+                        str(party.address),
+                        RESOURCE,
+                        message_queue_size=1,
+                        max_message_size=MAX_FRAME,
+                        receive_buffer_size=RECEIVE_BUFFER,
+                    )
+                    seal = await _handshake(socket, Handshake.initiator(identity.exchange_key(), expected))
+                except (HandshakeError, ConnectionClosed):
+                    raise PartyError(
+                        party, "hung up while connecting: wrong port, another version, or not the party's key"
+                    ) from None
+                except SealError as error:
+                    raise PartyError(party, f"is not who the federation file says: {error}") from None
+                except OSError as error:
+                    raise PartyError(party, f"cannot be reached: {_reason(error)}; is it running?") from None
+            if scope.cancelled_caught or socket is None:
+                raise PartyError(party, f"no answer within {within:g} s; is it running, is the port open?")
+            try:
+                yield Connection(party, socket, seal, silence)
+            finally:
+                seal.wipe()
+        finally:
+            if socket is not None:
+                with trio.move_on_after(CLOSE_SECONDS, shield=True):
+                    await socket.aclose()
+            nursery.cancel_scope.cancel()
+
+
+async def _handshake(socket: WebSocketConnection, handshake: Handshake) -> Seal:
+    await socket.send_message(handshake.start())
+    answer = await socket.get_message()
+    if not isinstance(answer, bytes):
+        raise SealError("text instead of a handshake")
+    return handshake.finish(answer)
+
+
+def _reason(error: OSError) -> str:
+    """Trio groups one error per address tried; one of them says enough."""
+    cause: BaseException | None = error
+    while isinstance(cause, OSError) and cause.strerror is None and cause.__cause__ is not None:
+        cause = cause.__cause__
+    if isinstance(cause, BaseExceptionGroup):
+        cause = cause.exceptions[0]
+    return (cause.strerror if isinstance(cause, OSError) else None) or str(error)

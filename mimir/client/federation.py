@@ -1,0 +1,73 @@
+"""Who the three parties are, as a client or a model owner knows them: a small strict TOML file."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated
+
+from mimir.config import (
+    PARTIES,
+    Address,
+    integer_rule,
+    key_rule,
+    path_rule,
+    read_table,
+    read_toml,
+    seconds_rule,
+    text_rule,
+)
+from mimir.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Party:
+    """[[parties]] One party: what it is called, where it listens for clients, and the key it must prove."""
+
+    name: Annotated[str, text_rule(64)]
+    host: Annotated[str, text_rule(253)]
+    port: Annotated[int, integer_rule(1, 65535)]
+    identity: Annotated[str, key_rule]
+
+    @property
+    def address(self) -> Address:
+        return Address(self.host, self.port)
+
+
+@dataclass(frozen=True)
+class Deadlines:
+    """[deadlines] Longest waits in seconds."""
+
+    connect: Annotated[float, seconds_rule(0.05, 600)] = 10.0  # to reach a party and know it
+    silence: Annotated[float, seconds_rule(0.1, 86400)] = 300.0  # of a party that owes an answer
+
+
+@dataclass(frozen=True)
+class Federation:
+    """Everything a client is told."""
+
+    source: Annotated[Path, None]
+    client_key: Annotated[Path, path_rule]  # file of `mimir keygen`
+    parties: tuple[Party, ...]  # in party order
+    model: Annotated[str | None, text_rule(64)] = None  # name or digest; may be left out if there is only one
+    tokenizer: Annotated[Path | None, path_rule] = None  # model directory, for its tokenizer alone
+    deadlines: Deadlines = field(default_factory=Deadlines)
+
+    @property
+    def identities(self) -> tuple[str, ...]:
+        """The parties' public keys, in party order."""
+        return tuple(party.identity for party in self.parties)
+
+
+def load(path: str | Path) -> Federation:
+    """Read a federation file; `ConfigError` names file and key."""
+    source = Path(path).absolute()
+    federation = read_table(Federation, read_toml(path), source, given={"source": source})
+    if len(federation.parties) != PARTIES:
+        raise ConfigError(
+            f"{source}: parties: {PARTIES} are needed, in party order; here are {len(federation.parties)}"
+        )
+    for name in ("identity", "name"):
+        if len({getattr(party, name) for party in federation.parties}) != PARTIES:
+            raise ConfigError(f"{source}: parties[].{name}: two parties have the same")
+    return federation
