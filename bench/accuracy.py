@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """How far fixed point is from float, layer by layer, for every shared checkpoint; prints Markdown.
 
-Three tables per checkpoint: the errors of the plaintext fixed-point twin against float64 on the expected greedy
+Per checkpoint: the errors of the plaintext fixed-point twin against float64 on the expected greedy
 runs, the ranges that scales and tables must hold, and the perplexities against the published ones.
 
     python bench/accuracy.py [--scale-bits 16] [--models NAME ...] [--no-perplexity] [directory ...]

@@ -2,8 +2,8 @@
 """Write a checkpoint of any Llama or GPT-2 shape with random weights of a trained model's sizes.
 
 For benchmarks of shapes for which no weights are at hand: the text is noise, the cost is real. The directory
-has the Hugging Face layout. The tokenizer knows the 256 bytes and names every further id `<n>`, so any text can
-be a prompt and any id is printable; or give one with --tokenizer DIRECTORY.
+has the Hugging Face layout. The tokenizer knows the 256 bytes and names every further id `<n>`, so any text
+can be a prompt and any id is printable; or give one with --tokenizer DIRECTORY.
 
     python scripts/random_checkpoint.py --shape llama-15m work/llama-15m
     python scripts/random_checkpoint.py --family gpt2 --layers 12 --width 768 --heads 12 --vocab 50257 \\

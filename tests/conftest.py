@@ -1,8 +1,8 @@
 """What every test may ask for: one printed seed, the shared checkpoints, and each kernel level in turn.
 
 The seed is fresh unless MIMIR_TEST_SEED sets it; it also seeds Hypothesis. The shared checkpoints lie beside
-the repository in `shared/`, or where MIMIR_SHARED says; without them the tests that need them are skipped, except
-where CI=true, which fails them.
+the repository in `shared/`, or where MIMIR_SHARED says; without them the tests that need them are skipped,
+but fail where CI=true.
 """
 
 from __future__ import annotations
