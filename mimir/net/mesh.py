@@ -201,6 +201,7 @@ class _Link:
             self.generation.cut(f"closed the {self.lane} connection")
             return 0
         self.received += n
+        self.generation.heard = True
         self._decoder.wrote(n)
         self.drain()
         return n
@@ -208,7 +209,6 @@ class _Link:
     def drain(self) -> None:
         """Hand out the frames the decoder holds."""
         try:
-            self.generation.heard = trio.current_time()
             while self.open and (frame := self._decoder.next()) is not None:
                 if isinstance(frame, wire.Data):
                     book, doomed = self._board.deliver(self.peer, frame)
@@ -302,7 +302,8 @@ class _Generation:
         self.links: dict[str, _Link] = {}
         self.alive = True
         self.died = trio.Event()
-        self.born = self.heard = trio.current_time()
+        self.born = trio.current_time()
+        self.heard = True  # since the last look
         self.answering = 0
         self._next_request = 0
         self._asked: dict[int, tuple[trio.Event, list[wire.Reply]]] = {}
@@ -338,13 +339,16 @@ class _Generation:
         self.mesh.changed()
 
     async def _keep_time(self) -> None:
+        last = self.born
         while self.alive:
             self.links["control"].send_small(wire.Ping())
             await trio.sleep(HEARTBEAT)
             for link in list(self.links.values()):
                 link.glance()
             now = trio.current_time()
-            if now - self.heard > DEAD_AFTER:
+            if self.heard:
+                self.heard, last = False, now
+            if now - last > DEAD_AFTER:
                 self.cut(f"silent for {DEAD_AFTER:g} s")
             elif not self.whole and now - self.born > HANDSHAKE_DEADLINE + CONNECT_DEADLINE:
                 self.cut("did not open all lanes")

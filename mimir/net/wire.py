@@ -26,6 +26,7 @@ import struct
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, ClassVar, TypeAlias
 
 import msgpack  # type: ignore[import-untyped]
@@ -233,6 +234,11 @@ _is_lane_text = _text(MAX_LANE)
 
 
 def _is_lane(v: Any) -> bool:
+    return type(v) is str and len(v) <= MAX_LANE and _is_known_lane(v)
+
+
+@lru_cache(maxsize=256)
+def _is_known_lane(v: str) -> bool:
     return _is_lane_text(v) and lane_kind(v) in LANES
 
 
@@ -455,7 +461,7 @@ class Decoder:
                 raise WireError(f"{cls.__name__} field {place} is malformed")
         if size > most:
             raise WireError(f"{cls.__name__} payload of {size} bytes; the limit is {most}")
-        if kind == Data.KIND and lane_kind(header[2]) != self.state:
+        if kind == Data.KIND and not header[2].startswith(self.state):
             raise WireError(f"frame of lane {header[2]!r} on the {self.state} link")
         return header
 
@@ -503,6 +509,7 @@ class Lockstep:
     __slots__ = (
         "_due",
         "_expect",
+        "_framing",
         "_inbox",
         "_step",
         "failure",
@@ -529,6 +536,7 @@ class Lockstep:
         self.seq = 0  # of the current round, or of the next
         self.in_round = False
         self._step = "start"
+        self._framing = 0
         self._expect: Mapping[int, int] = {}
         self._inbox: dict[int, deque[Data]] = {peer: deque() for peer in peers}
         self._due = dict.fromkeys(peers, 0)
@@ -544,19 +552,27 @@ class Lockstep:
         for size in expect.values():
             if not 0 <= size <= MAX_PAYLOAD:
                 raise LocalError(f"step {step!r} expects {size} bytes; the limit is {MAX_PAYLOAD}")
-        frame = Data(self.session, self.lane, self.seq, step)
+        if not is_step(step):
+            raise LocalError(f"step {step!r}: 1 to {MAX_STEP} printable ASCII characters")
+        header = _pack(
+            (Data.KIND, self.session, self.lane, self.seq, step)
+        )  # what `head` makes, once for all
         out = []
-        total = 0
+        total = len(send) * (PREFIX_BYTES + len(header))
         for peer, payload in send.items():
             views = pieces(payload)
-            size = sum(v.nbytes for v in views)
-            top = head(frame, size)
-            total += size + len(top)
-            out.append((peer, top, views))
+            size = 0
+            for view in views:
+                size += len(view)
+            if size > MAX_PAYLOAD:
+                raise LocalError(f"step {step!r} sends {size} bytes; the limit is {MAX_PAYLOAD}")
+            total += size
+            out.append((peer, _PREFIX.pack(MAGIC, len(header), size) + header, views))
         self._step = step
         self.raise_failure()
         self.in_round = True
         self._expect = expect
+        self._framing = PREFIX_BYTES + len(header)
         self.sent += total
         return out
 
@@ -602,7 +618,7 @@ class Lockstep:
             elif size != want:
                 self.fail(blame(peer, f"sent {size} bytes where {want} are due"))
             self.raise_failure()
-            self.received += size + PREFIX_BYTES + len(_pack(frame.fields()))
+            self.received += size + self._framing  # header fields are equal, so their length is
             out[peer] = frame.payload
         self.seq += 1
         self.rounds += 1
