@@ -117,7 +117,11 @@ async def obey(tunnel: Tunnel, words: list[str]) -> None:
     try:
         match words:
             case ["status"]:
-                say("status", peers=[entry.as_dict() for entry in tunnel.status()], lost=tunnel.device_restarts)
+                say(
+                    "status",
+                    peers=[entry.as_dict() for entry in tunnel.status()],
+                    lost=tunnel.device_restarts,
+                )
             case ["probe", host]:
                 say("probe", seconds=await probe(tunnel, ip_address(host), PROBE_PORT))
             case ["pings", host, count]:
