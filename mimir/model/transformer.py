@@ -7,8 +7,9 @@ and openings, and nothing of the backend.
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 
@@ -22,7 +23,19 @@ from mimir.mpc.plan import Cost, planning
 from mimir.mpc.share import Share, concat
 
 ROTARY_SCALE: Final = 14  # fraction bits of sines and cosines
-LOGIT_WIDTH: Final = 26  # a logit stays below 2^(26 - 1 - f), 512 at f = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """Who runs the two heavy parts of a layer: these functions, or actors that run them."""
+
+    matmul: Callable[[Context, str, Share, str], Awaitable[Share]] = ops.matmul
+    exponentials: Callable[
+        [Context, str, Share, Ring, Share | None, Settings], Awaitable[tuple[Share, Share]]
+    ] = nonlinear.exponentials
+
+
+DIRECT: Final = Parts()
 
 
 def weight_shapes(spec: PlanSpec) -> dict[str, tuple[int, int]]:
@@ -114,12 +127,20 @@ async def _per_head(ctx: Context, left: Ring, mask: Share, right: Ring, cache: S
 
 
 async def attention(
-    ctx: Context, step: str, spec: PlanSpec, layer: int, u: Share, cache: Cache, first: int, s: Settings
+    ctx: Context,
+    step: str,
+    spec: PlanSpec,
+    layer: int,
+    u: Share,
+    cache: Cache,
+    first: int,
+    s: Settings,
+    parts: Parts,
 ) -> Share:
     """Attention of rows first .. first + n over everything before them, without the output matrix: (n, heads * hd)."""
     f = s.scale_bits
     n, hd, heads, kv = u.shape[0], spec.head_dim, spec.heads, spec.kv_heads
-    y = await ops.matmul(ctx, f"{step}/qkv", u, f"{layer}.qkv") + _bias(ctx, f"{layer}.qkv_b")
+    y = await parts.matmul(ctx, f"{step}/qkv", u, f"{layer}.qkv") + _bias(ctx, f"{layer}.qkv_b", s)
     y = y.reshape(n, heads + 2 * kv, hd).swap(0, 1)  # (heads + 2 kv, n, hd), scale 2f
     turned, v = y[: heads + kv], y[heads + kv :]
     drop = f
@@ -140,11 +161,13 @@ async def attention(
 
     slots = first + n
     allowed = (np.arange(slots)[None, :] <= np.arange(first, slots)[:, None]).astype(np.uint64)
-    e, total = await nonlinear.exponentials(ctx, f"{step}/softmax", scores, allowed, cache.valid, s)
+    e, total = await parts.exponentials(ctx, f"{step}/softmax", scores, allowed, cache.valid, s)
     (de,) = await ctx.doors.open(f"{step}/weights", e + values["x"])
     dv_all = np.ascontiguousarray(np.repeat(all_dv, group, axis=0))
     mixed = await _per_head(ctx, de, values["x"], dv_all, all_v.repeat(group, 0), values["z"])
-    (mixed,) = await ops.truncate(ctx, f"{step}/mix truncate", (mixed, nonlinear.EXP_SCALE + f - nonlinear.MIX_SCALE))
+    (mixed,) = await ops.truncate(
+        ctx, f"{step}/mix truncate", (mixed, nonlinear.EXP_SCALE + f - nonlinear.MIX_SCALE)
+    )
     inverse = await nonlinear.reciprocal(ctx, f"{step}/reciprocal", total, s)
     out = await ops.scale(ctx, f"{step}/divide", inverse.flat(), mixed.reshape(heads * n, hd))
     (out,) = await ops.truncate(
@@ -153,15 +176,18 @@ async def attention(
     return out.reshape(heads, n, hd).swap(0, 1).reshape(n, heads * hd)
 
 
-def _bias(ctx: Context, name: str) -> Share:
-    """A bias, shared at scale 2f as a row (1, m)."""
-    return ctx.share(np.stack(ctx.weights.pair(name)[: ctx.bk.components]))
+def _bias(ctx: Context, name: str, s: Settings) -> Share:
+    """A bias as a row (1, m) at scale 2f; it is stored at scale f like every tensor."""
+    v = np.stack(ctx.weights.pair(name)[: ctx.bk.components])
+    return ctx.share(v.reshape(len(v), 1, -1)) * (1 << s.scale_bits)
 
 
-async def mlp(ctx: Context, step: str, spec: PlanSpec, layer: int, u: Share, s: Settings) -> Share:
+async def mlp(
+    ctx: Context, step: str, spec: PlanSpec, layer: int, u: Share, s: Settings, parts: Parts
+) -> Share:
     """The inner part of a block: activation, gated or not, of u @ in: (n, hidden) at scale f."""
     f = s.scale_bits
-    h = await ops.matmul(ctx, f"{step}/in", u, f"{layer}.in") + _bias(ctx, f"{layer}.in_b")
+    h = await parts.matmul(ctx, f"{step}/in", u, f"{layer}.in") + _bias(ctx, f"{layer}.in_b", s)
     if spec.act == "relu":
         return await nonlinear.relu(ctx, f"{step}/relu", h, s)
     if spec.act != "silu_glu":
@@ -174,30 +200,32 @@ async def mlp(ctx: Context, step: str, spec: PlanSpec, layer: int, u: Share, s: 
 
 
 async def forward(
-    ctx: Context, step: str, spec: PlanSpec, h: Share, cache: Cache, s: Settings
+    ctx: Context, step: str, spec: PlanSpec, h: Share, cache: Cache, s: Settings, parts: Parts = DIRECT
 ) -> Share:
     """Blocks over n new rows h (n, d) at scale f, which join the cache. Returns the residual stream (n, d)."""
     f, first = s.scale_bits, cache.length
     for layer in range(spec.layers):
         name = f"{step}/layer {layer}"
         u = await nonlinear.rms_norm(ctx, f"{name}/norm 1", h, spec.norm_eps, s)
-        a = await attention(ctx, f"{name}/attention", spec, layer, u, cache, first, s)
-        y = await ops.matmul(ctx, f"{name}/o", a, f"{layer}.o") + _bias(ctx, f"{layer}.o_b")
+        a = await attention(ctx, f"{name}/attention", spec, layer, u, cache, first, s, parts)
+        y = await parts.matmul(ctx, f"{name}/o", a, f"{layer}.o") + _bias(ctx, f"{layer}.o_b", s)
         (y,) = await ops.truncate(ctx, f"{name}/o truncate", (y, f))
         h = h + y
         u = await nonlinear.rms_norm(ctx, f"{name}/norm 2", h, spec.norm_eps, s)
-        m = await mlp(ctx, f"{name}/mlp", spec, layer, u, s)
-        y = await ops.matmul(ctx, f"{name}/out", m, f"{layer}.out") + _bias(ctx, f"{layer}.out_b")
+        m = await mlp(ctx, f"{name}/mlp", spec, layer, u, s, parts)
+        y = await parts.matmul(ctx, f"{name}/out", m, f"{layer}.out") + _bias(ctx, f"{layer}.out_b", s)
         (y,) = await ops.truncate(ctx, f"{name}/out truncate", (y, f))
         h = h + y
     cache.length += h.shape[0]
     return h
 
 
-async def logits(ctx: Context, step: str, spec: PlanSpec, h: Share, s: Settings) -> Share:
+async def logits(
+    ctx: Context, step: str, spec: PlanSpec, h: Share, s: Settings, parts: Parts = DIRECT
+) -> Share:
     """Logits (vocab,) at scale 2f of the last row of h."""
     u = await nonlinear.rms_norm(ctx, f"{step}/norm", h[-1:], spec.norm_eps, s)
-    y = await ops.matmul(ctx, f"{step}/head", u, "head") + _bias(ctx, "head_b")
+    y = await parts.matmul(ctx, f"{step}/head", u, "head") + _bias(ctx, "head_b", s)
     return y[0]
 
 
@@ -207,6 +235,19 @@ class Entry:
 
     token: dict[str, Share]
     position: dict[str, Share] | None
+
+    def part(self, rows: slice) -> Entry:
+        """Some of the rows."""
+        position = self.position and {k: v[rows] for k, v in self.position.items()}
+        return Entry({k: v[rows] for k, v in self.token.items()}, position)
+
+
+def entry_demand(spec: PlanSpec, rows: int) -> dict[prep.Kind, int]:
+    """What `entry` takes."""
+    demand: dict[prep.Kind, int] = {}
+    for count in (spec.vocab, *((spec.context,) if spec.positions == "learned" else ())):
+        prep.add_demand(demand, {prep.Lookup(0, 0, index_bits(count), 0): rows})
+    return demand
 
 
 def entry(ctx: Context, spec: PlanSpec, rows: int) -> Entry:
@@ -219,19 +260,30 @@ def entry(ctx: Context, spec: PlanSpec, rows: int) -> Entry:
 
 
 async def embed(
-    ctx: Context, step: str, spec: PlanSpec, e: Entry, token_offset: Ring, position_offset: Ring | None
+    ctx: Context,
+    step: str,
+    spec: PlanSpec,
+    e: Entry,
+    token_offset: Ring,
+    position_offset: Ring | None,
+    parts: Parts = DIRECT,
 ) -> Share:
     """Rows of the embedding (n, d) at scale f, by public offsets (index + mask) of secret indices."""
     hot = ops.one_hot(ctx, e.token, token_offset, index_bits(spec.vocab))[:, : spec.vocab]
-    h = await ops.matmul(ctx, f"{step}/embed", hot, "embed")
+    h = await parts.matmul(ctx, f"{step}/embed", hot, "embed")
     if e.position is not None and position_offset is not None:
         hot = ops.one_hot(ctx, e.position, position_offset, index_bits(spec.context))[:, : spec.context]
-        h = h + await ops.matmul(ctx, f"{step}/position", hot, "pos")
+        h = h + await parts.matmul(ctx, f"{step}/position", hot, "pos")
     return h
 
 
 async def reenter(
-    ctx: Context, step: str, spec: PlanSpec, token: Share, position: Share | None
+    ctx: Context,
+    step: str,
+    spec: PlanSpec,
+    token: Share,
+    position: Share | None,
+    parts: Parts = DIRECT,
 ) -> Share:
     """Embedding (1, d) of a secret token index, which is opened under the mask of a prepared one-hot."""
     e = entry(ctx, spec, 1)
@@ -241,10 +293,22 @@ async def reenter(
     if e.position is not None and position is not None:
         kp = index_bits(spec.context)
         (p,) = await ctx.doors.open_low(f"{step}/position index", kp, position.reshape(1) + e.position["r"])
-    return await embed(ctx, step, spec, e, c, p)
+    return await embed(ctx, step, spec, e, c, p, parts)
 
 
-async def cost_of(spec: PlanSpec, s: Settings, first: int, rows: int, *, prompt: bool, sample: str, padded: bool) -> Cost:
+Choose = Callable[[Context, str, Share], Awaitable[Any]]
+
+
+async def cost_of(
+    spec: PlanSpec,
+    s: Settings,
+    first: int,
+    rows: int,
+    *,
+    prompt: bool,
+    sampler: Choose | None,
+    padded: bool = True,
+) -> Cost:
     """Plan one step: `rows` rows from slot `first`; a prompt enters by offsets, a decoded token by its index."""
     shapes = weight_shapes(spec)
     shapes |= {f"{k}_b": (1, v[1]) for k, v in shapes.items() if k not in ("embed", "pos")}
@@ -259,11 +323,12 @@ async def cost_of(spec: PlanSpec, s: Settings, first: int, rows: int, *, prompt:
     if padded:
         cache.valid = ctx.share(np.zeros((1, first + rows), np.uint64))
     if prompt:
-        h = await embed(ctx, "plan", spec, entry(ctx, spec, rows), zero, zero)
+        outside, _ = planning(shapes)  # the prompt's one-hots are prepared for all its steps at once
+        h = await embed(ctx, "plan", spec, entry(outside, spec, rows), zero, zero)
     else:
         index = ctx.share(np.zeros((1,), np.uint64))
         h = await reenter(ctx, "plan", spec, index, index)
     h = await forward(ctx, "plan", spec, h, cache, s)
-    if sample:
-        await ops.argmax(ctx, "plan", await logits(ctx, "plan", spec, h, s), s.scale_bits, LOGIT_WIDTH)
+    if sampler is not None:
+        await sampler(ctx, "plan", await logits(ctx, "plan", spec, h, s))
     return cost

@@ -21,7 +21,6 @@ from mimir.mpc.share import Backend, Bits, Share, concat
 
 T = TypeVar("T")
 THREAD_WORK: Final = 1 << 21  # multiplications from which a kernel is worth a thread of its own
-_TWO_62: Final = np.uint64(1 << 62)
 
 
 class Opening(Protocol):
@@ -61,24 +60,24 @@ class Context:
 
 
 async def truncate(ctx: Context, step: str, *items: tuple[Share, int]) -> list[Share]:
-    """Drop f bits of each (x, f): x / 2^f to within 2 units, for |x| < 2^62. One round, 8 bytes.
+    """Drop f bits of each (x, f), for |x| < 2^62 - 2^f: x / 2^f with an error below 2 units, mean 0. One round, 8 bytes.
 
-    Top-bit correction: c = open(x + 2^62 + r); with R = r_0 + r_1 + r_2 over the integers, U the sum of the
-    r_i >> f and W the number of times R passes 2^64, floor((x' + v) / 2^f) = (c >> f) - U + 2^(64-f) (W +
-    top(r) (1 - top(c))) exactly, v < 3 * 2^f being the public dither. No wrong value exists to be unlucky with.
+    Top-bit correction: c = open(x' + r), x' = x + 2^62 - 2^f + 1. With R = r_0 + r_1 + r_2 over the integers, U
+    the sum of the r_i >> f, v < 3 * 2^f that of their low bits, and W the number of times R passes 2^64,
+    floor((x' + v) / 2^f) = (c >> f) - U + 2^(64-f) (W + top(r) (1 - top(c))) exactly: no wrong value exists to be
+    unlucky with. v is a public dither that centres the rounding.
     """
     sums, parts = [], []
     for x, f in items:
         p = ctx.take(prep.Trunc(f), x.size)
-        sums.append(x.flat() + _TWO_62 + p["r"])
+        sums.append(x.flat() + ((1 << 62) - (1 << f) + 1) + p["r"])
         parts.append(p)
     opened = await ctx.doors.open(step, *sums)
     out = []
     for (x, f), p, c in zip(items, parts, opened, strict=True):
-        shift = np.uint64(f)
         not_top = np.uint64(1) - (c >> np.uint64(63))
         wrapped = p["over"] + p["top"] * not_top
-        public = (c >> shift) - (_TWO_62 >> shift) - np.uint64(1)
+        public = (c >> np.uint64(f)) - np.uint64(1 << (62 - f))
         out.append((wrapped * (1 << (RING_BITS - f)) - p["high"] + public).reshape(*x.shape))
     return out
 
@@ -154,7 +153,9 @@ async def is_zero(ctx: Context, step: str, x: Share, bits: int) -> Bits:
 
 
 async def is_negative(ctx: Context, step: str, x: Share, low: int, width: int) -> Bits:
-    """[x < 0] for x (n) with |x| < 2^(low + width - 1), as words; |x| < 2^(low + 2) may be taken for zero.
+    """[x < 0] for x (n), as words; -3 * 2^low < x < 0 may be taken for zero, x >= 0 never for negative.
+
+    |x| < 2^(low + width - 1) - 3 * 2^low.
 
     c = open(x + r); with the bits of r shared, the sign is top(c) ^ top(r) ^ [c' < r'] of the lower bits, by a
     tree of (less, equal) pairs. Rounds: 1 + log2(width - 1); 8 bytes and 4 bits a bit of width.
@@ -207,7 +208,8 @@ class Piecewise:
 async def piecewise(ctx: Context, step: str, *items: tuple[Share, Piecewise]) -> list[tuple[Share, list[Share]]]:
     """Evaluate each (x, piecewise) with one degree: (value at its scale, looked-up flags). degree + 1 rounds.
 
-    x must lie in [0, 2^(low + rest + bits)); what lies outside reads another piece.
+    x must lie in [0, 2^(low + rest + bits) - 2^(low + rest) - 3 * 2^low); what lies outside reads another piece.
+    A piece is read for remainders in (-2^rest, 2^rest) of its index.
     """
     cs = [ctx.take(p.kind, x.size) for x, p in items]
     sums = []
@@ -251,7 +253,7 @@ def one_hot(ctx: Context, c: dict[str, Share], opened: Ring, bits: int) -> Share
 
 
 async def coarse_index(ctx: Context, step: str, x: Share, low: int, rest: int, bits: int) -> Share:
-    """One-hot (*shape, 2^bits) of floor(x / 2^(low + rest)), or that plus one, for x >= 0. One round."""
+    """One-hot (*shape, 2^bits) of j, x / 2^(low + rest) within (j - 1 - 3 / 2^rest, j + 1), for x >= 0. One round."""
     c = ctx.take(prep.Lookup(low, rest, bits, 0), x.size)
     total = low + rest + bits
     (o,) = await ctx.doors.open(step, (x.flat() + c["r"]) * (1 << (RING_BITS - total)))
@@ -259,10 +261,10 @@ async def coarse_index(ctx: Context, step: str, x: Share, low: int, rest: int, b
 
 
 async def argmax(ctx: Context, step: str, x: Share, low: int, width: int) -> tuple[Share, Share]:
-    """Largest of x (n) and its index, ties to the lower index: two shares of shape ().
+    """Largest of x (n), divided by 2^low, and its index, ties to the lower index: two shares of shape ().
 
-    A tournament in groups: all pairs of a group are compared at once, the winner beats every other. Values
-    closer than 2^(low + 2) may tie. Rounds: about 9 + log2(width) a level.
+    A tournament in groups: all pairs of a group are compared at once, the winner beats every other. While
+    groups are pairs, values closer than 2^(low + 2) may tie. Rounds: about 4 + log2(width) a level.
     """
     value, index = x, ctx.share(np.zeros_like(x.v)) + np.arange(x.shape[0], dtype=np.uint64)
     level = 0
@@ -282,6 +284,8 @@ async def argmax(ctx: Context, step: str, x: Share, low: int, width: int) -> tup
         value = concat([best[0].sum(1), value[n - rest :]]) if rest else best[0].sum(1)
         index = concat([best[1].sum(1), index[n - rest :]]) if rest else best[1].sum(1)
         level += 1
+    if low:
+        (value,) = await truncate(ctx, f"{step}/exact", (value, low))
     return value[0], index[0]
 
 

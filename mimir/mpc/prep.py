@@ -48,7 +48,7 @@ class Trunc:
 
 @dataclass(frozen=True, slots=True)
 class Lookup:
-    low: int  # bits below the window, dropped with an error of at most 2 units of 2^low
+    low: int  # bits below the window, dropped: the value read is 0 to 3 units of 2^low above the floor
     rest: int  # bits of the remainder
     bits: int  # bits of the index
     steps: int  # polynomial steps that follow
@@ -242,14 +242,17 @@ class Batch:
     async def inject(self, step: str, bits: Ring, n: int, *, prove: bool = True) -> Ring:
         """Words of bits (2, j, w) as ring elements (2, j, n).
 
-        XOR of the three components as ring products, two rounds. An error is found because the result must
-        be 0 or 1 (stated here if `prove`, otherwise by the caller) and its low bit must be the bit shared.
+        XOR of the three components as ring products, two rounds. The first product is stated on its own:
+        without that, errors e and -e in the two products would cancel exactly when the third component is 0,
+        and a passing check would tell a bit. Then an error of the second is found because the result must be
+        0 or 1 (stated here if `prove`, otherwise by the caller) and its low bit must be the bit shared.
         """
         bk = self.doors.bk
         flat = bits.reshape(2, -1, bits.shape[-1])
         ring = np.stack([np.stack([kernels.bits_to_ring(np.ascontiguousarray(w), n) for w in flat[i]]) for i in (0, 1)])
         b0, b1, b2 = (bk.known(i, ring) for i in range(3))
         (both,) = await self.mul(f"{step}/xor 1", (b0, b1))
+        self.relations.append(check.Product(b0.reshape(2, -1), b1.reshape(2, -1), both.reshape(2, -1)))
         x = b0 + b1 - both * np.uint64(2)
         (both,) = await self.mul(f"{step}/xor 2", (x, b2))
         x = x + b2 - both * np.uint64(2)

@@ -1,0 +1,57 @@
+"""Actors: one task and one bounded mailbox each, frozen messages, no shared state.
+
+Every session has its own family of actors (session, triples, matmul, softmax, sampler). Were one actor to
+serve two sessions, two parties could serve them in different order and wait for each other for ever. An error
+in an actor rises through the session's nursery and ends that session and no other.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final, Generic, TypeVar
+
+import trio
+
+from mimir.errors import LocalError
+
+M = TypeVar("M")
+R = TypeVar("R")
+
+MAILBOX: Final = 8  # messages an actor may be behind before its senders wait
+
+
+class Reply(Generic[R]):
+    """Where the answer to one message goes. Set once."""
+
+    __slots__ = ("_event", "_value")
+
+    def __init__(self) -> None:
+        self._event = trio.Event()
+        self._value: list[R] = []
+
+    def set(self, value: R) -> None:
+        if self._value:
+            raise LocalError("a reply is given once")
+        self._value.append(value)
+        self._event.set()
+
+    async def get(self) -> R:
+        await self._event.wait()
+        return self._value.pop()
+
+
+class Actor(Generic[M]):
+    """Handles its messages one after another. Subclasses define `handle`."""
+
+    def __init__(self) -> None:
+        self._send, self._receive = trio.open_memory_channel[M](MAILBOX)
+
+    async def tell(self, message: M) -> None:
+        """Put a message into the mailbox; waits while it is full."""
+        await self._send.send(message)
+
+    async def run(self) -> None:
+        async for message in self._receive:
+            await self.handle(message)
+
+    async def handle(self, message: Any) -> None:
+        raise LocalError(f"{type(self).__name__} does not handle messages")

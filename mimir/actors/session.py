@@ -1,0 +1,428 @@
+"""The session actor: from the agreed terms to the last token, and the end of everything on the first error.
+
+It owns the session's lanes, keys and cache, and a family of actors. A session that fails aborts at every
+party, wipes its material and keys, names step and suspect in the local log, and delivers nothing more.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import time
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Any, Final, Protocol
+
+import numpy as np
+import structlog
+import trio
+
+from mimir.actors import Actor
+from mimir.actors.matmul import MatmulActor
+from mimir.actors.sampler import SamplerActor
+from mimir.actors.softmax import SoftmaxActor
+from mimir.actors.triples import Batch, TripleProducer, bytes_of
+from mimir.errors import AbortError, BadInput, PeerError
+from mimir.model import sampling, transformer
+from mimir.model.checkpoint import PlanSpec
+from mimir.model.sampling import Sampler
+from mimir.model.transformer import Cache, Entry, Parts, index_bits
+from mimir.mpc.domain import Ring
+from mimir.mpc.doors import Doors
+from mimir.mpc.nonlinear import Settings
+from mimir.mpc.ops import Context
+from mimir.mpc.prep import Demand
+from mimir.mpc.replicated import Replicated
+from mimir.mpc.share import Share, concat
+from mimir.net import Transport
+from mimir.net.messages import Message, Open
+
+log = structlog.get_logger("mimir.session")
+
+PROMPT_ROWS: Final = 16  # prompt rows of one step (bounds memory)
+DECODE_BATCH: Final = 8  # decode steps whose material is made together
+POOL_BYTES: Final = 384 << 20  # material a session keeps ready at most; smaller than triple_pool.min_size if it must
+NONCE: Final = 32
+VALID_BITS: Final = 64
+
+
+class Client(Protocol):
+    """One client of the session."""
+
+    key: str
+
+    async def send(self, message: dict[str, Any]) -> None: ...
+
+    async def receive(self, timeout: float | None = None) -> Message: ...
+
+
+class Model(Protocol):
+    """Shares of the weights."""
+
+    def pair(self, name: str) -> tuple[Ring, Ring]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What the configuration says about a session."""
+
+    prompt_buckets: tuple[int, ...]
+    output_buckets: tuple[int, ...]
+    max_context: int
+    ahead: int  # token positions
+    round_seconds: float
+    step_seconds: float
+    client_seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One pass through the model: prompt rows, or one decoded token; `choose` ends it with a token."""
+
+    name: str
+    first: int
+    rows: int
+    prompt: bool
+    choose: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """What one turn runs; the same at every party, known from its public lengths alone."""
+
+    number: int
+    buckets: tuple[int, ...]
+    max_new: int
+    first: int  # slot of the first prompt row
+    resume: Step | None  # the last token of the turn before still has to pass through the model
+    prompt: tuple[Step, ...]
+    decode: tuple[Step, ...]
+
+
+def plan_turn(number: int, buckets: Sequence[int], max_new: int, used: int) -> Turn:
+    """Steps of a turn that begins when `used` slots of the cache are taken."""
+    name = f"turn {number}"
+    resume = Step(f"{name}/resume", used, 1, False, False) if number else None
+    at = first = used + (1 if number else 0)
+    end = first + sum(buckets)
+    prompt = []
+    while at < end:
+        rows = min(PROMPT_ROWS, end - at)
+        prompt.append(Step(f"{name}/prompt {at}", at, rows, True, at + rows == end))
+        at += rows
+    decode = tuple(Step(f"{name}/token {i + 1}", end + i, 1, False, True) for i in range(max_new - 1))
+    return Turn(number, tuple(buckets), max_new, first, resume, tuple(prompt), decode)
+
+
+class SessionActor(Actor[Any]):
+    """Runs one session at this party."""
+
+    def __init__(
+        self, transport: Transport, terms: Open, clients: Sequence[Client], spec: PlanSpec, model: Model,
+        settings: Settings, limits: Limits,
+    ) -> None:
+        super().__init__()
+        self.transport = transport
+        self.terms = terms
+        self.clients = list(clients)
+        self.spec = spec
+        self.model = model
+        self.settings = settings
+        self.limits = limits
+        self.log = log.bind(party=transport.party, session=terms.session.hex()[:8])
+        self._shapes = transformer.weight_shapes(spec)
+        self._shapes |= {f"{k}_b": (1, v[1]) for k, v in self._shapes.items() if k not in ("embed", "pos")}
+        self._sampler = Sampler(
+            terms.sampler.kind, terms.sampler.temperature, terms.sampler.topk, settings.scale_bits, spec.vocab
+        )
+        self._cache = Cache.empty(spec.layers)
+        self._token: Share | None = None  # the last token chosen
+        self._position: Share | None = None  # its position
+        self._step = "start"
+        self._began = time.monotonic()
+
+    # --- life -----------------------------------------------------------------------------------------------
+
+    async def run(self) -> None:
+        """Serve the session until its clients close it. Raises what ended it, after telling every party."""
+        try:
+            async with self._family():
+                turn = plan_turn(0, self.terms.buckets, self.terms.max_new, 0)
+                while True:
+                    await self._turn(turn)
+                    request = await self._next_request()
+                    if request is None:
+                        return
+                    turn = plan_turn(turn.number + 1, request["buckets"], request["max_new"], self._cache.length)
+        except BaseException as error:
+            cause = _first(error)
+            with trio.move_on_after(2, shield=True):
+                await self._online.channel.abort()
+            if isinstance(cause, PeerError):
+                self.log.warning("session aborted", step=cause.step, suspect=cause.party, why=cause.why)
+            elif isinstance(cause, AbortError):
+                self.log.warning("session aborted by a peer", step=self._step)
+            elif isinstance(cause, Exception):
+                self.log.warning("session ended", step=self._step, why=str(cause))
+            if isinstance(error, BaseExceptionGroup) and isinstance(cause, Exception):
+                raise cause from None
+            raise
+        finally:
+            with trio.move_on_after(2, shield=True):
+                for doors in (self._online, self._making):
+                    doors.bk.wipe()
+                    await doors.channel.aclose()
+
+    @asynccontextmanager
+    async def _family(self) -> AsyncIterator[None]:
+        """Lanes, keys and actors; whatever fails in an actor ends the block."""
+        self._online = await self._lane("online")
+        self._making = await self._lane("prep")
+        await self._online.agree("terms", self.terms.digest())
+        self.matmul = MatmulActor()
+        self.softmax = SoftmaxActor()
+        self.sampler = SamplerActor(self._online, self._sampler, self.terms.deterministic_seed)
+        self.triples = TripleProducer(self._making, self.model, await self._ahead(), self._made)
+        self._parts = Parts(self.matmul.matmul, self.softmax.exponentials)
+        async with trio.open_nursery() as nursery:
+            for actor in (self.matmul, self.softmax, self.sampler, self.triples):
+                nursery.start_soon(actor.run)
+            for client in self.clients:
+                await client.send({"t": "opened"})
+            yield
+            nursery.cancel_scope.cancel()
+
+    async def _lane(self, lane: str) -> Doors:
+        """A lane with keys of its own: both ends of each link add a nonce, so no session id repeats a stream."""
+        me, session = self.transport.party, self.terms.session
+        channel = self.transport.channel(session, lane)
+        channel.timeout = self.limits.client_seconds  # the other clients may still be on their way
+        nonce = os.urandom(NONCE)
+        peers = self.transport.peers
+        heard = await channel.round(f"{lane}/nonce", {p: nonce for p in peers}, {p: NONCE for p in peers})
+        channel.timeout = self.limits.round_seconds
+
+        def key(peer: int) -> Any:
+            low, high = (nonce, bytes(heard[peer])) if me < peer else (bytes(heard[peer]), nonce)
+            label = f"prf {lane} {hashlib.sha256(low + high).hexdigest()}"
+            return self.transport.link_secret(peer, session, label)
+
+        return Doors(channel, Replicated(me, key((me - 1) % 3), key((me + 1) % 3)))
+
+    async def _next_request(self) -> Message | None:
+        """The clients' next turn, which they must all ask for alike; None if they close."""
+        wanted: Message | None = None
+        for client in self.clients:
+            message = await client.receive(self.limits.client_seconds)
+            if message["t"] == "close":
+                return None
+            if message["t"] != "turn":
+                raise BadInput(f"message {message['t']!r} where a turn or the end of the session was expected")
+            if wanted is not None and message != wanted:
+                raise BadInput("the clients of this session asked for different turns")
+            wanted = message
+        assert wanted is not None
+        buckets, max_new = tuple(wanted["buckets"]), wanted["max_new"]
+        if len(buckets) != len(self.clients):
+            raise BadInput(f"{len(self.clients)} clients, but prompt buckets for {len(buckets)}")
+        for bucket in buckets:
+            if bucket not in self.limits.prompt_buckets:
+                raise BadInput(f"prompt bucket {bucket} is not among {list(self.limits.prompt_buckets)}")
+        if max_new not in self.limits.output_buckets:
+            raise BadInput(f"output bucket {max_new} is not among {list(self.limits.output_buckets)}")
+        if self._cache.length + 1 + sum(buckets) + max_new > min(self.limits.max_context, self.spec.context):
+            raise BadInput("this turn would not fit into scheduler.max_context; begin a new session")
+        return wanted
+
+    # --- material -------------------------------------------------------------------------------------------
+
+    async def _choose_plan(self, ctx: Context, step: str, logits: Share) -> Share:
+        return await sampling.choose(ctx, step, logits, self._sampler, sampling.no_noise)
+
+    async def _demand(self, step: Step) -> Demand:
+        chooser = self._choose_plan if step.choose else None
+        cost = await transformer.cost_of(
+            self.spec, self.settings, step.first, step.rows, prompt=step.prompt, sampler=chooser
+        )
+        return cost.demand
+
+    async def _ahead(self) -> int:
+        """Token positions to keep ready: what the configuration asks for, within POOL_BYTES."""
+        slots = min(self.limits.max_context, self.spec.context)
+        size = bytes_of(await self._demand(Step("plan", slots - 1, 1, False, True)), self._shapes)
+        return max(1, min(self.limits.ahead, POOL_BYTES // max(1, size)))
+
+    async def _prepare(self, turn: Turn) -> int:
+        """Queue all material of a turn. Returns its token positions."""
+        batches = []
+        if turn.resume:
+            batches.append(Batch(turn.resume.name, (turn.resume.name,), (await self._demand(turn.resume),), 1))
+        rows = sum(turn.buckets)
+        name = f"turn {turn.number}/entry"
+        batches.append(Batch(name, (name,), (transformer.entry_demand(self.spec, rows),), 0))
+        for step in turn.prompt:
+            batches.append(Batch(step.name, (step.name,), (await self._demand(step),), step.rows))
+        size = max(1, min(DECODE_BATCH, self.triples.ahead // 2))
+        for at in range(0, len(turn.decode), size):
+            group = turn.decode[at : at + size]
+            demands = [await self._demand(s) for s in group]
+            batches.append(Batch(group[0].name, tuple(s.name for s in group), tuple(demands), len(group)))
+            await trio.lowlevel.checkpoint()
+        await self.triples.prepare(batches)
+        return sum(b.positions for b in batches)
+
+    async def _made(self, positions: int) -> None:
+        await self._progress("preprocessing", positions, max(positions, self._planned))
+
+    _planned = 0
+
+    # --- one turn -------------------------------------------------------------------------------------------
+
+    async def _turn(self, turn: Turn) -> None:
+        before = self._figures()
+        self._planned += await self._prepare(turn)
+        if turn.resume:
+            ctx = await self._context(turn.resume)
+            await self._pass(ctx, turn.resume, await self._reenter(ctx, turn.resume))
+        entry, offsets = await self._input(turn)
+        prefill_began = time.monotonic()
+        for number, step in enumerate(turn.prompt):
+            ctx = await self._context(step)
+            at = step.first - turn.first
+            part = slice(at, at + step.rows)
+            hidden = await transformer.embed(
+                ctx, f"{step.name}/embed", self.spec, entry.part(part), offsets["token"][part],
+                offsets["position"][part] if "position" in offsets else None, self._parts,
+            )
+            await self._pass(ctx, step, hidden)
+            await self._progress("prefill", number + 1, len(turn.prompt))
+        await self._deliver(0)
+        decode_began = time.monotonic()
+        for number, step in enumerate(turn.decode):
+            ctx = await self._context(step)
+            await self._pass(ctx, step, await self._reenter(ctx, step))
+            await self._deliver(number + 1)
+            await self._progress("decode", number + 2, turn.max_new)
+        after = self._figures()
+        stats = {name: after[name] - before[name] for name in after}
+        stats |= {
+            "prefill_seconds": decode_began - prefill_began,
+            "decode_seconds": time.monotonic() - decode_began,
+            "tokens": turn.max_new,
+        }
+        self.log.info("turn done", turn=turn.number, **{k: round(v, 3) for k, v in stats.items()})
+        await self._tell({"t": "done", "stats": stats})
+
+    async def _context(self, step: Step) -> Context:
+        self._step = step.name
+        with trio.move_on_after(self.limits.step_seconds) as scope:
+            store = await self.triples.need(step.name)
+        if scope.cancelled_caught:
+            raise BadInput(f"no material for {step.name} within deadlines.step = {self.limits.step_seconds:g} s")
+        return Context(self._online.bk, self._online, store, self.model)
+
+    async def _reenter(self, ctx: Context, step: Step) -> Share:
+        assert self._token is not None
+        if self._position is not None:
+            self._position = self._position + 1
+        return await transformer.reenter(
+            ctx, f"{step.name}/enter", self.spec, self._token, self._position, self._parts
+        )
+
+    async def _pass(self, ctx: Context, step: Step, hidden: Share) -> None:
+        """Through the blocks, and to the next token if the step chooses one."""
+        if not step.prompt:
+            assert self._cache.valid is not None
+            one = Share(np.zeros((2, 1), np.uint64), ctx.bk) + np.ones(1, np.uint64)
+            self._cache.valid = concat([self._cache.valid, one])
+        whole = self._cache.valid
+        assert whole is not None
+        self._cache.valid = whole[: step.first + step.rows]
+        hidden = await transformer.forward(ctx, step.name, self.spec, hidden, self._cache, self.settings, self._parts)
+        self._cache.valid = whole
+        if step.choose:
+            scores = await transformer.logits(ctx, step.name, self.spec, hidden, self.settings, self._parts)
+            self._token = await self.sampler.choose(ctx, step.name, scores)
+
+    async def _input(self, turn: Turn) -> tuple[Entry, dict[str, Ring]]:
+        """Give every client the masks of its part, take its offsets, agree on them. Sets validity and position."""
+        self._step = f"turn {turn.number}/input"
+        rows = sum(turn.buckets)
+        store = await self.triples.need(f"turn {turn.number}/entry")
+        ctx = Context(self._online.bk, self._online, store, self.model)
+        entry = transformer.entry(ctx, self.spec, rows)
+        valid = Share(self._online.bk.random(rows), self._online.bk)
+        masks = {"token": entry.token["r"], "valid": valid}
+        bits = {"token": index_bits(self.spec.vocab), "valid": VALID_BITS}
+        if entry.position is not None:
+            masks["position"] = entry.position["r"]
+            bits["position"] = index_bits(self.spec.context)
+        revealed = {name: await self._online.reveal("input mask", m) for name, m in sorted(masks.items())}
+        at = 0
+        for client, bucket in zip(self.clients, turn.buckets, strict=True):
+            part = {name: v[:, at : at + bucket].astype("<u8").tobytes() for name, v in revealed.items()}
+            await client.send({"t": "masks", "turn": turn.number, "bits": bits, "names": part})
+            at += bucket
+        parts: dict[str, list[Ring]] = {name: [] for name in masks}
+        for client, bucket in zip(self.clients, turn.buckets, strict=True):
+            message = await client.receive(self.limits.client_seconds)
+            if message["t"] != "offsets" or message["turn"] != turn.number or message["names"].keys() != masks.keys():
+                raise BadInput("the client sent something else than the offsets of its prompt")
+            for name, raw in message["names"].items():
+                if len(raw) != 8 * bucket:
+                    raise BadInput(f"the client sent {len(raw)} bytes of {name} offsets instead of {8 * bucket}")
+                parts[name].append(np.frombuffer(raw, "<u8").astype(np.uint64))
+        offsets = {name: np.concatenate(p) for name, p in parts.items()}
+        await self._online.agree(
+            f"turn {turn.number}/offsets", b"".join(offsets[name].tobytes() for name in sorted(offsets))
+        )
+        flags = -valid + offsets.pop("valid")
+        self._cache.valid = flags if self._cache.valid is None else concat([self._cache.valid, flags])
+        if entry.position is not None:
+            self._position = (-entry.position["r"] + offsets["position"])[rows - 1 :]
+        return entry, offsets
+
+    # --- what leaves ----------------------------------------------------------------------------------------
+
+    async def _deliver(self, step: int) -> None:
+        """The token just chosen, to every client of the session and to nobody else."""
+        assert self._token is not None
+        components = await self._online.reveal("token", self._token)
+        message = {"t": "token", "step": step, "components": [int(components[0, 0]), int(components[1, 0])]}
+        await self._tell(message)
+
+    async def _progress(self, phase: str, done: int, total: int) -> None:
+        figures = self._figures()
+        await self._tell(
+            {
+                "t": "progress", "phase": phase, "done": done, "total": total,
+                "rounds": int(figures["rounds_online"] + figures["rounds_preprocessing"]),
+                "sent": int(figures["sent_online"] + figures["sent_preprocessing"]),
+                "seconds": time.monotonic() - self._began,
+            }
+        )
+
+    async def _tell(self, message: dict[str, Any]) -> None:
+        for client in self.clients:
+            await client.send(message)
+
+    def _figures(self) -> dict[str, float]:
+        online, making = self._online.channel, self._making.channel
+        return {
+            "rounds_online": online.rounds, "sent_online": online.sent,
+            "rounds_preprocessing": making.rounds, "sent_preprocessing": making.sent,
+            "seconds": time.monotonic() - self._began,
+        }
+
+
+def _first(error: BaseException) -> BaseException:
+    """The error that explains a group of them: a peer's fault before an abort, an abort before the rest."""
+    if not isinstance(error, BaseExceptionGroup):
+        return error
+    leaves = [_first(e) for e in error.exceptions]
+    for kind in (PeerError, AbortError, Exception):
+        for leaf in leaves:
+            if isinstance(leaf, kind):
+                return leaf
+    return leaves[0]

@@ -1,0 +1,153 @@
+"""The triple producer: prepares verified material for the steps of a session, ahead of their turn.
+
+Work comes as batches in an order all parties know; a batch is made by all three in lockstep on the "prep"
+lane. The producer stays `ahead` token positions in front of what has been taken, also while the client reads.
+Material belongs to one step of one session: it is handed out once, its keys are fresh for the session, and
+nothing of it is ever written to disk, so neither a crash nor a reconnect can make it be used again.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import structlog
+import trio
+from prometheus_client import Counter, Gauge, Histogram
+
+from mimir.actors import Actor, Reply
+from mimir.errors import LocalError
+from mimir.mpc import prep
+from mimir.mpc.doors import Doors
+from mimir.mpc.prep import Demand, Store, Weights
+
+log = structlog.get_logger("mimir.triples")
+
+READY = Gauge("mimir_triple_pool_positions", "Token positions of verified material ready to be taken")
+MADE = Counter("mimir_triple_batches_total", "Batches of material made and verified")
+SECONDS = Histogram("mimir_triple_batch_seconds", "Seconds to make and verify a batch")
+SENT = Counter("mimir_triple_sent_bytes_total", "Bytes sent to make material")
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Steps made together: names, what each takes, and how many token positions they are."""
+
+    name: str
+    steps: tuple[str, ...]
+    demands: tuple[Demand, ...]
+    positions: int
+
+
+@dataclass(frozen=True, slots=True)
+class Prepare:
+    batches: tuple[Batch, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Need:
+    step: str
+    reply: Reply[Store]
+
+
+@dataclass(slots=True)
+class _Ready:
+    store: Store
+    positions: float = 0.0
+
+
+class TripleProducer(Actor[Prepare | Need]):
+    def __init__(
+        self, doors: Doors, weights: Weights, ahead: int, progress: Callable[[int], Awaitable[None]]
+    ) -> None:
+        super().__init__()
+        self._doors = doors
+        self._weights = weights
+        self.ahead = ahead
+        self._progress = progress
+        self._caches: dict[tuple[str, int], list[prep.Ring]] = {}
+        self._todo: deque[Batch] = deque()
+        self._ready: dict[str, _Ready] = {}
+        self._waiting: dict[str, Reply[Store]] = {}
+        self._made = 0
+
+    async def prepare(self, batches: Sequence[Batch]) -> None:
+        """Queue batches. Returns at once."""
+        await self.tell(Prepare(tuple(batches)))
+
+    async def need(self, step: str) -> Store:
+        """The material of a step, once; waits until it has been made and verified."""
+        reply: Reply[Store] = Reply()
+        await self.tell(Need(step, reply))
+        return await reply.get()
+
+    async def run(self) -> None:
+        try:
+            while True:
+                try:
+                    while True:
+                        self._accept(self._receive.receive_nowait())
+                except trio.WouldBlock:
+                    pass
+                if self._todo and self._may_start():
+                    await self._make(self._todo.popleft())
+                else:
+                    self._accept(await self._receive.receive())
+        finally:
+            READY.dec(sum(r.positions for r in self._ready.values()))
+            for ready in self._ready.values():
+                ready.store.wipe()
+            self._ready.clear()
+
+    def _may_start(self) -> bool:
+        stock = sum(r.positions for r in self._ready.values())
+        return bool(self._waiting) or not self._ready or stock + self._todo[0].positions <= self.ahead
+
+    def _accept(self, message: Prepare | Need) -> None:
+        if isinstance(message, Prepare):
+            self._todo.extend(message.batches)
+            return
+        if message.step in self._waiting:
+            raise LocalError(f"the material of step {message.step} was asked for twice")
+        self._waiting[message.step] = message.reply
+        self._deliver()
+
+    def _deliver(self) -> None:
+        for step in [s for s in self._waiting if s in self._ready]:
+            ready = self._ready.pop(step)
+            READY.dec(ready.positions)
+            self._waiting.pop(step).set(ready.store)
+
+    async def _make(self, batch: Batch) -> None:
+        began, sent = time.monotonic(), self._doors.channel.sent
+        total: dict[prep.Kind, int] = {}
+        for demand in batch.demands:
+            prep.add_demand(total, demand)
+        work = prep.Batch(self._doors, self._weights, self._caches)
+        material = await prep.produce(work, f"prep/{batch.name}", total)
+        for step, store in zip(batch.steps, prep.split(material, batch.demands), strict=True):
+            self._ready[step] = _Ready(store, batch.positions / len(batch.steps))
+        self._made += batch.positions
+        seconds = time.monotonic() - began
+        READY.inc(batch.positions)
+        MADE.inc()
+        SECONDS.observe(seconds)
+        SENT.inc(self._doors.channel.sent - sent)
+        log.debug("made and verified", batch=batch.name, seconds=round(seconds, 3))
+        self._deliver()
+        await self._progress(self._made)
+
+
+def bytes_of(demand: Demand, weights: Mapping[str, tuple[int, int]]) -> int:
+    """Memory that the material of a demand takes, both components."""
+    total = 0
+    for kind, n in demand.items():
+        shape = weights[kind.name] if isinstance(kind, prep.Weight) else None
+        for dims in prep.shapes(kind, n, shape).values():
+            size = 16
+            for d in dims:
+                size *= d
+            total += size
+    return total
