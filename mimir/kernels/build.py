@@ -15,7 +15,9 @@ from pathlib import Path
 from cffi import FFI
 
 SOURCES = ("ref.c", "avx2.c", "avx512.c", "dispatch.c")
-FLAGS = ["-O3", "-std=gnu11", "-Wall", "-Wextra", "-Werror"]
+# Partial redundancy elimination makes gcc 12 store every accumulator of a register block to the stack in each round:
+# without it gr_combine is three times as fast.
+FLAGS = ["-O3", "-fno-tree-pre", "-std=gnu11", "-Wall", "-Wextra", "-Werror"]
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent

@@ -172,11 +172,10 @@ static void pack_panel(uint64_t *restrict panel, const uint64_t *b, size_t down,
     for (size_t j = 0; j < width; j += NARROW) {
         size_t columns = least(width - j, NARROW);
         uint64_t *strip = panel + j * depth;
-        if (right == 1)
-            for (size_t t = 0; t < depth; t++) {
-                for (size_t v = 0; v < columns; v++) strip[t * NARROW + v] = b[t * down + j + v];
-                for (size_t v = columns; v < NARROW; v++) strip[t * NARROW + v] = 0;
-            }
+        if (right == 1 && columns == NARROW)
+            for (size_t t = 0; t < depth; t++)
+                UNROLL for (int v = 0; v < NARROW; v += LANES) store(strip + t * NARROW + v,
+                                                                     load(b + t * down + j + v));
         else
             for (size_t v = 0; v < NARROW; v++)
                 for (size_t t = 0; t < depth; t++)

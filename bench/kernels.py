@@ -1,0 +1,165 @@
+"""Measure every kernel at every level against the ceiling of this machine: `python bench/kernels.py [name ...]`.
+
+The ceiling of a kernel is the larger of two times: its bytes at the speed of reading (from memory, or from the
+cache where the case fits there), and its 64-bit products at the speed of multiplying. Kernels without products
+compare with memory alone. One thread; the best of several runs.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from mimir import kernels as k
+
+MIN_SECONDS = 0.15
+RUNS = 5
+BIG = 1 << 24  # words; 128 MiB is beyond any cache here
+
+
+@dataclass(frozen=True)
+class Case:
+    name: str
+    call: Callable[[], object]
+    items: int  # what the rate counts
+    unit: str
+    bytes: int = 0  # moved at least, from or to memory
+    products: int = 0
+
+
+def best(call: Callable[[], object]) -> float:
+    """Seconds of one call, the least over several runs."""
+    call()
+    once = time.perf_counter()
+    call()
+    repeat = max(1, int(MIN_SECONDS / RUNS / max(time.perf_counter() - once, 1e-7)))
+    times = []
+    for _ in range(RUNS):
+        start = time.perf_counter()
+        for _ in range(repeat):
+            call()
+        times.append((time.perf_counter() - start) / repeat)
+    return min(times)
+
+
+def ceilings() -> tuple[float, float]:
+    """(bytes per second read from memory, 64-bit products per second)."""
+    source = Path(__file__).with_name("ceiling.c")
+    with tempfile.TemporaryDirectory() as aside:
+        library = Path(aside) / "ceiling.so"
+        subprocess.run(
+            ["gcc", "-O3", "-march=native", "-mprefer-vector-width=512", "-Wno-psabi", "-shared", "-fPIC"]
+            + ["-o", str(library), str(source)],
+            check=True,
+        )
+        c = ctypes.CDLL(str(library))
+    c.read_all.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+    c.multiply.argtypes = [ctypes.c_uint64, ctypes.c_size_t]
+    data = np.ones(BIG + 8, np.uint64)
+    address = -(-data.ctypes.data // 64) * 64
+    read = BIG * 8 / best(lambda: c.read_all(address, BIG))
+    multiply = 128 * 100_000 / best(lambda: c.multiply(3, 100_000))
+    return read, multiply
+
+
+def cases() -> list[Case]:
+    g = np.random.default_rng(1)
+
+    def w(*shape: int) -> k.U64:
+        return g.integers(0, 1 << 64, shape, dtype=np.uint64)
+
+    room = np.empty(BIG, np.uint64)
+    found: list[Case] = []
+
+    def add(name: str, call: Callable[[], object], items: int, unit: str, size: int = 0, products: int = 0) -> None:
+        found.append(Case(name, call, items, unit, size, products))
+
+    add("prg 128 MiB", partial(k.prg, bytes(32), 1, room), BIG * 8, "B", BIG * 8)
+    small = np.empty(8192, np.uint64)
+    add("prg 64 KiB", partial(k.prg, bytes(32), 1, small), small.nbytes, "B")
+    for m, n_in, n in [(1, 2048, 8192), (2, 2048, 8192), (6, 1024, 4096), (16, 512, 2048), (64, 512, 512), (256, 256, 512)]:
+        a, b, out = w(m, n_in), w(n_in, n), np.empty((m, n), np.uint64)
+        add(f"matmul {m}x{n_in}x{n}", partial(k.matmul, a, b, out=out), m * n_in * n, "mul",
+            b.nbytes, m * n_in * n)  # fmt: skip
+    for m, n_in, n in [(1, 64, 2048), (1, 2048, 8192), (64, 64, 512), (256, 64, 256)]:
+        a, b, out = w(m, n_in), w(n, n_in), np.empty((m, n), np.uint64)
+        add(f"matmul_nt {m}x{n_in}x{n}", partial(k.matmul_nt, a, b, out=out), m * n_in * n, "mul",
+            b.nbytes if b.nbytes > 1 << 24 else 0, m * n_in * n)  # fmt: skip
+    n = 1 << 14
+    x, y, z = w(2, n), w(2, n), w(n)
+    add("rss_mul 16k", partial(k.rss_mul, x, y, z), n, "el", 0, 2 * n)
+    add("rss_and 16k", partial(k.rss_and, x, y, z), n, "el")
+    add("bit_slice 16k x64", partial(k.bit_slice, z, 64), n, "el")
+    planes, packed = k.bit_slice(z, 64), k.ring_lsb(z)
+    add("bit_unslice 16k x64", partial(k.bit_unslice, planes, n), n, "el")
+    add("bits_to_ring 16k", partial(k.bits_to_ring, packed, n), n, "el")
+    add("ring_lsb 16k", partial(k.ring_lsb, z), n, "el")
+    for size, depth in [(16, 1), (256, 1), (256, 4)]:
+        e, c, t = w(1024, size), w(1024), w(depth, size)
+        add(f"lookup K={size} D={depth}", partial(k.lookup, e, c, t), 1024 * depth, "look-up", 0,
+            1024 * depth * size)  # fmt: skip
+        add(f"rotate K={size}", partial(k.rotate, e, c), 1024 * size, "el")
+    for size, depth in [(16, 16), (256, 1), (256, 8), (256, 64)]:
+        e, c = w(4096, max(1, size // 64)), w(4096)
+        masks = g.integers(0, 2, (depth, size), dtype=np.uint8)
+        add(f"bit_lookup K={size} D={depth}", partial(k.bit_lookup, e, size, c, masks),
+            4096 * depth, "look-up")  # fmt: skip
+    a, b = w(n), w(n)
+    add("gf_mul 16k", partial(k.gf_mul, a, b), n, "mul")
+    add("gf_scale 16k", partial(k.gf_scale, a, 3), n, "mul")
+    add("gf_inner 16k", partial(k.gf_inner, a, b), n, "mul")
+    add("gf_fold 16k", partial(k.gf_fold, a, 3), n // 2, "mul")
+    add("gf_select 16k", partial(k.gf_select, packed, a), n, "el")
+    add("gf_select_inner 16k", partial(k.gf_select_inner, packed, packed, a), n, "el")
+    big = w(BIG // 4)
+    bits = w(BIG // 256)
+    add("gf_select_inner 4M", partial(k.gf_select_inner, bits, bits, big), big.size, "el", big.nbytes)
+    n = 1024
+    p, q, r, s = w(n, 48), w(n, 48), w(n), w(n)
+    add("gr_mul 1k", partial(k.gr_mul, p, q), n, "mul", 0, n * 48 * 48)
+    add("gr_inner 1k", partial(k.gr_inner, p, q), n, "mul", 0, n * 48 * 48)
+    add("gr_mul01 1k", partial(k.gr_mul01, p, r), n, "mul")
+    add("gr_fold 1k", partial(k.gr_fold, p, 0x123456789ABC), n // 2, "mul")
+    add("gr_scale 1k", partial(k.gr_scale, s, p), n, "mul", 0, n * 48)
+    add("gr_scale01 1k", partial(k.gr_scale01, s, r), n, "mul")
+    for m, n in [(1, 1 << 16), (16, 1 << 12)]:
+        x, r = w(m, n), w(n)
+        add(f"gr_combine {m}x{n}", partial(k.gr_combine, x, r), m * n, "mul")
+    for m, n in [(16, 1 << 12), (1024, 1024)]:
+        x, r = w(m, n), w(m)
+        add(f"gr_combine_cols {m}x{n}", partial(k.gr_combine_cols, x, r), m * n, "mul")
+    return found
+
+
+def amount(rate: float) -> str:
+    return f"{rate / 1e9:8.3f} G" if rate >= 1e8 else f"{rate / 1e6:8.3f} M"
+
+
+def main() -> None:
+    wanted = sys.argv[1:]
+    read, multiply = ceilings()
+    print(f"reads {read / 1e9:.1f} GB/s from memory, multiplies {multiply / 1e9:.1f} G products/s; level {k.level()}")
+    print(f"{'kernel':28}{'level':8}{'rate':>12} per s        GB/s   of ceiling")
+    for case in cases():
+        if wanted and not any(case.name.startswith(name) for name in wanted):
+            continue
+        for level in k.available():
+            k.force(level)
+            seconds = best(case.call)
+            floor = max(case.bytes / read, case.products / multiply)
+            share = f"{floor / seconds:8.0%}" if floor else "        "
+            bandwidth = f"{case.bytes / seconds / 1e9:8.1f}" if case.bytes else "        "
+            print(f"{case.name:28}{level:8}{amount(case.items / seconds)} {case.unit:8} {bandwidth} {share}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
