@@ -51,7 +51,7 @@ class Connection:
                 try:
                     await self._socket.send_message(sealed)
                 except ConnectionClosed:
-                    raise PartyError(self.party, "closed the connection; its log may say why") from None
+                    await self.receive("error")  # the party may have said why before it closed
                 self.sent += len(sealed)
                 return
         raise PartyError(self.party, f"took nothing for {self.silence:g} s")

@@ -31,8 +31,8 @@ from mimir.net.messages import SESSION_BYTES, Message, Open, Sampler
 Words = npt.NDArray[np.uint64]
 
 PARTIES = 3
-NAMES = ("token", "position", "valid")  # what a prompt slot consists of
 RING_BITS = 64
+PAIR_BYTES = 16  # two components of one word
 
 
 @dataclass(frozen=True)
@@ -174,7 +174,7 @@ class Session:
         terms: Open,
         part: int,
         max_context: int,
-        vocab: int,
+        spec: PlanSpec,
         watch: Watch | None = None,
     ) -> None:
         self.terms = terms
@@ -183,7 +183,10 @@ class Session:
         self._connections = list(connections)
         self._watch = watch
         self._max_context = max_context
-        self._vocab = vocab
+        self._vocab = spec.vocab
+        # What a prompt slot consists of. Rotary models take positions from the slots, learned ones are told.
+        learned = spec.positions == "learned"
+        self._kinds = ("token", "position", "valid") if learned else ("token", "valid")
         self._turn = 0
         self._buckets, self._max_new = terms.buckets, terms.max_new
         self._slots = 0  # used so far by all clients and answers
@@ -244,9 +247,9 @@ class Session:
                     }
                 )
             masks = await gather(self._connections, lambda each: self._await(each, "masks"))
-            offsets = offset_prompt(
-                [each.party.name for each in self._connections], masks, self._turn, ids, bucket, start
-            )
+            names = [each.party.name for each in self._connections]
+            check_masks(names, masks, self._turn, self._kinds, bucket)
+            offsets = offset_prompt(names, masks, ids, bucket, start)
             await self._tell({"t": "offsets", "turn": self._turn, "names": offsets})
         self._slots += need
         sole = len(self.terms.clients) == 1
@@ -309,43 +312,43 @@ def join(names: Sequence[str], pairs: Words, what: str) -> Words:
     return total
 
 
-def offset_prompt(
-    names: Sequence[str], masks: Sequence[Message], turn: int, ids: Sequence[int], bucket: int, start: int
-) -> dict[str, bytes]:
-    """The masked prompt: per name, (value + mask) mod 2^bits for every slot, as little-endian words."""
-    bits = masks[0]["bits"]
+def check_masks(
+    names: Sequence[str], masks: Sequence[Message], turn: int, kinds: Sequence[str], bucket: int
+) -> None:
+    """Whether three "masks" messages are alike in all that is public, and of the size of our bucket."""
     for name, message in zip(names, masks, strict=True):
         if message["turn"] != turn:
             raise ClientError(f"party {name} sent masks of turn {message['turn']} where turn {turn} is due")
-        if message["bits"] != bits:
+        if message["bits"] != masks[0]["bits"]:
             raise ClientError(f"parties {names[0]} and {name} disagree on the size of the masks")
-        if set(message["bits"]) != set(NAMES) or set(message["names"]) != set(NAMES):
-            raise ClientError(f"party {name} sent masks for {sorted(message['names'])}, not {sorted(NAMES)}")
+        if set(message["bits"]) != set(kinds) or set(message["names"]) != set(kinds):
+            raise ClientError(f"party {name} sent masks for {sorted(message['names'])}, not {sorted(kinds)}")
         for kind, raw in message["names"].items():
-            if len(raw) != 2 * bucket * 8:
-                raise ClientError(f"party {name} sent {len(raw) // 16} {kind} masks for a bucket of {bucket}")
-    if bits["valid"] != RING_BITS:
-        raise ClientError("the parties' mask for valid is not of the whole ring")
-    if max(ids) >> bits["token"] or min(ids) < 0:
-        raise ClientError(
-            "a token of this prompt is not in the parties' vocabulary: is this the right tokenizer?"
-        )
-    if (start + len(ids) - 1) >> bits["position"] or start < 0:
-        raise BadInput(f"positions {start} to {start + len(ids) - 1} are beyond this model's context")
+            if len(raw) != PAIR_BYTES * bucket:
+                count = len(raw) // PAIR_BYTES
+                raise ClientError(f"party {name} sent {count} masks of {kind} for a bucket of {bucket}")
+    if masks[0]["bits"]["valid"] != RING_BITS:
+        raise ClientError("the parties' mask of valid is not of the whole ring")
+
+
+def offset_prompt(
+    names: Sequence[str], masks: Sequence[Message], ids: Sequence[int], bucket: int, start: int
+) -> dict[str, bytes]:
+    """The masked prompt: per kind, (value + mask) mod 2^bits for every slot, as little-endian words."""
     padding = bucket - len(ids)
     values = {
-        "token": np.array([0] * padding + list(ids), np.uint64),
-        "position": np.array([0] * padding + list(range(start, start + len(ids))), np.uint64),
-        "valid": np.array([0] * padding + [1] * len(ids), np.uint64),
+        "token": [0] * padding + list(ids),
+        "position": [0] * padding + list(range(start, start + len(ids))),
+        "valid": [0] * padding + [1] * len(ids),
     }
     offsets = {}
-    for kind in NAMES:
-        pairs = np.stack(
-            [np.frombuffer(message["names"][kind], "<u8").reshape(2, bucket) for message in masks]
-        )
-        mask = join(names, pairs, f"mask of {kind}")
-        modulus = np.uint64((1 << bits[kind]) - 1)
-        offsets[kind] = ((values[kind] + mask) & modulus).astype("<u8").tobytes()
+    for kind, bits in masks[0]["bits"].items():
+        if max(values[kind]) >> bits or min(values[kind]) < 0:
+            raise BadInput(f"a {kind} of this prompt is beyond what this model takes")
+        pairs = [np.frombuffer(message["names"][kind], "<u8").reshape(2, bucket) for message in masks]
+        mask = join(names, np.stack(pairs), f"mask of {kind}")
+        low = np.uint64((1 << bits) - 1)
+        offsets[kind] = ((np.array(values[kind], np.uint64) + mask) & low).astype("<u8").tobytes()
     return offsets
 
 
@@ -363,7 +366,7 @@ async def open_session(
     spec = service.models[terms.model].spec
     part = terms.clients.index(identity.public_hex)
     context = min(service.max_context, spec.context)
-    session = Session(connections, terms, part, context, spec.vocab, watch)
+    session = Session(connections, terms, part, context, spec, watch)
     with plain_errors():
         await session._tell(terms.message())
         await gather(connections, lambda each: session._await(each, "opened"))

@@ -1,0 +1,368 @@
+"""The command line: parse and call."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from mimir import __version__
+from mimir.errors import LocalError, MimirError
+
+INTERRUPTED = 130  # 128 + SIGINT, as shells count
+
+EXIT_CODES = """\
+exit codes:
+  0    done
+  1    another error
+  2    bad input: a flag, a prompt or a file that cannot be used, or a party refused the request
+  3    a configuration file cannot be used; the message names the file and the key
+  4    a checkpoint, or shares on disk, cannot be used; the message names the tensor
+  5    this host lacks something; `mimir doctor` says what and how to get it
+  6    a peer was silent, broke the protocol, or is not who it should be
+  7    the session was aborted; nothing more was delivered
+  8    a client could not get an answer that it may trust
+  9    the tunnel between the parties cannot be raised or kept
+  70   a bug of ours
+  130  interrupted (Ctrl-C)
+"""
+
+DESCRIPTION = """\
+Language-model inference between three parties who do not trust one another: nobody sees the prompt, the
+weights, the cache or the activations. The parties run `mimir-peer`; model owners and clients use `mimir`.
+"""
+
+EXAMPLES = """\
+examples:
+  mimir keygen --out client.key                         a key; its public half goes into the parties' files
+  mimir-peer run --config party0.toml                   one of the three parties
+  mimir provision model/ --federation federation.toml   share a checkpoint with the three
+  mimir generate "Once upon a time" --federation federation.toml
+  mimir chat --federation federation.toml
+  mimir doctor                                          what this host lacks to be a party
+
+`mimir COMMAND --help` says more.
+
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """`mimir`: every command. Returns the exit code."""
+    return _call(_parser("mimir").parse_args(arguments))
+
+
+def peer_main(arguments: Sequence[str] | None = None) -> int:
+    """`mimir-peer`: the command that runs a party, alone."""
+    return _call(_parser("mimir-peer").parse_args(arguments))
+
+
+def _call(options: argparse.Namespace) -> int:
+    try:
+        code: int = options.call(options)
+        return code
+    except BaseException as error:
+        return _report(error, getattr(options, "json", False))
+
+
+def _report(error: BaseException, as_json: bool) -> int:
+    """Print an error in one line, or a bug with its traceback; return the exit code."""
+    while isinstance(error, BaseExceptionGroup):
+        error = next((each for each in error.exceptions if _known(each)), error.exceptions[0])
+    if isinstance(error, KeyboardInterrupt):
+        print("\ninterrupted", file=sys.stderr)
+        return INTERRUPTED
+    if isinstance(error, BrokenPipeError):  # `mimir generate ... | head` closed our output
+        sys.stderr.close()
+        return 1
+    if not isinstance(error, Exception):
+        raise error
+    if not _known(error):
+        traceback.print_exception(error)
+        return LocalError.exit_code
+    if not as_json:
+        print(f"mimir: {error}", file=sys.stderr)
+    return int(error.exit_code)  # type: ignore[attr-defined]
+
+
+def _known(error: BaseException) -> bool:
+    """Whether this is one of our errors, or of the tunnel's, which keep the same exit codes."""
+    return isinstance(error, MimirError) or (isinstance(error, Exception) and hasattr(error, "exit_code"))
+
+
+# --- commands ----------------------------------------------------------------------------------------------
+# What a command needs is imported by it: `mimir --help` and `mimir doctor` work where parts are missing.
+
+
+def _run(options: argparse.Namespace) -> int:
+    from mimir import config
+    from mimir.party import check, run
+
+    settings = config.load(options.config)
+    return check(settings) if options.check else run(settings)
+
+
+def _keygen(options: argparse.Namespace) -> int:
+    out = Path(options.out)
+    if options.kind == "tunnel":
+        from wg import keys
+
+        private = keys.generate()
+        public = private.public().base64()
+        keys.save_private(out, private)
+        private.wipe()
+    else:
+        from mimir.net.identity import Identity
+
+        identity = Identity.generate()
+        identity.save(out)
+        public = identity.public_hex
+    print(public)
+    print(
+        f"Private key in {out}, mode 0600; it cannot be had back if lost. Public key above.", file=sys.stderr
+    )
+    return 0
+
+
+def _show_key(options: argparse.Namespace) -> int:
+    if options.kind == "tunnel":
+        from wg import keys
+
+        private = keys.load_private(options.file)
+        print(private.public().base64())
+        private.wipe()
+    else:
+        from mimir.net.identity import Identity
+
+        print(Identity.load(options.file).public_hex)
+    return 0
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from mimir.doctor import report
+
+    return report(options.config, options.role, options.json)
+
+
+def _client(name: str) -> Any:
+    def call(options: argparse.Namespace) -> int:
+        from mimir.client import commands
+
+        return int(getattr(commands, name)(options))
+
+    return call
+
+
+# --- options -----------------------------------------------------------------------------------------------
+
+
+def _parser(program: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog=program,
+        description=DESCRIPTION,
+        epilog=EXAMPLES + EXIT_CODES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"Mimir {__version__}")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+
+    def add(name: str, call: Any, text: str, more: str = "") -> argparse.ArgumentParser:
+        command = commands.add_parser(
+            name,
+            help=text,
+            description=f"{text[0].upper()}{text[1:]}.\n\n{more}".rstrip(),
+            epilog=EXIT_CODES,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        command.set_defaults(call=call)
+        return command
+
+    run = add(
+        "run",
+        _run,
+        "run one party until it is stopped",
+        "Raises the tunnel, joins the two peers, and serves clients and owners. SIGTERM and Ctrl-C stop it\n"
+        "cleanly. configs/three.toml is a commented example of the file.\n\n"
+        "examples:\n  mimir-peer run --config party0.toml --check\n  mimir-peer run --config party0.toml",
+    )
+    run.add_argument("--config", required=True, metavar="FILE", help="this party's TOML file")
+    run.add_argument(
+        "--check",
+        action="store_true",
+        help="read the file and the keys it names, say what they mean, and stop",
+    )
+    if program == "mimir-peer":
+        return parser
+
+    keygen = add(
+        "keygen",
+        _keygen,
+        "make a key pair and print its public half",
+        "An identity key says who a party, a client or a model owner is; a tunnel key is for WireGuard. The\n"
+        "private half is written to a new file of mode 0600.\n\n"
+        "examples:\n  mimir keygen --out identity.key\n  mimir keygen --kind tunnel --out tunnel.key",
+    )
+    keygen.add_argument("--out", required=True, metavar="FILE", help="file to make; never overwritten")
+    keygen.add_argument(
+        "--kind", choices=("identity", "tunnel"), default="identity", help="default: identity"
+    )
+
+    pubkey = add("pubkey", _show_key, "print the public half of a key file")
+    pubkey.add_argument("file", metavar="FILE", help="made by `mimir keygen`")
+    pubkey.add_argument(
+        "--kind", choices=("identity", "tunnel"), default="identity", help="default: identity"
+    )
+
+    provision = add(
+        "provision",
+        _client("provision"),
+        "share a model with the three parties",
+        "Reads a Hugging Face directory (Llama or GPT-2 family), splits every weight into three random\n"
+        "components, and sends each party the two that it holds. None of them can tell a weight. The\n"
+        "parties compare what they got before they store it. Run again after an interruption: it goes on\n"
+        "where it stopped. Prints the model's name and digest.\n\n"
+        "example:\n  mimir provision stories15M/ --federation owner.toml --name stories",
+    )
+    provision.add_argument(
+        "directory", metavar="DIR", help="config.json, model.safetensors and tokenizer files"
+    )
+    provision.add_argument("--name", help="what clients call the model (default: the directory's name)")
+    provision.add_argument(
+        "--state", metavar="DIR", help="where seeds wait while an upload runs (default: beside the key)"
+    )
+    _client_options(provision)
+
+    generate = add(
+        "generate",
+        _client("generate"),
+        "continue a prompt",
+        "The prompt is masked here; the parties never see it, nor the answer. Its length is padded to a\n"
+        "public bucket, and the protocol always runs to the end of the answer's bucket.\n\n"
+        "examples:\n"
+        '  mimir generate "Once upon a time" --federation f.toml --max-new 32\n'
+        "  echo 'Once upon' | mimir generate --federation f.toml --json\n"
+        '  mimir generate "Tell me" --federation f.toml --sample --temperature 0.8 --top-k 20\n\n'
+        "Several clients can each own a part of one prompt; all get the answer, none sees another's part.\n"
+        "The first one prints the SESSION that the others join:\n"
+        '  mimir generate "The plan is" --federation a.toml --clients KEY_A,KEY_B --bucket 16,16\n'
+        '  mimir generate " to wait" --federation b.toml --clients KEY_A,KEY_B --bucket 16,16 --join SESSION',
+    )
+    generate.add_argument("prompt", nargs="?", metavar="PROMPT", help="default: standard input")
+    generate.add_argument("--prompt-file", metavar="FILE", help="read the prompt from a file")
+    generate.add_argument("--ids", metavar="N,N,...", help="give token numbers instead of text")
+    generate.add_argument("--echo", action="store_true", help="print the prompt before the answer")
+    generate.add_argument(
+        "--join", type=_session, metavar="SESSION", help="the session of several clients, 32 hex digits"
+    )
+    generate.add_argument(
+        "--clients", type=_keys, metavar="KEY,KEY", help="public keys of all clients, in prompt order"
+    )
+    generate.add_argument("--part", type=int, metavar="N", help="which of them we are, from 0 (checked)")
+    generate.add_argument("--bucket", type=_lengths, metavar="B,B", help="padded lengths of the prompt parts")
+    generate.add_argument(
+        "--start",
+        type=int,
+        metavar="N",
+        help="position of our first token (default: after the padded parts before it)",
+    )
+    _answer_options(generate)
+    _client_options(generate)
+
+    chat = add(
+        "chat",
+        _client("chat"),
+        "talk with a model, turn after turn",
+        "One session: its cache stays at the parties, as shares. Lines are sent as they are, or put into\n"
+        "--template where it says {}.\n\n"
+        "example:\n  mimir chat --federation f.toml --template 'Q: {}\\nA:'",
+    )
+    chat.add_argument("--template", type=_template, default="{}", help="text around each line (default: {})")
+    _answer_options(chat)
+    _client_options(chat)
+
+    status = add("status", _client("status"), "ask the three parties how they are")
+    _client_options(status)
+
+    doctor = add(
+        "doctor",
+        _doctor,
+        "say what this host lacks, and how to get it",
+        "Exit code 5 if something that is needed is missing; what would merely be better is said too.",
+    )
+    doctor.add_argument("--config", metavar="FILE", help="check also what this party's file needs")
+    doctor.add_argument("--role", choices=("party", "client"), default="party", help="default: party")
+    doctor.add_argument("--json", action="store_true", help="one JSON object")
+    return parser
+
+
+def _client_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("connection and output")
+    group.add_argument(
+        "--federation", required=True, metavar="FILE", help="who the parties are (configs/federation.toml)"
+    )
+    group.add_argument("--key", metavar="FILE", help="our identity (default: client_key of that file)")
+    group.add_argument("--json", action="store_true", help="one JSON object per event and line")
+    group.add_argument(
+        "--progress", action=argparse.BooleanOptionalAction, default=None, help="default: on terminals"
+    )
+
+
+def _answer_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("answer")
+    group.add_argument(
+        "--model", metavar="NAME", help="name or digest (default: the federation file's, or the only one)"
+    )
+    group.add_argument("--tokenizer", metavar="DIR", help="model directory (default: the federation file's)")
+    group.add_argument(
+        "--max-new", type=_positive, default=32, metavar="N", help="tokens to print at most (default: 32)"
+    )
+    group.add_argument("--sample", action="store_true", help="sample instead of taking the likeliest token")
+    group.add_argument("--temperature", type=float, default=1.0, metavar="T", help="default: 1.0")
+    group.add_argument(
+        "--top-k", type=_positive, metavar="K", help="sample among K (default: the federation's topk)"
+    )
+    group.add_argument(
+        "--deterministic", action="store_true", help="one seed for the session, by a coin toss of the parties"
+    )
+    group.add_argument("--ignore-end", action="store_true", help="go on printing after the model's end token")
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError("must be at least 1")
+    return value
+
+
+def _session(text: str) -> bytes:
+    try:
+        raw = bytes.fromhex(text)
+    except ValueError:
+        raw = b""
+    if len(raw) != 16:
+        raise argparse.ArgumentTypeError("a session is 32 hexadecimal digits")
+    return raw
+
+
+def _keys(text: str) -> list[str]:
+    keys = [key.strip().lower() for key in text.split(",")]
+    for key in keys:
+        if len(key) != 64 or any(digit not in "0123456789abcdef" for digit in key):
+            raise argparse.ArgumentTypeError(f"{key[:20]!r} is no public key: 64 hexadecimal digits")
+    return keys
+
+
+def _lengths(text: str) -> list[int]:
+    return [_positive(part) for part in text.split(",")]
+
+
+def _template(text: str) -> str:
+    if "{}" not in text:
+        raise argparse.ArgumentTypeError("must contain {} where the line goes")
+    return text.replace("\\n", "\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,110 @@
+"""One party as a process: its log, its limits, its end. What it does is `mimir.actors.peer.run_peer`."""
+
+from __future__ import annotations
+
+import logging
+import os
+import resource
+import signal
+import sys
+
+import structlog
+import trio
+
+from mimir.config import Config, Log
+from mimir.errors import BadInput, ConfigError
+from mimir.net.identity import Identity
+
+STOP_SECONDS = 10.0  # for tunnel and connections to be taken down
+
+
+def run(config: Config) -> int:
+    """Run the party until SIGTERM or Ctrl-C; returns 0 after a clean stop."""
+    from mimir.actors.peer import run_peer
+
+    start_log(config.log)
+    # Keys and shares are in this process's memory: no core dumps, no files for others.
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    os.umask(0o077)
+
+    async def until_told() -> None:
+        async with trio.open_nursery() as nursery:
+
+            async def party() -> None:
+                await run_peer(config)
+                nursery.cancel_scope.cancel()
+
+            nursery.start_soon(party)
+            with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+                async for number in signals:
+                    structlog.get_logger("mimir.party").info("stopping", signal=signal.Signals(number).name)
+                    nursery.cancel_scope.deadline = trio.current_time()
+                    break
+            # From here on a second signal ends the process at once, as if nobody had caught it.
+
+    trio.run(until_told)
+    return 0
+
+
+def check(config: Config) -> int:
+    """Say what the configuration means, after reading every file that it names."""
+    identity = Identity.load(config.identity_key)
+    if identity.public_hex != config.me.identity:
+        raise ConfigError(
+            f"{config.source}: peers[{config.party}].identity is not the public half of "
+            f"{config.identity_key}, which is {identity.public_hex}"
+        )
+    print(f"party {config.party} ({config.me.name}), identity {identity.public_hex[:16]}...")
+    print(f"shared terms {config.digest().hex()[:16]}..., to be equal at all three parties")
+    tunnel = config.tunnel
+    if tunnel.mode == "wireguard":
+        from wg import keys
+
+        assert tunnel.private_key is not None
+        private = keys.load_private(tunnel.private_key)
+        public = private.public().hex()
+        private.wipe()
+        if config.me.tunnel_public_key is not None and public != config.me.tunnel_public_key:
+            raise ConfigError(
+                f"{config.source}: peers[{config.party}].tunnel_public_key is not the public half of "
+                f"{tunnel.private_key}"
+            )
+        print(f"WireGuard on {tunnel.interface}, {tunnel.address}, UDP port {tunnel.listen_port}")
+    else:
+        print("NO tunnel: the links between the parties are readable by anybody on the way")
+    for peer in config.others:
+        print(f"peer {peer.party} ({peer.name}) at {peer.host}:{peer.port}, identity {peer.identity[:16]}...")
+    counts = f"{len(config.clients)} may ask, {len(config.owners)} may provision"
+    print(f"clients at {config.control.listen}: {counts}")
+    if not config.clients:
+        print("nobody may open a session: `clients` is empty")
+    if config.data_dir.exists() and config.data_dir.stat().st_mode & 0o077:
+        raise BadInput(f"{config.data_dir}: open to others; chmod 700 it")
+    print(f"model shares in {config.data_dir}")
+    return 0
+
+
+def start_log(log: Log) -> None:
+    """Structured lines on standard error. Tracebacks are plain: some formatters print local variables."""
+    level = {"debug": 10, "info": 20, "warning": 30, "error": 40}[log.level]
+    # Libraries that use the standard log (pyroute2, trio-websocket) speak up only when something is wrong.
+    logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(name)s: %(message)s")
+    renderer: structlog.typing.Processor
+    if log.format == "json":
+        renderer = structlog.processors.JSONRenderer()
+    else:
+        renderer = structlog.dev.ConsoleRenderer(
+            colors=sys.stderr.isatty(), exception_formatter=structlog.dev.plain_traceback
+        )
+    structlog.configure(
+        processors=[
+            structlog.contextvars.merge_contextvars,
+            structlog.processors.add_log_level,
+            structlog.processors.TimeStamper(fmt="iso", utc=True),
+            *([structlog.processors.format_exc_info] if log.format == "json" else []),
+            renderer,
+        ],
+        wrapper_class=structlog.make_filtering_bound_logger(level),
+        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+        cache_logger_on_first_use=True,
+    )
