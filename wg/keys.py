@@ -151,6 +151,10 @@ def load_private(path: str | os.PathLike[str]) -> PrivateKey:
         facts = os.fstat(handle)
         if not stat.S_ISREG(facts.st_mode):
             raise KeyFileError(f"{where}: is not a regular file")
+        if facts.st_uid not in (os.geteuid(), 0):
+            raise KeyFileError(
+                f"{where}: belongs to another user (uid {facts.st_uid}), who can read and change it"
+            )
         if facts.st_mode & 0o077:
             raise KeyFileError(
                 f"{where}: others may read or change this key (mode {stat.S_IMODE(facts.st_mode):04o}); "
