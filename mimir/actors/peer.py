@@ -199,7 +199,7 @@ def _tunnel_config(config: Config) -> TunnelConfig:
 async def run_peer(config: Config) -> None:
     """Run this party until cancelled."""
     identity = Identity.load(config.identity_key)
-    if identity.public_hex() != config.me.identity:
+    if identity.public_hex != config.me.identity:
         raise ConfigError(
             f"{config.source}: identity_key {config.identity_key} is not the identity that [[peers]] lists for "
             f"party {config.party}; give every party its own file"

@@ -11,7 +11,7 @@ import os
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final, Protocol
 
 import numpy as np
@@ -27,7 +27,7 @@ from mimir.errors import AbortError, BadInput, PeerError
 from mimir.model import sampling, transformer
 from mimir.model.checkpoint import PlanSpec
 from mimir.model.sampling import Sampler
-from mimir.model.transformer import Cache, Entry, Parts, index_bits
+from mimir.model.transformer import Cache, Entry, Parts, Rows, index_bits
 from mimir.mpc.domain import Ring
 from mimir.mpc.doors import Doors
 from mimir.mpc.nonlinear import Settings
@@ -126,7 +126,10 @@ class SessionActor(Actor[Any]):
         self.transport = transport
         self.terms = terms
         self.clients = list(clients)
+        # No position beyond the longest session is ever used: a rotary model needs no larger one-hots.
         self.spec = spec
+        if spec.positions == "rope":
+            self.spec = replace(spec, context=min(spec.context, limits.max_context))
         self.model = model
         self.settings = settings
         self.limits = limits
@@ -291,11 +294,12 @@ class SessionActor(Actor[Any]):
             ctx = await self._context(step)
             at = step.first - turn.first
             part = slice(at, at + step.rows)
-            hidden = await transformer.embed(
+            new = await transformer.embed(
                 ctx, f"{step.name}/embed", self.spec, entry.part(part), offsets["token"][part],
-                offsets["position"][part] if "position" in offsets else None, self._parts,
+                offsets["position"][part],
+                self._parts,
             )
-            await self._pass(ctx, step, hidden)
+            await self._pass(ctx, step, new)
             await self._progress("prefill", number + 1, len(turn.prompt))
         await self._deliver(0)
         decode_began = time.monotonic()
@@ -322,15 +326,14 @@ class SessionActor(Actor[Any]):
             raise BadInput(f"no material for {step.name} within deadlines.step = {self.limits.step_seconds:g} s")
         return Context(self._online.bk, self._online, store, self.model)
 
-    async def _reenter(self, ctx: Context, step: Step) -> Share:
-        assert self._token is not None
-        if self._position is not None:
-            self._position = self._position + 1
+    async def _reenter(self, ctx: Context, step: Step) -> Rows:
+        assert self._token is not None and self._position is not None
+        self._position = self._position + 1
         return await transformer.reenter(
             ctx, f"{step.name}/enter", self.spec, self._token, self._position, self._parts
         )
 
-    async def _pass(self, ctx: Context, step: Step, hidden: Share) -> None:
+    async def _pass(self, ctx: Context, step: Step, rows: Rows) -> None:
         """Through the blocks, and to the next token if the step chooses one."""
         if not step.prompt:
             assert self._cache.valid is not None
@@ -339,10 +342,10 @@ class SessionActor(Actor[Any]):
         whole = self._cache.valid
         assert whole is not None
         self._cache.valid = whole[: step.first + step.rows]
-        hidden = await transformer.forward(ctx, step.name, self.spec, hidden, self._cache, self.settings, self._parts)
+        hidden = await transformer.forward(ctx, step.name, self.spec, rows, self._cache, self.settings, self._parts)
         self._cache.valid = whole
         if step.choose:
-            scores = await transformer.logits(ctx, step.name, self.spec, hidden, self.settings, self._parts)
+            scores = await transformer.logits(ctx, step.name, self.spec, rows, self.settings, self._parts)
             self._token = await self.sampler.choose(ctx, step.name, scores)
 
     async def _input(self, turn: Turn) -> tuple[Entry, dict[str, Ring]]:
@@ -353,11 +356,12 @@ class SessionActor(Actor[Any]):
         ctx = Context(self._online.bk, self._online, store, self.model)
         entry = transformer.entry(ctx, self.spec, rows)
         valid = Share(self._online.bk.random(rows), self._online.bk)
-        masks = {"token": entry.token["r"], "valid": valid}
-        bits = {"token": index_bits(self.spec.vocab), "valid": VALID_BITS}
-        if entry.position is not None:
-            masks["position"] = entry.position["r"]
-            bits["position"] = index_bits(self.spec.context)
+        masks = {"token": entry.token["r"], "position": entry.position["r"], "valid": valid}
+        bits = {
+            "token": index_bits(self.spec.vocab),
+            "position": index_bits(self.spec.context),
+            "valid": VALID_BITS,
+        }
         revealed = {name: await self._online.reveal("input mask", m) for name, m in sorted(masks.items())}
         at = 0
         for client, bucket in zip(self.clients, turn.buckets, strict=True):
@@ -379,8 +383,7 @@ class SessionActor(Actor[Any]):
         )
         flags = -valid + offsets.pop("valid")
         self._cache.valid = flags if self._cache.valid is None else concat([self._cache.valid, flags])
-        if entry.position is not None:
-            self._position = (-entry.position["r"] + offsets["position"])[rows - 1 :]
+        self._position = (-entry.position["r"] + offsets["position"])[rows - 1 :]
         return entry, offsets
 
     # --- what leaves ----------------------------------------------------------------------------------------

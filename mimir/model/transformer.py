@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any, Final
 
 import numpy as np
@@ -17,6 +18,7 @@ from mimir import kernels
 from mimir.model.checkpoint import PlanSpec
 from mimir.mpc import nonlinear, ops, prep
 from mimir.mpc.domain import Ring, encode
+from mimir.mpc.doors import Masked
 from mimir.mpc.nonlinear import Settings
 from mimir.mpc.ops import Context
 from mimir.mpc.plan import Cost, planning
@@ -89,24 +91,30 @@ class Cache:
         return cls([LayerCache() for _ in range(layers)], [LayerCache() for _ in range(layers)])
 
 
-def _rotary(spec: PlanSpec, first: int, rows: int) -> tuple[Ring, Ring]:
-    """cos and signed sin (rows, head_dim) for the half-split rotation, at ROTARY_SCALE."""
-    assert spec.rope_theta is not None
-    half = spec.head_dim // 2
-    frequency = spec.rope_theta ** (-np.arange(half) / half)
-    angle = np.arange(first, first + rows)[:, None] * frequency[None]
+@lru_cache(maxsize=8)
+def _rotary_table(head_dim: int, theta: float, positions: int) -> Ring:
+    """cos and signed sin of every position, side by side (positions, 2 head_dim), for the half-split rotation."""
+    half = head_dim // 2
+    angle = np.arange(positions)[:, None] * theta ** (-np.arange(half) / half)
     cos, sin = np.cos(angle), np.sin(angle)
-    return (
-        encode(np.concatenate([cos, cos], axis=1), ROTARY_SCALE),
-        encode(np.concatenate([-sin, sin], axis=1), ROTARY_SCALE),
-    )
+    return encode(np.concatenate([cos, cos, -sin, sin], axis=1), ROTARY_SCALE)
 
 
-def _rotate(x: Share, cos: Ring, sin: Ring) -> Share:
-    """Rotate the last axis of x (heads, rows, head_dim); adds ROTARY_SCALE to the scale. Local."""
-    half = x.shape[-1] // 2
+def rotation(ctx: Context, spec: PlanSpec, position: Share) -> Share:
+    """Secret cos and sin (n, 2 head_dim) at ROTARY_SCALE of secret positions, one-hots (n, positions). Local."""
+    assert spec.rope_theta is not None
+    table = _rotary_table(spec.head_dim, spec.rope_theta, position.shape[1])
+    return ctx.share(np.stack([kernels.matmul(np.ascontiguousarray(v), table) for v in position.v]))
+
+
+async def _rotate(ctx: Context, step: str, x: Share, turn: Share) -> Share:
+    """Rotate the last axis of x (heads, rows, head_dim) by secret angles; adds ROTARY_SCALE to the scale. One round."""
+    hd = x.shape[-1]
+    half = hd // 2
     swapped = concat([x[..., half:], x[..., :half]], axis=-1)
-    return x * cos + swapped * sin
+    cos, sin = turn[:, :hd].broadcast(*x.shape), turn[:, hd:].broadcast(*x.shape)
+    a, b = await ops.mul(ctx, step, (x, cos), (swapped, sin))
+    return a + b
 
 
 async def _per_head(ctx: Context, left: Ring, mask: Share, right: Ring, cache: Share, z: Share) -> Share:
@@ -132,6 +140,7 @@ async def attention(
     spec: PlanSpec,
     layer: int,
     u: Share,
+    turn: Share | None,
     cache: Cache,
     first: int,
     s: Settings,
@@ -144,8 +153,8 @@ async def attention(
     y = y.reshape(n, heads + 2 * kv, hd).swap(0, 1)  # (heads + 2 kv, n, hd), scale 2f
     turned, v = y[: heads + kv], y[heads + kv :]
     drop = f
-    if spec.positions == "rope":
-        turned = _rotate(turned, *_rotary(spec, first, n))
+    if turn is not None:
+        turned = await _rotate(ctx, f"{step}/rotate", turned, turn)
         drop += ROTARY_SCALE
     turned, v = await ops.truncate(ctx, f"{step}/qkv truncate", (turned, drop), (v, f))
     q, k = turned[:heads], turned[heads:]
@@ -162,13 +171,17 @@ async def attention(
     slots = first + n
     allowed = (np.arange(slots)[None, :] <= np.arange(first, slots)[:, None]).astype(np.uint64)
     e, total = await parts.exponentials(ctx, f"{step}/softmax", scores, allowed, cache.valid, s)
-    (de,) = await ctx.doors.open(f"{step}/weights", e + values["x"])
     dv_all = np.ascontiguousarray(np.repeat(all_dv, group, axis=0))
-    mixed = await _per_head(ctx, de, values["x"], dv_all, all_v.repeat(group, 0), values["z"])
-    (mixed,) = await ops.truncate(
-        ctx, f"{step}/mix truncate", (mixed, nonlinear.EXP_SCALE + f - nonlinear.MIX_SCALE)
-    )
-    inverse = await nonlinear.reciprocal(ctx, f"{step}/reciprocal", total, s)
+
+    async def mix(ctx: Context) -> Share:
+        (de,) = await ctx.doors.open(f"{step}/weights", e + values["x"])
+        y = await _per_head(ctx, de, values["x"], dv_all, all_v.repeat(group, 0), values["z"])
+        return (await ops.truncate(ctx, f"{step}/mix", (y, nonlinear.EXP_SCALE + f - nonlinear.MIX_SCALE)))[0]
+
+    async def invert(ctx: Context) -> Share:
+        return await nonlinear.reciprocal(ctx, f"{step}/reciprocal", total, s)
+
+    mixed, inverse = await ops.together(ctx, mix, invert)
     out = await ops.scale(ctx, f"{step}/divide", inverse.flat(), mixed.reshape(heads * n, hd))
     (out,) = await ops.truncate(
         ctx, f"{step}/divide truncate", (out, nonlinear.MIX_SCALE + nonlinear.INVERSE_SCALE - f)
@@ -192,22 +205,28 @@ async def mlp(
         return await nonlinear.relu(ctx, f"{step}/relu", h, s)
     if spec.act != "silu_glu":
         return await nonlinear.activation(ctx, f"{step}/{spec.act}", h, spec.act, s)
-    gate = await nonlinear.activation(ctx, f"{step}/silu", h[:, : spec.hidden], "silu", s)
-    (up,) = await ops.truncate(ctx, f"{step}/up truncate", (h[:, spec.hidden :], f))
+
+    async def gating(ctx: Context) -> Share:
+        return await nonlinear.activation(ctx, f"{step}/silu", h[:, : spec.hidden], "silu", s)
+
+    async def rising(ctx: Context) -> Share:
+        return (await ops.truncate(ctx, f"{step}/up", (h[:, spec.hidden :], f)))[0]
+
+    gate, up = await ops.together(ctx, gating, rising)
     (y,) = await ops.mul(ctx, f"{step}/gate", (gate, up))
     (y,) = await ops.truncate(ctx, f"{step}/gate truncate", (y, f))
     return y
 
 
 async def forward(
-    ctx: Context, step: str, spec: PlanSpec, h: Share, cache: Cache, s: Settings, parts: Parts = DIRECT
+    ctx: Context, step: str, spec: PlanSpec, rows: Rows, cache: Cache, s: Settings, parts: Parts = DIRECT
 ) -> Share:
-    """Blocks over n new rows h (n, d) at scale f, which join the cache. Returns the residual stream (n, d)."""
-    f, first = s.scale_bits, cache.length
+    """Blocks over new rows, which join the cache. Returns the residual stream (n, d)."""
+    f, first, h, turn = s.scale_bits, cache.length, rows.hidden, rows.turn
     for layer in range(spec.layers):
         name = f"{step}/layer {layer}"
         u = await nonlinear.rms_norm(ctx, f"{name}/norm 1", h, spec.norm_eps, s)
-        a = await attention(ctx, f"{name}/attention", spec, layer, u, cache, first, s, parts)
+        a = await attention(ctx, f"{name}/attention", spec, layer, u, turn, cache, first, s, parts)
         y = await parts.matmul(ctx, f"{name}/o", a, f"{layer}.o") + _bias(ctx, f"{layer}.o_b", s)
         (y,) = await ops.truncate(ctx, f"{name}/o truncate", (y, f))
         h = h + y
@@ -234,18 +253,25 @@ class Entry:
     """Prepared one-hots through which secret indices (tokens, positions) enter a step."""
 
     token: dict[str, Share]
-    position: dict[str, Share] | None
+    position: dict[str, Share]
 
     def part(self, rows: slice) -> Entry:
         """Some of the rows."""
-        position = self.position and {k: v[rows] for k, v in self.position.items()}
-        return Entry({k: v[rows] for k, v in self.token.items()}, position)
+        return Entry({k: v[rows] for k, v in self.token.items()}, {k: v[rows] for k, v in self.position.items()})
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """New rows on their way into the blocks: hidden (n, d) at scale f, and their rotation if there is one."""
+
+    hidden: Share
+    turn: Share | None
 
 
 def entry_demand(spec: PlanSpec, rows: int) -> dict[prep.Kind, int]:
     """What `entry` takes."""
     demand: dict[prep.Kind, int] = {}
-    for count in (spec.vocab, *((spec.context,) if spec.positions == "learned" else ())):
+    for count in (spec.vocab, spec.context):
         prep.add_demand(demand, {prep.Lookup(0, 0, index_bits(count), 0): rows})
     return demand
 
@@ -253,10 +279,7 @@ def entry_demand(spec: PlanSpec, rows: int) -> dict[prep.Kind, int]:
 def entry(ctx: Context, spec: PlanSpec, rows: int) -> Entry:
     """Take the one-hots for `rows` tokens. Their masks may be told to the client, or be used to open an index."""
     token = ctx.take(prep.Lookup(0, 0, index_bits(spec.vocab), 0), rows)
-    position = None
-    if spec.positions == "learned":
-        position = ctx.take(prep.Lookup(0, 0, index_bits(spec.context), 0), rows)
-    return Entry(token, position)
+    return Entry(token, ctx.take(prep.Lookup(0, 0, index_bits(spec.context), 0), rows))
 
 
 async def embed(
@@ -265,34 +288,27 @@ async def embed(
     spec: PlanSpec,
     e: Entry,
     token_offset: Ring,
-    position_offset: Ring | None,
+    position_offset: Ring,
     parts: Parts = DIRECT,
-) -> Share:
-    """Rows of the embedding (n, d) at scale f, by public offsets (index + mask) of secret indices."""
+) -> Rows:
+    """Embedding and rotation of rows, by public offsets (index + mask) of secret tokens and positions."""
     hot = ops.one_hot(ctx, e.token, token_offset, index_bits(spec.vocab))[:, : spec.vocab]
     h = await parts.matmul(ctx, f"{step}/embed", hot, "embed")
-    if e.position is not None and position_offset is not None:
-        hot = ops.one_hot(ctx, e.position, position_offset, index_bits(spec.context))[:, : spec.context]
-        h = h + await parts.matmul(ctx, f"{step}/position", hot, "pos")
-    return h
+    at = ops.one_hot(ctx, e.position, position_offset, index_bits(spec.context))[:, : spec.context]
+    if spec.positions == "rope":
+        return Rows(h, rotation(ctx, spec, at))
+    return Rows(h + await parts.matmul(ctx, f"{step}/position", at, "pos"), None)
 
 
 async def reenter(
-    ctx: Context,
-    step: str,
-    spec: PlanSpec,
-    token: Share,
-    position: Share | None,
-    parts: Parts = DIRECT,
-) -> Share:
-    """Embedding (1, d) of a secret token index, which is opened under the mask of a prepared one-hot."""
+    ctx: Context, step: str, spec: PlanSpec, token: Share, position: Share, parts: Parts = DIRECT
+) -> Rows:
+    """A secret token index (1,) at a secret position (1,): both are opened under masks of prepared one-hots."""
     e = entry(ctx, spec, 1)
-    kt = index_bits(spec.vocab)
-    (c,) = await ctx.doors.open_low(f"{step}/token", kt, token.reshape(1) + e.token["r"])
-    p = None
-    if e.position is not None and position is not None:
-        kp = index_bits(spec.context)
-        (p,) = await ctx.doors.open_low(f"{step}/position index", kp, position.reshape(1) + e.position["r"])
+    kt, kp = index_bits(spec.vocab), index_bits(spec.context)
+    (c,), (p,) = await ctx.doors.open_all(
+        f"{step}/index", [Masked([token + e.token["r"]], kt), Masked([position + e.position["r"]], kp)]
+    )
     return await embed(ctx, step, spec, e, c, p, parts)
 
 
@@ -324,11 +340,11 @@ async def cost_of(
         cache.valid = ctx.share(np.zeros((1, first + rows), np.uint64))
     if prompt:
         outside, _ = planning(shapes)  # the prompt's one-hots are prepared for all its steps at once
-        h = await embed(ctx, "plan", spec, entry(outside, spec, rows), zero, zero)
+        new = await embed(ctx, "plan", spec, entry(outside, spec, rows), zero, zero)
     else:
-        index = ctx.share(np.zeros((1,), np.uint64))
-        h = await reenter(ctx, "plan", spec, index, index)
-    h = await forward(ctx, "plan", spec, h, cache, s)
+        index = ctx.share(np.zeros((1, 1), np.uint64))
+        new = await reenter(ctx, "plan", spec, index, index)
+    h = await forward(ctx, "plan", spec, new, cache, s)
     if sampler is not None:
         await sampler(ctx, "plan", await logits(ctx, "plan", spec, h, s))
     return cost

@@ -22,6 +22,7 @@ import hashlib
 import os
 import struct
 from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
@@ -58,6 +59,31 @@ def _split(raw: memoryview | bytearray, shapes: Sequence[tuple[int, ...]]) -> li
         out.append(flat[at : at + n].reshape(shape))
         at += n
     return out
+
+
+@dataclass(frozen=True, slots=True)
+class Masked:
+    """Shares to be opened: ring elements, bits (by their type), or ring elements modulo 2^width."""
+
+    shares: Sequence[Share]
+    width: int = 64
+
+    def travels(self, s: Share) -> Ring:
+        """The components as they are sent: nothing above `width` leaves."""
+        if isinstance(s, Bits) or self.width == 64:
+            return s.v
+        return _narrow(s.v, self.width) if self.width <= 32 else s.v << np.uint64(64 - self.width)
+
+    def value(self, s: Share, lacked: Ring) -> Ring:
+        """The public value, given the component this party lacks."""
+        if isinstance(s, Bits):
+            return s.v[0] ^ s.v[1] ^ lacked
+        if self.width == 64:
+            return s.v[0] + s.v[1] + lacked
+        if self.width <= 32:
+            return (s.v[0] + s.v[1] + _widen(lacked, s.shape)) & np.uint64((1 << self.width) - 1)
+        shift = np.uint64(64 - self.width)
+        return (((s.v[0] + s.v[1]) << shift) + lacked) >> shift
 
 
 class Coins:
@@ -117,23 +143,23 @@ class Doors:
 
     async def open(self, step: str, *shares: Share) -> list[Ring]:
         """Public values of shares the caller has masked. One round; 8 bytes sent per element, plus a digest."""
-        lack = await self._open(step, [s.v for s in shares])
-        return [s.v[0] + s.v[1] + m for s, m in zip(shares, lack, strict=True)]
+        return (await self.open_all(step, [Masked(shares)]))[0]
 
     async def open_bits(self, step: str, *shares: Bits) -> list[Ring]:
         """The same for words of bits."""
-        lack = await self._open(step, [s.v for s in shares])
-        return [s.v[0] ^ s.v[1] ^ m for s, m in zip(shares, lack, strict=True)]
+        return (await self.open_all(step, [Masked(shares)]))[0]
 
     async def open_low(self, step: str, width: int, *shares: Share) -> list[Ring]:
-        """Public values modulo 2^width, width at most 32; 4 bytes sent per element. The high bits stay hidden."""
-        if width > 32:
-            shift = np.uint64(64 - width)
-            return [x >> shift for x in await self.open(step, *(s * (1 << (64 - width)) for s in shares))]
-        narrow = [_narrow(s.v, width) for s in shares]
-        lack = [_widen(m, s.shape) for m, s in zip(await self._open(step, narrow), shares, strict=True)]
-        low = np.uint64((1 << width) - 1)
-        return [(s.v[0] + s.v[1] + m) & low for s, m in zip(shares, lack, strict=True)]
+        """Public values modulo 2^width; 4 bytes sent per element up to 32 bits. The high bits stay hidden."""
+        return (await self.open_all(step, [Masked(shares, width)]))[0]
+
+    async def open_all(self, step: str, requests: Sequence[Masked]) -> list[list[Ring]]:
+        """Several openings in one round."""
+        sent: list[Ring] = []
+        for r in requests:
+            sent.extend(r.travels(s) for s in r.shares)
+        lacked = iter(await self._open(step, sent))
+        return [[r.value(s, next(lacked)) for s in r.shares] for r in requests]
 
     async def _open(self, step: str, values: Sequence[Ring]) -> list[Ring]:
         bk = self.bk

@@ -124,7 +124,7 @@ async def activation(ctx: Context, step: str, x: Share, name: str, s: Settings) 
     """SiLU or GELU of x at scale 2f, result at scale f. |x| < bins / 8. Rounds: degree + 2."""
     p = activation_piece(name, s)
     half = 1 << (2 * s.scale_bits + ACTIVATION_BIN + p.bits - 1)
-    ((y, _),) = await ops.piecewise(ctx, step, (x + half, p))
+    y = await ops.piecewise(ctx, step, x + half, p)
     (y,) = await ops.truncate(ctx, f"{step}/truncate", (y, p.scale - s.scale_bits))
     return y
 
@@ -177,28 +177,39 @@ def _ladder(name: str, f: Callable[[Real], Real], base: int, top: int, s: Settin
 
 
 async def _climb(ctx: Context, step: str, x: Share, ladder: tuple[Piecewise, ...]) -> Share:
-    """The value of the highest window that is not empty, at INVERSE_SCALE. Rounds: degree + 2 + log2(windows)."""
-    looked = await ops.piecewise(ctx, step, *((x, p) for p in ladder))
-    values = await ops.truncate(
-        ctx, f"{step}/truncate", *((v, p.scale - INVERSE_SCALE) for (v, _), p in zip(looked, ladder, strict=True))
-    )
-    rungs = [(flags[0], v) for v, (_, flags) in zip(values, looked, strict=True)]
-    level = 0
-    while len(rungs) > 1:
-        odd = len(rungs) % 2
-        # rungs are ordered from low to high; join (low, high) neighbours, an odd lowest one waits
-        lows, highs = rungs[odd::2], rungs[odd + 1 :: 2]
-        joins = list(zip(lows, highs, strict=True))
-        pairs = [(h[0], h[1] - lo[1]) for lo, h in joins]
-        if len(rungs) > 2:
-            pairs += [(lo[0], h[0]) for lo, h in joins]
-        products = await ops.mul(ctx, f"{step}/select {level}", *pairs)
-        both = products[len(joins) :] or [h[0] for _, h in joins]
-        rungs = rungs[:odd] + [
-            (lo[0] + h[0] - b, lo[1] + p) for (lo, h), p, b in zip(joins, products, both, strict=False)
-        ]
-        level += 1
-    return rungs[0][1]
+    """The value of the highest window that is not empty, at INVERSE_SCALE. Rounds: degree + 3, if windows <= 16.
+
+    The choice is made while the pieces are evaluated: none[w] says that no window from w on is in use.
+    """
+    index = await ops.read_index(ctx, f"{step}/index", *((x, p) for p in ladder))
+
+    async def values(ctx: Context) -> list[Share]:
+        pieces = await ops.evaluate(ctx, step, index)
+        return await ops.truncate(
+            ctx, f"{step}/truncate",
+            *((v, p.scale - INVERSE_SCALE) for v, p in zip(pieces, ladder, strict=True)),
+        )
+
+    async def none_above(ctx: Context) -> list[Share]:
+        none = [-(r.flags[0]) + 1 for r in index]
+        span = 1
+        while span < len(none) - 1:  # suffix products; the lowest window's own is never needed
+            at = range(1, len(none) - span)
+            products = await ops.mul(ctx, f"{step}/choose {span}", *((none[i], none[i + span]) for i in at))
+            none = [none[0], *products, *none[len(none) - span :]]
+            span *= 2
+        return none
+
+    value, none = await ops.together(ctx, values, none_above)
+    # window 0 is chosen if no other is; window w if it is in use and none above it is
+    chosen = [none[1]] + [
+        (none[w + 1] if w + 1 < len(none) else 1) - none[w] for w in range(1, len(none))
+    ]
+    products = await ops.mul(ctx, f"{step}/select", *zip(chosen, value, strict=True))
+    total = products[0]
+    for p in products[1:]:
+        total = total + p
+    return total
 
 
 @lru_cache(maxsize=8)
@@ -232,7 +243,7 @@ async def reciprocal(ctx: Context, step: str, x: Share, s: Settings) -> Share:
 async def rms_norm(ctx: Context, step: str, x: Share, eps: float, s: Settings) -> Share:
     """x / sqrt(mean(x^2) + eps) for rows x (n, d) at scale f. One mask serves both uses of x.
 
-    Rounds: 1 + (degree + 2 + log2(windows)) + 2.
+    Rounds: degree + 6.
     """
     n, d = x.shape
     c = ctx.take(prep.Norm(d), n)
@@ -285,7 +296,7 @@ async def exponentials(
     x = scores - shift.reshape(heads, rows, 1).broadcast(heads, rows, keys) + int(offset * 2**scale)
     start = EXP_TOP - 2.0 ** (EXP_BITS + EXP_BIN)
     p = _piece("exp", _exp, start, EXP_BIN, EXP_BITS, scale, s.degree, s.rest, 1)
-    ((e, _),) = await ops.piecewise(ctx, f"{step}/exp", (x, p))
+    e = await ops.piecewise(ctx, f"{step}/exp", x, p)
     e = e * allowed[None]
     if valid is not None:
         (e,) = await ops.mul(ctx, f"{step}/valid", (e, valid.broadcast(heads, rows, keys)))

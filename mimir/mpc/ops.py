@@ -6,21 +6,22 @@ ended. Costs are stated per element; `rounds` counts lockstep rounds.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Final, Protocol, TypeVar
+import types
+from collections.abc import Callable, Coroutine, Generator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
-import trio
 
 from mimir import kernels
 from mimir.mpc import prep
 from mimir.mpc.domain import RING_BITS, Ring, words
+from mimir.mpc.doors import Masked
+from mimir.mpc.offload import offload
 from mimir.mpc.prep import Kind, Weights
 from mimir.mpc.share import Backend, Bits, Share, concat
 
 T = TypeVar("T")
-THREAD_WORK: Final = 1 << 21  # multiplications from which a kernel is worth a thread of its own
 
 
 class Opening(Protocol):
@@ -31,6 +32,8 @@ class Opening(Protocol):
     async def open_bits(self, step: str, *shares: Bits) -> list[Ring]: ...
 
     async def open_low(self, step: str, width: int, *shares: Share) -> list[Ring]: ...
+
+    async def open_all(self, step: str, requests: Sequence[Masked]) -> list[list[Ring]]: ...
 
 
 class Material(Protocol):
@@ -51,12 +54,85 @@ class Context:
 
     async def compute(self, work: int, fn: Callable[[], T], shape: tuple[int, ...]) -> T:
         """Run a kernel, in a thread if it is long, so that the mesh keeps time. `shape` is that of its result."""
-        if work < THREAD_WORK:
-            return fn()
-        return await trio.to_thread.run_sync(fn)
+        return await offload(work, fn)
 
     def share(self, v: Ring) -> Share:
         return Share(v, self.bk)
+
+
+@dataclass(frozen=True, slots=True)
+class _Ask:
+    """What a branch wants opened."""
+
+    step: str
+    requests: Sequence[Masked]
+
+
+class _Branch:
+    """Doors of one branch of `together`: an opening suspends the branch until all branches want one."""
+
+    async def open(self, step: str, *shares: Share) -> list[Ring]:
+        return (await self.open_all(step, [Masked(shares)]))[0]
+
+    async def open_bits(self, step: str, *shares: Bits) -> list[Ring]:
+        return (await self.open_all(step, [Masked(shares)]))[0]
+
+    async def open_low(self, step: str, width: int, *shares: Share) -> list[Ring]:
+        return (await self.open_all(step, [Masked(shares, width)]))[0]
+
+    async def open_all(self, step: str, requests: Sequence[Masked]) -> list[list[Ring]]:
+        return await _suspend(_Ask(step, requests))
+
+
+@types.coroutine
+def _suspend(ask: _Ask) -> Generator[Any, Any, list[list[Ring]]]:
+    return (yield ask)
+
+
+@types.coroutine
+def _advance(flow: Coroutine[Any, Any, Any], answer: Any) -> Generator[Any, Any, tuple[_Ask | None, Any]]:
+    """Run a branch to its next opening or its end; whatever else it waits for is passed on to Trio."""
+    try:
+        trap = flow.send(answer)
+        while not isinstance(trap, _Ask):
+            try:
+                got = yield trap
+            except BaseException as error:
+                trap = flow.throw(error)
+            else:
+                trap = flow.send(got)
+        return trap, None
+    except StopIteration as end:
+        return None, end.value
+
+
+async def together(ctx: Context, *branches: Callable[[Context], Coroutine[Any, Any, Any]]) -> list[Any]:
+    """Run branches side by side: the n-th opening of each shares one round, so the longest sets the rounds.
+
+    Branches run one after another between rounds, in their order, so that every party takes the same
+    correlations for the same purpose. A branch must not hand its context to an actor.
+    """
+    inner = replace(ctx, doors=_Branch())
+    flows = [branch(inner) for branch in branches]
+    results: list[Any] = [None] * len(flows)
+    waiting: dict[int, Any] = dict.fromkeys(range(len(flows)))
+    try:
+        while waiting:
+            asks: dict[int, _Ask] = {}
+            for i, answer in waiting.items():
+                ask, results[i] = await _advance(flows[i], answer)
+                if ask is not None:
+                    asks[i] = ask
+            if not asks:
+                break
+            step = " | ".join(a.step for a in asks.values())
+            flat = [r for a in asks.values() for r in a.requests]
+            opened = iter(await ctx.doors.open_all(step, flat))
+            waiting = {i: [next(opened) for _ in a.requests] for i, a in asks.items()}
+    finally:
+        for flow in flows:
+            flow.close()
+    return results
 
 
 async def truncate(ctx: Context, step: str, *items: tuple[Share, int]) -> list[Share]:
@@ -205,8 +281,19 @@ class Piecewise:
         return prep.Lookup(self.low, self.rest, self.bits, self.degree)
 
 
-async def piecewise(ctx: Context, step: str, *items: tuple[Share, Piecewise]) -> list[tuple[Share, list[Share]]]:
-    """Evaluate each (x, piecewise) with one degree: (value at its scale, looked-up flags). degree + 1 rounds.
+@dataclass(frozen=True, slots=True, eq=False)
+class Read:
+    """A value whose piece has been looked up: coefficients and remainder, ready to be evaluated."""
+
+    shape: tuple[int, ...]
+    coefs: Share  # (degree + 1, n)
+    flags: list[Share]
+    rest: Ring  # public part of the remainder; the remainder is rest - v
+    material: dict[str, Share]
+
+
+async def read_index(ctx: Context, step: str, *items: tuple[Share, Piecewise]) -> list[Read]:
+    """Look each x up in its table: coefficients and flags, as shares. One round, 8 bytes.
 
     x must lie in [0, 2^(low + rest + bits) - 2^(low + rest) - 3 * 2^low); what lies outside reads another piece.
     A piece is read for remainders in (-2^rest, 2^rest) of its index.
@@ -216,11 +303,8 @@ async def piecewise(ctx: Context, step: str, *items: tuple[Share, Piecewise]) ->
     for (x, p), c in zip(items, cs, strict=True):
         total = p.low + p.rest + p.bits
         sums.append((x.flat() + c["r"]) * (1 << (RING_BITS - total)))
-    opened = await ctx.doors.open(f"{step}/index", *sums)
-    value: list[Share] = []
-    coefs: list[Share] = []
-    rests: list[Ring] = []
-    flags: list[list[Share]] = []
+    opened = await ctx.doors.open(step, *sums)
+    out = []
     for (x, p), c, o in zip(items, cs, opened, strict=True):
         window = o >> np.uint64(RING_BITS - p.rest - p.bits)
         index = window >> np.uint64(p.rest)
@@ -232,18 +316,29 @@ async def piecewise(ctx: Context, step: str, *items: tuple[Share, Piecewise]) ->
 
         shape = (2, len(tables), x.size)
         looked = ctx.share(await ctx.compute(2 * len(tables) * (x.size << p.bits), local, shape))
-        coefs.append(looked)
-        flags.append([looked[i].reshape(*x.shape) for i in range(p.degree + 1, len(tables))])
-        value.append(looked[p.degree])
-        rests.append(window & np.uint64((1 << p.rest) - 1))
-    degree = items[0][1].degree
+        d = p.degree + 1
+        flags = [looked[i].reshape(*x.shape) for i in range(d, len(tables))]
+        out.append(Read(x.shape, looked[:d], flags, window & np.uint64((1 << p.rest) - 1), c))
+    return out
+
+
+async def evaluate(ctx: Context, step: str, reads: Sequence[Read]) -> list[Share]:
+    """Evaluate the pieces that were read, all of one degree, by Horner. degree rounds, 8 bytes each."""
+    degree = reads[0].coefs.shape[0] - 1
+    value = [r.coefs[degree] for r in reads]
     for d in range(degree):
-        masks = [c["mask"][:, d] for c in cs]
+        masks = [r.material["mask"][:, d] for r in reads]
         deltas = await ctx.doors.open(f"{step}/horner {d}", *(t + m for t, m in zip(value, masks, strict=True)))
-        for i, (delta, c) in enumerate(zip(deltas, cs, strict=True)):
-            product = c["prod"][:, d] - c["v"] * delta - masks[i] * rests[i] + delta * rests[i]
-            value[i] = product + coefs[i][degree - 1 - d]
-    return [(v.reshape(*x.shape), f) for (x, _), v, f in zip(items, value, flags, strict=True)]
+        for i, (delta, r) in enumerate(zip(deltas, reads, strict=True)):
+            product = r.material["prod"][:, d] - r.material["v"] * delta - masks[i] * r.rest + delta * r.rest
+            value[i] = product + r.coefs[degree - 1 - d]
+    return [v.reshape(*r.shape) for v, r in zip(value, reads, strict=True)]
+
+
+async def piecewise(ctx: Context, step: str, x: Share, piece: Piecewise) -> Share:
+    """The piecewise polynomial of x, at the scale of the piece. degree + 1 rounds."""
+    (value,) = await evaluate(ctx, step, await read_index(ctx, f"{step}/index", (x, piece)))
+    return value
 
 
 def one_hot(ctx: Context, c: dict[str, Share], opened: Ring, bits: int) -> Share:
