@@ -1,8 +1,8 @@
-"""Measure every kernel at every level against the ceiling of this machine: `python bench/kernels.py [name ...]`.
+"""Measure every kernel at every level against the ceiling of this machine: `bench/kernels.py [name ...]`.
 
-The ceiling of a kernel is the larger of two times: its bytes at the speed of reading (from memory, or from the
-cache where the case fits there), and its 64-bit products at the speed of multiplying. Kernels without products
-compare with memory alone. One thread; the best of several runs.
+The ceiling of a kernel is the larger of two times: its bytes at the speed of reading memory, where the case is
+larger than the caches, and its 64-bit products at the speed of multiplying. Kernels with neither show
+their rate alone. One thread; the best of several runs.
 """
 
 from __future__ import annotations
@@ -57,8 +57,18 @@ def ceilings() -> tuple[float, float]:
     with tempfile.TemporaryDirectory() as aside:
         library = Path(aside) / "ceiling.so"
         subprocess.run(
-            ["gcc", "-O3", "-march=native", "-mprefer-vector-width=512", "-Wno-psabi", "-shared", "-fPIC"]
-            + ["-o", str(library), str(source)],
+            [
+                "gcc",
+                "-O3",
+                "-march=native",
+                "-mprefer-vector-width=512",
+                "-Wno-psabi",
+                "-shared",
+                "-fPIC",
+                "-o",
+                str(library),
+                str(source),
+            ],
             check=True,
         )
         c = ctypes.CDLL(str(library))
@@ -80,13 +90,22 @@ def cases() -> list[Case]:
     room = np.empty(BIG, np.uint64)
     found: list[Case] = []
 
-    def add(name: str, call: Callable[[], object], items: int, unit: str, size: int = 0, products: int = 0) -> None:
+    def add(
+        name: str, call: Callable[[], object], items: int, unit: str, size: int = 0, products: int = 0
+    ) -> None:
         found.append(Case(name, call, items, unit, size, products))
 
     add("prg 128 MiB", partial(k.prg, bytes(32), 1, room), BIG * 8, "B", BIG * 8)
     small = np.empty(8192, np.uint64)
     add("prg 64 KiB", partial(k.prg, bytes(32), 1, small), small.nbytes, "B")
-    for m, n_in, n in [(1, 2048, 8192), (2, 2048, 8192), (6, 1024, 4096), (16, 512, 2048), (64, 512, 512), (256, 256, 512)]:
+    for m, n_in, n in [
+        (1, 2048, 8192),
+        (2, 2048, 8192),
+        (6, 1024, 4096),
+        (16, 512, 2048),
+        (64, 512, 512),
+        (256, 256, 512),
+    ]:
         a, b, out = w(m, n_in), w(n_in, n), np.empty((m, n), np.uint64)
         add(f"matmul {m}x{n_in}x{n}", partial(k.matmul, a, b, out=out), m * n_in * n, "mul",
             b.nbytes, m * n_in * n)  # fmt: skip
@@ -147,7 +166,7 @@ def amount(rate: float) -> str:
 def main() -> None:
     wanted = sys.argv[1:]
     read, multiply = ceilings()
-    print(f"reads {read / 1e9:.1f} GB/s from memory, multiplies {multiply / 1e9:.1f} G products/s; level {k.level()}")
+    print(f"reads {read / 1e9:.1f} GB/s from memory, multiplies {multiply / 1e9:.1f} G products/s")
     print(f"{'kernel':28}{'level':8}{'rate':>12} per s        GB/s   of ceiling")
     for case in cases():
         if wanted and not any(case.name.startswith(name) for name in wanted):
@@ -158,7 +177,10 @@ def main() -> None:
             floor = max(case.bytes / read, case.products / multiply)
             share = f"{floor / seconds:8.0%}" if floor else "        "
             bandwidth = f"{case.bytes / seconds / 1e9:8.1f}" if case.bytes else "        "
-            print(f"{case.name:28}{level:8}{amount(case.items / seconds)} {case.unit:8} {bandwidth} {share}", flush=True)
+            print(
+                f"{case.name:28}{level:8}{amount(case.items / seconds)} {case.unit:8} {bandwidth} {share}",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

@@ -15,8 +15,8 @@ from pathlib import Path
 from cffi import FFI
 
 SOURCES = ("ref.c", "avx2.c", "avx512.c", "dispatch.c")
-# Partial redundancy elimination makes gcc 12 store every accumulator of a register block to the stack in each round:
-# without it gr_combine is three times as fast.
+# Partial redundancy elimination makes gcc 12 store the accumulators of a register block to the stack in each
+# round: without it gr_combine is three times as fast.
 FLAGS = ["-O3", "-fno-tree-pre", "-std=gnu11", "-Wall", "-Wextra", "-Werror"]
 
 HERE = Path(__file__).resolve().parent

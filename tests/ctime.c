@@ -1,0 +1,339 @@
+/* Constant time, two ways; test_ctime.py compiles and runs this.
+ *
+ *   ctime taint LEVEL NAME   under valgrind: the secrets of kernel NAME are marked undefined, so that memcheck
+ *                            reports every branch and every address that depends on them.
+ *   ctime time LEVEL NAME    the kernel runs on secrets all zero or random, at random; prints Welch's t of the two
+ *                            classes of cycle counts (Reparaz, Balasch, Verbauwhede, "Dude, is my code constant
+ *                            time?", DATE 2017).
+ *   ctime list               the names. Those that begin with leaky_ are controls that must be caught. */
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <valgrind/memcheck.h>
+#include <x86intrin.h>
+
+#include "kernels.h"
+
+/* No multiple of any vector width, above one block of every kernel. */
+enum { N = 133, PACKED = (N + 63) / 64, SIZE = 128, DEPTH = 9, GR = 48, WORDS = 1 << 14 };
+
+static uint64_t secret[WORDS], more[WORDS], public[WORDS], out[WORDS];
+
+/* ---- controls ---- */
+
+static void leaky_branch(void)
+{
+    out[0] = 0;
+    for (size_t i = 0; i < N; i++)
+        if (secret[i] & 1) {
+            out[0] += public[i];
+            __asm__ __volatile__("" : : : "memory"); /* keeps it a branch */
+        }
+}
+
+static void leaky_index(void)
+{
+    out[0] = 0;
+    for (size_t i = 0; i < N; i++) out[0] += public[secret[i] % 4096];
+}
+
+static void leaky_compare(void)
+{
+    const volatile uint8_t *a = (uint8_t *)secret, *b = (uint8_t *)more;
+    size_t i = 0;
+    while (i < 8 * N && a[i] == b[i]) i++;
+    out[0] = i;
+}
+
+/* ---- kernels: secrets in `secret` and `more`, the rest in `public` ---- */
+
+static void prg(void)
+{
+    mk_prg_chacha20((uint8_t *)out, 8 * N + 3, (uint8_t *)secret, 5, 7);
+}
+
+static void matmul_row(void)
+{
+    mk_ring_matmul(out, secret, more, 1, 1, 19, N, 0);
+}
+
+static void matmul_few(void)
+{
+    mk_ring_matmul(out, secret, more, 1, 3, 19, N, 0);
+}
+
+static void matmul_many(void)
+{
+    mk_ring_matmul(out, secret, more, 2, 11, 17, 29, 0);
+}
+
+static void matmul_nt(void)
+{
+    mk_ring_matmul_nt(out, secret, more, 2, 3, 17, 13, 0);
+}
+
+static void matmul_nt_many(void)
+{
+    mk_ring_matmul_nt(out, secret, more, 1, 11, 17, 29, 0);
+}
+
+static void rss_mul(void)
+{
+    mk_ring_rss_mul(out, secret, more, secret + 2 * N, N);
+}
+
+static void rss_and(void)
+{
+    mk_bits_rss_and(out, secret, more, secret + 2 * N, N);
+}
+
+static void bits_slice(void)
+{
+    mk_bits_slice(out, secret, N, 64);
+}
+
+static void bits_unslice(void)
+{
+    mk_bits_unslice(out, secret, N, 61);
+}
+
+static void bits_to_ring(void)
+{
+    mk_bits_to_ring(out, secret, N);
+}
+
+static void ring_lsb(void)
+{
+    mk_ring_lsb(out, secret, N);
+}
+
+static void ring_lookup(void)
+{
+    mk_ring_lookup(out, secret, public, public + N, DEPTH, 11, SIZE);
+}
+
+static void ring_rotate(void)
+{
+    mk_ring_rotate(out, secret, public, 11, SIZE);
+}
+
+static void bits_lookup(void)
+{
+    mk_bits_lookup(out, secret, public, public + N, DEPTH, N, SIZE);
+}
+
+static void gf_mul(void)
+{
+    mk_gf_mul(out, secret, more, N);
+}
+
+static void gf_scale(void)
+{
+    mk_gf_scale(out, secret, more[0], N);
+}
+
+static void gf_inner(void)
+{
+    mk_gf_inner(out, secret, more, N);
+}
+
+static void gf_fold(void)
+{
+    mk_gf_fold(out, secret, more[0], N);
+}
+
+static void gf_select(void)
+{
+    mk_gf_select(out, secret, more, N);
+}
+
+static void gf_select_inner(void)
+{
+    mk_gf_select_inner(out, secret, secret + PACKED, more, N);
+}
+
+static void gr_mul(void)
+{
+    mk_gr_mul(out, secret, more, 5);
+}
+
+static void gr_inner(void)
+{
+    mk_gr_inner(out, secret, more, 5);
+}
+
+static void gr_mul01(void)
+{
+    mk_gr_mul01(out, secret, more, 5);
+}
+
+static void gr_fold(void)
+{
+    mk_gr_fold(out, secret, more[0], 5);
+}
+
+static void gr_scale(void)
+{
+    mk_gr_scale(out, secret, more, 5);
+}
+
+static void gr_scale01(void)
+{
+    mk_gr_scale01(out, secret, more, 5);
+}
+
+static void gr_combine(void)
+{
+    mk_gr_combine(out, secret, more, 7, 9);
+}
+
+static void gr_combine_cols(void)
+{
+    mk_gr_combine_cols(out, secret, more, 9, 7);
+}
+
+static void bytes_wipe(void)
+{
+    memcpy(out, secret, 8 * N);
+    mk_bytes_wipe((uint8_t *)out, 8 * N);
+}
+
+static void bytes_equal(void)
+{
+    out[0] = (uint64_t)mk_bytes_equal((uint8_t *)secret, (uint8_t *)more, 8 * N);
+}
+
+#define ALL(X)                                                                                                         \
+    X(leaky_branch)                                                                                                    \
+    X(leaky_index)                                                                                                     \
+    X(leaky_compare)                                                                                                   \
+    X(prg)                                                                                                             \
+    X(matmul_row)                                                                                                      \
+    X(matmul_few)                                                                                                      \
+    X(matmul_many)                                                                                                     \
+    X(matmul_nt)                                                                                                       \
+    X(matmul_nt_many)                                                                                                  \
+    X(rss_mul)                                                                                                         \
+    X(rss_and)                                                                                                         \
+    X(bits_slice)                                                                                                      \
+    X(bits_unslice)                                                                                                    \
+    X(bits_to_ring)                                                                                                    \
+    X(ring_lsb)                                                                                                        \
+    X(ring_lookup)                                                                                                     \
+    X(ring_rotate)                                                                                                     \
+    X(bits_lookup)                                                                                                     \
+    X(gf_mul)                                                                                                          \
+    X(gf_scale)                                                                                                        \
+    X(gf_inner)                                                                                                        \
+    X(gf_fold)                                                                                                         \
+    X(gf_select)                                                                                                       \
+    X(gf_select_inner)                                                                                                 \
+    X(gr_mul)                                                                                                          \
+    X(gr_inner)                                                                                                        \
+    X(gr_mul01)                                                                                                        \
+    X(gr_fold)                                                                                                         \
+    X(gr_scale)                                                                                                        \
+    X(gr_scale01)                                                                                                      \
+    X(gr_combine)                                                                                                      \
+    X(gr_combine_cols)                                                                                                 \
+    X(bytes_wipe)                                                                                                      \
+    X(bytes_equal)
+
+static const struct {
+    const char *name;
+    void (*run)(void);
+} all[] = {
+#define ENTRY(name) {#name, name},
+    ALL(ENTRY)
+#undef ENTRY
+};
+
+/* Inputs need no strength, only variety: Marsaglia's xorshift. */
+static uint64_t state = 88172645463325252u;
+
+static uint64_t random_word(void)
+{
+    state ^= state << 13, state ^= state >> 7, state ^= state << 17;
+    return state;
+}
+
+static void fill(uint64_t *to)
+{
+    for (size_t i = 0; i < WORDS; i++) to[i] = random_word();
+}
+
+static int taint(void (*run)(void))
+{
+    fill(secret), fill(more), fill(public);
+    (void)VALGRIND_MAKE_MEM_UNDEFINED(secret, sizeof secret);
+    (void)VALGRIND_MAKE_MEM_UNDEFINED(more, sizeof more);
+    run();
+    (void)VALGRIND_MAKE_MEM_DEFINED(out, sizeof out);
+    return 0;
+}
+
+enum { ROUNDS = 20000, USED = 2048 }; /* words of secrets that vary: more than any kernel above reads, but in cache */
+
+static int by_value(const void *a, const void *b)
+{
+    uint64_t x = *(const uint64_t *)a, y = *(const uint64_t *)b;
+    return (x > y) - (x < y);
+}
+
+static double welch(const uint64_t *cycles, const uint8_t *class, uint64_t limit)
+{
+    double count[2] = {0}, mean[2] = {0}, square[2] = {0};
+    for (size_t i = 0; i < ROUNDS; i++) {
+        if (cycles[i] > limit) continue;
+        int c = class[i];
+        double delta = (double)cycles[i] - mean[c];
+        count[c]++;
+        mean[c] += delta / count[c];
+        square[c] += delta * ((double)cycles[i] - mean[c]);
+    }
+    double spread = square[0] / (count[0] - 1) / count[0] + square[1] / (count[1] - 1) / count[1];
+    return (mean[0] - mean[1]) / sqrt(spread + 1e-12);
+}
+
+static int measure(void (*run)(void))
+{
+    static uint64_t cycles[ROUNDS], sorted[ROUNDS];
+    static uint8_t class[ROUNDS];
+    unsigned aux;
+    fill(public);
+    for (size_t i = 0; i < ROUNDS; i++) {
+        class[i] = random_word() >> 40 & 1;
+        /* Both classes do the same to the same addresses, lest they leave the caches in different states. */
+        uint64_t mask = 0 - (uint64_t)class[i];
+        for (size_t j = 0; j < USED; j++) secret[j] = random_word() & mask, more[j] = random_word() & mask;
+        _mm_mfence();
+        uint64_t start = __rdtscp(&aux);
+        _mm_lfence();
+        run();
+        cycles[i] = __rdtscp(&aux) - start;
+        _mm_lfence();
+    }
+    /* The slowest are interrupts, not the kernel: cut at several heights, keep the largest |t|. */
+    memcpy(sorted, cycles, sizeof sorted);
+    qsort(sorted, ROUNDS, sizeof *sorted, by_value);
+    double worst = 0;
+    for (int percent = 50; percent <= 90; percent += 20) {
+        double t = fabs(welch(cycles, class, sorted[(size_t)ROUNDS * (size_t)percent / 100]));
+        if (t > worst) worst = t;
+    }
+    printf("%.2f\n", worst);
+    return 0;
+}
+
+int main(int argc, char **argv)
+{
+    if (argc == 2 && !strcmp(argv[1], "list")) {
+        for (size_t i = 0; i < sizeof all / sizeof *all; i++) puts(all[i].name);
+        return 0;
+    }
+    if (argc != 4 || mk_level_force(atoi(argv[2])) != 0) return 2;
+    for (size_t i = 0; i < sizeof all / sizeof *all; i++)
+        if (!strcmp(argv[3], all[i].name)) return strcmp(argv[1], "taint") ? measure(all[i].run) : taint(all[i].run);
+    return 2;
+}
