@@ -36,9 +36,14 @@ SHAKESPEARE_TAIL = 20_000  # characters, as MODELS.json says
 
 
 def errors(plan: Plan, runs: Sequence[Sequence[int]], fixed: Fixed) -> None:
+    try:
+        rows = compare(plan, runs, fixed)
+    except OverflowError as e:
+        print(f"Outside the engine's tables: {e}.")
+        return
     print("| value | largest | rms | largest error | rms error |")
     print("|---|--:|--:|--:|--:|")
-    for r in compare(plan, runs, fixed):
+    for r in rows:
         print(f"| {r.name} | {r.largest:.3f} | {r.rms:.4f} | {r.error_max:.1e} | {r.error_rms:.1e} |")
 
 
@@ -82,17 +87,27 @@ def ranges(plan: Plan, runs: Sequence[Sequence[int]]) -> None:
 
 
 def flips(plan: Plan, prompts: Sequence[dict[str, Any]], fixed: Fixed) -> None:
+    """How many ids of each expected continuation the twin gives, and why it stops."""
     twin = FixedModel(plan, fixed)
-    print("| prompt | ids equal | smallest float gap on the path | first difference (float gap) |")
+    print("| prompt | ids equal | smallest float gap on the path | why no further |")
     print("|---|--:|--:|---|")
     for p in prompts:
-        want = p["greedy_new_ids"]
-        got = generate(twin, p["input_ids"], len(want), plan.eos_ids)
-        same = next((i for i, (a, b) in enumerate(zip(want, got, strict=False)) if a != b), len(want))
-        note = "none"
-        if same < len(want):
-            logits = FloatModel(plan).forward([*p["input_ids"], *want[:same]])[-1]
-            note = f"step {same}, gap {gap(logits, got[same]):.5f}"
+        want, note, feed = p["greedy_new_ids"], "", p["input_ids"]
+        twin.reset()
+        same = 0
+        for same, token in enumerate([*want, None]):
+            if token is None:
+                break
+            try:
+                got = int(twin.forward(feed)[-1].argmax())
+            except OverflowError as e:
+                note = str(e)
+                break
+            if got != token:
+                logits = FloatModel(plan).forward([*p["input_ids"], *want[:same]])[-1]
+                note = f"near-tie, float gap {gap(logits, got):.5f}"
+                break
+            feed = [token]
         prompt = json.dumps(p["prompt"], ensure_ascii=False)
         print(
             f"| `{prompt}` | {same} of {len(want)} | {p['smallest_top1_minus_top2_over_the_path']} | {note} |"
@@ -110,20 +125,23 @@ def perplexity(plan: Plan, shared: Path, entry: dict[str, Any], fixed: Fixed) ->
     print("|---|--:|--:|")
     print(f"| MODELS.json (float32) | {told['nats_per_token']:.5f} | {told['perplexity']:.4f} |")
     for name, model in (("float64", FloatModel(plan)), ("fixed point", FixedModel(plan, fixed))):
-        nats = nats_per_token(model, ids, told["window"], told["tokens_scored"])
-        print(f"| {name} | {nats:.5f} | {math.exp(nats):.4f} |")
+        try:
+            nats = nats_per_token(model, ids, told["window"], told["tokens_scored"])
+            print(f"| {name} | {nats:.5f} | {math.exp(nats):.4f} |")
+        except OverflowError as e:
+            print(f"| {name} | {e} | |")
 
 
 def main() -> int:
     p = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     p.add_argument("directories", nargs="*", help="further model directories")
     p.add_argument("--models", nargs="*", help="names from MODELS.json; all if not given")
-    p.add_argument("--scale-bits", type=int, default=Fixed.f)
-    p.add_argument("--rounding", choices=("dither", "floor", "nearest"), default=Fixed.rounding)
+    p.add_argument("--scale-bits", type=int, default=Fixed.scale_bits)
+    p.add_argument("--rounding", choices=("dither", "nearest"), default=Fixed.rounding)
     p.add_argument("--no-perplexity", action="store_true")
     a = p.parse_args()
-    fixed = dataclasses.replace(Fixed(), f=a.scale_bits, rounding=a.rounding)
-    print(f"Fixed point with {fixed.f} fraction bits, rounding by {fixed.rounding}.\n")
+    fixed = dataclasses.replace(Fixed(), scale_bits=a.scale_bits, rounding=a.rounding)
+    print(f"Fixed point with {fixed.scale_bits} fraction bits, rounding by {fixed.rounding}.\n")
 
     shared = find_shared()
     listed = json.loads((shared / "models" / "MODELS.json").read_text("utf-8"))["models"] if shared else []

@@ -4,7 +4,8 @@
 parties do on shares: the same scales, tables and truncations, so its distance to the float model is the price
 of fixed point alone, and its distance to the engine is a bug. Every constant is in `Fixed`.
 
-Both keep a key/value cache: `forward(ids)` continues where the last call ended.
+Both keep a key/value cache: `forward(ids)` continues where the last call ended. `pad` counts slots before the
+ids that hold no token: as in the engine they are computed as token 0 at position 0, and never attended.
 """
 
 from __future__ import annotations
@@ -17,7 +18,9 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from mimir.model import transformer
 from mimir.model.checkpoint import Floats, Plan, encode
+from mimir.mpc import nonlinear
 
 Ints = npt.NDArray[np.int64]
 Tap = Callable[[str, Floats], None]  # receives (name of an intermediate value, the value as float)
@@ -49,7 +52,7 @@ class Model(Protocol):
     plan: Plan
 
     def reset(self) -> None: ...
-    def forward(self, ids: Sequence[int], tap: Tap | None = None) -> Floats: ...
+    def forward(self, ids: Sequence[int], tap: Tap | None = None, pad: int = 0) -> Floats: ...
 
 
 def _rotary(plan: Plan, positions: Ints) -> tuple[Floats, Floats]:
@@ -70,9 +73,31 @@ def _split_heads(plan: Plan, z: npt.NDArray[Any]) -> list[npt.NDArray[Any]]:
     return out
 
 
-def _visible(rows: int, past: int) -> npt.NDArray[np.bool_]:
-    """(rows, past + rows): which cached position each new row may look at."""
-    return np.arange(past + rows) <= past + np.arange(rows)[:, None]
+@dataclass
+class _Slots:
+    """Which slots of the cache hold a token, and what a new row may look at."""
+
+    valid: npt.NDArray[np.bool_]
+
+    @classmethod
+    def none(cls) -> _Slots:
+        return cls(np.zeros(0, np.bool_))
+
+    def extend(
+        self, plan: Plan, ids: Sequence[int], pad: int
+    ) -> tuple[Ints, Ints, Ints, npt.NDArray[np.bool_]]:
+        """(tokens, slots, positions, visible (rows, slots)) of `pad` empty slots and then `ids`."""
+        before, past = int(self.valid.sum()), len(self.valid)
+        rows = pad + len(ids)
+        if past + rows > plan.context:
+            raise ValueError(f"context of {plan.context} exceeded")
+        self.valid = np.concatenate([self.valid, np.arange(rows) >= pad])
+        slots = past + np.arange(rows)
+        tokens = np.concatenate([np.zeros(pad, np.int64), np.asarray(ids, np.int64)])
+        # Learned positions count tokens; rotary angles are those of the slots, as in the engine. Only differences
+        # of angles matter: padding before everything changes nothing, later on it is a gap in the text.
+        positions = np.concatenate([np.zeros(pad, np.int64), before + np.arange(len(ids))])
+        return tokens, slots, positions, (np.arange(past + rows) <= slots[:, None]) & self.valid
 
 
 class FloatModel:
@@ -85,17 +110,16 @@ class FloatModel:
         self.reset()
 
     def reset(self) -> None:
-        self.past = 0
+        """Forget the cache."""
+        self.slots = _Slots.none()
         self.keys: list[Any] = [None] * self.plan.layers
         self.values: list[Any] = [None] * self.plan.layers
 
-    def forward(self, ids: Sequence[int], tap: Tap | None = None) -> Floats:
+    def forward(self, ids: Sequence[int], tap: Tap | None = None, pad: int = 0) -> Floats:
         """Logits (rows, vocab) of every id, appended to the cache."""
-        plan, w, rows = self.plan, self.weights, len(ids)
+        plan, w, rows = self.plan, self.weights, pad + len(ids)
         note = tap or (lambda name, value: None)
-        positions = self.past + np.arange(rows)
-        if self.past + rows > plan.context:
-            raise ValueError(f"context of {plan.context} exceeded")
+        tokens, slots, positions, see = self.slots.extend(plan, ids, pad)
 
         def norm(h: Floats) -> Floats:
             square = (h * h).mean(axis=-1, keepdims=True)
@@ -104,29 +128,30 @@ class FloatModel:
         def rotate(x: Floats) -> Floats:
             if plan.positions != "rope":
                 return x
-            cos, sin = (part.astype(self.dtype) for part in _rotary(plan, positions))
+            cos, sin = (part.astype(self.dtype) for part in _rotary(plan, slots))
             a, b = np.split(x, 2, axis=-1)
             return np.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
 
-        h = w["embed"][np.asarray(ids)]
+        h = w["embed"][tokens]
         if plan.positions == "learned":
             h = h + w["pos"][positions]
         note("embed", h)
-        see = _visible(rows, self.past)
         for i in range(plan.layers):
             u = norm(h)
             note(f"{i}.norm1", u)
             q, k, v = _split_heads(plan, u @ w[f"{i}.qkv"] + w[f"{i}.qkv_b"])
             q, k = rotate(q), rotate(k)
-            if self.past:
+            if self.keys[i] is not None:
                 k, v = np.concatenate([self.keys[i], k], axis=1), np.concatenate([self.values[i], v], axis=1)
             self.keys[i], self.values[i] = k, v
             group = plan.heads // plan.kv_heads
             scores = q @ np.repeat(k, group, axis=0).transpose(0, 2, 1)
             note(f"{i}.scores", np.where(see, scores, 0))
-            e = np.where(see, np.exp(scores - np.where(see, scores, -np.inf).max(-1, keepdims=True)), 0)
-            e = e.astype(self.dtype)
-            p = e / e.sum(-1, keepdims=True)
+            top = np.where(see, scores, -np.inf).max(-1, keepdims=True, initial=-1e30)
+            e = np.where(see, np.exp(np.minimum(scores - top, 0)), 0).astype(self.dtype)
+            p = e / np.maximum(
+                e.sum(-1, keepdims=True), np.finfo(self.dtype).tiny
+            )  # an empty slot sees nothing
             note(f"{i}.softmax", p)
             z = (p @ np.repeat(v, group, axis=0)).transpose(1, 0, 2).reshape(rows, -1)
             note(f"{i}.attention", z)
@@ -146,150 +171,181 @@ class FloatModel:
         note("final norm", u)
         logits = u @ w["head"] + w["head_b"]
         note("logits", logits)
-        self.past += rows
-        return np.asarray(logits, np.float64)
+        return np.asarray(logits, np.float64)[pad:]
 
 
 # -- the twin
 
 
+_SETTINGS = nonlinear.Settings()
+
+
 @dataclass(frozen=True)
 class Fixed:
-    """Every scale and table size of the twin."""
+    """Every scale and table size of the twin.
 
-    f: int = 16  # fixed_point.scale_bits: activations, weights, cache
-    rounding: str = (
-        "dither"  # of a truncation: "dither" (random carry, as in the engine), "floor" or "nearest"
-    )
-    rope_scale: int = 16  # of cos and sin
-    guard: int = 6  # extra fraction bits of a polynomial's accumulator
-    # 1/sqrt(x) and 1/x: the argument is brought to [1, 2), with this many fraction bits, and looked up.
-    mantissa_bits: int = 24
-    rsqrt_bins: int = 128
-    rsqrt_degree: int = 2
-    rsqrt_scale: int = 26
-    reciprocal_bins: int = 128
-    reciprocal_degree: int = 2
-    reciprocal_scale: int = 30
-    # Softmax: a row is shifted by its maximum rounded down to a multiple of `max_grid`; exp is a table on
-    # [max_grid - exp_reach, max_grid), and 0 below.
-    max_grid: int = 2
-    exp_reach: int = 32
-    exp_bins: int = 256
-    exp_degree: int = 2
-    exp_scale: int = 20
-    # Activations: pieces on [-act_reach, act_reach), x above and 0 below.
-    act_reach: int = 16
-    act_bins: int = 128
-    act_degree: int = 3
-    seed: int = 1  # of the dither
-
-
-class Table:
-    """Piecewise polynomial on [low, high) in integers: Horner in the remainder, truncating at each step.
-
-    The argument has scale `scale`, the result `out`. Pieces interpolate at Chebyshev nodes, which is within a
-    few per cent of minimax at these degrees.
+    The numbers are the engine's, so that they cannot drift; what is done with them is written here anew.
     """
 
-    def __init__(
-        self,
-        fn: Callable[[Floats], Floats],
-        low: float,
-        high: float,
-        bins: int,
-        degree: int,
-        scale: int,
-        out: int,
-        guard: int,
-    ) -> None:
-        width = (high - low) * 2.0**scale / bins
-        self.rest = round(math.log2(width))
-        if 2.0**self.rest != width or degree < 0:
-            raise ValueError("a bin must be a power of two wide")
-        self.low, self.bins, self.guard = round(low * 2**scale), bins, guard
-        nodes = 0.5 - 0.5 * np.cos(np.pi * (np.arange(degree + 1) + 0.5) / (degree + 1))
-        starts = low + (high - low) / bins * np.arange(bins)
-        samples = fn(starts[:, None] + nodes * (high - low) / bins)  # (bins, degree + 1)
-        powers = np.linalg.solve(np.vander(nodes, increasing=True), samples.T)  # (degree + 1, bins)
-        self.coefficients = np.rint(powers * 2.0 ** (out + guard)).astype(np.int64)
+    scale_bits: int = _SETTINGS.scale_bits  # f: activations, weights, cache
+    degree: int = _SETTINGS.degree  # cheby.deg
+    bins: int = _SETTINGS.bins  # cheby.bins, of an activation
+    rounding: str = "dither"  # as the engine's masks do it; "nearest" is its mean, and deterministic
+    seed: int = 1  # of the dither
+    activation_bin: int = nonlinear.ACTIVATION_BIN  # log2 of the width of a bin
+    exp_bin: int = nonlinear.EXP_BIN
+    exp_bits: int = nonlinear.EXP_BITS
+    exp_top: float = nonlinear.EXP_TOP
+    coarse_bin: int = nonlinear.COARSE_BIN
+    coarse_bits: int = nonlinear.COARSE_BITS
+    coarse_rest: int = nonlinear.COARSE_REST
+    exp_scale: int = nonlinear.EXP_SCALE
+    mix_scale: int = nonlinear.MIX_SCALE
+    inverse_scale: int = nonlinear.INVERSE_SCALE
+    window_bits: int = nonlinear.WINDOW_BITS
+    window_step: int = nonlinear.WINDOW_STEP
+    window_first: int = nonlinear.WINDOW_FIRST
+    headroom: int = nonlinear.HEADROOM
+    sum_shift: int = nonlinear.SUM_SHIFT
+    sum_base: int = nonlinear.SUM_BASE
+    sum_top: int = nonlinear.SUM_TOP
+    norm_top: int = nonlinear.NORM_TOP
+    rotary_scale: int = transformer.ROTARY_SCALE
 
-    def __call__(self, x: Ints, truncate: Callable[[Ints, int], Ints]) -> Ints:
-        """The caller has made sure that x is in the domain; outside, a table answers garbage."""
-        at = x - self.low
-        index, v = (at >> self.rest) % self.bins, at & ((1 << self.rest) - 1)
-        acc = self.coefficients[-1][index]
-        for c in self.coefficients[-2::-1]:
-            acc = truncate(acc * v, self.rest) + c[index]
-        return truncate(acc, self.guard)
+    @property
+    def rest(self) -> int:
+        return nonlinear.Settings(degree=self.degree).rest
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """A polynomial per index; coefficient d of remainder^d. The result has `scale` fraction bits."""
+
+    low: int
+    rest: int
+    bits: int
+    tables: Ints  # (degree + 1, 2^bits)
+    scale: int
+
+
+def _mask_reading(x: Ints, low: int, rest: int, rng: np.random.Generator | None) -> tuple[Ints, Ints]:
+    """Index and signed remainder of x as read under a mask.
+
+    The mask's three components each lose `low` bits, which adds up to three units before the floor; its
+    remainder carries into the index at random. Without `rng`: the mean of the first, and rounding to nearest.
+    """
+    if rng is None:
+        w = (x + (3 << low >> 1)) >> low
+        below = w & ((1 << rest) - 1)
+        carry = below >> (rest - 1)
+    else:
+        w = (x + rng.integers(0, 1 << low, (3, *x.shape)).sum(axis=0)) >> low
+        below = w & ((1 << rest) - 1)
+        carry = (below + rng.integers(0, 1 << rest, x.shape)) >> rest
+    return (w >> rest) + carry, below - (carry << rest)
+
+
+MEAN_EXCESS = 1.0  # of such a reading, in units of 2^low
+
+
+def pieces(
+    fn: Callable[[Floats], Floats],
+    start: float,
+    width: float,
+    bits: int,
+    unit: float,
+    fx: Fixed,
+    *,
+    low: int,
+    scale: int | None = None,
+    first: int = 0,
+) -> Pieces:
+    """fn on [start, start + width * 2^bits), 0 in pieces below `first`; 2^low of the input is worth `unit`.
+
+    A remainder is signed, so piece j serves one bin on either side of start + j * width. Fitted by least
+    squares at Chebyshev nodes, which is within a few per cent of minimax at these degrees.
+    """
+    nodes = np.cos(np.pi * (np.arange(16) + 0.5) / 16)
+    centres = start + np.arange(1 << bits) * width - MEAN_EXCESS * unit
+    samples = fn(centres[:, None] + nodes * width)
+    weighted = np.linalg.pinv(np.vander(nodes, fx.degree + 1, increasing=True))
+    powers = weighted @ samples.T  # (degree + 1, 2^bits), in t = remainder / 2^rest
+    powers[:, :first] = 0
+    if scale is None:
+        magnitude = math.ceil(math.log2(max(float(np.abs(powers).sum(axis=0).max()), 2.0**-30))) + 1
+        scale = min(fx.headroom - magnitude, fx.inverse_scale + 56)
+    top = scale - fx.rest * fx.degree
+    exponents = top + fx.rest * (fx.degree - np.arange(fx.degree + 1))
+    tables = np.rint(powers * 2.0 ** exponents[:, None]).astype(np.int64)
+    return Pieces(low, fx.rest, bits, tables, scale)
 
 
 class FixedModel:
     """The plan in integers modulo 2^64, step by step as the engine computes it on shares.
 
-    Raises OverflowError, naming the step, where a value leaves the range that truncation can handle: in the
-    engine that would be a wrong result.
+    Raises OverflowError, naming the step, where a value leaves its table or the range that truncation can
+    handle: there the engine's result would be wrong.
     """
 
     def __init__(self, plan: Plan, fixed: Fixed | None = None) -> None:
         self.plan = plan
         self.fixed = fx = fixed or Fixed()
-        d = plan.width
+        d, f = plan.width, fx.scale_bits
         # Held as float64: below 2^53 the integers are exact, and BLAS is used where a product stays so too.
-        # Biases join a product before its truncation, so they carry its scale.
         self.weights = {
-            name: encode(plan.tensor(name), 2 * fx.f if name.endswith("_b") else fx.f, name)
-            .view(np.int64)
-            .astype(np.float64)
+            name: encode(plan.tensor(name), f, name).view(np.int64).astype(np.float64)
             for name in plan.names()
         }
-        self.eps = round(d * plan.norm_eps * 2.0 ** (2 * fx.f))
-        root = math.sqrt(d)  # r = sqrt(d) / sqrt(sum of squares + d eps)
-
-        def rsqrt(parity: int) -> Table:
-            def fn(x: Floats) -> Floats:
-                return root / np.sqrt(x * 2.0**parity)
-
-            return Table(fn, 1, 2, fx.rsqrt_bins, fx.rsqrt_degree, fx.mantissa_bits, fx.rsqrt_scale, fx.guard)
-
-        self.rsqrt = rsqrt(0), rsqrt(1)  # by the parity of the exponent
-        self.reciprocal = Table(
-            np.reciprocal,
-            1,
-            2,
-            fx.reciprocal_bins,
-            fx.reciprocal_degree,
-            fx.mantissa_bits,
-            fx.reciprocal_scale,
-            fx.guard,
+        self.exp = self._table(
+            np.exp, fx.exp_top - 2.0 ** (fx.exp_bits + fx.exp_bin), fx.exp_bin, fx.exp_bits, 1
         )
-        self.exp = Table(
-            np.exp,
-            fx.max_grid - fx.exp_reach,
-            fx.max_grid,
-            fx.exp_bins,
-            fx.exp_degree,
-            fx.f,
-            fx.exp_scale,
-            fx.guard,
+        self.act: Pieces | None = None
+        if plan.act != "relu":
+            reach = fx.bins * 2.0**fx.activation_bin / 2
+            bits, magnitude = fx.bins.bit_length() - 1, math.ceil(math.log2(reach)) + 1
+            self.act = self._table(ACTIVATIONS[plan.act], -reach, fx.activation_bin, bits, magnitude)
+        self.reciprocal = self._ladder(
+            lambda x: 2.0 ** (fx.exp_scale + fx.sum_shift) / np.maximum(x, 2.0 ** (fx.sum_base - 1)),
+            fx.sum_base,
+            fx.sum_top,
         )
-        self.act = Table(
-            ACTIVATIONS[plan.act],
-            -fx.act_reach,
-            fx.act_reach,
-            fx.act_bins,
-            fx.act_degree,
-            fx.f,
-            fx.f,
-            fx.guard,
+        self.rsqrt = self._ladder(
+            lambda x: 1 / np.sqrt(np.maximum(x, 0) / (d * 4.0**f) + plan.norm_eps),
+            max(14, math.floor(math.log2(max(plan.norm_eps, 1e-12) * d)) + 2 * f - fx.window_step),
+            fx.norm_top,
         )
         self.reset()
 
     def reset(self) -> None:
-        self.past = 0
+        """Forget the cache."""
+        self.slots = _Slots.none()
         self.keys: list[Any] = [None] * self.plan.layers
         self.values: list[Any] = [None] * self.plan.layers
-        self.rng = np.random.default_rng(self.fixed.seed)
+        dither = self.fixed.rounding == "dither"
+        self.rng = np.random.default_rng(self.fixed.seed) if dither else None
+
+    # Tables.
+
+    def _table(
+        self, fn: Callable[[Floats], Floats], start: float, bin_log: int, bits: int, magnitude: int
+    ) -> Pieces:
+        """fn of an input at scale 2f, shifted to begin at zero."""
+        fx = self.fixed
+        low = 2 * fx.scale_bits + bin_log - fx.rest
+        unit = 2.0 ** (bin_log - fx.rest)
+        return pieces(fn, start, 2.0**bin_log, bits, unit, fx, low=low, scale=fx.headroom - magnitude)
+
+    def _ladder(self, fn: Callable[[Floats], Floats], base: int, top: int) -> list[Pieces]:
+        """Windows of integers, `window_step` octaves apart; the highest that is not empty answers."""
+        fx, at = self.fixed, base
+        out: list[Pieces] = []
+        while True:
+            first = fx.window_first - 1 if out else 0  # below that, a lower window answers
+            low = at - fx.rest
+            out.append(pieces(fn, 0.0, 2.0**at, fx.window_bits, 2.0**low, fx, low=low, first=first))
+            if at + fx.window_bits >= top:
+                return out
+            at += fx.window_step
 
     # Arithmetic: int64 wraps as the ring does; every function names the step it works for.
 
@@ -300,13 +356,10 @@ class FixedModel:
             )
 
     def _truncate(self, z: Ints, bits: int) -> Ints:
-        if bits <= 0:
-            return z << -bits
-        if self.fixed.rounding == "dither":
-            z = z + self.rng.integers(0, 1 << bits, z.shape)
-        elif self.fixed.rounding == "nearest":
-            z = z + (1 << (bits - 1))
-        return z >> bits
+        """z / 2^bits to within two units."""
+        if self.rng is None:
+            return np.asarray((z + (1 << bits >> 1)) >> bits)
+        return np.asarray(((z + self.rng.integers(0, 1 << bits, (3, *z.shape)).sum(axis=0)) >> bits) - 1)
 
     def _product(self, step: str, a: npt.NDArray[Any], b: npt.NDArray[Any]) -> Ints:
         """a @ b (batched) modulo 2^64."""
@@ -322,131 +375,152 @@ class FixedModel:
         return a * b
 
     def _linear(self, name: str, x: Ints) -> Ints:
-        z = self._product(name, x, self.weights[name]) + self.weights[name + "_b"].astype(np.int64)
-        return self._truncate(z, self.fixed.f)
+        """x @ W + b at twice the scale."""
+        bias = self.weights[name + "_b"].astype(np.int64) << self.fixed.scale_bits
+        return self._product(name, x, self.weights[name]) + bias
 
-    def _mantissa(self, x: Ints) -> tuple[Ints, Ints]:
-        """x > 0 as (m, e): m in [2^mantissa_bits, 2^(mantissa_bits+1)), x about m * 2^(e - mantissa_bits)."""
-        e = np.frexp(x.astype(np.float64))[1].astype(np.int64) - 1
-        e -= (x >> np.minimum(e, SAFE_BITS)) == 0  # the conversion rounded up to a power of two
-        down = e - self.fixed.mantissa_bits
-        return np.where(down >= 0, x >> np.maximum(down, 0), x << np.maximum(-down, 0)), e
+    def _lookup(self, step: str, x: Ints, p: Pieces) -> tuple[Ints, Ints]:
+        """(index, value at p.scale); what lies outside reads another piece."""
+        j, t = _mask_reading(x, p.low, p.rest, self.rng)
+        row = p.tables[:, j % (1 << p.bits)]
+        acc = row[-1]
+        for c in row[-2::-1]:
+            acc = self._times(step, acc, t) + c
+        return j, acc
 
-    def _scaled(self, y: Ints, down: Ints) -> Ints:
-        """y * 2^-down per element, rounding down."""
-        return np.where(down >= 0, y >> np.maximum(down, 0), y << np.maximum(-down, 0))
+    def _inside(self, step: str, j: Ints, bits: int, used: npt.NDArray[np.bool_] | None = None) -> None:
+        outside = (j < 0) | (j >= 1 << bits)
+        if used is not None:
+            outside &= used
+        if outside.any():
+            raise OverflowError(f"{step}: {int(outside.sum())} of {j.size} values lie outside the table")
+
+    def _climb(self, step: str, x: Ints, ladder: list[Pieces]) -> Ints:
+        """The value of the highest window that is not empty, at inverse_scale."""
+        fx = self.fixed
+        out = np.zeros_like(x)
+        for level, p in enumerate(ladder):
+            j, value = self._lookup(step, x, p)
+            value = self._truncate(value, p.scale - fx.inverse_scale)
+            out = value if level == 0 else np.where(j % (1 << p.bits) >= fx.window_first, value, out)
+        self._inside(step, j, ladder[-1].bits)
+        return out
+
+    # Layers.
 
     def _norm(self, step: str, h: Ints) -> Ints:
         fx = self.fixed
         self._fits(step, float((h.astype(np.float64) ** 2).sum(axis=-1).max()))
-        s = (h * h).sum(axis=-1) + self.eps  # scale 2f, exact
-        if (s <= 0).any():
-            raise OverflowError(f"{step}: the norm's sum is not positive")
-        m, e = self._mantissa(s)
-        e = e - 2 * fx.f
-        odd = e & 1
-        r = np.where(odd == 1, self.rsqrt[1](m, self._truncate), self.rsqrt[0](m, self._truncate))
-        r = self._scaled(r, e >> 1)
-        return self._truncate(self._times(step, h, r[:, None]), fx.rsqrt_scale)
+        r = self._climb(step, (h * h).sum(axis=-1), self.rsqrt)
+        return self._truncate(self._times(step, h, r[:, None]), fx.inverse_scale)
 
     def _rotate(self, step: str, x: Ints, positions: Ints) -> Ints:
+        """x at 2f -> f."""
+        fx = self.fixed
         if self.plan.positions != "rope":
-            return x
-        bits = self.fixed.rope_scale
+            return self._truncate(x, fx.scale_bits)
+        bits = fx.rotary_scale
         cos, sin = (np.rint(part * 2.0**bits).astype(np.int64) for part in _rotary(self.plan, positions))
         a, b = np.split(x, 2, axis=-1)
-        z = np.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
         self._fits(step, 2.0**bits * 2 * float(np.abs(x).max()))
-        return self._truncate(z, bits)
+        z = np.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
+        return self._truncate(z, bits + fx.scale_bits)
 
-    def _exp_row(self, step: str, scores: Ints, see: npt.NDArray[np.bool_]) -> Ints:
-        """exp of scores (scale 2f) less a row shift, at exp_scale; 0 where not visible."""
+    def _exponentials(self, step: str, scores: Ints, see: npt.NDArray[np.bool_]) -> Ints:
+        """e^(score - shift) at exp_scale, 0 where not visible; scores at 2f."""
         fx = self.fixed
-        top = np.where(see, scores, np.iinfo(np.int64).min).max(axis=-1, keepdims=True)
-        step_bits = fx.max_grid << (2 * fx.f)
-        t = self._truncate(scores - top // step_bits * step_bits, fx.f)
-        # The dither may lift the largest by one unit out of the table.
-        t = np.minimum(t, (fx.max_grid << fx.f) - 1)
-        inside = t >= (fx.max_grid - fx.exp_reach) << fx.f
-        return np.where(see & inside, self.exp(np.where(inside, t, 0), self._truncate), 0)
+        scale = 2 * fx.scale_bits
+        half = 1 << (scale + fx.coarse_bin + fx.coarse_bits - 1)
+        j, _ = _mask_reading(scores + half, scale + fx.coarse_bin - fx.coarse_rest, fx.coarse_rest, self.rng)
+        self._inside(f"{step}: coarse maximum", j, fx.coarse_bits, np.broadcast_to(see, j.shape))
+        top = np.where(see, j, 0).max(axis=-1, keepdims=True)
+        reach = 2.0 ** (fx.exp_bits + fx.exp_bin)
+        offset = 2.0 ** (fx.coarse_bin + fx.coarse_bits - 1) - 2.0**fx.coarse_bin + (reach - fx.exp_top)
+        x = scores - (top << (scale + fx.coarse_bin)) + int(offset * 2**scale)
+        j, e = self._lookup(step, x, self.exp)
+        self._inside(f"{step}: exp", j, fx.exp_bits, np.broadcast_to(see, j.shape))
+        return np.where(see, self._truncate(e, self.exp.scale - fx.exp_scale), 0)
 
-    def _activate(self, x: Ints) -> Ints:
-        if self.plan.act == "relu":
-            return np.maximum(x, 0)
-        edge = self.fixed.act_reach << self.fixed.f
-        inside = (x >= -edge) & (x < edge)
-        return np.where(inside, self.act(np.where(inside, x, 0), self._truncate), np.maximum(x, 0))
+    def _activate(self, step: str, x: Ints) -> Ints:
+        """Activation of x at 2f, result at f."""
+        fx = self.fixed
+        if self.act is None:  # relu: the sign is that of the truncated value
+            y = self._truncate(x, fx.scale_bits)
+            return np.where(self._truncate(x, fx.scale_bits) < 0, 0, y)
+        half = 1 << (2 * fx.scale_bits + fx.activation_bin + self.act.bits - 1)
+        j, y = self._lookup(step, x + half, self.act)
+        self._inside(step, j, self.act.bits)
+        return self._truncate(y, self.act.scale - fx.scale_bits)
 
-    def forward(self, ids: Sequence[int], tap: Tap | None = None) -> Floats:
+    def forward(self, ids: Sequence[int], tap: Tap | None = None, pad: int = 0) -> Floats:
         """Logits (rows, vocab) of every id, appended to the cache."""
-        plan, fx, rows = self.plan, self.fixed, len(ids)
-        f, heads = fx.f, plan.heads
-        if self.past + rows > plan.context:
-            raise ValueError(f"context of {plan.context} exceeded")
+        plan, fx, rows = self.plan, self.fixed, pad + len(ids)
+        f, heads = fx.scale_bits, plan.heads
 
         def note(name: str, value: Ints, scale: int) -> None:
             if tap:
                 tap(name, value / 2.0**scale)
 
-        positions = self.past + np.arange(rows)
-        h = self.weights["embed"][np.asarray(ids)].astype(np.int64)
+        tokens, slots, positions, see = self.slots.extend(plan, ids, pad)
+        h = self.weights["embed"][tokens].astype(np.int64)
         if plan.positions == "learned":
             h = h + self.weights["pos"][positions].astype(np.int64)
         note("embed", h, f)
-        see = _visible(rows, self.past)
         for i in range(plan.layers):
             u = self._norm(f"{i}.norm1", h)
             note(f"{i}.norm1", u, f)
             q, k, v = _split_heads(plan, self._linear(f"{i}.qkv", u))
-            q, k = self._rotate(f"{i}.q", q, positions), self._rotate(f"{i}.k", k, positions)
-            if self.past:
+            q, k = self._rotate(f"{i}.q", q, slots), self._rotate(f"{i}.k", k, slots)
+            v = self._truncate(v, f)
+            if self.keys[i] is not None:
                 k, v = np.concatenate([self.keys[i], k], axis=1), np.concatenate([self.values[i], v], axis=1)
             self.keys[i], self.values[i] = k, v
             group = heads // plan.kv_heads
             scores = self._product(f"{i}.scores", q, np.repeat(k, group, axis=0).transpose(0, 2, 1))
             note(f"{i}.scores", np.where(see, scores, 0), 2 * f)
-            e = self._exp_row(f"{i}.softmax", scores, see)
+            e = self._exponentials(f"{i}.softmax", scores, see)
             total = e.sum(axis=-1)  # (heads, rows)
             if tap:
-                tap(f"{i}.softmax", e / total[..., None])
+                tap(f"{i}.softmax", e / np.maximum(total, 1)[..., None])
             z = self._product(f"{i}.attention", e, np.repeat(v, group, axis=0))
-            z = self._truncate(z, fx.exp_scale)
-            m, up = self._mantissa(total)
-            r = self._scaled(self.reciprocal(m, self._truncate), up - fx.exp_scale)
-            z = self._truncate(self._times(f"{i}.attention", z, r[..., None]), fx.reciprocal_scale)
+            z = self._truncate(z, fx.exp_scale + f - fx.mix_scale)
+            r = self._climb(f"{i}.reciprocal", total << fx.sum_shift, self.reciprocal)
+            z = self._times(f"{i}.attention", z, r[..., None])
+            z = self._truncate(z, fx.mix_scale + fx.inverse_scale - f)
             z = z.transpose(1, 0, 2).reshape(rows, -1)
             note(f"{i}.attention", z, f)
-            h = h + self._linear(f"{i}.o", z)
+            h = h + self._truncate(self._linear(f"{i}.o", z), f)
             note(f"{i}.residual1", h, f)
             u = self._norm(f"{i}.norm2", h)
             note(f"{i}.norm2", u, f)
             hidden = self._linear(f"{i}.in", u)
-            note(f"{i}.hidden", hidden, f)
-            a = self._activate(hidden[:, : plan.hidden])
+            note(f"{i}.hidden", hidden, 2 * f)
+            a = self._activate(f"{i}.activation", hidden[:, : plan.hidden])
             if plan.act == "silu_glu":
-                a = self._truncate(self._times(f"{i}.gate", a, hidden[:, plan.hidden :]), f)
+                up = self._truncate(hidden[:, plan.hidden :], f)
+                a = self._truncate(self._times(f"{i}.gate", a, up), f)
             note(f"{i}.activation", a, f)
-            h = h + self._linear(f"{i}.out", a)
+            h = h + self._truncate(self._linear(f"{i}.out", a), f)
             note(f"{i}.residual2", h, f)
         u = self._norm("final norm", h)
         note("final norm", u, f)
-        # The logits are compared, never multiplied: no truncation.
-        logits = self._product("head", u, self.weights["head"]) + self.weights["head_b"].astype(np.int64)
+        logits = self._linear("head", u)  # compared, never multiplied: no truncation
         note("logits", logits, 2 * f)
-        self.past += rows
-        return np.asarray(logits / 2.0 ** (2 * f))
+        return np.asarray(logits / 2.0 ** (2 * f))[pad:]
 
 
 # -- what is measured on either
 
 
-def generate(model: Model, prompt: Sequence[int], count: int, eos: Sequence[int] = ()) -> list[int]:
+def generate(
+    model: Model, prompt: Sequence[int], count: int, eos: Sequence[int] = (), pad: int = 0
+) -> list[int]:
     """Greedy continuation of at most `count` ids, through the cache; ties go to the smaller id."""
     model.reset()
     out: list[int] = []
     feed = list(prompt)
     while len(out) < count:
-        out.append(int(model.forward(feed)[-1].argmax()))
+        out.append(int(model.forward(feed, pad=0 if out else pad)[-1].argmax()))
         if out[-1] in eos:
             break
         feed = out[-1:]

@@ -23,10 +23,11 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from reference import (
     ACTIVATIONS,
+    MEAN_EXCESS,
     Fixed,
     FixedModel,
     FloatModel,
-    Table,
+    _mask_reading,
     compare,
     gap,
     gelu,
@@ -43,9 +44,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts"))
 import random_checkpoint
 
 NAMES = ("stories260K", "TinyStories-656K", "gpt2-shakespeare-char-0.8M")
-TOKENS = 50  # of every expected continuation; the issue asks for 30
+TOKENS = 50  # of every expected continuation
+TWIN_TOKENS = 30  # reached before a score may leave the engine's tables (see test_tables_hold_...)
 NEAR_TIE = 0.02  # a plaintext logit gap below which fixed point may choose otherwise
-TWIN_LOGIT_ERROR = 0.02  # measured: 3e-3 on the shared checkpoints
+TWIN_LOGIT_ERROR = 0.02  # measured: 7e-3 on the shared checkpoints
+RANDOM_LOGIT_ERROR = 0.15  # the small random ones are worse conditioned; measured: 2e-2
 PERPLEXITY_TOLERANCE = 1e-4
 
 Tensors = dict[str, npt.NDArray[Any]]
@@ -142,27 +145,46 @@ def test_float_reference_gives_the_published_tokens(model: Any) -> None:
             assert abs(logits[entry["id"]] - entry["logit"]) < 1e-4
 
 
+def agrees(plan: Plan, p: dict[str, Any], got: list[int]) -> None:
+    """`got` is the expected continuation, or parts from it at a near-tie of the float model."""
+    want = p["greedy_new_ids"]
+    same = next((i for i, (a, b) in enumerate(zip(want, got, strict=False)) if a != b), len(got))
+    if same < len(got):
+        logits = FloatModel(plan).forward([*p["input_ids"], *want[:same]])[-1]
+        assert gap(logits, got[same]) < NEAR_TIE, f"step {same} of {p['prompt']!r}"
+
+
 @pytest.mark.models
-def test_fixed_point_gives_the_published_tokens(model: Any, seed: int) -> None:
+@pytest.mark.parametrize("pad", [0, 9])
+def test_fixed_point_gives_the_published_tokens(model: Any, pad: int, seed: int) -> None:
     plan = load_checkpoint(model["path"])
     twin = FixedModel(plan, Fixed(seed=seed))
     for p in model["expected"]["prompts"]:
-        want = p["greedy_new_ids"]
-        got = generate(twin, p["input_ids"], TOKENS, plan.eos_ids)
-        same = next((i for i, (a, b) in enumerate(zip(want, got, strict=False)) if a != b), len(want))
-        if same < TOKENS:  # the paths part for good at the first flip, which must be a near-tie
-            logits = FloatModel(plan).forward([*p["input_ids"], *want[:same]])[-1]
-            assert gap(logits, got[same]) < NEAR_TIE, f"step {same} of {p['prompt']!r}"
+        count = min(TWIN_TOKENS, plan.context - pad - len(p["input_ids"]))
+        got = generate(twin, p["input_ids"], count, plan.eos_ids, pad)
+        assert len(got) == count
+        agrees(plan, p, got)
+
+
+@pytest.mark.models
+def test_tables_hold_the_whole_expected_runs(model: Any, seed: int, request: pytest.FixtureRequest) -> None:
+    if model["name"] == "stories260K" and Fixed().exp_bits + Fixed().exp_bin < 8:
+        why = "a score 164 below its row's largest, from the 32nd new token on; exp reaches 128"
+        request.applymarker(pytest.mark.xfail(reason=why, raises=OverflowError, strict=True))
+    plan = load_checkpoint(model["path"])
+    twin = FixedModel(plan, Fixed(seed=seed))
+    for p in model["expected"]["prompts"]:
+        agrees(plan, p, generate(twin, p["input_ids"], TOKENS, plan.eos_ids))
 
 
 @pytest.mark.models
 def test_twin_stays_near_the_float_model(model: Any, seed: int) -> None:
     plan = load_checkpoint(model["path"])
-    runs = [p["input_ids"] + p["greedy_new_ids"] for p in model["expected"]["prompts"]]
+    runs = [p["input_ids"] + p["greedy_new_ids"][:TWIN_TOKENS] for p in model["expected"]["prompts"]]
     rows = {r.name: r for r in compare(plan, runs, Fixed(seed=seed))}
     assert rows["logits"].error_max < TWIN_LOGIT_ERROR
     for row in rows.values():
-        assert row.error_rms < 3e-4 * max(row.rms, 1.0), row
+        assert row.error_rms < 5e-4 * max(row.rms, 1.0), row
 
 
 @pytest.mark.models
@@ -376,7 +398,7 @@ def test_cache_continues_as_one_pass(plain_llama: Path, plain_gpt2: Path) -> Non
         got = np.concatenate([pieces.forward(IDS[:3]), pieces.forward(IDS[3:4]), pieces.forward(IDS[4:])])
         np.testing.assert_allclose(got, whole.forward(IDS), atol=1e-10)
         # Without dither the twin's integers do not depend on how the rows are cut at all.
-        fixed = Fixed(rounding="floor")
+        fixed = Fixed(rounding="nearest")
         one, cut = FixedModel(plan, fixed), FixedModel(plan, fixed)
         exact = np.concatenate([cut.forward(IDS[:3]), cut.forward(IDS[3:4]), cut.forward(IDS[4:])])
         np.testing.assert_array_equal(exact, one.forward(IDS))
@@ -765,55 +787,123 @@ def test_encode_edges(plain_llama: Path) -> None:
     np.testing.assert_array_equal(plan.encoded("0.in", 16), encode(plan.tensor("0.in"), 16))
 
 
+# -- padding
+
+
+@pytest.mark.parametrize("pad", [1, 7])
+def test_padding_changes_nothing_but_the_slots(plain_llama: Path, plain_gpt2: Path, pad: int) -> None:
+    for at in (plain_llama, plain_gpt2):
+        plan = load_checkpoint(at)
+        bare, padded, twin = FloatModel(plan), FloatModel(plan), FixedModel(plan)
+        again = (
+            pad if plan.positions == "learned" else 0
+        )  # for rotary positions it would be a gap in the text
+        for part, first in ((IDS[:4], pad), (IDS[4:5], 0), (IDS[5:], again)):
+            want = bare.forward(part)
+            np.testing.assert_allclose(padded.forward(part, pad=first), want, atol=1e-9)
+            assert np.abs(twin.forward(part, pad=first) - want).max() < RANDOM_LOGIT_ERROR
+
+
 # -- the twin itself
 
 
-def exact_shift(z: npt.NDArray[np.int64], bits: int) -> npt.NDArray[np.int64]:
-    return z >> bits
+@pytest.fixture(scope="module")
+def llama_twin(plain_llama: Path) -> FixedModel:
+    return FixedModel(load_checkpoint(plain_llama))
 
 
-@pytest.mark.parametrize("name", ["gelu", "gelu_tanh", "silu_glu"])
-def test_activation_table_over_its_whole_domain(name: str) -> None:
-    fx = Fixed()
-    table = Table(
-        ACTIVATIONS[name], -fx.act_reach, fx.act_reach, fx.act_bins, fx.act_degree, fx.f, fx.f, fx.guard
-    )
-    x = np.arange(-fx.act_reach << fx.f, fx.act_reach << fx.f, 7, dtype=np.int64)
-    error = np.abs(table(x, exact_shift) / 2.0**fx.f - ACTIVATIONS[name](x / 2.0**fx.f))
-    assert error.max() < 2.5e-5
+@pytest.mark.parametrize("act", ["silu_glu", "gelu", "gelu_tanh"])
+def test_activation_over_its_whole_domain(act: str, llama_twin: FixedModel, plain_gpt2: Path) -> None:
+    if act == "silu_glu":
+        twin = llama_twin
+    else:
+        twin = FixedModel(load_checkpoint(plain_gpt2))
+        assert twin.plan.act == "gelu_tanh"
+        if act == "gelu":
+            reach = twin.fixed.bins / 8
+            bits, magnitude = twin.fixed.bins.bit_length() - 1, math.ceil(math.log2(reach)) + 1
+            twin.act = twin._table(gelu, -reach, twin.fixed.activation_bin, bits, magnitude)
+    edge = twin.fixed.bins / 8 - 2.0**twin.fixed.activation_bin
+    x = np.linspace(-edge, edge, 40001)[1:-1]
+    f = twin.fixed.scale_bits
+    got = twin._activate("test", np.rint(x * 4.0**f).astype(np.int64)) / 2.0**f
+    assert np.abs(got - ACTIVATIONS[act](x)).max() < 3.5e-4
+    for outside in (-edge - 1, edge + 1):
+        with pytest.raises(OverflowError, match="test: 1 of 1 values lie outside"):
+            twin._activate("test", np.asarray([int(outside * 4.0**f)]))
 
 
-def test_exp_table_over_its_whole_domain() -> None:
-    fx = Fixed()
-    low = fx.max_grid - fx.exp_reach
-    table = Table(np.exp, low, fx.max_grid, fx.exp_bins, fx.exp_degree, fx.f, fx.exp_scale, fx.guard)
-    x = np.arange(low << fx.f, fx.max_grid << fx.f, 5, dtype=np.int64)
-    error = np.abs(table(x, exact_shift) / 2.0**fx.exp_scale - np.exp(x / 2.0**fx.f))
-    assert (error < 1.5e-5 * np.exp(x / 2.0**fx.f) + 2.0 ** -(fx.exp_scale - 1)).all()
+def test_relu_is_exact_to_two_units(a_gpt2: Path) -> None:
+    edit(a_gpt2, activation_function="relu")
+    twin = FixedModel(load_checkpoint(a_gpt2))
+    x = np.linspace(-40, 40, 10001)
+    got = twin._activate("test", np.rint(x * 4.0**16).astype(np.int64)) / 2.0**16
+    assert np.abs(got - np.maximum(x, 0)).max() < 2.0**-14
 
 
-def test_norm_holds_over_ten_orders_of_magnitude(plain_llama: Path, rng: np.random.Generator) -> None:
-    plan = load_checkpoint(plain_llama)
-    twin = FixedModel(plan)
-    for exponent in range(-6, 12):
+def test_exponentials_are_right_where_they_matter(llama_twin: FixedModel, rng: np.random.Generator) -> None:
+    scores = rng.normal(0, 12, (3, 200, 40))
+    see = rng.random((200, 40)) < 0.8
+    see[:, 0] = True
+    e = llama_twin._exponentials("test", np.rint(scores * 4.0**16).astype(np.int64), see)
+    got = e / e.sum(axis=-1, keepdims=True)
+    masked = np.where(see, scores, -np.inf)
+    want = np.exp(masked - masked.max(axis=-1, keepdims=True))
+    want /= want.sum(axis=-1, keepdims=True)
+    assert np.abs(got - want).max() < 2e-3 and (got[:, ~see] == 0).all()
+    with pytest.raises(OverflowError, match="coarse maximum"):
+        llama_twin._exponentials("test", np.full((1, 1, 2), 1000 << 32), np.ones((1, 2), np.bool_))
+    low = np.asarray([[[100 << 32, -(100 << 32)]]])
+    if llama_twin.fixed.exp_bits + llama_twin.fixed.exp_bin <= 7:
+        with pytest.raises(OverflowError, match="exp"):
+            llama_twin._exponentials("test", low, np.ones((1, 2), np.bool_))
+
+
+def test_norm_holds_over_many_orders_of_magnitude(llama_twin: FixedModel, rng: np.random.Generator) -> None:
+    plan = llama_twin.plan
+    for exponent in range(-4, 10):
         x = rng.normal(0, 2.0**exponent, (40, plan.width))
         h = np.rint(x * 2**16).astype(np.int64)
         real = h / 2.0**16
         want = real / np.sqrt((real**2).mean(-1, keepdims=True) + plan.norm_eps)
-        assert np.abs(twin._norm("test", h) / 2.0**16 - want).max() < 2e-4
+        assert np.abs(llama_twin._norm("test", h) / 2.0**16 - want).max() < 2e-3
+    with pytest.raises(OverflowError, match="outside the table"):
+        llama_twin._norm("test", np.full((1, plan.width), 1 << 28))
 
 
-def test_mantissa_is_exact_at_powers_of_two(plain_llama: Path) -> None:
-    twin = FixedModel(load_checkpoint(plain_llama))
-    x = np.asarray([v for k in range(1, 62) for v in ((1 << k) - 1, 1 << k, (1 << k) + 1)], np.int64)
-    m, e = twin._mantissa(x)
-    assert e.tolist() == [int(v).bit_length() - 1 for v in x]
-    assert ((m >> twin.fixed.mantissa_bits) == 1).all()
+def test_reciprocal_over_its_whole_domain(llama_twin: FixedModel) -> None:
+    fx = llama_twin.fixed
+    x = np.geomspace(math.exp(-8), 2.0**10.9, 5000)
+    at = np.rint(x * 2.0**fx.exp_scale).astype(np.int64)
+    got = llama_twin._climb("test", at << fx.sum_shift, llama_twin.reciprocal) / 2.0**fx.inverse_scale
+    assert np.abs(got * x - 1).max() < 2e-3
 
 
-def test_products_wrap_as_the_ring_does(plain_llama: Path, rng: np.random.Generator) -> None:
+def test_reading_under_a_mask_keeps_the_value(rng: np.random.Generator) -> None:
+    x = rng.integers(0, 1 << 40, 20000)
+    for low, rest in ((0, 4), (7, 12), (20, 5)):
+        for source in (rng, None):
+            j, t = _mask_reading(x, low, rest, source)
+            back = (j << rest) + t
+            assert (np.abs(t) <= 1 << rest).all()
+            excess = back - x / 2.0**low
+            assert excess.min() > -1 and excess.max() < 3
+            if low:
+                assert abs(excess.mean() - MEAN_EXCESS) < 0.05
+
+
+def test_truncation_is_within_two_units_and_unbiased(
+    llama_twin: FixedModel, rng: np.random.Generator
+) -> None:
+    z = rng.integers(-(1 << 60), 1 << 60, 50000)
+    error = llama_twin._truncate(z, 16) - z.astype(object) / 2**16
+    error = error.astype(np.float64)
+    assert np.abs(error).max() < 2 and abs(error.mean()) < 0.02
+
+
+def test_products_wrap_as_the_ring_does(llama_twin: FixedModel, rng: np.random.Generator) -> None:
     """Both the float path and the integer path give the exact product; too large ones are named."""
-    twin = FixedModel(load_checkpoint(plain_llama))
+    twin = llama_twin
     for bits in (20, 29):
         a, b = (rng.integers(-(1 << bits), 1 << bits, s) for s in ((3, 5), (5, 4)))
         want = a.astype(object) @ b.astype(object)
@@ -827,7 +917,7 @@ def test_products_wrap_as_the_ring_does(plain_llama: Path, rng: np.random.Genera
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
-@pytest.mark.parametrize("rounding", ["dither", "floor", "nearest"])
+@pytest.mark.parametrize("rounding", ["dither", "nearest"])
 def test_twin_follows_the_float_model_on_random_weights(
     tmp_path: Path, family: str, rounding: str, rng: np.random.Generator, seed: int
 ) -> None:
@@ -835,14 +925,15 @@ def test_twin_follows_the_float_model_on_random_weights(
     runs = [rng.integers(0, plan.vocab, 20).tolist() for _ in range(2)]
     rows = {r.name: r for r in compare(plan, runs, Fixed(rounding=rounding, seed=seed))}
     assert set(rows) >= {"embed", "0.norm1", "0.scores", "0.softmax", "1.activation", "1.residual2", "logits"}
-    assert 0 < rows["logits"].error_max < TWIN_LOGIT_ERROR
+    assert 0 < rows["logits"].error_max < RANDOM_LOGIT_ERROR
+    assert rows["logits"].error_rms < RANDOM_LOGIT_ERROR / 10
 
 
 def test_more_fraction_bits_mean_less_error(plain_gpt2: Path) -> None:
     plan = load_checkpoint(plain_gpt2)
     runs = [[int(t) for t in range(1, 20)]]
-    errors = [compare(plan, runs, Fixed(f=f))[-1].error_rms for f in (12, 14, 16)]
-    assert errors[0] > 2 * errors[1] > 4 * errors[2]
+    errors = [compare(plan, runs, Fixed(scale_bits=f))[-1].error_rms for f in (12, 14, 16)]
+    assert errors[0] > 2 * errors[1] and errors[1] > 1.5 * errors[2]
 
 
 # -- tokenizers
