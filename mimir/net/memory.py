@@ -152,9 +152,10 @@ class MemoryParty:
         handler = self._net.party(peer)._handlers.get(kind)
         if handler is None:
             raise PeerError(peer, step, "refused: unknown kind of request")
+        question = wire.decode_body(wire.encode_body(body))
         with trio.move_on_after(deadline):
             try:
-                answer = await handler(self.party, wire.decode_body(wire.encode_body(body)))
+                answer = await handler(self.party, question)
                 return wire.decode_body(wire.encode_body(answer))
             except BadInput as exc:
                 raise PeerError(peer, step, f"refused: {exc}") from None
