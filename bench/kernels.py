@@ -1,7 +1,7 @@
 """Measure every kernel at every level against the ceiling of this machine: `bench/kernels.py [name ...]`.
 
-The ceiling of a kernel is the larger of two times: its bytes at the speed of reading memory, where the case is
-larger than the caches, and its 64-bit products at the speed of multiplying. Kernels with neither show
+The ceiling of a kernel is the larger of two times: its bytes at the speed of reading memory, where the case
+is larger than the caches, and its 64-bit products at the speed of multiplying. Kernels with neither show
 their rate alone. One thread; the best of several runs.
 """
 

@@ -149,6 +149,28 @@ static inline vec high_halves(vec even, vec odd)
     return (vec)_mm256_unpackhi_epi64((__m256i)even, (__m256i)odd);
 }
 
+/* Of the words of a and b, in pairs that suit: those whose bit s is clear, those whose bit s is set, s being 1 or 2;
+ * and the way back. */
+static inline vec pick_low(vec a, vec b, int s)
+{
+    return s == 2 ? (vec)_mm256_permute2x128_si256((__m256i)a, (__m256i)b, 0x20) : low_halves(a, b);
+}
+
+static inline vec pick_high(vec a, vec b, int s)
+{
+    return s == 2 ? (vec)_mm256_permute2x128_si256((__m256i)a, (__m256i)b, 0x31) : high_halves(a, b);
+}
+
+static inline vec unpick_first(vec low, vec high, int s)
+{
+    return pick_low(low, high, s);
+}
+
+static inline vec unpick_second(vec low, vec high, int s)
+{
+    return pick_high(low, high, s);
+}
+
 typedef uint32_t vec32 __attribute__((vector_size(32)));
 
 static inline vec32 rotl32(vec32 x, int r)

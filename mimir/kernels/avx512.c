@@ -122,6 +122,32 @@ static inline vec high_halves(vec even, vec odd)
     return (vec)_mm512_unpackhi_epi64((__m512i)even, (__m512i)odd);
 }
 
+/* Of the words of a then b, by number: those whose bit s is clear, those whose bit s is set, s a power of two below
+ * LANES; and the way back. */
+static inline vec pick_low(vec a, vec b, int s)
+{
+    const vec by4 = {0, 1, 2, 3, 8, 9, 10, 11}, by2 = {0, 1, 4, 5, 8, 9, 12, 13}, by1 = {0, 2, 4, 6, 8, 10, 12, 14};
+    return __builtin_shuffle(a, b, s == 4 ? by4 : s == 2 ? by2 : by1);
+}
+
+static inline vec pick_high(vec a, vec b, int s)
+{
+    const vec by4 = {4, 5, 6, 7, 12, 13, 14, 15}, by2 = {2, 3, 6, 7, 10, 11, 14, 15}, by1 = {1, 3, 5, 7, 9, 11, 13, 15};
+    return __builtin_shuffle(a, b, s == 4 ? by4 : s == 2 ? by2 : by1);
+}
+
+static inline vec unpick_first(vec low, vec high, int s)
+{
+    const vec by4 = {0, 1, 2, 3, 8, 9, 10, 11}, by2 = {0, 1, 8, 9, 2, 3, 10, 11}, by1 = {0, 8, 1, 9, 2, 10, 3, 11};
+    return __builtin_shuffle(low, high, s == 4 ? by4 : s == 2 ? by2 : by1);
+}
+
+static inline vec unpick_second(vec low, vec high, int s)
+{
+    const vec by4 = {4, 5, 6, 7, 12, 13, 14, 15}, by2 = {4, 5, 12, 13, 6, 7, 14, 15}, by1 = {4, 12, 5, 13, 6, 14, 7, 15};
+    return __builtin_shuffle(low, high, s == 4 ? by4 : s == 2 ? by2 : by1);
+}
+
 typedef uint32_t vec32 __attribute__((vector_size(64)));
 
 static inline vec32 rotl32(vec32 x, int r)

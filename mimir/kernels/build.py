@@ -19,6 +19,8 @@ SOURCES = ("ref.c", "avx2.c", "avx512.c", "dispatch.c")
 # round: without it gr_combine is three times as fast.
 FLAGS = ["-O3", "-fno-tree-pre", "-std=gnu11", "-Wall", "-Wextra", "-Werror"]
 
+LIBRARY = "_native.abi3.so"  # the name setuptools gives it too: cffi keeps to the stable ABI
+
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 HEADERS = ("kernels.h", "levels.h", "ct.h", "simd.h")
@@ -50,11 +52,14 @@ ffibuilder = make(HERE.relative_to(ROOT))  # setuptools wants paths relative to 
 def main() -> int:
     """Compile aside and move the library into place, so that a process which has it loaded lives on."""
     with tempfile.TemporaryDirectory() as aside:
-        built = Path(make(HERE).compile(tmpdir=aside, verbose="-v" in sys.argv[1:]))
-        fresh = HERE / f".{built.name}.new"
+        built = make(HERE).compile(tmpdir=aside, verbose="-v" in sys.argv[1:])
+        fresh = HERE / f".{LIBRARY}.new"
         shutil.copyfile(built, fresh)
-        os.replace(fresh, HERE / built.name)
-    print(HERE / built.name)
+    os.replace(fresh, HERE / LIBRARY)
+    for other in HERE.glob("_native.*.so"):
+        if other.name != LIBRARY:
+            other.unlink()  # it would be imported in place of the fresh one
+    print(HERE / LIBRARY)
     return 0
 
 

@@ -275,47 +275,79 @@ void MK(mk_bits_rss_and)(uint64_t *restrict out, const uint64_t *x, const uint64
 
 /* ---- packed bits ---- */
 
-/* Transpose 64 by 64 bits: six rounds swap ever smaller off-diagonal squares. */
-static void transpose(uint64_t x[64])
+/* Words apart by s swap squares of s by s bits: with t = (low >> s ^ high) & mask, low ^= t << s and high ^= t. */
+#define SWAP(low, high, s, mask)                                                                                       \
+    do {                                                                                                               \
+        vec t_ = ((low) >> (s) ^ (high)) & splat(mask);                                                                \
+        (low) ^= t_ << (s), (high) ^= t_;                                                                              \
+    } while (0)
+
+/* One round over words further apart than a vector is long. */
+#define ROUND_FAR(x, s, mask)                                                                                          \
+    UNROLL for (int i_ = 0; i_ < 64 / LANES; i_++) if (!(i_ & (s) / LANES)) SWAP((x)[i_], (x)[i_ + (s) / LANES], s, mask)
+
+/* One round inside vectors: sort two vectors by bit s of the word number, swap, and sort back. */
+#define ROUND_NEAR(x, s, mask)                                                                                         \
+    UNROLL for (int i_ = 0; i_ < 64 / LANES; i_ += 2)                                                                  \
+    {                                                                                                                  \
+        vec low_ = pick_low((x)[i_], (x)[i_ + 1], s), high_ = pick_high((x)[i_], (x)[i_ + 1], s);                      \
+        SWAP(low_, high_, s, mask);                                                                                    \
+        (x)[i_] = unpick_first(low_, high_, s), (x)[i_ + 1] = unpick_second(low_, high_, s);                           \
+    }
+
+/* Transpose 64 by 64 bits: six rounds swap ever smaller squares off the diagonal. */
+static void transpose(uint64_t *out, const uint64_t *in)
 {
-#define SWAP(s, mask)                                                                                                  \
-    for (int i = 0; i < 64; i += 2 * (s))                                                                              \
-        for (int j = i; j < i + (s); j++) {                                                                            \
-            uint64_t t = (x[j] >> (s) ^ x[j + (s)]) & (mask);                                                          \
-            x[j] ^= t << (s);                                                                                          \
-            x[j + (s)] ^= t;                                                                                           \
-        }
-    SWAP(32, 0x00000000ffffffff)
-    SWAP(16, 0x0000ffff0000ffff)
-    SWAP(8, 0x00ff00ff00ff00ff)
-    SWAP(4, 0x0f0f0f0f0f0f0f0f)
-    SWAP(2, 0x3333333333333333)
-    SWAP(1, 0x5555555555555555)
-#undef SWAP
+    vec x[64 / LANES];
+    UNROLL for (int i = 0; i < 64 / LANES; i++) x[i] = load(in + LANES * i);
+    ROUND_FAR(x, 32, 0x00000000ffffffff);
+    ROUND_FAR(x, 16, 0x0000ffff0000ffff);
+    ROUND_FAR(x, 8, 0x00ff00ff00ff00ff);
+#if LANES == 8
+    ROUND_NEAR(x, 4, 0x0f0f0f0f0f0f0f0f);
+#else
+    ROUND_FAR(x, 4, 0x0f0f0f0f0f0f0f0f);
+#endif
+    ROUND_NEAR(x, 2, 0x3333333333333333);
+    ROUND_NEAR(x, 1, 0x5555555555555555);
+    UNROLL for (int i = 0; i < 64 / LANES; i++) store(out + LANES * i, x[i]);
 }
 
+/* LANES blocks of 64 words at a time, so that planes are written and read in whole vectors: a word at a time they
+ * would lie a power of two apart, as often as not, and contend for one set of the cache. */
 void MK(mk_bits_slice)(uint64_t *restrict planes, const uint64_t *x, size_t n, size_t nbits)
 {
     size_t words = (n + 63) / 64;
-    uint64_t block[64] __attribute__((aligned(64)));
-    for (size_t w = 0; w < words; w++) {
-        size_t left = least(n - 64 * w, 64);
-        memcpy(block, x + 64 * w, left * sizeof *x);
-        memset(block + left, 0, (64 - left) * sizeof *x);
-        transpose(block);
-        for (size_t b = 0; b < nbits; b++) planes[b * words + w] = block[b];
+    uint64_t block[64] __attribute__((aligned(64))), group[64 * LANES] __attribute__((aligned(64)));
+    for (size_t w = 0; w < words; w += LANES) {
+        size_t left = least(words - w, LANES);
+        for (size_t l = 0; l < left; l++) {
+            const uint64_t *from = x + 64 * (w + l);
+            size_t count = least(n - 64 * (w + l), 64);
+            if (count < 64) {
+                memset(block, 0, sizeof block);
+                memcpy(block, from, count * sizeof *x);
+                from = block;
+            }
+            transpose(block, from);
+            for (size_t b = 0; b < nbits; b++) group[LANES * b + l] = block[b];
+        }
+        for (size_t b = 0; b < nbits; b++) store_first(planes + b * words + w, left, load(group + LANES * b));
     }
 }
 
 void MK(mk_bits_unslice)(uint64_t *restrict x, const uint64_t *planes, size_t n, size_t nbits)
 {
     size_t words = (n + 63) / 64;
-    uint64_t block[64] __attribute__((aligned(64)));
-    for (size_t w = 0; w < words; w++) {
-        for (size_t b = 0; b < nbits; b++) block[b] = planes[b * words + w];
-        memset(block + nbits, 0, (64 - nbits) * sizeof *x);
-        transpose(block);
-        memcpy(x + 64 * w, block, least(n - 64 * w, 64) * sizeof *x);
+    uint64_t block[64] __attribute__((aligned(64))), group[64 * LANES] __attribute__((aligned(64))) = {0};
+    for (size_t w = 0; w < words; w += LANES) {
+        size_t left = least(words - w, LANES);
+        for (size_t b = 0; b < nbits; b++) store(group + LANES * b, load_first(planes + b * words + w, left));
+        for (size_t l = 0; l < left; l++) {
+            for (size_t b = 0; b < 64; b++) block[b] = group[LANES * b + l];
+            transpose(block, block);
+            memcpy(x + 64 * (w + l), block, least(n - 64 * (w + l), 64) * sizeof *x);
+        }
     }
 }
 
