@@ -2,8 +2,10 @@
 
 Everything a batch contains is stated as *relations* over shares. After the whole batch is fixed the parties
 toss a coin, and random linear combinations turn all relations of a batch into one claim <a, w> = c over an
-extension: GR(2^64, 48) for ring elements, GF(2^64) for bits. Halving (Boyle et al., CCS 2019) needs two
-extension elements and two rounds per level; the last few entries are opened under a random mask.
+extension: GR(2^64, 48) for ring elements, GF(2^64) for bits. Products of ring elements, by far the most, are
+first folded eightfold while they are still plain ring elements, 48 times smaller (`_prefold`). Halving (Boyle
+et al., CCS 2019) needs two extension elements and two rounds per level; the last few entries are opened under
+a random mask.
 
 Coefficients are drawn from the 2^48 elements of GR(2^64, 48) with coordinates 0 and 1. The difference of two
 such elements is a unit, so an error, even one in the top bit alone, survives a combination with probability
@@ -19,6 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Final, Protocol
 
 import numpy as np
@@ -26,13 +29,16 @@ import numpy as np
 from mimir import kernels
 from mimir.mpc.domain import Ring
 from mimir.mpc.doors import Coins, Doors
-from mimir.mpc.replicated import Replicated
+from mimir.mpc.offload import offload
 
 DEGREE: Final = 48
 _LOW48: Final = np.uint64((1 << DEGREE) - 1)
 OPEN_BELOW: Final = 32  # entries at which halving stops and the masked opening takes over
-CLAIMS_PER_CHECK: Final = 1 << 14  # ring claims verified by one recursion (memory: 1.5 kB each)
+BLOCKS: Final = 8  # products are folded so many to one before they become elements of the extension
+COLUMNS_AT_ONCE: Final = 1 << 12  # of a prefold (memory: 1 kB each)
+CLAIMS_PER_CHECK: Final = 1 << 15  # ring claims verified by one recursion (memory: 1.5 kB each)
 GATES_PER_CHECK: Final = 1 << 20  # AND gates verified by one recursion (memory: 32 B each)
+GROUP_WORK: Final = 1 << 30  # making the claims of a group always goes to a thread
 LEVELS: Final = 24  # coins committed for one recursion: halvings, and one for the final opening
 
 
@@ -55,12 +61,15 @@ class Draw:
         return self.field(n) & _LOW48
 
 
+Pair = tuple[Ring, Ring]  # the two components of a share, each its own array, so that folding copies nothing
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Claim:
-    """Part of <a, w> = c: rows (2, n, 48), and c (2, 48)."""
+    """Part of <a, w> = c: rows (n, 48) of both components, and c (2, 48)."""
 
-    a: Ring
-    w: Ring
+    a: Pair
+    w: Pair
     c: Ring
 
 
@@ -68,29 +77,38 @@ class Relation(Protocol):
     def claims(self, draw: Draw) -> Iterator[Claim]: ...
 
 
-def _each(f: Callable[[Ring], Ring], v: Ring) -> Ring:
-    return np.stack([f(np.ascontiguousarray(v[0])), f(np.ascontiguousarray(v[1]))])
+def _each(f: Callable[[Ring], Ring], v: Ring | Pair) -> Pair:
+    return f(np.ascontiguousarray(v[0])), f(np.ascontiguousarray(v[1]))
 
 
 def _lift(x: Ring) -> Ring:
-    """Ring elements (2, n) as constants of the extension (2, n, 48)."""
+    """Ring elements (n,) as constants of the extension (n, 48)."""
     out = np.zeros((*x.shape, DEGREE), np.uint64)
     out[..., 0] = x
     return out
 
 
-def _scaled(x: Ring, r: Ring) -> Ring:
+def _scaled(x: Ring, r: Ring) -> Pair:
     return _each(lambda v: kernels.gr_scale01(v, r), x)
 
 
-def _summed(x: Ring, r: Ring) -> Ring:
-    """Sum over the last axis of (2, m, n) with coefficients r: (2, m, 48)."""
+def _summed(x: Ring, r: Ring) -> Pair:
+    """Sum over the last axis of (2, m, n) with coefficients r: (m, 48)."""
     return _each(lambda v: kernels.gr_combine(v, r), x)
 
 
-def _summed_rows(x: Ring, r: Ring) -> Ring:
-    """Sum over the first value axis of (2, m, n) with coefficients r: (2, n, 48)."""
-    return _each(lambda v: kernels.gr_combine_cols(v, r), x)
+def _total(x: Ring, r: Ring) -> Ring:
+    """Sum of (2, n) with coefficients r: (2, 48)."""
+    return np.stack(_each(lambda v: kernels.gr_combine(v.reshape(1, -1), r)[0], x))
+
+
+def _mixed(x: Pair, r: Ring) -> Pair:
+    """Rows (n, 48) times coefficients r."""
+    return _each(lambda v: kernels.gr_mul01(v, r), x)
+
+
+def _column_sum(x: Pair) -> Ring:
+    return np.stack([v.sum(axis=0, dtype=np.uint64) for v in x])
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -100,14 +118,6 @@ class Product:
     x: Ring
     y: Ring
     z: Ring
-
-    def claims(self, draw: Draw) -> Iterator[Claim]:
-        n = self.x.shape[1]
-        for lo in range(0, n, CLAIMS_PER_CHECK):
-            hi = min(n, lo + CLAIMS_PER_CHECK)
-            r = draw.exceptional(hi - lo)
-            c = _summed(self.z[:, None, lo:hi], r)[:, 0]
-            yield Claim(_scaled(self.x[:, lo:hi], r), _lift(self.y[:, lo:hi]), c)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -124,8 +134,8 @@ class ScalarProduct:
         for lo in range(0, n, CLAIMS_PER_CHECK):
             hi = min(n, lo + CLAIMS_PER_CHECK)
             down = draw.exceptional(hi - lo)
-            z = _each(lambda v, d=down: kernels.gr_mul01(v, d), _summed(self.z[:, lo:hi], across))
-            yield Claim(_scaled(self.s[:, lo:hi], down), _summed(self.x[:, lo:hi], across), z.sum(axis=1))
+            z = _mixed(_summed(self.z[:, lo:hi], across), down)
+            yield Claim(_scaled(self.s[:, lo:hi], down), _summed(self.x[:, lo:hi], across), _column_sum(z))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -142,7 +152,7 @@ class SquareSum:
             hi = min(n, lo + step)
             r = draw.exceptional(hi - lo)
             x = self.x[:, lo:hi].reshape(2, -1)
-            yield Claim(_scaled(x, np.repeat(r, m)), _lift(x), _summed(self.q[:, None, lo:hi], r)[:, 0])
+            yield Claim(_scaled(x, np.repeat(r, m)), _each(_lift, x), _total(self.q[:, lo:hi], r))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -155,24 +165,22 @@ class MatrixProduct:
 
     def claims(self, draw: Draw) -> Iterator[Claim]:
         s, m, k = self.a.shape[1:]
-        n = self.c.shape[3]
-        rows, cols = draw.exceptional(m), draw.exceptional(n)
+        rows, cols = draw.exceptional(m), draw.exceptional(self.c.shape[3])
         step = max(1, CLAIMS_PER_CHECK // k)
         for lo in range(0, s, step):
             hi = min(s, lo + step)
             mix = draw.exceptional(hi - lo)
-            parts_a, parts_w = [], []
+            parts_a: list[Pair] = []
+            parts_w: list[Pair] = []
             total = np.zeros((2, DEGREE), np.uint64)
             for i in range(lo, hi):
-                a = _summed_rows(self.a[:, i], rows)  # (2, k, 48)
-                parts_a.append(_each(lambda v, f=mix[i - lo]: kernels.gr_mul01(v, np.full(len(v), f)), a))
-                b = [self.b[0][i], self.b[1][i]]
-                parts_w.append(np.stack([kernels.gr_combine(v, cols) for v in b]))
-                c = _summed(self.c[:, i], cols)  # (2, m, 48)
-                c = _each(lambda v: kernels.gr_mul01(v, rows), c).sum(axis=1)[:, None]
-                total += _each(lambda v, f=mix[i - lo]: kernels.gr_mul01(v, np.full(1, f)), c)[:, 0]
+                a = _each(lambda v: kernels.gr_combine_cols(v, rows), self.a[:, i])  # (k, 48)
+                parts_a.append(_mixed(a, np.full(k, mix[i - lo])))
+                parts_w.append(_each(lambda v: kernels.gr_combine(v, cols), (self.b[0][i], self.b[1][i])))
+                c = _column_sum(_mixed(_summed(self.c[:, i], cols), rows))
+                total += np.concatenate(_mixed((c[:1], c[1:]), np.full(1, mix[i - lo])))
             # One claim, never split: its parts share one c.
-            yield Claim(np.concatenate(parts_a, axis=1), np.concatenate(parts_w, axis=1), total)
+            yield Claim(_joined(parts_a), _joined(parts_w), total)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -192,9 +200,14 @@ class OneHot:
             hi = min(n, lo + CLAIMS_PER_CHECK)
             e = self.e[:, lo:hi]
             down = draw.exceptional(hi - lo)
-            a = _each(lambda v, d=down: kernels.gr_mul01(v, d), _summed(e, p))
-            s = _each(lambda v: kernels.matmul(v, pq), e)
-            yield Claim(a, _summed(e, q), _each(lambda v, d=down: kernels.gr_mul01(v, d), s).sum(axis=1))
+            s = _mixed(_each(lambda v: kernels.matmul(v, pq), e), down)
+            yield Claim(_mixed(_summed(e, p), down), _summed(e, q), _column_sum(s))
+
+
+def _joined(parts: Sequence[Pair]) -> Pair:
+    if len(parts) == 1:
+        return parts[0]
+    return np.concatenate([p[0] for p in parts]), np.concatenate([p[1] for p in parts])
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -209,6 +222,8 @@ class And:
 class _Galois:
     """Arithmetic of the recursion over GR(2^64, 48)."""
 
+    work = DEGREE * DEGREE  # multiplications of one product
+
     def challenge(self, seed: bytes) -> int:
         return int(Draw(seed).exceptional(1)[0])
 
@@ -222,9 +237,6 @@ class _Galois:
         flat = np.ascontiguousarray(a).reshape(-1, DEGREE)
         return kernels.gr_mul01(flat, np.full(len(flat), xi, np.uint64)).reshape(a.shape)
 
-    def public_inner(self, d: Ring, w: Ring) -> Ring:
-        return kernels.gr_inner(d, w)
-
     def add(self, a: Ring, b: Ring) -> Ring:
         return a + b
 
@@ -234,6 +246,8 @@ class _Galois:
 
 class _Binary:
     """Arithmetic of the recursion over GF(2^64); an element is one word."""
+
+    work = 8
 
     def challenge(self, seed: bytes) -> int:
         return int(Draw(seed).field(1)[0])
@@ -247,9 +261,6 @@ class _Binary:
     def times(self, a: Ring, xi: int) -> Ring:
         return kernels.gf_scale(np.ascontiguousarray(a).reshape(-1), xi).reshape(a.shape)
 
-    def public_inner(self, d: Ring, w: Ring) -> Ring:
-        return np.array([kernels.gf_inner(d, w)], np.uint64)
-
     def add(self, a: Ring, b: Ring) -> Ring:
         return a ^ b
 
@@ -257,85 +268,189 @@ class _Binary:
 
 
 async def _inner_product(
-    doors: Doors, step: str, ext: _Galois | _Binary, a: Ring, w: Ring, c: Ring, coins: Coins
+    doors: Doors, step: str, ext: _Galois | _Binary, a: Pair, w: Pair, c: Ring, coins: Coins
 ) -> Ring:
-    """Reduce <a, w> = c (rows on axis 1, components on axis 0) to a share that is zero iff the claim holds."""
+    """Reduce <a, w> = c to a share that is zero iff the claim holds."""
     bk = doors.bk
     zero = bk.zero if isinstance(ext, _Galois) else bk.zero_bits
 
-    def summand(x: Ring, y: Ring) -> Ring:
-        # x_i y_i + x_{i+1} y_i + x_i y_{i+1}, and a share of zero
-        z = ext.add(ext.inner(ext.add(x[0], x[1]), y[0]), ext.inner(x[0], y[1]))
-        return ext.add(z, zero(*z.shape))
+    def summand(x: Pair, y: Pair) -> Ring:
+        # x_i y_i + x_{i+1} y_i + x_i y_{i+1}
+        return ext.add(ext.inner(ext.add(x[0], x[1]), y[0]), ext.inner(x[0], y[1]))
 
     level = 0
-    while a.shape[1] > OPEN_BELOW:
-        if a.shape[1] % 2:
-            pad = [(0, 0), (0, 1)] + [(0, 0)] * (a.ndim - 2)
-            a, w = np.pad(a, pad), np.pad(w, pad)
-        half = a.shape[1] // 2
-        low = summand(a[:, :half], w[:, :half])
-        slope = summand(ext.sub(a[:, half:], a[:, :half]), ext.sub(w[:, half:], w[:, :half]))
-        h0, h2 = await doors.reshare(f"{step}/halve {level}", low, slope)
+    while len(a[0]) > OPEN_BELOW:
+        if len(a[0]) % 2:
+            a, w = _even(a), _even(w)
+        half = len(a[0]) // 2
+        cost = 4 * half * ext.work
+
+        def halves(a: Pair = a, w: Pair = w, half: int = half) -> tuple[Ring, Ring]:
+            low = summand((a[0][:half], a[1][:half]), (w[0][:half], w[1][:half]))
+            da = ext.sub(a[0][half:], a[0][:half]), ext.sub(a[1][half:], a[1][:half])
+            dw = ext.sub(w[0][half:], w[0][:half]), ext.sub(w[1][half:], w[1][:half])
+            return low, summand(da, dw)
+
+        low, slope = await offload(cost, halves)
+        shape = low.shape
+        h0, h2 = await doors.reshare(
+            f"{step}/halve {level}", ext.add(low, zero(*shape)), ext.add(slope, zero(*shape))
+        )
         xi = ext.challenge(await coins.toss())
         h1 = ext.sub(c, h0)  # <a, w> = h(0) + h(1)
         # h(X) = h0 + (h1 - h0 - h2) X + h2 X^2
         c = ext.add(h0, ext.times(ext.add(ext.sub(ext.sub(h1, h0), h2), ext.times(h2, xi)), xi))
-        a = np.stack([ext.fold(a[0], xi), ext.fold(a[1], xi)])
-        w = np.stack([ext.fold(w[0], xi), ext.fold(w[1], xi)])
+
+        def fold(a: Pair = a, w: Pair = w, xi: int = xi) -> tuple[Pair, Pair]:
+            return (ext.fold(a[0], xi), ext.fold(a[1], xi)), (ext.fold(w[0], xi), ext.fold(w[1], xi))
+
+        a, w = await offload(cost, fold)
         level += 1
-    mask = bk.random(*a.shape[1:])
-    (product,) = await doors.reshare(f"{step}/mask", summand(mask, w))
+    both = bk.random(*a[0].shape)
+    mask = (both[0], both[1])
+    product = summand(mask, w)
+    (product,) = await doors.reshare(f"{step}/mask", ext.add(product, zero(*product.shape)))
     t = ext.challenge(await coins.toss())
-    masked = ext.add(ext.times(a, t), mask)
-    lacked = (await doors._open(f"{step}/open", [masked]))[0]
-    d = ext.add(ext.add(masked[0], masked[1]), lacked)
-    at = np.stack([ext.public_inner(d, np.ascontiguousarray(w[0])), ext.public_inner(d, np.ascontiguousarray(w[1]))])
+    masked = np.stack([ext.add(ext.times(x, t), m) for x, m in zip(a, mask, strict=True)])
+    d = await doors.open_extension(f"{step}/open", masked, ext.add)
+    at = np.stack([ext.inner(d, v) for v in w])
     return ext.sub(ext.sub(at, ext.times(c, t)), product)
 
 
+def _even(v: Pair) -> Pair:
+    """One more row of zeros."""
+    pad = [(0, 1)] + [(0, 0)] * (v[0].ndim - 1)
+    return np.pad(v[0], pad), np.pad(v[1], pad)
+
+
+async def _prefold(
+    doors: Doors, step: str, products: Sequence[Product], draw: Draw, coins: Coins
+) -> tuple[Claim, Ring]:
+    """Turn N products of ring elements into N / 8 rows of one claim, and a share that must be zero. Two rounds.
+
+    Blocks i = 0..7 of columns g, coefficients alpha_i beta_g. C_ij = sum_g beta_g x_ig y_jg is shared for all
+    pairs (i, j); the products say sum_i alpha_i C_ii = sum alpha_i beta_g z_ig. Then coins xi, eta give
+    sum_g beta_g X_g Y_g = sum_ij xi_i eta_j C_ij with X_g = sum_i xi_i x_ig, Y_g = sum_j eta_j y_jg. A wrong C
+    survives with probability at most 2 / 2^48.
+    """
+    bk = doors.bk
+    x, y, z = (np.concatenate([getattr(p, n).reshape(2, -1) for p in products], axis=1) for n in "xyz")
+    columns = -(-x.shape[1] // BLOCKS)
+    pad = [(0, 0), (0, BLOCKS * columns - x.shape[1])]
+    x, y, z = (np.pad(v, pad).reshape(2, BLOCKS, columns) for v in (x, y, z))
+    alpha, beta = draw.exceptional(BLOCKS), draw.exceptional(columns)
+
+    def cross() -> Ring:
+        out = np.zeros((BLOCKS * BLOCKS, DEGREE), np.uint64)
+        for lo in range(0, columns, COLUMNS_AT_ONCE):
+            part = slice(lo, min(columns, lo + COLUMNS_AT_ONCE))
+            width = part.stop - lo
+            both = x[0, :, part] + x[1, :, part]
+            terms = both[:, None] * y[0, None, :, part] + x[0, :, None, part] * y[1, None, :, part]
+            out += kernels.gr_combine(terms.reshape(-1, width), beta[part])
+        return out
+
+    local = await offload(BLOCKS * x.shape[2] * BLOCKS * 16, cross)
+    (c,) = await doors.reshare(f"{step}/cross", local + bk.zero(*local.shape))
+    c = c.reshape(2, BLOCKS, BLOCKS, DEGREE)
+    diagonal = np.ascontiguousarray(c[:, range(BLOCKS), range(BLOCKS)])
+    claimed = _column_sum(_mixed((diagonal[0], diagonal[1]), alpha))
+    stated = _column_sum(_mixed(_summed(z, beta), alpha))
+    challenge = Draw(await coins.toss())
+    xi, eta = challenge.exceptional(BLOCKS), challenge.exceptional(BLOCKS)
+    xi_wide = kernels.gr_scale01(np.ones(BLOCKS, np.uint64), xi)
+    weights = kernels.gr_mul01(np.repeat(xi_wide, BLOCKS, axis=0), np.tile(eta, BLOCKS))
+    target = np.stack([kernels.gr_inner(np.ascontiguousarray(v).reshape(-1, DEGREE), weights) for v in c])
+
+    def fold() -> tuple[Pair, Pair]:
+        a = _each(lambda v: kernels.gr_combine_cols(v, xi), x)
+        return _mixed(a, beta), _each(lambda v: kernels.gr_combine_cols(v, eta), y)
+
+    a, w = await offload(columns * DEGREE * DEGREE, fold)
+    return Claim(a, w, target), claimed - stated
+
+
 async def verify(
-    doors: Doors, step: str, relations: Sequence[Relation], gates: Sequence[And], zeros: Sequence[Ring],
+    doors: Doors,
+    step: str,
+    relations: Sequence[Product | Relation],
+    gates: Sequence[And],
+    zeros: Sequence[Ring],
     zero_bits: Sequence[Ring],
 ) -> None:
     """Verify a whole batch or raise. Call when nothing in the batch will change any more.
 
-    Rounds: 4 + 2 log2(N) per group of 2^14 ring claims or 2^20 gates, and 3 at the ends; under 20 kB a group.
+    Rounds: 4 + 2 log2(N) per group of 2^15 ring claims or 2^20 gates, 2 per 2^18 products, and 6 at the ends;
+    under 20 kB a group, 25 kB per 2^18 products.
     """
-    coins = await doors.commit(f"{step}/coin", 1)
+    products = [r for r in relations if isinstance(r, Product)]
+    chunks = list(_chunks(products))
+    coins = await doors.commit(f"{step}/coin", 1 + len(chunks))
     draw = Draw(await coins.toss())
     residues = list(zeros)
     bit_residues = list(zero_bits)
-    for number, group in enumerate(_groups(relations, draw)):
+    claims: list[Claim] = []
+    for number, chunk in enumerate(chunks):
+        claim, residue = await _prefold(doors, f"{step}/products {number}", chunk, draw, coins)
+        claims.append(claim)
+        residues.append(residue)
+    others = [r for r in relations if not isinstance(r, Product)]
+    made = _groups(claims, others, draw)
+    number = 0
+    while group := await offload(GROUP_WORK, lambda: next(made, None)):
         name = f"{step}/ring {number}"
         levels = await doors.commit(f"{name}/coin", LEVELS)
-        a = np.concatenate([x.a for x in group], axis=1)
-        w = np.concatenate([x.w for x in group], axis=1)
+        a, w = _joined([x.a for x in group]), _joined([x.w for x in group])
         c = np.sum(np.stack([x.c for x in group]), axis=0, dtype=np.uint64)
         residues.append(await _inner_product(doors, name, _Galois(), a, w, c, levels))
+        number += 1
     for number, (x, y, z) in enumerate(_gate_groups(gates)):
         name = f"{step}/gates {number}"
         levels = await doors.commit(f"{name}/coin", LEVELS)
         r = draw.field(64 * x.shape[1])
-        a = np.stack([kernels.gf_select(x[i], r) for i in range(2)])
-        w = np.stack([kernels.bits_to_ring(y[i], 64 * y.shape[1]) for i in range(2)])
-        ones = np.full(z.shape[1], 2**64 - 1, np.uint64)
-        c = np.array([[kernels.gf_select_inner(z[i], ones, r)] for i in range(2)], np.uint64)
+
+        def spread(x: Ring = x, y: Ring = y, z: Ring = z, r: Ring = r) -> tuple[Pair, Pair, Ring]:
+            ones = np.full(z.shape[1], 2**64 - 1, np.uint64)
+            a = kernels.gf_select(x[0], r), kernels.gf_select(x[1], r)
+            w = kernels.bits_to_ring(y[0], len(r)), kernels.bits_to_ring(y[1], len(r))
+            c = np.array([[kernels.gf_select_inner(v, ones, r)] for v in z], np.uint64)
+            return a, w, c
+
+        a, w, c = await offload(len(r) * 8, spread)
         bit_residues.append(await _inner_product(doors, name, _Binary(), a, w, c, levels))
     await doors.assert_zero(f"{step}/zero", residues, bit_residues)
 
 
-def _groups(relations: Sequence[Relation], draw: Draw) -> Iterator[list[Claim]]:
+def _chunks(products: Sequence[Product]) -> Iterator[list[Product]]:
+    """Products in pieces of at most BLOCKS * CLAIMS_PER_CHECK."""
+    limit = BLOCKS * CLAIMS_PER_CHECK
+    chunk: list[Product] = []
+    room = limit
+    for p in products:
+        x, y, z = (v.reshape(2, -1) for v in (p.x, p.y, p.z))
+        at = 0
+        while at < x.shape[1]:
+            part = slice(at, at + room)
+            chunk.append(Product(x[:, part], y[:, part], z[:, part]))
+            taken = chunk[-1].x.shape[1]
+            at, room = at + taken, room - taken
+            if not room:
+                yield chunk
+                chunk, room = [], limit
+    if chunk:
+        yield chunk
+
+
+def _groups(claims: Sequence[Claim], relations: Sequence[Relation], draw: Draw) -> Iterator[list[Claim]]:
     group: list[Claim] = []
     size = 0
-    for relation in relations:
-        for claim in relation.claims(draw):
-            n = claim.a.shape[1]
-            if group and size + n > CLAIMS_PER_CHECK:
-                yield group
-                group, size = [], 0
-            group.append(claim)
-            size += n
+    for claim in chain(claims, chain.from_iterable(r.claims(draw) for r in relations)):
+        n = len(claim.a[0])
+        if group and size + n > CLAIMS_PER_CHECK:
+            yield group
+            group, size = [], 0
+        group.append(claim)
+        size += n
     if group:
         yield group
 
@@ -344,10 +459,7 @@ def _gate_groups(gates: Sequence[And]) -> Iterator[tuple[Ring, Ring, Ring]]:
     limit = GATES_PER_CHECK // 64
     if not gates:
         return
-    x = np.concatenate([g.x.reshape(2, -1) for g in gates], axis=1)
-    y = np.concatenate([g.y.reshape(2, -1) for g in gates], axis=1)
-    z = np.concatenate([g.z.reshape(2, -1) for g in gates], axis=1)
+    x, y, z = (np.concatenate([getattr(g, n).reshape(2, -1) for g in gates], axis=1) for n in "xyz")
     for lo in range(0, x.shape[1], limit):
-        hi = lo + limit
-        yield tuple(np.ascontiguousarray(v[:, lo:hi]) for v in (x, y, z))  # type: ignore[misc]
-
+        part = slice(lo, lo + limit)
+        yield tuple(np.ascontiguousarray(v[:, part]) for v in (x, y, z))  # type: ignore[misc]

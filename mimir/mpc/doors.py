@@ -161,6 +161,11 @@ class Doors:
         lacked = iter(await self._open(step, sent))
         return [[r.value(s, next(lacked)) for s in r.shares] for r in requests]
 
+    async def open_extension(self, step: str, v: Ring, add: Callable[[Ring, Ring], Ring]) -> Ring:
+        """Public value of a masked share over an extension, whose addition is `add`. For `check`."""
+        (lacked,) = await self._open(step, [v])
+        return add(add(v[0], v[1]), lacked)
+
     async def _open(self, step: str, values: Sequence[Ring]) -> list[Ring]:
         bk = self.bk
         full = _pack([v[1] for v in values])  # x_{i+1}, lacked by P_{i-1}
