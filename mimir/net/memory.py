@@ -10,7 +10,7 @@ import hashlib
 import hmac
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 import trio
@@ -30,7 +30,7 @@ class Tapped:
     lane: str
     seq: int
     step: str
-    payload: bytearray
+    payload: bytearray = field(repr=False)
 
 
 # What arrives instead of a frame: None for the frame itself, or any number of payloads (sent under the same

@@ -49,7 +49,7 @@ MAX_REQUESTS = 32  # of one peer being answered at once; more are refused
 HANDLER_DEADLINE = 120.0  # seconds an answer may take to make
 MAX_QUEUE = 256  # frames waiting for one connection's writer before the peer counts as stuck
 READS_PER_TURN = 64  # reads in a row before other tasks get a turn
-BYTES_PER_TURN = 16 << 20
+BYTES_PER_TURN = 2 << 20  # about a millisecond: bulk on one lane must not delay a round on another
 _PIECES_PER_WRITE = 64
 _LARGE_IOV = 512  # a kernel takes 1024 pieces in one call
 
@@ -445,7 +445,7 @@ class Mesh:
         nursery: trio.Nursery,
     ) -> None:
         self.party = party
-        self.peers = tuple(peer.party for peer in peers)
+        self.peers = tuple(sorted(peer.party for peer in peers))
         self.board = wire.Board(party, self.peers)
         self.handlers: dict[str, Handler] = {}
         self.nursery = nursery

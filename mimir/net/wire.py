@@ -25,7 +25,7 @@ from __future__ import annotations
 import struct
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, ClassVar, TypeAlias
 
@@ -72,7 +72,7 @@ class Data:
     lane: str
     seq: int
     step: str
-    payload: Any = b""
+    payload: Any = field(default=b"", repr=False)  # messages are never printed
 
     KIND: ClassVar[int] = 1
 
@@ -86,7 +86,7 @@ class Abort:
 
     session: bytes
     why: str
-    payload: Any = b""
+    payload: Any = field(default=b"", repr=False)
 
     KIND: ClassVar[int] = 2
 
@@ -100,7 +100,7 @@ class Request:
 
     number: int
     kind: str
-    payload: Any = b""
+    payload: Any = field(default=b"", repr=False)
 
     KIND: ClassVar[int] = 3
 
@@ -114,7 +114,7 @@ class Reply:
 
     number: int
     ok: bool
-    payload: Any = b""
+    payload: Any = field(default=b"", repr=False)
 
     KIND: ClassVar[int] = 4
 
@@ -126,7 +126,7 @@ class Reply:
 class Ping:
     """Proof that the sender's program, not only its kernel, is alive."""
 
-    payload: Any = b""
+    payload: Any = field(default=b"", repr=False)
 
     KIND: ClassVar[int] = 5
 
@@ -147,7 +147,7 @@ class Hello:
     identity: bytes  # the sender's Ed25519 public key
     nonce: bytes
     ephemeral: bytes  # fresh X25519 public key
-    payload: Any = b""
+    payload: Any = field(default=b"", repr=False)
 
     KIND: ClassVar[int] = 6
 
@@ -172,7 +172,7 @@ class Proof:
 
     signature: bytes
     tag: bytes
-    payload: Any = b""
+    payload: Any = field(default=b"", repr=False)
 
     KIND: ClassVar[int] = 7
 
@@ -185,7 +185,7 @@ class Welcome:
     """The acceptor has verified everything; the connection carries frames from here on."""
 
     tag: bytes
-    payload: Any = b""
+    payload: Any = field(default=b"", repr=False)
 
     KIND: ClassVar[int] = 8
 
@@ -199,7 +199,7 @@ class Refuse:
 
     item: str
     text: str
-    payload: Any = b""
+    payload: Any = field(default=b"", repr=False)
 
     KIND: ClassVar[int] = 9
 
