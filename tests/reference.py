@@ -94,8 +94,8 @@ class _Slots:
         self.valid = np.concatenate([self.valid, np.arange(rows) >= pad])
         slots = past + np.arange(rows)
         tokens = np.concatenate([np.zeros(pad, np.int64), np.asarray(ids, np.int64)])
-        # Learned positions count tokens; rotary angles are those of the slots, as in the engine. Only differences
-        # of angles matter: padding before everything changes nothing, later on it is a gap in the text.
+        # Learned positions count tokens; rotary angles are those of the slots, as in the engine. Only their
+        # differences matter: padding before everything changes nothing, later on it is a gap in the text.
         positions = np.concatenate([np.zeros(pad, np.int64), before + np.arange(len(ids))])
         return tokens, slots, positions, (np.arange(past + rows) <= slots[:, None]) & self.valid
 

@@ -299,7 +299,8 @@ def _published_gpt2(c: dict[str, Any], t: Tensors, ids: list[int]) -> Any:
     def conv(x: Any, name: str) -> Any:
         return x @ t[name + ".weight"] + t[name + ".bias"]
 
-    act = {"gelu": gelu, "relu": ACTIVATIONS["relu"]}.get(c["activation_function"], ACTIVATIONS["gelu_tanh"])
+    known = {"gelu": gelu, "gelu_python": gelu, "relu": ACTIVATIONS["relu"]}
+    act = known.get(c["activation_function"], ACTIVATIONS["gelu_tanh"])
     h = t["wte.weight"][ids] + t["wpe.weight"][: len(ids)]
     for i in range(c["n_layer"]):
         scale = hd**-0.5 if c.get("scale_attn_weights", True) else 1.0
@@ -353,6 +354,8 @@ def test_llama_folds_keep_the_function(
         (("--act", "relu"), {"layer_norm_epsilon": 1e-2}),
         (("--act", "gelu_pytorch_tanh"), {"n_inner": 24}),
         (("--act", "gelu_fast"), {}),
+        (("--act", "gelu_accurate"), {}),
+        (("--act", "gelu_python"), {}),
     ],
 )
 def test_gpt2_folds_keep_the_function(
