@@ -12,7 +12,7 @@ from typing import Any
 import trio
 
 from mimir.client import federation as federation_file
-from mimir.client.connection import connect
+from mimir.client.connection import connect, plain_errors
 from mimir.client.federation import Federation, Party
 from mimir.client.session import (
     Progress,
@@ -22,7 +22,6 @@ from mimir.client.session import (
     connect_all,
     new_session,
     open_session,
-    plain_errors,
     survey,
     terms_for,
 )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -10,7 +10,7 @@ import trio
 from trio_websocket import ConnectionClosed, HandshakeError, WebSocketConnection, wrap_client_stream
 
 from mimir.client.federation import Party
-from mimir.errors import AbortError, BadInput, ClientError
+from mimir.errors import AbortError, BadInput, ClientError, MimirError
 from mimir.net import messages
 from mimir.net.identity import Identity, exchange_public
 from mimir.net.messages import MAX_MESSAGE, Message, MessageError
@@ -20,6 +20,7 @@ RECEIVE_BUFFER = 65536
 MAX_FRAME = MAX_MESSAGE + TAG
 CLOSE_SECONDS = 2.0
 RESOURCE = "/mimir/1"
+HUNG_UP = "hung up while connecting: it is too busy, runs another version, or has not the key in our file"
 
 
 class PartyError(ClientError):
@@ -94,17 +95,41 @@ class Connection:
 async def connect(
     party: Party, identity: Identity, *, within: float, silence: float
 ) -> AsyncIterator[Connection]:
-    """Reach a party, prove who we are and make it prove that it holds the key in the federation file."""
+    """Reach a party, prove who we are and make it prove that it holds the key in the federation file.
+
+    Errors of the block it guards come out as they are, although a nursery is around them.
+    """
+    try:
+        with plain_errors():
+            async with _connect(party, identity, within, silence) as connection:
+                yield connection
+    except HandshakeError:  # raised by the websocket's own task
+        raise PartyError(
+            party, "answers, but not as a party of this version; is it the right port?"
+        ) from None
+
+
+@asynccontextmanager
+async def _connect(
+    party: Party, identity: Identity, within: float, silence: float
+) -> AsyncIterator[Connection]:
     expected = exchange_public(bytes.fromhex(party.identity))
     async with trio.open_nursery() as nursery:
         socket: WebSocketConnection | None = None
         try:
+            ended = False
             with trio.move_on_after(within) as scope:
+
+                def hung_up() -> None:
+                    nonlocal ended
+                    ended = True
+                    scope.cancel()  # does nothing once the party has answered
+
                 try:
-                    stream = await trio.open_tcp_stream(party.host, party.port)
+                    stream = _Stream(await trio.open_tcp_stream(party.host, party.port), hung_up)
                     socket = await wrap_client_stream(
                         nursery,
-                        stream,
+                        stream,  # type: ignore[arg-type]
                         str(party.address),
                         RESOURCE,
                         message_queue_size=1,
@@ -112,23 +137,26 @@ async def connect(
                         receive_buffer_size=RECEIVE_BUFFER,
                     )
                     seal = await _handshake(socket, Handshake.initiator(identity.exchange_key(), expected))
-                except (HandshakeError, ConnectionClosed):
-                    raise PartyError(
-                        party, "hung up while connecting: wrong port, another version, or not the party's key"
-                    ) from None
+                except ConnectionClosed:
+                    raise PartyError(party, HUNG_UP) from None
                 except SealError as error:
                     raise PartyError(party, f"is not who the federation file says: {error}") from None
                 except OSError as error:
                     raise PartyError(party, f"cannot be reached: {_reason(error)}; is it running?") from None
             if scope.cancelled_caught or socket is None:
+                if ended:
+                    raise PartyError(party, HUNG_UP)
                 raise PartyError(party, f"no answer within {within:g} s; is it running, is the port open?")
             try:
-                yield Connection(party, socket, seal, silence)
+                connection = Connection(party, socket, seal, silence)
+                await connection.send({"t": "hello"})
+                yield connection
             finally:
                 seal.wipe()
         finally:
             if socket is not None:
-                with trio.move_on_after(CLOSE_SECONDS, shield=True):
+                # Not shielded: when cancelled, closing the stream says enough, and that happens at once.
+                with trio.move_on_after(CLOSE_SECONDS):
                     await socket.aclose()
             nursery.cancel_scope.cancel()
 
@@ -141,6 +169,33 @@ async def _handshake(socket: WebSocketConnection, handshake: Handshake) -> Seal:
     return handshake.finish(answer)
 
 
+class _Stream(trio.abc.Stream):
+    """A TCP stream that says when the other end hangs up: the websocket library would wait on for ever."""
+
+    def __init__(self, stream: trio.SocketStream, hung_up: Callable[[], None]) -> None:
+        self._stream = stream
+        self._hung_up = hung_up
+
+    async def receive_some(self, max_bytes: int | None = None) -> bytes | bytearray:
+        try:
+            data = await self._stream.receive_some(max_bytes)
+        except trio.BrokenResourceError:
+            self._hung_up()
+            raise
+        if not data:
+            self._hung_up()
+        return data
+
+    async def send_all(self, data: bytes | bytearray | memoryview) -> None:
+        await self._stream.send_all(data)
+
+    async def wait_send_all_might_not_block(self) -> None:
+        await self._stream.wait_send_all_might_not_block()
+
+    async def aclose(self) -> None:
+        await self._stream.aclose()
+
+
 def _reason(error: OSError) -> str:
     """Trio groups one error per address tried; one of them says enough."""
     cause: BaseException | None = error
@@ -149,3 +204,28 @@ def _reason(error: OSError) -> str:
     if isinstance(cause, BaseExceptionGroup):
         cause = cause.exceptions[0]
     return (cause.strerror if isinstance(cause, OSError) else None) or str(error)
+
+
+class plain_errors:
+    """Turn the group that a nursery raises into the one error that a caller can read."""
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if isinstance(error, BaseExceptionGroup):
+            plain = _plain(error)
+            if plain is not error:
+                raise plain from None
+
+
+def _plain(error: BaseException) -> BaseException:
+    """The error that explains a group: its only one; or if all are ours, one that is not mere silence."""
+    if not isinstance(error, BaseExceptionGroup):
+        return error
+    flat = [_plain(each) for each in error.exceptions]
+    if len(flat) == 1:
+        return flat[0]
+    if not all(isinstance(each, MimirError) for each in flat):
+        return error
+    return next((each for each in flat if not isinstance(each, PartyError)), flat[0])

@@ -22,8 +22,8 @@ import numpy.typing as npt
 import trio
 
 from mimir import kernels
-from mimir.client.connection import Connection
-from mimir.client.session import gather, plain_errors
+from mimir.client.connection import Connection, plain_errors
+from mimir.client.session import gather
 from mimir.errors import BadInput, ClientError
 from mimir.manifest import COMPONENTS, WORD_BYTES, Manifest, Tensor
 from mimir.model.checkpoint import Plan, encode

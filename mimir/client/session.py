@@ -21,9 +21,9 @@ import numpy as np
 import numpy.typing as npt
 import trio
 
-from mimir.client.connection import Connection, PartyError, connect
+from mimir.client.connection import Connection, connect, plain_errors
 from mimir.client.federation import Federation
-from mimir.errors import BadInput, ClientError, LocalError, MimirError, ModelError
+from mimir.errors import BadInput, ClientError, LocalError, ModelError
 from mimir.model.checkpoint import PlanSpec
 from mimir.net.identity import Identity
 from mimir.net.messages import SESSION_BYTES, Message, Open, Sampler
@@ -104,15 +104,13 @@ def bucket_for(length: int, buckets: Sequence[int], what: str) -> int:
 async def connect_all(federation: Federation, identity: Identity) -> AsyncIterator[list[Connection]]:
     """Sealed connections to the three parties, in party order; all or `ClientError`."""
     deadlines = federation.deadlines
-    # What is raised in the caller's block leaves through three nurseries, each of which wraps it.
-    with plain_errors():
-        async with AsyncExitStack() as stack:
-            yield [
-                await stack.enter_async_context(
-                    connect(party, identity, within=deadlines.connect, silence=deadlines.silence)
-                )
-                for party in federation.parties
-            ]
+    async with AsyncExitStack() as stack:
+        yield [
+            await stack.enter_async_context(
+                connect(party, identity, within=deadlines.connect, silence=deadlines.silence)
+            )
+            for party in federation.parties
+        ]
 
 
 async def statuses(connections: Sequence[Connection]) -> list[dict[str, Any]]:
@@ -417,28 +415,3 @@ async def gather(connections: Sequence[Connection], act: Callable[[Connection], 
         for index, connection in enumerate(connections):
             nursery.start_soon(one, index, connection)
     return results
-
-
-class plain_errors:
-    """Turn the group that a nursery raises into the one error that a caller can read."""
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if isinstance(error, BaseExceptionGroup):
-            plain = _plain(error)
-            if plain is not error:
-                raise plain from None
-
-
-def _plain(error: BaseException) -> BaseException:
-    """The error that explains a group: its only one; or if all are ours, one that is not mere silence."""
-    if not isinstance(error, BaseExceptionGroup):
-        return error
-    flat = [_plain(each) for each in error.exceptions]
-    if len(flat) == 1:
-        return flat[0]
-    if not all(isinstance(each, MimirError) for each in flat):
-        return error
-    return next((each for each in flat if not isinstance(each, PartyError)), flat[0])

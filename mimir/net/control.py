@@ -177,7 +177,7 @@ class _Door:
                 await self._conversation(socket, seal, key, where)
             finally:
                 seal.wipe()
-                with trio.move_on_after(CLOSE_SECONDS, shield=True):
+                with trio.move_on_after(CLOSE_SECONDS):
                     await socket.aclose()
                 nursery.cancel_scope.cancel()
 
@@ -199,21 +199,21 @@ class _Door:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(_read, socket, seal, client, send)
             # The first sealed message is the proof that this is no replayed handshake.
-            message = await client.receive(self._config.deadlines.handshake)
+            if (await client.receive(self._config.deadlines.handshake))["t"] != "hello":
+                raise MessageError("something else than a hello")
             if not key:
                 log.warning("refused a client: its key is on no list", client=where)
                 await client.send(_error("refused", "your key is neither in `clients` nor in `owners` here"))
             else:
                 log.info("client connected", client=where, key=key[:16])
-                await self._requests(client, message)
+                await self._requests(client)
             nursery.cancel_scope.cancel()
 
-    async def _requests(self, client: ClientHandle, message: Message) -> None:
+    async def _requests(self, client: ClientHandle) -> None:
         """Serve requests one after another until the client hangs up or one fails."""
         while True:
             try:
-                await self._request(client, message)
-                message = await client.receive()
+                await self._request(client, await client.receive())
             except (ClientGone, MessageError, SealError):
                 if client.gone.is_set():
                     log.info("client left", key=client.key[:16])
@@ -254,10 +254,9 @@ class _Door:
             if key not in self._config.clients:
                 raise BadInput(f"client {key[:16]}... is not in `clients` here")
         check_lengths(terms.buckets, terms.max_new, scheduler.prompt_buckets, scheduler.output_buckets)
-        if sum(terms.buckets) + terms.max_new > scheduler.max_context:
-            raise BadInput(
-                f"prompt and answer together exceed scheduler.max_context = {scheduler.max_context}"
-            )
+        context = min(scheduler.max_context, self._service.store.manifest(terms.model).spec.context)
+        if sum(terms.buckets) + terms.max_new > context:
+            raise BadInput(f"prompt and answer, padded, exceed the context of {context}")
         if terms.sampler.topk > self._config.topk:
             raise BadInput(f"topk {terms.sampler.topk} is over this federation's {self._config.topk}")
         return terms

@@ -3,6 +3,7 @@
 Every message has a type, field "t". A message that is not exactly one of these is a `MessageError`.
 
     client to party                                     party to client
+    hello     first, to prove that it is there
     status                                              status    what the party is and can do
     open      the terms of a session                    opened
     turn      one more prompt in it                     masks     of this client's part of the prompt
@@ -133,6 +134,7 @@ _sampler = _table(
 )
 
 FROM_CLIENT: dict[str, dict[str, Rule]] = {
+    "hello": {},
     "status": {},
     "open": {
         "session": _blob(SESSION_BYTES, SESSION_BYTES),

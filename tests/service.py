@@ -1,0 +1,302 @@
+"""Three fake parties behind real control doors: they share values honestly and know everything. Tests only.
+
+They let a test see what the client really sent (the prompt, unmasked) and change what any party says.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import trio
+
+from mimir.client.federation import Deadlines as ClientDeadlines
+from mimir.client.federation import Federation, Party
+from mimir.config import Address, Config, Control, Deadlines, Mesh, Peer, Scheduler, Tunnel
+from mimir.errors import BadInput
+from mimir.manifest import Manifest, Tensor
+from mimir.model.checkpoint import PlanSpec
+from mimir.net.control import ClientHandle, serve_control
+from mimir.net.identity import Identity
+from mimir.net.messages import Message, Open
+from mimir.store import SIDES, ComponentsDiffer, ModelStore
+
+VOCAB = 300
+NAMES = ("alpha", "beta", "gamma")
+
+# Given the party and a message it is about to send: what it sends instead; None for nothing at all.
+Tamper = Callable[[int, Message], Message | None]
+
+
+def spec(positions: str = "learned", **changes: Any) -> PlanSpec:
+    """A tiny model's public half."""
+    base = PlanSpec(
+        family="gpt2" if positions == "learned" else "llama",
+        layers=1,
+        width=4,
+        heads=2,
+        kv_heads=2,
+        head_dim=2,
+        hidden=4,
+        vocab=VOCAB,
+        context=200,
+        act="gelu" if positions == "learned" else "silu_glu",
+        norm_eps=1e-5,
+        positions=positions,
+        rope_theta=None if positions == "learned" else 10000.0,
+        bos_id=None,
+        eos_ids=(0,),
+    )
+    return replace(base, **changes)
+
+
+def shared_model(
+    model: PlanSpec, parties: tuple[str, str, str], name: str = "toy", seed: int = 1
+) -> tuple[Manifest, dict[str, list[bytes]]]:
+    """A model of random components: manifest, and per tensor the bytes of its three components."""
+    rng = np.random.default_rng(seed)
+    tensors, components = [], {}
+    for tensor, shape in model.shapes().items():
+        parts = [rng.integers(0, 2**64, shape, dtype=np.uint64).tobytes() for _ in range(3)]
+        components[tensor] = parts
+        a, b, c = (hashlib.sha256(part).hexdigest() for part in parts)
+        tensors.append(Tensor(tensor, shape, (a, b, c)))
+    return Manifest(name, model, 16, parties, tuple(tensors)), components
+
+
+def put(store: ModelStore, manifest: Manifest, components: Mapping[str, list[bytes]]) -> None:
+    """Have a store hold its two components of a model."""
+    incoming = store.begin(manifest.public())
+    for name, parts in components.items():
+        for number, side in enumerate(SIDES):
+            incoming.write(name, side, 0, parts[(store.party + number) % 3])
+    incoming.verify()
+    incoming.accept()
+    incoming.close()
+
+
+@dataclass
+class Conversation:
+    """What the three fake parties know of one session."""
+
+    terms: Open
+    joined: trio.Event = field(default_factory=trio.Event)
+    waiting: int = 0
+    prompts: dict[tuple[int, int], dict[str, np.ndarray]] = field(
+        default_factory=dict
+    )  # (turn, part) -> values
+    offsets: dict[tuple[int, int], dict[int, dict[str, bytes]]] = field(default_factory=dict)
+    unmasked: trio.Event = field(default_factory=trio.Event)
+
+
+class Fake:
+    """The common mind of the three parties."""
+
+    def __init__(self, model: PlanSpec) -> None:
+        self.model = model
+        self.conversations: dict[bytes, Conversation] = {}
+        self.received: dict[tuple[str, int], dict[int, str]] = {}  # (model, component) -> hash by party
+        self.tamper: Tamper = lambda party, message: message
+        self.open_error: Exception | None = None  # what party 1 raises when a session opens
+        self.digest_liar: int | None = None
+
+    def components(self, what: str, size: int) -> np.ndarray:
+        """Three components of a random value, the same for whoever asks."""
+        seed = int.from_bytes(hashlib.sha256(what.encode()).digest()[:8], "little")
+        return np.random.default_rng(seed).integers(0, 2**64, (3, size), dtype=np.uint64)
+
+    def bits(self) -> dict[str, int]:
+        bits = {"token": (VOCAB - 1).bit_length(), "valid": 64}
+        if self.model.positions == "learned":
+            bits["position"] = (self.model.context - 1).bit_length()
+        return bits
+
+    def answer(self, conversation: Conversation, turn: int, step: int) -> int:
+        """The token that this model "generates": depends on every real prompt token and the step."""
+        total = 0
+        for (number, part), values in sorted(conversation.prompts.items()):
+            if number <= turn:
+                total += int((values["token"] * values["valid"]).sum()) * (part + 1)
+        return int((total + 7 * step + turn) % (VOCAB - 1)) + 1
+
+
+class FakeParty:
+    """One party: `mimir.net.control.Service`."""
+
+    def __init__(self, party: int, fake: Fake, store: ModelStore) -> None:
+        self.party = party
+        self.fake = fake
+        self.store = store
+
+    def status(self) -> dict[str, Any]:
+        return {"sessions": len(self.fake.conversations)}
+
+    async def compare_digests(self, model: str, components: dict[int, str]) -> None:
+        for component, digest in components.items():
+            mine = "0" * 64 if self.party == self.fake.digest_liar else digest
+            self.fake.received.setdefault((model, component), {})[self.party] = mine
+        for component in components:
+            while len(known := self.fake.received[model, component]) < 2:
+                await trio.sleep(0.01)
+            if len(set(known.values())) != 1:
+                raise ComponentsDiffer("the holders differ")
+
+    async def _send(self, client: ClientHandle, message: Message) -> None:
+        changed = self.fake.tamper(self.party, message)
+        if changed is not None:
+            await client.send(changed)
+
+    async def open(self, client: ClientHandle, terms: Open) -> None:
+        if self.fake.open_error is not None and self.party == 1:
+            raise self.fake.open_error
+        conversation = self.fake.conversations.setdefault(terms.session, Conversation(terms))
+        if conversation.terms != terms:
+            raise BadInput("this session was opened with other terms")
+        conversation.waiting += 1
+        if conversation.waiting == 3 * len(terms.clients):
+            conversation.joined.set()
+        await conversation.joined.wait()
+        await self._send(client, {"t": "opened"})
+        part = terms.clients.index(client.key)
+        turn, buckets, max_new = 0, terms.buckets, terms.max_new
+        while True:
+            await self._turn(client, conversation, part, turn, buckets, max_new)
+            message = await client.receive()
+            if message["t"] == "close":
+                return
+            if message["t"] != "turn" or message["turn"] != turn + 1:
+                raise BadInput("a turn was due")
+            turn, buckets, max_new = message["turn"], tuple(message["buckets"]), message["max_new"]
+
+    async def _turn(
+        self,
+        client: ClientHandle,
+        conversation: Conversation,
+        part: int,
+        turn: int,
+        buckets: tuple[int, ...],
+        max_new: int,
+    ) -> None:
+        fake, session = self.fake, conversation.terms.session.hex()
+        await self._send(client, self._progress("preprocessing", 1, 2))
+        masks = {
+            name: fake.components(f"{session} {turn} {part} {name}", buckets[part]) for name in fake.bits()
+        }
+        mine = {
+            name: np.stack([m[self.party], m[(self.party + 1) % 3]]).tobytes() for name, m in masks.items()
+        }
+        await self._send(client, {"t": "masks", "turn": turn, "bits": fake.bits(), "names": mine})
+        message = await client.receive()
+        if message["t"] != "offsets" or message["turn"] != turn:
+            raise BadInput("offsets were due")
+        seen = conversation.offsets.setdefault((turn, part), {})
+        seen[self.party] = message["names"]
+        conversation.prompts[turn, part] = {
+            name: (np.frombuffer(raw, "<u8") - masks[name].sum(axis=0, dtype=np.uint64))
+            & np.uint64((1 << fake.bits()[name]) - 1)
+            for name, raw in message["names"].items()
+        }
+        expected = 3 * len(buckets)
+        while sum(len(by) for (number, _), by in conversation.offsets.items() if number == turn) < expected:
+            await trio.sleep(0.002)
+        for step in range(max_new):
+            await self._send(client, self._progress("decode", step, max_new))
+            parts = [int(part) for part in fake.components(f"{session} {turn} token {step}", 1)[:, 0]]
+            parts[2] = (fake.answer(conversation, turn, step) - parts[0] - parts[1]) % 2**64
+            pair = [parts[self.party], parts[(self.party + 1) % 3]]
+            await self._send(client, {"t": "token", "step": step, "components": pair})
+        await self._send(client, {"t": "done", "stats": {"rounds": 5, "party": self.party}})
+
+    def _progress(self, phase: str, done: int, total: int) -> Message:
+        return {
+            "t": "progress",
+            "phase": phase,
+            "done": done,
+            "total": total,
+            "rounds": 10 * done,
+            "sent": 1000 * done,
+            "seconds": 0.25,
+        }
+
+
+@dataclass
+class World:
+    """Three fake parties that run, and what is needed to talk to them."""
+
+    fake: Fake
+    parties: list[FakeParty]
+    identities: list[Identity]
+    configs: list[Config]
+    clients: list[Identity]
+    owner: Identity
+    federation: Federation
+    model: str = ""
+
+    @property
+    def keys(self) -> tuple[str, str, str]:
+        a, b, c = (identity.public_hex for identity in self.identities)
+        return a, b, c
+
+
+@asynccontextmanager
+async def world(
+    tmp: Path, model: PlanSpec | None = None, *, hold: bool = True, silence: float = 5.0, **changes: Any
+) -> AsyncIterator[World]:
+    """Run three control doors on loopback; `hold` gives them a model. `changes` go into every `Config`."""
+    model = model or spec()
+    identities = [Identity.generate() for _ in range(3)]
+    clients, owner = [Identity.generate() for _ in range(2)], Identity.generate()
+    keys = (identities[0].public_hex, identities[1].public_hex, identities[2].public_hex)
+    peers = tuple(Peer(party, NAMES[party], keys[party], "127.0.0.1", 1) for party in range(3))
+    settings: dict[str, Any] = {
+        "control": Control(Address("127.0.0.1", 0)),
+        "scheduler": Scheduler(max_context=200, prompt_buckets=(8, 16), output_buckets=(4, 8)),
+        "deadlines": Deadlines(round=5, step=5, client=5, handshake=1),
+        **changes,
+    }
+    fake = Fake(model)
+    parties, configs = [], []
+    async with trio.open_nursery() as nursery:
+        entries = []
+        for party, identity in enumerate(identities):
+            config = Config(
+                source=tmp / f"party{party}.toml",
+                party=party,
+                identity_key=tmp / f"party{party}.key",
+                data_dir=tmp / f"data{party}",
+                mesh=Mesh(Address("127.0.0.1", 0)),
+                peers=peers,
+                tunnel=Tunnel(mode="none"),
+                clients=tuple(client.public_hex for client in clients),
+                owners=(owner.public_hex,),
+                **settings,
+            )
+            store = ModelStore(config.data_dir, party, keys)
+            member = FakeParty(party, fake, store)
+            bound = await nursery.start(serve_control, config, identity, member)
+            parties.append(member)
+            configs.append(config)
+            entries.append(Party(NAMES[party], "127.0.0.1", bound[0].port, identity.public_hex))
+        federation = Federation(
+            tmp / "federation.toml",
+            tmp / "client.key",
+            tuple(entries),
+            deadlines=ClientDeadlines(connect=5, silence=silence),
+        )
+        made = World(fake, parties, identities, configs, clients, owner, federation)
+        if hold:
+            manifest, components = shared_model(model, keys)
+            for member in parties:
+                put(member.store, manifest, components)
+            made.model = manifest.digest()
+        try:
+            yield made
+        finally:
+            nursery.cancel_scope.cancel()
+            for member in parties:
+                member.store.close()
