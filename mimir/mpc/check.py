@@ -204,10 +204,29 @@ class OneHot:
             yield Claim(_mixed(_summed(e, p), down), _summed(e, q), _column_sum(s))
 
 
-def _joined(parts: Sequence[Pair]) -> Pair:
-    if len(parts) == 1:
+def _joined(parts: Sequence[Pair], even: bool = False) -> Pair:
+    """Rows one after another; with `even`, and zeros after them so that they can be halved down to OPEN_BELOW."""
+    if len(parts) == 1 and not even:
         return parts[0]
-    return np.concatenate([p[0] for p in parts]), np.concatenate([p[1] for p in parts])
+    rows = sum(len(p[0]) for p in parts)
+    out = []
+    for i in range(2):
+        joined = np.empty((_halvable(rows) if even else rows, *parts[0][i].shape[1:]), np.uint64)
+        at = 0
+        for p in parts:
+            joined[at : at + len(p[i])] = p[i]
+            at += len(p[i])
+        joined[at:] = 0
+        out.append(joined)
+    return out[0], out[1]
+
+
+def _halvable(rows: int) -> int:
+    """The next number that can be halved without rest until it is at most OPEN_BELOW."""
+    unit = 1
+    while rows > OPEN_BELOW * unit:
+        unit *= 2
+    return -(-rows // unit) * unit
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -280,8 +299,6 @@ async def _inner_product(
 
     level = 0
     while len(a[0]) > OPEN_BELOW:
-        if len(a[0]) % 2:
-            a, w = _even(a), _even(w)
         half = len(a[0]) // 2
         cost = 4 * half * ext.work
 
@@ -315,12 +332,6 @@ async def _inner_product(
     d = await doors.open_extension(f"{step}/open", masked, ext.add)
     at = np.stack([ext.inner(d, v) for v in w])
     return ext.sub(ext.sub(at, ext.times(c, t)), product)
-
-
-def _even(v: Pair) -> Pair:
-    """One more row of zeros."""
-    pad = [(0, 1)] + [(0, 0)] * (v[0].ndim - 1)
-    return np.pad(v[0], pad), np.pad(v[1], pad)
 
 
 async def _prefold(
@@ -400,7 +411,7 @@ async def verify(
     while group := await offload(GROUP_WORK, lambda: next(made, None)):
         name = f"{step}/ring {number}"
         levels = await doors.commit(f"{name}/coin", LEVELS)
-        a, w = _joined([x.a for x in group]), _joined([x.w for x in group])
+        a, w = _joined([x.a for x in group], even=True), _joined([x.w for x in group], even=True)
         c = np.sum(np.stack([x.c for x in group]), axis=0, dtype=np.uint64)
         residues.append(await _inner_product(doors, name, _Galois(), a, w, c, levels))
         number += 1
@@ -461,5 +472,6 @@ def _gate_groups(gates: Sequence[And]) -> Iterator[tuple[Ring, Ring, Ring]]:
         return
     x, y, z = (np.concatenate([getattr(g, n).reshape(2, -1) for g in gates], axis=1) for n in "xyz")
     for lo in range(0, x.shape[1], limit):
-        part = slice(lo, lo + limit)
-        yield tuple(np.ascontiguousarray(v[:, part]) for v in (x, y, z))  # type: ignore[misc]
+        part = slice(lo, min(x.shape[1], lo + limit))
+        more = _halvable(64 * (part.stop - lo)) // 64 - (part.stop - lo)
+        yield tuple(np.pad(v[:, part], [(0, 0), (0, more)]) for v in (x, y, z))  # type: ignore[misc]

@@ -374,10 +374,16 @@ async def argmax(ctx: Context, step: str, x: Share, low: int, width: int) -> tup
             (value,) = await truncate(ctx, f"{name}/exact", (value, low))
             low = 0
         v, i = value[: groups * size].reshape(groups, size), index[: groups * size].reshape(groups, size)
-        won = await _winners(ctx, name, v, low, width)  # (groups, size), one-hot rows
-        best = await mul(ctx, f"{name}/select", (won, v), (won, i))
-        value = concat([best[0].sum(1), value[n - rest :]]) if rest else best[0].sum(1)
-        index = concat([best[1].sum(1), index[n - rest :]]) if rest else best[1].sum(1)
+        if size == 2:
+            lost = await _second_wins(ctx, name, v, low, width)  # (groups,)
+            step_of = concat([(x[:, 1] - x[:, 0]).reshape(groups, 1) for x in (v, i)], axis=1)
+            best = await scale(ctx, f"{name}/select", lost, step_of)
+            best = best + concat([v[:, :1], i[:, :1]], axis=1)
+        else:
+            won = await _winners(ctx, name, v, low, width)  # (groups, size), one-hot rows
+            both = concat([v.reshape(-1, 1), i.reshape(-1, 1)], axis=1)
+            best = (await scale(ctx, f"{name}/select", won.flat(), both)).reshape(groups, size, 2).sum(1)
+        value, index = (concat([best[:, j], x[n - rest :]]) for j, x in enumerate((value, index)))
         level += 1
     if low:
         (value,) = await truncate(ctx, f"{step}/exact", (value, low))
@@ -390,6 +396,20 @@ def _group(n: int) -> int:
         if n <= limit:
             return size
     return 2
+
+
+async def _second_wins(ctx: Context, step: str, v: Share, low: int, width: int) -> Share:
+    """[first < second] of each row of v (groups, 2)."""
+    groups = v.shape[0]
+    padded = _whole_words(v[:, 0] - v[:, 1])
+    lost = await is_negative(ctx, f"{step}/compare", padded, low, width)
+    return (await to_ring(ctx, f"{step}/inject", lost, padded.shape[0]))[:groups]
+
+
+def _whole_words(x: Share) -> Share:
+    """Zeros after x (n) up to whole words of lanes."""
+    more = 64 * words(x.shape[0]) - x.shape[0]
+    return Share(np.pad(x.v, [(0, 0), (0, more)]), x.bk)
 
 
 async def _winners(ctx: Context, step: str, v: Share, low: int, width: int) -> Share:
