@@ -25,6 +25,7 @@ error and on Ctrl-C. Run again at once, it works again.
   --workdir DIR      keep keys, configurations, shares and logs here, and use them again (default: a
                      temporary directory, removed at the end)
   --set KEY=VALUE    change the parties' configuration, such as scheduler.max_context=128; may be repeated
+  --no-setup         do not look whether anything has to be prepared
   -v, --verbose      show every command that needs privilege before it runs, and the parties' logs at the end
   -h, --help         this text
 
@@ -42,7 +43,7 @@ root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 model=$root/demo
 prompt="Once upon a time"
 max_new=24
-chat='' keep='' json='' wan='' tunnel=1 base_port=7100 workdir='' verbose=''
+chat='' keep='' json='' wan='' tunnel=1 base_port=7100 workdir='' verbose='' setup=1
 settings=()
 
 say() { printf '%s\n' "$*" >&2; }
@@ -70,6 +71,7 @@ while (($#)); do
         --keep) keep=1 ;;
         --json) json=1 ;;
         --no-tunnel) tunnel='' ;;
+        --no-setup) setup='' ;;
         -v | --verbose) verbose=1 ;;
         -h | --help) usage; exit 0 ;;
         *) die 2 "$1 is not understood; see --help" ;;
@@ -103,7 +105,7 @@ want=()
 ((EUID != 0)) || want+=(--packages)
 [[ -z $verbose ]] || want+=(-v)
 status=0
-"$root/scripts/setup" "${want[@]}" || status=$?
+[[ -z $setup ]] || "$root/scripts/setup" "${want[@]}" || status=$?
 if ((status)); then
     [[ -n $tunnel ]] && ((status == 5)) && offer "this host lacks something; see above."
     exit "$status"

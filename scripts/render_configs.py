@@ -1,7 +1,7 @@
 """Write the configuration files of three parties, an owner and a client on one machine, for local_mesh.sh.
 
-    python scripts/render_configs.py WORKDIR --base-port 7100 --interface mm123 [--no-tunnel] [--relay ADDRESS]
-                                     [--tokenizer DIR] [--set KEY=VALUE ...]
+    python scripts/render_configs.py WORKDIR --base-port 7100 --interface mm123 [--no-tunnel]
+                                     [--relay ADDRESS] [--tokenizer DIR] [--set KEY=VALUE ...]
 
 Starts from configs/three.toml, so that what runs here is what three hosts would run but for addresses and
 keys. The key files must be in WORKDIR already: party0 to party2 with identity.key and tunnel.key, owner.key
