@@ -345,7 +345,7 @@ class SessionActor(Actor[Any]):
         hidden = await transformer.forward(ctx, step.name, self.spec, rows, self._cache, self.settings, self._parts)
         self._cache.valid = whole
         if step.choose:
-            scores = await transformer.logits(ctx, step.name, self.spec, rows, self.settings, self._parts)
+            scores = await transformer.logits(ctx, step.name, self.spec, hidden, self.settings, self._parts)
             self._token = await self.sampler.choose(ctx, step.name, scores)
 
     async def _input(self, turn: Turn) -> tuple[Entry, dict[str, Ring]]:

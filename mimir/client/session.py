@@ -182,9 +182,7 @@ class Session:
         self._watch = watch
         self._max_context = max_context
         self._vocab = spec.vocab
-        # What a prompt slot consists of. Rotary models take positions from the slots, learned ones are told.
-        learned = spec.positions == "learned"
-        self._kinds = ("token", "position", "valid") if learned else ("token", "valid")
+        self._kinds = ("token", "position", "valid")  # what a prompt slot consists of
         self._turn = 0
         self._buckets, self._max_new = terms.buckets, terms.max_new
         self._slots = 0  # used so far by all clients and answers
