@@ -83,10 +83,8 @@ class _Slots:
     def none(cls) -> _Slots:
         return cls(np.zeros(0, np.bool_))
 
-    def extend(
-        self, plan: Plan, ids: Sequence[int], pad: int
-    ) -> tuple[Ints, Ints, Ints, npt.NDArray[np.bool_]]:
-        """(tokens, slots, positions, visible (rows, slots)) of `pad` empty slots and then `ids`."""
+    def extend(self, plan: Plan, ids: Sequence[int], pad: int) -> tuple[Ints, Ints, npt.NDArray[np.bool_]]:
+        """(tokens, positions, visible (rows, slots)) of `pad` empty slots and then `ids`."""
         before, past = int(self.valid.sum()), len(self.valid)
         rows = pad + len(ids)
         if past + rows > plan.context:
@@ -94,10 +92,8 @@ class _Slots:
         self.valid = np.concatenate([self.valid, np.arange(rows) >= pad])
         slots = past + np.arange(rows)
         tokens = np.concatenate([np.zeros(pad, np.int64), np.asarray(ids, np.int64)])
-        # Learned positions count tokens; rotary angles are those of the slots, as in the engine. Only their
-        # differences matter: padding before everything changes nothing, later on it is a gap in the text.
         positions = np.concatenate([np.zeros(pad, np.int64), before + np.arange(len(ids))])
-        return tokens, slots, positions, (np.arange(past + rows) <= slots[:, None]) & self.valid
+        return tokens, positions, (np.arange(past + rows) <= slots[:, None]) & self.valid
 
 
 class FloatModel:
@@ -119,7 +115,7 @@ class FloatModel:
         """Logits (rows, vocab) of every id, appended to the cache."""
         plan, w, rows = self.plan, self.weights, pad + len(ids)
         note = tap or (lambda name, value: None)
-        tokens, slots, positions, see = self.slots.extend(plan, ids, pad)
+        tokens, positions, see = self.slots.extend(plan, ids, pad)
 
         def norm(h: Floats) -> Floats:
             square = (h * h).mean(axis=-1, keepdims=True)
@@ -128,7 +124,7 @@ class FloatModel:
         def rotate(x: Floats) -> Floats:
             if plan.positions != "rope":
                 return x
-            cos, sin = (part.astype(self.dtype) for part in _rotary(plan, slots))
+            cos, sin = (part.astype(self.dtype) for part in _rotary(plan, positions))
             a, b = np.split(x, 2, axis=-1)
             return np.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
 
@@ -461,7 +457,7 @@ class FixedModel:
             if tap:
                 tap(name, value / 2.0**scale)
 
-        tokens, slots, positions, see = self.slots.extend(plan, ids, pad)
+        tokens, positions, see = self.slots.extend(plan, ids, pad)
         h = self.weights["embed"][tokens].astype(np.int64)
         if plan.positions == "learned":
             h = h + self.weights["pos"][positions].astype(np.int64)
@@ -470,7 +466,7 @@ class FixedModel:
             u = self._norm(f"{i}.norm1", h)
             note(f"{i}.norm1", u, f)
             q, k, v = _split_heads(plan, self._linear(f"{i}.qkv", u))
-            q, k = self._rotate(f"{i}.q", q, slots), self._rotate(f"{i}.k", k, slots)
+            q, k = self._rotate(f"{i}.q", q, positions), self._rotate(f"{i}.k", k, positions)
             v = self._truncate(v, f)
             if self.keys[i] is not None:
                 k, v = np.concatenate([self.keys[i], k], axis=1), np.concatenate([self.values[i], v], axis=1)
