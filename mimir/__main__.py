@@ -316,7 +316,10 @@ def _answer_options(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--tokenizer", metavar="DIR", help="model directory (default: the federation file's)")
     group.add_argument(
-        "--max-new", type=_positive, default=32, metavar="N", help="tokens to print at most (default: 32)"
+        "--max-new",
+        type=_positive,
+        metavar="N",
+        help="tokens to print at most (default: 32, or the largest answer bucket if that is smaller)",
     )
     group.add_argument("--sample", action="store_true", help="sample instead of taking the likeliest token")
     group.add_argument("--temperature", type=float, default=1.0, metavar="T", help="default: 1.0")

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import trio
 
+from mimir import store as store_module
 from mimir.client.federation import Deadlines as ClientDeadlines
 from mimir.client.federation import Federation, Party
 from mimir.config import Address, Config, Control, Deadlines, Mesh, Peer, Scheduler, Tunnel
@@ -256,11 +257,12 @@ async def world(
     settings: dict[str, Any] = {
         "control": Control(Address("127.0.0.1", 0)),
         "scheduler": Scheduler(max_context=200, prompt_buckets=(8, 16), output_buckets=(4, 8)),
-        "deadlines": Deadlines(round=5, step=5, client=5, handshake=1),
+        "deadlines": Deadlines(round=5, step=5, client=5, handshake=0.5),
         **changes,
     }
     fake = Fake(model)
     parties, configs = [], []
+    sync, store_module._sync = store_module._sync, lambda path: None  # the disk is not what is tested here
     async with trio.open_nursery() as nursery:
         entries = []
         for party, identity in enumerate(identities):
@@ -298,5 +300,6 @@ async def world(
             yield made
         finally:
             nursery.cancel_scope.cancel()
+            store_module._sync = sync
             for member in parties:
                 member.store.close()

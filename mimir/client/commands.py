@@ -34,6 +34,7 @@ from mimir.net.messages import Sampler
 
 CONTEXT_IDS = 32  # prompt tokens shown to the decoder, so that the answer's first piece is spaced right
 MAX_PROMPT_FILE = 4 << 20
+DEFAULT_MAX_NEW = 32
 
 
 class Speaker:
@@ -108,6 +109,7 @@ async def _generate(options: argparse.Namespace, terminal: Terminal) -> int:
     async with connect_all(federation, identity) as connections:
         service = await survey(connections, federation)
         model = service.model(options.model or federation.model)
+        limit = options.max_new or min(DEFAULT_MAX_NEW, service.output_buckets[-1])
         tokenizer = _tokenizer(options, federation, service, model)
         clients = _clients(options, identity)
         part = clients.index(identity.public_hex)
@@ -129,7 +131,7 @@ async def _generate(options: argparse.Namespace, terminal: Terminal) -> int:
             model,
             clients,
             buckets,
-            options.max_new,
+            limit,
             _sampler(options, service),
             session=_session_number(options, clients, terminal),
             deterministic=options.deterministic,
@@ -149,7 +151,7 @@ async def _generate(options: argparse.Namespace, terminal: Terminal) -> int:
             terminal.text(text)
         async with open_session(connections, service, terms, identity, _watch(terminal)) as session:
             stop = _stop(options, tokenizer, service, model)
-            await _turn(terminal, session, tokenizer, ids, stop, options.max_new, start=options.start)
+            await _turn(terminal, session, tokenizer, ids, stop, limit, start=options.start)
     return 0
 
 
@@ -159,7 +161,8 @@ async def _chat(options: argparse.Namespace, terminal: Terminal) -> int:
         service = await survey(connections, federation)
         model = service.model(options.model or federation.model)
         tokenizer = _tokenizer(options, federation, service, model)
-        answer = bucket_for(options.max_new, service.output_buckets, "the answer")
+        limit = options.max_new or min(DEFAULT_MAX_NEW, service.output_buckets[-1])
+        answer = bucket_for(limit, service.output_buckets, "the answer")
         stop = _stop(options, tokenizer, service, model)
         name = service.models[model].name
         terminal.note(f"{name}: type a line, an empty one or Ctrl-D to leave. Nobody but you sees it.")
@@ -173,22 +176,20 @@ async def _chat(options: argparse.Namespace, terminal: Terminal) -> int:
             model,
             [identity.public_hex],
             [bucket],
-            options.max_new,
+            limit,
             _sampler(options, service),
             session=new_session(),
             deterministic=options.deterministic,
         )
         async with open_session(connections, service, terms, identity, _watch(terminal)) as session:
-            await _turn(terminal, session, tokenizer, ids, stop, options.max_new)
+            await _turn(terminal, session, tokenizer, ids, stop, limit)
             while line := await _line(terminal):
                 ids = tokenizer.encode(options.template.replace("{}", line), begin=False)
                 bucket = bucket_for(len(ids), service.prompt_buckets, "the line")
                 if bucket + answer > session.room:
                     terminal.note(f"The context is full: {session.room} positions left. Start anew to go on.")
                     break
-                await _turn(
-                    terminal, session, tokenizer, ids, stop, options.max_new, bucket=bucket, answer=answer
-                )
+                await _turn(terminal, session, tokenizer, ids, stop, limit, bucket=bucket, answer=answer)
     return 0
 
 
