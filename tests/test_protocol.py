@@ -1,0 +1,1211 @@
+"""Conformance of a backend: every operation and every correlation against integers, with its declared cost.
+
+The suite runs over `BACKENDS`. A backend joins by an object like `Replicated` below: it runs a function at
+every party, shares and reconstructs plaintexts, and says how a share decomposes into summands. Passing is what
+"supported" means.
+
+Values are integers modulo 2^64 and the oracles are Python's. One run costs about as much for one element as
+for a thousand, so a run carries a vector: edges, whatever Hypothesis draws, and random values of every
+magnitude. `execute` plans each operation before it runs it, so every test here also compares rounds, bytes and
+correlations with what was declared.
+"""
+
+from __future__ import annotations
+
+import functools
+import pickle
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import parties
+import pytest
+import trio
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mimir import kernels
+from mimir.errors import LocalError
+from mimir.model import sampling, transformer
+from mimir.model.checkpoint import PlanSpec
+from mimir.model.sampling import Sampler
+from mimir.model.transformer import Cache, LayerCache
+from mimir.mpc import ops, prep
+from mimir.mpc.domain import Ring, encode, words
+from mimir.mpc.doors import Masked
+from mimir.mpc.nonlinear import Settings
+from mimir.mpc.ops import Context, Piecewise
+from mimir.mpc.plan import Cost, planning
+from mimir.mpc.share import Bits, Share, concat
+from mimir.net.memory import Tapped
+
+RING = 1 << 64
+Party = parties.Party
+Op = Callable[..., Awaitable[Any]]
+Exact = npt.NDArray[np.object_]  # Python integers
+
+
+# --- backends -----------------------------------------------------------------------------------------------
+
+
+class Replicated:
+    """Replicated sharing among three parties, over the memory transport."""
+
+    name = "replicated"
+
+    def run(
+        self,
+        fn: Callable[[Party], Awaitable[Any]],
+        *,
+        weights: Mapping[str, Ring] | None = None,
+        tap: Callable[[Tapped], None] | None = None,
+        seed: int = 0,
+    ) -> list[Any]:
+        """Results of `fn` at every party; `tap` sees every frame."""
+
+        def see(frame: Tapped) -> None:
+            if tap is not None:
+                tap(frame)
+
+        shared = parties.share_weights(weights or {}, seed + 7)
+        return parties.run_parties(fn, tap=see, weights=shared, seed=b"suite %d" % seed)
+
+    def share(self, p: Party, value: Ring, seed: int) -> Share:
+        return p.share(np.asarray(value, np.uint64), seed)
+
+    def share_bits(self, p: Party, value: Ring, seed: int) -> Bits:
+        rng = np.random.default_rng([seed, 2])
+        a, b = rng.integers(0, RING, (2, *value.shape), np.uint64)
+        c = [a, b, value ^ a ^ b]
+        return Bits(np.stack([c[p.index], c[(p.index + 1) % 3]]), p.bk)
+
+    def reconstruct(self, parts: Sequence[Ring]) -> Ring:
+        with np.errstate(over="ignore"):  # numpy warns of wrapping scalars, not of wrapping arrays
+            return parties.reconstruct(list(parts))
+
+    def reconstruct_bits(self, parts: Sequence[Ring]) -> Ring:
+        return parties.reconstruct_bits(list(parts))
+
+    def summands(self, parts: Sequence[Ring]) -> list[Ring]:
+        """What the value is the sum of, as ring elements; truncation pairs are about these."""
+        self.reconstruct(parts)
+        return [p[0] for p in parts]
+
+
+BACKENDS = [Replicated()]
+
+
+@pytest.fixture(scope="module", params=BACKENDS, ids=lambda b: b.name)
+def backend(request: pytest.FixtureRequest) -> Replicated:
+    chosen: Replicated = request.param
+    return chosen
+
+
+def examples(n: int) -> settings:
+    """Few examples, each a long vector. The first run of a shape fills caches, so there is no deadline."""
+    return settings(max_examples=n, deadline=None)
+
+
+# --- running one operation ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class BitWords:
+    """An input to be shared over GF(2)."""
+
+    value: Ring
+
+
+def plan(op: Op, inputs: Sequence[Ring | BitWords], weights: Mapping[str, Ring]) -> Cost:
+    ctx, cost = planning({name: (w.shape[0], w.shape[1]) for name, w in weights.items()})
+
+    def blank(x: Ring | BitWords) -> Share:
+        if isinstance(x, BitWords):
+            return Bits(np.zeros((1, *x.value.shape), np.uint64), ctx.bk)
+        return ctx.share(np.zeros((1, *x.shape), np.uint64))
+
+    async def main() -> None:
+        await op(ctx, *map(blank, inputs))
+
+    trio.run(main)
+    return cost
+
+
+def flatten(out: Any) -> list[Share]:
+    if isinstance(out, Share):
+        return [out]
+    return [s for item in out for s in flatten(item)]
+
+
+class Meter:
+    """Counts payload bytes and frames of one lane, by sender."""
+
+    def __init__(self, lane: str = "online") -> None:
+        self.lane = lane
+        self.sent = [0, 0, 0]
+        self.steps: list[set[int]] = [set(), set(), set()]
+
+    def __call__(self, frame: Tapped) -> None:
+        if frame.lane == self.lane:
+            self.sent[frame.sender] += len(frame.payload)
+            self.steps[frame.sender].add(frame.seq)
+
+
+def execute(
+    backend: Replicated,
+    op: Op,
+    *inputs: Ring | BitWords,
+    weights: Mapping[str, Ring] | None = None,
+    seed: int = 1,
+) -> list[Ring]:
+    """Values of what `op(ctx, *shares)` returns, in order, after comparing its cost with the plan."""
+    weights = weights or {}
+    cost = plan(op, inputs, weights)
+    meter = Meter()
+
+    async def party(p: Party) -> list[tuple[bool, Ring]]:
+        ctx = await p.context(cost.demand)
+        shares = [
+            backend.share_bits(p, x.value, seed + i)
+            if isinstance(x, BitWords)
+            else backend.share(p, x, seed + i)
+            for i, x in enumerate(inputs)
+        ]
+        out = flatten(await op(ctx, *shares))
+        assert isinstance(ctx.store, prep.Store)
+        assert ctx.store.left() == {}, "planned, and not taken"
+        return [(isinstance(s, Bits), s.v) for s in out]
+
+    results = backend.run(party, weights=weights, tap=meter, seed=seed)
+    assert [len(s) for s in meter.steps] == [cost.rounds] * len(results), "rounds differ from the declared"
+    assert meter.sent == [cost.sent] * len(results), "bytes differ from the declared"
+    out = []
+    for each in zip(*results, strict=True):
+        join = backend.reconstruct_bits if each[0][0] else backend.reconstruct
+        out.append(join([v for _, v in each]))
+    return out
+
+
+def ring(values: Any) -> Ring:
+    """Python integers of either sign as ring elements."""
+    flat = [int(v) % RING for v in np.asarray(values, object).ravel()]
+    return np.array(flat, np.uint64).reshape(np.shape(values))
+
+
+def exact(x: Ring) -> Exact:
+    return x.astype(object)
+
+
+def signed(x: Ring) -> Exact:
+    return x.view(np.int64).astype(object)
+
+
+def magnitudes(rng: np.random.Generator, n: int, bound: int) -> list[int]:
+    """n integers, |x| <= bound, of every bit length alike."""
+    lengths = rng.integers(0, bound.bit_length() + 1, n)
+    out = []
+    for length in lengths:
+        v = int.from_bytes(rng.bytes(16), "little") % (1 << int(length))
+        out.append(min(v, bound) * (1 if rng.integers(2) else -1))
+    return out
+
+
+EDGES = [0, 1, -1, 2, -2, 1 << 31, (1 << 32) - 1, 1 << 32, 1 << 62, -(1 << 62), (1 << 63) - 1, -(1 << 63)]
+integers = st.lists(st.integers(-(1 << 63), (1 << 63) - 1), max_size=12)
+seeds = st.integers(0, 2**20)
+
+
+def vector(drawn: Sequence[int], seed: int, n: int) -> Ring:
+    """n ring elements: what was drawn, the edges, and random ones of every magnitude."""
+    head = [*drawn, *EDGES][:n]
+    return ring(head + magnitudes(np.random.default_rng(seed), n - len(head), (1 << 63) - 1))
+
+
+def bits_of(packed: Ring, n: int) -> npt.NDArray[np.bool_]:
+    """Lanes of words of bits."""
+    return np.unpackbits(packed.astype("<u8").view(np.uint8), bitorder="little")[:n].astype(bool)
+
+
+# --- shares -------------------------------------------------------------------------------------------------
+
+LAWS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
+    # share formula; the same on integers, of x and y (4, 6)
+    "add": (lambda x, y, c: x + y, lambda x, y, c: x + y),
+    "add public": (lambda x, y, c: x + c, lambda x, y, c: x + exact(c)),
+    "add row": (lambda x, y, c: x + c[0], lambda x, y, c: x + exact(c)[0]),
+    "add number": (lambda x, y, c: x + 5, lambda x, y, c: x + 5),
+    "add negative number": (lambda x, y, c: -7 + x, lambda x, y, c: x - 7),
+    "subtract": (lambda x, y, c: x - y, lambda x, y, c: x - y),
+    "subtract public": (lambda x, y, c: x - c, lambda x, y, c: x - exact(c)),
+    "subtract number": (lambda x, y, c: x - (1 << 63), lambda x, y, c: x - (1 << 63)),
+    "from public": (lambda x, y, c: c[0, 0] - x, lambda x, y, c: int(c[0, 0]) - x),
+    "from number": (lambda x, y, c: 3 - x, lambda x, y, c: 3 - x),
+    "negate": (lambda x, y, c: -x, lambda x, y, c: -x),
+    "times public": (lambda x, y, c: x * c, lambda x, y, c: x * exact(c)),
+    "times number": (lambda x, y, c: x * -3, lambda x, y, c: x * -3),
+    "number times": (lambda x, y, c: (1 << 40) * x, lambda x, y, c: (1 << 40) * x),
+    "index": (lambda x, y, c: x[1:, ::2], lambda x, y, c: x[1:, ::2]),
+    "element": (lambda x, y, c: x[2, 3], lambda x, y, c: x[2, 3]),
+    "ellipsis": (lambda x, y, c: x[..., 1:3], lambda x, y, c: x[..., 1:3]),
+    "reshape": (lambda x, y, c: x.reshape(2, -1), lambda x, y, c: x.reshape(2, -1)),
+    "flat": (lambda x, y, c: x.flat(), lambda x, y, c: x.reshape(-1)),
+    "swap": (lambda x, y, c: x.swap(0, 1), lambda x, y, c: x.T),
+    "sum": (lambda x, y, c: x.sum(0), lambda x, y, c: x.sum(0)),
+    "sum of last": (lambda x, y, c: x.sum(-1), lambda x, y, c: x.sum(-1)),
+    "repeat": (lambda x, y, c: x.repeat(3, 1), lambda x, y, c: x.repeat(3, 1)),
+    "broadcast": (lambda x, y, c: x.broadcast(2, 4, 6), lambda x, y, c: np.broadcast_to(x, (2, 4, 6))),
+    "concat": (lambda x, y, c: concat([x, y, x]), lambda x, y, c: np.concatenate([x, y, x])),
+    "concat last": (lambda x, y, c: concat([x, y], axis=-1), lambda x, y, c: np.concatenate([x, y], axis=-1)),
+    "affine": (lambda x, y, c: 2 * (x - y) * c + 1, lambda x, y, c: 2 * (x - y) * exact(c) + 1),
+}
+
+
+@examples(3)
+@given(drawn=integers, seed=seeds)
+def test_linear_laws(backend: Replicated, drawn: list[int], seed: int) -> None:
+    x, y, c = (vector(drawn[i:], seed + i, 24).reshape(4, 6) for i in range(3))
+
+    async def op(ctx: Context, sx: Share, sy: Share) -> list[Share]:
+        return [law(sx, sy, c) for law, _ in LAWS.values()]
+
+    for (name, (_, law)), got in zip(LAWS.items(), execute(backend, op, x, y, seed=seed), strict=True):
+        want = ring(law(exact(x), exact(y), c))
+        assert got.shape == want.shape and np.array_equal(got, want), name
+
+
+@examples(3)
+@given(drawn=integers, seed=seeds)
+def test_bit_laws(backend: Replicated, drawn: list[int], seed: int) -> None:
+    x, y, c = (vector(drawn[i:], seed + i, 12).reshape(3, 4) for i in range(3))
+
+    async def op(ctx: Context, sx: Bits, sy: Bits) -> list[Bits]:
+        return [sx ^ sy, sx ^ c, sx ^ c[0], sx & c, ~sx, sx[1], sx[:, 2:], ~(sx ^ sy) & c]
+
+    got = execute(backend, op, BitWords(x), BitWords(y), seed=seed)
+    for g, want in zip(got, [x ^ y, x ^ c, x ^ c[0], x & c, ~x, x[1], x[:, 2:], ~(x ^ y) & c], strict=True):
+        assert np.array_equal(g, want)
+
+
+def test_a_share_shows_nothing(backend: Replicated) -> None:
+    secret = ring([123456789, 42])
+
+    async def party(p: Party) -> None:
+        s = backend.share(p, secret, 1)
+        for call in (
+            lambda: bool(s),
+            lambda: s == s,
+            lambda: s != s,
+            lambda: hash(s),
+            lambda: pickle.dumps(s),
+            lambda: np.add(np.ones(2, np.uint64), s),
+        ):
+            with pytest.raises(TypeError):
+                call()
+        assert repr(s) == "<Share (2,)>" and not any(str(int(v)) in str(s) for v in s.v.ravel())
+
+    backend.run(party)
+
+
+# --- openings -----------------------------------------------------------------------------------------------
+
+
+@examples(3)
+@given(drawn=integers, seed=seeds, n=st.integers(1, 70))
+def test_open(backend: Replicated, drawn: list[int], seed: int, n: int) -> None:
+    x, y = vector(drawn, seed, n), vector(drawn[::-1], seed + 1, 2 * n).reshape(n, 1, 2)
+
+    async def party(p: Party) -> list[Ring]:
+        a, b = backend.share(p, x, 1), backend.share(p, y, 2)
+        k, m = backend.share_bits(p, x, 3), backend.share_bits(p, y, 4)
+        return [*await p.doors.open("ring", a, b), *await p.doors.open_bits("bits", k, m)]
+
+    for got in backend.run(party, seed=seed):
+        for g, want in zip(got, [x, y, x, y], strict=True):
+            assert g.shape == want.shape and np.array_equal(g, want)
+
+
+def test_open_low_at_every_width(backend: Replicated) -> None:
+    """Widths 1..64 at odd, even and two-dimensional sizes; each party learns the value modulo 2^width."""
+    rng = np.random.default_rng(1)
+    shapes: list[tuple[int, ...]] = [(1,), (2,), (7,), (3, 5), (1, 1, 1), (2, 3, 2), (33,), (64,)]
+    cases = [(w, shapes[w % len(shapes)]) for w in range(1, 65)] + [
+        (w, s) for w in (1, 2, 31, 32, 33, 63, 64) for s in shapes
+    ]
+    values = []
+    for _, shape in cases:
+        n = int(np.prod(shape))
+        values.append(ring([-1, 0, 1 << 31, 1 << 32, *magnitudes(rng, n, (1 << 63) - 1)][:n]).reshape(shape))
+
+    async def party(p: Party) -> list[Ring]:
+        shares = [backend.share(p, v, i) for i, v in enumerate(values)]
+        apart = [
+            (await p.doors.open_low(f"width {w}", w, s))[0] for (w, _), s in zip(cases, shares, strict=True)
+        ]
+        # the same in one round, with bits between them, and two shares of one width
+        asked = [Masked([s, s[..., :1]], w) for (w, _), s in zip(cases, shares, strict=True)]
+        bits = backend.share_bits(p, values[0], 99)
+        mixed = await p.doors.open_all("mixed", [Masked([bits]), *asked, Masked([bits, bits])])
+        assert np.array_equal(mixed[0][0], values[0]) and len(mixed[-1]) == 2
+        for got, one, s in zip(mixed[1:-1], apart, shares, strict=True):
+            assert np.array_equal(got[0], one) and got[1].shape == (*s.shape[:-1], 1)
+            assert np.array_equal(got[1], one[..., :1])
+        return apart
+
+    for got in backend.run(party):
+        for (w, shape), g, v in zip(cases, got, values, strict=True):
+            assert g.shape == shape
+            assert np.array_equal(exact(g), exact(v) % (1 << w)), w
+
+
+@pytest.mark.parametrize("width", [1, 5, 31, 32, 33, 40, 63])
+def test_open_low_hides_the_high_bits(backend: Replicated, width: int) -> None:
+    """What travels is a function of the components modulo 2^width: nothing above is in a payload."""
+    x = np.random.default_rng(3).integers(0, RING, 6, np.uint64)
+    seen: list[Ring] = []
+
+    def tap(frame: Tapped) -> None:
+        if len(frame.payload) != 32:
+            seen.append(np.frombuffer(bytes(frame.payload), np.uint64))
+
+    async def party(p: Party) -> Ring:
+        share = backend.share(p, x, 1)
+        await p.doors.open_low("low", width, share)
+        return share.v[1]
+
+    full = backend.run(party, tap=tap)
+    assert len(seen) == len(full)
+    for payload in seen:
+        if width <= 32:
+            halves = payload.view(np.uint32)
+            assert payload.size == 3 and not (halves >> np.uint32(width - 1) >> np.uint32(1)).any()
+        else:
+            assert payload.size == 6 and not (payload & np.uint64((1 << (64 - width)) - 1)).any()
+
+
+# --- truncation ---------------------------------------------------------------------------------------------
+
+TRUNCATIONS = range(1, 62)  # every f the domain allows; the model uses 1..56
+
+
+def truncation_edges(f: int) -> list[int]:
+    top = (1 << 62) - (1 << f) - 1  # the largest |x| in the domain
+    near = [0, 1, (1 << f) - 1, 1 << f, (1 << f) + 1, 3 << f, top, top - 1, top - (1 << f), top >> 1]
+    return sorted({s * min(v, top) for v in near for s in (1, -1)})
+
+
+@examples(2)
+@given(drawn=integers, seed=seeds)
+def test_truncate(backend: Replicated, drawn: list[int], seed: int) -> None:
+    """Proven: |result - x / 2^f| <= 2 - 2^(1 - f), for every |x| < 2^62 - 2^f."""
+    rng = np.random.default_rng(seed)
+    xs: list[list[int]] = []
+    for f in TRUNCATIONS:
+        top = (1 << 62) - (1 << f) - 1
+        clipped = [max(-top, min(top, v)) for v in drawn]
+        edges = truncation_edges(f) + clipped
+        xs.append(edges + magnitudes(rng, 64 - len(edges) % 64, top))
+
+    async def op(ctx: Context, *shares: Share) -> list[Share]:
+        return await ops.truncate(ctx, "truncate", *zip(shares, TRUNCATIONS, strict=True))
+
+    for f, x, got in zip(TRUNCATIONS, xs, execute(backend, op, *map(ring, xs), seed=seed), strict=True):
+        error = signed(got) * (1 << f) - np.array(x, object)  # in units of 2^-f
+        assert abs(error).max() <= (2 << f) - 2, f"f = {f}: off by {abs(error).max() / 2**f} units"
+
+
+def test_truncation_error_is_centred(backend: Replicated) -> None:
+    """The dither's mean is zero to within five standard errors, whatever the sign and the low bits of x."""
+    n, f = 6000, 16
+    values = [0, (1 << 40) + 12345, -(1 << 50) - 54321]
+
+    async def op(ctx: Context, *shares: Share) -> list[Share]:
+        return await ops.truncate(ctx, "truncate", *((s, f) for s in shares))
+
+    inputs = [ring([v] * n) for v in values]
+    for value, got in zip(values, execute(backend, op, *inputs), strict=True):
+        error = (signed(got) - value / (1 << f)).astype(float)
+        assert abs(error.mean()) < 5 * error.std() / n**0.5
+        assert 0.45 < error.std() < 0.65  # of a sum of three uniforms, rounded: 1/2 .. sqrt(1/3)
+
+
+def test_truncate_keeps_shapes(backend: Replicated) -> None:
+    x = ring(np.arange(24) << 20).reshape(2, 3, 4)
+
+    async def op(ctx: Context, s: Share) -> list[Share]:
+        return await ops.truncate(ctx, "t", (s, 20), (s.swap(0, 2), 10), (s[0, 0, 1], 5))
+
+    a, b, c = execute(backend, op, x)
+    assert a.shape == (2, 3, 4) and b.shape == (4, 3, 2) and c.shape == ()
+    assert abs(signed(b) - (np.swapaxes(np.arange(24).reshape(2, 3, 4), 0, 2) << 10)).max() <= 1
+
+
+# --- products -----------------------------------------------------------------------------------------------
+
+
+@examples(3)
+@given(drawn=integers, seed=seeds)
+def test_mul(backend: Replicated, drawn: list[int], seed: int) -> None:
+    edges = ring(EDGES)
+    x, y = np.repeat(edges, len(edges)), np.tile(edges, len(edges))  # every pair of edges
+    u, v = vector(drawn, seed, 60).reshape(3, 20), vector(drawn[::-1], seed + 1, 60).reshape(3, 20)
+
+    async def op(ctx: Context, sx: Share, sy: Share, su: Share, sv: Share) -> list[Share]:
+        one = await ops.mul(ctx, "mul", (sx, sy))
+        return one + await ops.mul(ctx, "mul many", (su, sv), (su[0], sv[1]), (su[1, :1], su[1, :1]))
+
+    got = execute(backend, op, x, y, u, v, seed=seed)
+    for g, want in zip(got, [x * y, u * v, u[0] * v[1], u[1, :1] ** 2], strict=True):
+        assert g.shape == want.shape and np.array_equal(g, want)
+
+
+@examples(3)
+@given(drawn=integers, seed=seeds, m=st.integers(1, 9), n=st.integers(1, 30))
+def test_scale(backend: Replicated, drawn: list[int], seed: int, m: int, n: int) -> None:
+    s, x = vector(drawn, seed, n), vector(drawn[::-1], seed + 1, n * m).reshape(n, m)
+
+    async def op(ctx: Context, ss: Share, sx: Share) -> Share:
+        return await ops.scale(ctx, "scale", ss, sx)
+
+    (got,) = execute(backend, op, s, x, seed=seed)
+    assert np.array_equal(got, s[:, None] * x)
+
+
+@pytest.mark.parametrize(
+    ("n", "k", "m"), [(1, 1, 1), (1, 8, 5), (3, 5, 2), (2, 40, 33), (17, 16, 24), (1, 700, 800)]
+)
+def test_matmul(backend: Replicated, n: int, k: int, m: int) -> None:
+    """Also at a size that is sent to a thread."""
+    rng = np.random.default_rng([n, k, m])
+    x, w = rng.integers(0, RING, (n, k), np.uint64), rng.integers(0, RING, (k, m), np.uint64)
+    x.flat[0] = w.flat[0] = RING - 1
+
+    async def op(ctx: Context, sx: Share) -> Share:
+        return await ops.matmul(ctx, "product", sx, "w")
+
+    (got,) = execute(backend, op, x, weights={"w": w})
+    cols = np.unique(np.r_[0, m - 1, np.arange(0, m, max(1, m // 8))])
+    assert np.array_equal(got[:, cols], ring(exact(x) @ exact(w[:, cols])))
+    assert np.array_equal(got, kernels.matmul(x, w))
+
+
+@pytest.mark.parametrize("d", [1, 2, 7, 64])
+def test_norm_sum(backend: Replicated, d: int) -> None:
+    """Sum of squares and scaling by a share, as the norm does, through one mask."""
+    x, r = vector([], d, 12 * d).reshape(12, d), vector([], d + 1, 12)
+
+    async def op(ctx: Context, sx: Share, sr: Share) -> list[Share]:
+        c = ctx.take(prep.Norm(d), 12)
+        (dx,) = await ctx.doors.open("x", sx + c["x"])
+        square = c["q"] - (c["x"] * (dx * np.uint64(2))).sum(1) + (dx * dx).sum(axis=1, dtype=np.uint64)
+        (dr,) = await ctx.doors.open("r", sr + c["s"])
+        y = c["z"] - c["x"] * dr[:, None] - c["s"].reshape(-1, 1) * dx + dx * dr[:, None]
+        return [square, y]
+
+    square, y = execute(backend, op, x, r)
+    assert np.array_equal(square, ring((exact(x) ** 2).sum(1)))
+    assert np.array_equal(y, x * r[:, None])
+
+
+# --- bits ---------------------------------------------------------------------------------------------------
+
+
+@examples(3)
+@given(drawn=integers, seed=seeds, n=st.integers(1, 20))
+def test_conjunction(backend: Replicated, drawn: list[int], seed: int, n: int) -> None:
+    x, y = vector(drawn, seed, n), vector(drawn[::-1], seed + 1, n)
+    u, v = vector([], seed + 2, 3 * n).reshape(3, n), vector([], seed + 3, 3 * n).reshape(3, n)
+
+    async def op(ctx: Context, *s: Bits) -> list[Bits]:
+        return await ops.conjunction(ctx, "and", (s[0], s[1]), (s[2], s[3]), (s[2][1], s[0]))
+
+    got = execute(backend, op, *map(BitWords, (x, y, u, v)), seed=seed)
+    for g, want in zip(got, [x & y, u & v, u[1] & x], strict=True):
+        assert g.shape == want.shape and np.array_equal(g, want)
+
+
+@pytest.mark.parametrize("n", [1, 2, 63, 64, 65, 127, 128, 200, 1000])
+def test_to_ring(backend: Replicated, n: int) -> None:
+    packed = np.random.default_rng(n).integers(0, RING, words(n), np.uint64)
+
+    async def op(ctx: Context, bits: Bits) -> Share:
+        return await ops.to_ring(ctx, "inject", bits, n)
+
+    (got,) = execute(backend, op, BitWords(packed))
+    assert np.array_equal(got, bits_of(packed, n).astype(np.uint64))
+
+
+@pytest.mark.parametrize("bits", range(1, 11))
+def test_is_zero(backend: Replicated, bits: int) -> None:
+    """Every value of the width, several times, and what lies above the width does not matter."""
+    x = np.tile(np.arange(1 << bits, dtype=np.uint64), max(2, 64 >> bits))
+    x = np.concatenate([x, np.zeros(x.size % 2, np.uint64)])
+    high = x + np.uint64(1 << bits) * np.arange(x.size, dtype=np.uint64)
+
+    async def op(ctx: Context, s: Share, h: Share) -> list[Bits]:
+        return [await ops.is_zero(ctx, "zero", s, bits), await ops.is_zero(ctx, "zero above", h, bits)]
+
+    for got in execute(backend, op, x, high):
+        assert np.array_equal(bits_of(got, x.size), x == 0)
+
+
+def sign_edges(low: int, width: int) -> list[int]:
+    unit, bound = 1 << low, 1 << (low + width - 1)
+    top, bottom = bound - 3 * unit, -bound  # -bound is below what is promised and still right
+    near = [
+        0,
+        1,
+        2,
+        3,
+        unit - 1,
+        unit,
+        unit + 1,
+        3 * unit - 3,
+        3 * unit - 2,
+        3 * unit - 1,
+        3 * unit,
+        3 * unit + 1,
+    ]
+    out = {v * s for v in near for s in (1, -1)} | {top - 1, top - 2, bottom, bottom + 1, -top + 1, top // 2}
+    return sorted(v for v in out if bottom <= v < max(top, 1))
+
+
+SIGNS = [(0, 2), (0, 3), (0, 12), (0, 22), (0, 31), (0, 32), (0, 48), (0, 64)]
+SIGNS += [(1, 4), (3, 8), (16, 16), (16, 28), (20, 32), (40, 24)]
+
+
+@pytest.mark.parametrize(("low", "width"), SIGNS)
+def test_is_negative(backend: Replicated, low: int, width: int) -> None:
+    """Never negative for x >= 0, always for x <= -3 * 2^low, exact without dropped bits; to both bounds."""
+    unit, bound = 1 << low, 1 << (low + width - 1)
+    top = max(bound - 3 * unit, 1)
+    rng = np.random.default_rng([low, width])
+    x = sign_edges(low, width)
+    x += [v if v < top else -v for v in magnitudes(rng, 300 - len(x), bound - 1)]
+
+    async def op(ctx: Context, s: Share) -> Bits:
+        return await ops.is_negative(ctx, "sign", s, low, width)
+
+    (got,) = execute(backend, op, ring(x))
+    said = bits_of(got, len(x))
+    for v, negative in zip(x, said, strict=True):
+        if v >= 0 or v <= -3 * unit or low == 0:
+            assert negative == (v < 0), v
+
+
+def test_is_negative_near_zero_errs_only_below(backend: Replicated) -> None:
+    """Between -3 * 2^low and 0 both answers occur, and more often negative the further below."""
+    low, n = 10, 2048
+    unit = 1 << low
+    xs = [-1, -unit // 2, -unit, -2 * unit, -3 * unit + 3]
+
+    async def op(ctx: Context, *shares: Share) -> list[Bits]:
+        return [await ops.is_negative(ctx, "sign", s, low, 12) for s in shares]
+
+    got = execute(backend, op, *(ring([x] * n) for x in xs))
+    rates = [bits_of(g, n).mean() for g in got]
+    assert rates[0] < 0.01 < rates[1] < rates[2] < rates[3] < rates[4] == 1
+
+
+# --- look-ups -----------------------------------------------------------------------------------------------
+
+
+def test_one_hot_at_every_offset(backend: Replicated) -> None:
+    """Row i of a turned one-hot has its one at (offset - r_i) mod 8, for all offsets at once."""
+    bits, n = 3, 64
+    offsets = np.arange(n, dtype=np.uint64)  # modulo 8 every offset meets several masks
+
+    async def op(ctx: Context) -> list[Share]:
+        out = []
+        for turn in range(1 << bits):
+            c = ctx.take(prep.Lookup(0, 0, bits, 0), n)
+            out += [c["r"] + 0, ops.one_hot(ctx, c, offsets + np.uint64(turn), bits)]
+        return out
+
+    got = execute(backend, op)
+    met = set()
+    for turn in range(1 << bits):
+        r, hot = got[2 * turn], got[2 * turn + 1]
+        at = (offsets + np.uint64(turn) - r) % np.uint64(1 << bits)
+        assert np.array_equal(hot, np.eye(1 << bits, dtype=np.uint64)[at.astype(int)])
+        met |= set(
+            zip(
+                (r % np.uint64(8)).tolist(),
+                ((offsets + np.uint64(turn)) % np.uint64(8)).tolist(),
+                strict=True,
+            )
+        )
+    assert len(met) == 64, "not every offset met every mask"
+
+
+@pytest.mark.parametrize("bits", [1, 4, 6])
+def test_one_hot_of_an_opened_index(backend: Replicated, bits: int) -> None:
+    """index + r opened modulo 2^bits turns the prepared one-hot into that of the index."""
+    index = np.tile(np.arange(1 << bits, dtype=np.uint64), 4)
+
+    async def op(ctx: Context, s: Share) -> Share:
+        c = ctx.take(prep.Lookup(0, 0, bits, 0), index.size)
+        (o,) = await ctx.doors.open_low("index", bits, s + c["r"])
+        return ops.one_hot(ctx, c, o, bits)
+
+    (got,) = execute(backend, op, index)
+    assert np.array_equal(got, np.eye(1 << bits, dtype=np.uint64)[index.astype(int)])
+
+
+@pytest.mark.parametrize(
+    ("low", "rest", "bits"), [(0, 1, 3), (0, 4, 6), (3, 4, 2), (30, 4, 6), (20, 8, 4), (50, 4, 6)]
+)
+def test_coarse_index(backend: Replicated, low: int, rest: int, bits: int) -> None:
+    """One-hot of j with x / 2^(low + rest) strictly within (j - 1 - 3 / 2^rest, j + 1)."""
+    unit = 1 << (low + rest)
+    end = (1 << (low + rest + bits)) - unit - (3 << low)
+    rng = np.random.default_rng([low, rest, bits])
+    x = [0, 1, unit - 1, unit, unit + 1, (3 << low) - 3, unit - (3 << low), end - 1, end - unit, end // 2]
+    x = [max(0, min(v, end - 1)) for v in x] + [int(v * end) for v in rng.random(246)]
+
+    async def op(ctx: Context, s: Share) -> Share:
+        return await ops.coarse_index(ctx, "coarse", s, low, rest, bits)
+
+    (hot,) = execute(backend, op, ring(x).reshape(2, -1))
+    assert hot.shape == (2, 128, 1 << bits)
+    hot = hot.reshape(256, -1)
+    assert np.array_equal(np.sort(hot, axis=1)[:, ::-1][:, :1], np.ones((256, 1), np.uint64))
+    assert np.array_equal(hot.sum(axis=1), np.ones(256, np.uint64))
+    for v, j in zip(x, hot.argmax(axis=1).tolist(), strict=True):
+        assert (j - 1) * unit - (3 << low) < v < (j + 1) * unit, (v, j)
+
+
+def power_piece(low: int, rest: int, bits: int, degree: int) -> Piecewise:
+    """Pieces of one polynomial: (index 2^rest + remainder)^degree modulo 2^64; the flag is the index."""
+    j = [i << rest for i in range(1 << bits)]
+    binomial = [[1], [1, 1], [1, 2, 1], [1, 3, 3, 1], [1, 4, 6, 4, 1]][degree]
+    tables = np.stack([ring([binomial[d] * v ** (degree - d) for v in j]) for d in range(degree + 1)])
+    return Piecewise(low, rest, bits, tables, np.arange(1 << bits, dtype=np.uint64)[None], 0)
+
+
+PIECES = [
+    (0, 4, 3, 1),
+    (0, 12, 6, 2),
+    (5, 12, 6, 3),
+    (18, 12, 8, 3),
+    (18, 14, 9, 1),
+    (2, 14, 6, 2),
+    (7, 10, 5, 4),
+]
+
+
+@pytest.mark.parametrize(("low", "rest", "bits", "degree"), PIECES)
+def test_piecewise_reads_what_it_evaluates(
+    backend: Replicated, low: int, rest: int, bits: int, degree: int
+) -> None:
+    """For pieces of one polynomial p the result is exactly p(y), y of floor(x / 2^low) + {0, 1, 2, 3}.
+
+    The index j that was read has |y - j 2^rest| < 2^rest.
+    """
+    unit = 1 << (low + rest)
+    end = (1 << (low + rest + bits)) - unit - (3 << low)
+    rng = np.random.default_rng([low, rest, bits])
+    x = [0, 1, unit - 1, unit, (3 << low), end - 1, end - 2, end - unit, end // 2] + [
+        int(v * end) for v in rng.random(247)
+    ]
+    piece = power_piece(low, rest, bits, degree)
+
+    async def op(ctx: Context, s: Share) -> list[Share]:
+        (read,) = await ops.read_index(ctx, "index", (s, piece))
+        (value,) = await ops.evaluate(ctx, "value", [read])
+        return [value, read.flags[0], await ops.piecewise(ctx, "again", s, piece)]
+
+    value, flag, again = execute(backend, op, ring(x).reshape(4, 64))
+    for v, got, j, other in zip(
+        x, value.ravel().tolist(), flag.ravel().tolist(), again.ravel().tolist(), strict=True
+    ):
+        floor = v >> low
+        candidates = [(floor + e) ** degree % RING for e in range(4)]
+        assert other in candidates
+        near = [y for y, c in zip(range(floor, floor + 4), candidates, strict=True) if c == got]
+        assert near and any(abs(y - (j << rest)) < 1 << rest for y in near)
+
+
+def test_several_pieces_in_one_reading(backend: Replicated) -> None:
+    """Pieces of one degree over different windows and values, read and evaluated together."""
+    first, second = power_piece(0, 6, 4, 2), power_piece(3, 4, 3, 2)
+    x, y = ring(np.arange(0, 900, 3)), ring(np.arange(0, 850, 5))
+
+    async def op(ctx: Context, sx: Share, sy: Share) -> list[Share]:
+        reads = await ops.read_index(ctx, "index", (sx, first), (sy, second), (sy, first))
+        return await ops.evaluate(ctx, "value", reads)
+
+    a, b, c = execute(backend, op, x, y)
+    assert np.array_equal(a, x**2) and np.array_equal(c, y**2)  # nothing is dropped below the first window
+    roots = np.sqrt(b.astype(float)).astype(np.uint64)
+    assert np.array_equal(roots**2, b) and (roots - (y >> np.uint64(3)) <= 3).all()
+
+
+# --- argmax -------------------------------------------------------------------------------------------------
+
+ARGMAX_SIZES = [1, 2, 3, 4, 5, 6, 7, 11, 12, 13, 14, 18, 31, 47, 48, 49, 50, 64, 70, 300]
+
+
+@pytest.mark.parametrize("n", ARGMAX_SIZES)
+def test_argmax(backend: Replicated, n: int) -> None:
+    """Exact with no bits dropped: negative values, ties to the lower index, neighbours, full range."""
+    rng = np.random.default_rng(n)
+    width = 30
+    top = (1 << (width - 2)) - 1  # so that differences fit
+    rows = [
+        rng.integers(-top, top + 1, n),
+        rng.integers(-3, 3, n),  # many ties
+        np.full(n, -top),  # all equal
+        np.where(np.arange(n) == n - 1, top, -top),
+        -top + (rng.permutation(n) == 0),  # one apart
+    ]
+    rows = rows if n < 300 else rows[:2]
+
+    async def op(ctx: Context, *shares: Share) -> list[Share]:
+        out: list[Share] = []
+        for s in shares:
+            value, index = await ops.argmax(ctx, "argmax", s, 0, width)
+            assert value.shape == index.shape == ()
+            out += [value, index]
+        return out
+
+    got = execute(backend, op, *map(ring, rows))
+    for row, value, index in zip(rows, got[::2], got[1::2], strict=True):
+        assert int(signed(value)) == max(row) and int(index) == int(np.argmax(row))
+
+
+@pytest.mark.parametrize("n", [1, 2, 5, 12, 40, 70, 300])
+def test_argmax_with_dropped_bits(backend: Replicated, n: int) -> None:
+    """With `low` bits dropped the winner is within 4 * 2^low of the largest, and its value within 2 units."""
+    low, width = 16, 28
+    rng = np.random.default_rng(n)
+    top = (1 << (low + width - 2)) - (2 << low)
+    rows = [rng.integers(-top, top + 1, n), -(1 << 30) + rng.integers(0, 8 << low, n)]
+
+    async def op(ctx: Context, *shares: Share) -> list[Share]:
+        return [v for s in shares for v in await ops.argmax(ctx, "argmax", s, low, width)]
+
+    got = execute(backend, op, *map(ring, rows))
+    for row, value, index in zip(rows, got[::2], got[1::2], strict=True):
+        chosen = int(row[int(index)])
+        assert max(row) - chosen < 4 << low
+        assert abs((int(signed(value)) << low) - chosen) < 2 << low
+
+
+# --- side by side -------------------------------------------------------------------------------------------
+
+
+async def _branch_product(ctx: Context, x: Share, w: str) -> list[Share]:
+    y = await ops.matmul(ctx, "product", x, w)
+    (z,) = await ops.mul(ctx, "square", (y, y))
+    return [y, z]
+
+
+async def _branch_sign(ctx: Context, x: Share) -> Share:
+    lanes = 64 * words(x.size)
+    negative = await ops.is_negative(ctx, "sign", x.flat(), 0, 40)
+    return (await ops.to_ring(ctx, "inject", negative, lanes))[: x.size]
+
+
+async def _branch_table(ctx: Context, x: Share) -> list[Share]:
+    async def one(inner: Context) -> Share:
+        return await ops.piecewise(inner, "table", x.flat(), power_piece(0, 6, 4, 2))
+
+    async def two(inner: Context) -> Share:
+        return (await ops.mul(inner, "double", (x, x)))[0]
+
+    return await ops.together(ctx, one, two)
+
+
+async def _branch_local(ctx: Context, x: Share) -> Share:
+    return x * 3
+
+
+@pytest.mark.parametrize("big", [False, True], ids=["small", "threads"])
+def test_together(backend: Replicated, big: bool) -> None:
+    """Branches give what they give alone, nested and with kernels in threads; the longest sets the rounds."""
+    k, m = (700, 800) if big else (5, 4)
+    x = ring(np.arange(2 * k) % 500).reshape(2, k)
+    y = ring(np.arange(64) * 7919 - 200_000)
+    z = ring(np.arange(64).reshape(8, 8))
+    w = np.random.default_rng(5).integers(0, RING, (k, m), np.uint64)
+
+    def branches(sx: Share, sy: Share, sz: Share) -> list[Callable[[Context], Any]]:
+        return [
+            lambda ctx: _branch_product(ctx, sx, "w"),
+            lambda ctx: _branch_sign(ctx, sy),
+            lambda ctx: _branch_table(ctx, sz),
+            lambda ctx: _branch_local(ctx, sz),
+        ]
+
+    async def joined(ctx: Context, *s: Share) -> list[Any]:
+        return await ops.together(ctx, *branches(*s))
+
+    async def apart(ctx: Context, *s: Share) -> list[Any]:
+        return [await b(ctx) for b in branches(*s)]
+
+    weights = {"w": w}
+    first, second = (
+        execute(backend, joined, x, y, z, weights=weights),
+        execute(backend, apart, x, y, z, weights=weights),
+    )
+    product = kernels.matmul(x, w)
+    want = [product, product**2, (signed(y) < 0).astype(np.uint64), z.ravel() ** 2, z**2, z * np.uint64(3)]
+    for a, b, c in zip(first, second, want, strict=True):
+        assert np.array_equal(a, c) and np.array_equal(b, c)
+    alone = [plan(functools.partial(_alone, i, branches), [x, y, z], weights) for i in range(4)]
+    both, serial = plan(joined, [x, y, z], weights), plan(apart, [x, y, z], weights)
+    assert both.rounds == max(c.rounds for c in alone) < sum(c.rounds for c in alone) == serial.rounds
+    assert both.demand == serial.demand and both.opened == serial.opened
+    assert serial.sent - both.sent == 32 * (serial.rounds - both.rounds)  # a digest a round, and nothing else
+
+
+async def _alone(i: int, branches: Callable[..., list[Any]], ctx: Context, *s: Share) -> Any:
+    return await branches(*s)[i](ctx)
+
+
+def test_together_ends_with_the_first_error(backend: Replicated) -> None:
+    closed: list[str] = []
+
+    async def party(p: Party) -> None:
+        ctx = await p.context({prep.Mul(): 4})
+        x = backend.share(p, ring([1, 2]), 1)
+
+        async def fine(inner: Context) -> Share:
+            try:
+                return (await ops.mul(inner, "fine", (x, x)))[0]
+            finally:
+                closed.append("fine")
+
+        async def greedy(inner: Context) -> Share:
+            return (await ops.mul(inner, "greedy", (concat([x, x]), concat([x, x]))))[0]
+
+        with pytest.raises(LocalError, match="used up"):
+            await ops.together(ctx, fine, greedy)
+
+    backend.run(party)
+    assert closed == ["fine"] * 3
+
+
+# --- correlations -------------------------------------------------------------------------------------------
+
+WEIGHT = (6, 5)
+KINDS: list[tuple[prep.Kind, int]] = [
+    (prep.Trunc(1), 130),
+    (prep.Trunc(16), 65),
+    (prep.Trunc(61), 1),
+    (prep.Lookup(0, 0, 1, 0), 5),
+    (prep.Lookup(0, 0, 5, 0), 70),
+    (prep.Lookup(7, 3, 4, 0), 64),
+    (prep.Lookup(0, 12, 6, 3), 40),
+    (prep.Lookup(18, 14, 3, 2), 100),
+    (prep.Zero(1), 64),
+    (prep.Zero(5), 192),
+    (prep.Compare(0, 2), 64),
+    (prep.Compare(16, 28), 128),
+    (prep.Compare(0, 64), 64),
+    (prep.DaBit(), 130),
+    (prep.AndTriple(), 9),
+    (prep.Mul(), 33),
+    (prep.Scale(1), 3),
+    (prep.Scale(7), 20),
+    (prep.Norm(1), 2),
+    (prep.Norm(9), 11),
+    (prep.Weight("w"), 4),
+]
+
+
+def _lane(planes: Ring, n: int) -> Exact:
+    """Integers from bit planes (k, words), lowest first."""
+    rows = [bits_of(p, n).astype(object) for p in planes]
+    return sum((row * (1 << i) for i, row in enumerate(rows)), start=np.zeros(n, object))
+
+
+def relation(
+    kind: prep.Kind, n: int, got: Mapping[str, Ring], parts: Mapping[str, list[Ring]], w: Ring
+) -> None:
+    """The defining relation of a kind, on integers: `got` are values, `parts` the summands of each."""
+    match kind:
+        case prep.Trunc(f):
+            total = sum(map(exact, parts["r"]))
+            assert np.array_equal(exact(got["high"]), sum(exact(r) >> f for r in parts["r"]) % RING)
+            assert np.array_equal(exact(got["over"]), total // RING)
+            assert np.array_equal(exact(got["top"]), total % RING >> 63)
+        case prep.Lookup(low, rest, bits, steps):
+            heights = sum(exact(r) % (1 << (low + rest + bits)) >> low for r in parts["r"])
+            assert all((r >> np.uint64(low + rest + bits) == 0).all() for r in parts["r"])
+            index = heights % (1 << (rest + bits)) >> rest
+            assert np.array_equal(got["e"], np.eye(1 << bits, dtype=np.uint64)[index.astype(int)])
+            if rest:
+                assert np.array_equal(exact(got["v"]), heights % (1 << rest))
+            else:
+                assert "v" not in got
+            if rest and steps:
+                assert np.array_equal(got["prod"], got["mask"] * got["v"][:, None])
+        case prep.Zero(bits):
+            index = exact(got["r"]) % (1 << bits)
+            hot = np.stack([bits_of(p, n) for p in got["planes"]], axis=1)
+            assert np.array_equal(hot, np.eye(1 << bits, dtype=bool)[index.astype(int)])
+            assert all((r >> np.uint64(bits) == 0).all() for r in parts["r"])
+        case prep.Compare(low, width):
+            heights = sum(exact(r) >> low for r in parts["r"]) % (1 << width)
+            assert np.array_equal(_lane(got["planes"], n), heights)
+            assert all((exact(r) < 1 << (low + width)).all() for r in parts["r"])
+        case prep.DaBit():
+            assert np.array_equal(got["ring"], bits_of(got["planes"][0], n).astype(np.uint64))
+        case prep.AndTriple():
+            assert np.array_equal(got["z"], got["x"] & got["y"])
+        case prep.Mul():
+            assert np.array_equal(got["z"], got["x"] * got["y"])
+        case prep.Scale():
+            assert np.array_equal(got["z"], got["x"] * got["s"][:, None])
+        case prep.Norm():
+            assert np.array_equal(got["z"], got["x"] * got["s"][:, None])
+            assert np.array_equal(got["q"], (got["x"] ** 2).sum(axis=1, dtype=np.uint64))
+        case prep.Weight():
+            assert np.array_equal(got["z"], kernels.matmul(got["x"], w))
+        case _:
+            raise AssertionError(f"no relation is stated for {kind}")
+
+
+def material(
+    backend: Replicated, batches: Sequence[Mapping[prep.Kind, int]], w: Ring, seed: int = 0
+) -> list[list[dict[prep.Kind, dict[str, Ring]]]]:
+    """What every party holds (parties, batches) after producing batches in order."""
+
+    async def party(p: Party) -> list[dict[prep.Kind, dict[str, Ring]]]:
+        out = []
+        for i, demand in enumerate(batches):
+            ctx = await p.context(demand, f"batch {i}")
+            assert isinstance(ctx.store, prep.Store)
+            out.append(ctx.store.material)
+        return out
+
+    return backend.run(party, weights={"w": w}, seed=seed)
+
+
+def is_bits(kind: prep.Kind, name: str) -> bool:
+    return name == "planes" or isinstance(kind, prep.AndTriple)
+
+
+@examples(2)
+@given(seed=seeds)
+def test_every_kind_holds_exactly(backend: Replicated, seed: int) -> None:
+    w = vector([], seed, WEIGHT[0] * WEIGHT[1]).reshape(WEIGHT)
+    held = material(backend, [dict(KINDS)], w, seed)
+    for kind, n in KINDS:
+        mine = [p[0][kind] for p in held]
+        shapes = prep.shapes(kind, n, WEIGHT)
+        assert {k: v.shape[1:] for k, v in mine[0].items()} == shapes, (
+            f"{kind}: shapes() differs from what is made"
+        )
+        got, parts = {}, {}
+        for name in shapes:
+            each = [m[name] for m in mine]
+            if is_bits(kind, name):
+                got[name] = backend.reconstruct_bits(each)
+            else:
+                got[name] = backend.reconstruct(each)
+                parts[name] = backend.summands(each)
+        relation(kind, n, got, parts, w)
+
+
+def test_all_kinds_are_tested() -> None:
+    named = {type(kind) for kind, _ in KINDS} | {prep.Keys, prep.Values}
+    assert named == set(prep._MAKERS)
+
+
+@pytest.mark.parametrize(("heads", "kv"), [(4, 2), (3, 3), (4, 1)])
+def test_attention_masks_continue(backend: Replicated, heads: int, kv: int) -> None:
+    """Three ranges of rows of two layers: products with all masks so far, cached masks never drawn again."""
+    hd, w = 6, np.zeros((1, 1), np.uint64)
+    ranges = [(0, 3), (3, 1), (4, 5)]
+    kinds = [
+        [t(layer, first, rows, heads, kv, hd) for layer in range(2) for t in (prep.Keys, prep.Values)]
+        for first, rows in ranges
+    ]
+    # the first two in one batch, the third in its own, as a session makes them
+    held = material(backend, [dict.fromkeys(kinds[0] + kinds[1], 1), dict.fromkeys(kinds[2], 1)], w)
+
+    def value(batch: int, kind: prep.Kind, name: str) -> Ring:
+        return backend.reconstruct([p[batch][kind][name] for p in held])
+
+    for column in range(4):
+        so_far: list[Ring] = []
+        for part, batch in zip(kinds, (0, 0, 1), strict=True):
+            kind = part[column]
+            x, new, z = (value(batch, kind, name) for name in ("x", "new", "z"))
+            assert {"x": x.shape, "new": new.shape, "z": z.shape} == prep.shapes(kind, 1)
+            so_far.append(new)
+            cached = np.repeat(np.concatenate(so_far, axis=1), heads // kv, axis=0)
+            right = (
+                cached if isinstance(kind, prep.Values) else np.ascontiguousarray(np.swapaxes(cached, 1, 2))
+            )
+            assert np.array_equal(z, kernels.matmul(x, np.ascontiguousarray(right)))
+            assert len(np.unique(np.concatenate(so_far, axis=1))) == kv * hd * (kind.first + kind.rows)
+
+
+def test_attention_masks_must_be_made_in_order(backend: Replicated) -> None:
+    async def party(p: Party) -> None:
+        with pytest.raises(LocalError, match="order of positions"):
+            await p.context({prep.Keys(0, 2, 1, 1, 1, 2): 1})
+
+    backend.run(party)
+
+
+def test_material_is_taken_once(backend: Replicated) -> None:
+    """A store hands out disjoint parts, in order, and raises when it is empty or asked for too much."""
+    demand: dict[prep.Kind, int] = {prep.Mul(): 10, prep.Zero(3): 192, prep.Keys(0, 0, 1, 1, 1, 2): 1}
+
+    async def party(p: Party) -> None:
+        ctx = await p.context(demand)
+        store = ctx.store
+        assert isinstance(store, prep.Store)
+        whole = {k: {n: v.copy() for n, v in m.items()} for k, m in store.material.items()}
+        a, b = store.take(prep.Mul(), 3), store.take(prep.Mul(), 7)
+        for name, v in whole[prep.Mul()].items():
+            assert np.array_equal(np.concatenate([a[name], b[name]], axis=1), v)
+        c, d = store.take(prep.Zero(3), 65), store.take(prep.Zero(3), 64)  # 65 lanes use up two words
+        planes = whole[prep.Zero(3)]["planes"]
+        assert np.array_equal(c["planes"], planes[:, :, :2]) and np.array_equal(d["planes"], planes[:, :, 2:])
+        assert np.array_equal(d["r"], whole[prep.Zero(3)]["r"][:, 128:])
+        store.take(prep.Keys(0, 0, 1, 1, 1, 2), 1)
+        assert store.left() == {}
+        for kind in (*demand, prep.DaBit()):
+            with pytest.raises(LocalError):
+                store.take(kind, 1)
+        ctx = await p.context({prep.Mul(): 4})
+        assert isinstance(ctx.store, prep.Store)
+        with pytest.raises(LocalError, match="used up"):
+            ctx.store.take(prep.Mul(), 5)
+        kept = ctx.store.material[prep.Mul()]["x"]
+        ctx.store.wipe()
+        assert not kept.any() and ctx.store.left() == {}
+
+    backend.run(party)
+
+
+def test_a_batch_splits_into_disjoint_stores(backend: Replicated) -> None:
+    demands: list[dict[prep.Kind, int]] = [
+        {prep.Mul(): 3, prep.Compare(0, 5): 64, prep.Keys(0, 0, 2, 1, 1, 2): 1},
+        {prep.Mul(): 5, prep.Compare(0, 5): 128, prep.DaBit(): 64, prep.Keys(0, 2, 1, 1, 1, 2): 1},
+    ]
+
+    async def party(p: Party) -> None:
+        total: dict[prep.Kind, int] = {}
+        for d in demands:
+            prep.add_demand(total, d)
+        ctx = await p.context(total)
+        assert isinstance(ctx.store, prep.Store)
+        whole = {k: {n: v.copy() for n, v in m.items()} for k, m in ctx.store.material.items()}
+        stores = prep.split(ctx.store.material, demands)
+        assert [s.left() for s in stores] == demands
+        taken = [{k: s.take(k, n) for k, n in d.items()} for s, d in zip(stores, demands, strict=True)]
+        joined = np.concatenate([t[prep.Compare(0, 5)]["planes"] for t in taken], axis=2)
+        assert np.array_equal(joined, whole[prep.Compare(0, 5)]["planes"])
+        joined = np.concatenate([t[prep.Mul()]["z"] for t in taken], axis=1)
+        assert np.array_equal(joined, whole[prep.Mul()]["z"])
+        assert all(s.left() == {} for s in stores)
+
+    backend.run(party)
+
+
+# --- declared and measured cost of a whole step -------------------------------------------------------------
+
+LLAMA = PlanSpec(
+    "llama", 2, 16, 4, 2, 4, 24, 40, 32, "silu_glu", 1e-5, "rope", 10000.0, None, ()
+)  # fmt: skip
+GPT2 = PlanSpec("gpt2", 1, 12, 3, 3, 4, 20, 33, 16, "gelu", 1e-5, "learned", None, None, ())
+
+
+def random_weights(spec: PlanSpec, seed: int) -> dict[str, Ring]:
+    """Weights at scale 16 of a size that keeps everything in range; biases as rows."""
+    rng = np.random.default_rng(seed)
+    out = {}
+    for name, shape in spec.shapes().items():
+        values = rng.standard_normal(shape) * (0.1 if len(shape) == 1 else shape[0] ** -0.5)
+        out[name] = encode(values.reshape(-1, shape[-1]), 16)
+    return out
+
+
+ODD = pytest.mark.xfail(
+    strict=True, reason="plan counts 4 bytes for the odd element of a packed opening, where 8 are sent"
+)
+
+
+@ODD
+@pytest.mark.parametrize("n", [1, 7, 65])
+def test_cost_of_an_odd_packed_opening(backend: Replicated, n: int) -> None:
+    async def op(ctx: Context, s: Share) -> Bits:
+        return await ops.is_zero(ctx, "zero", s, 4)
+
+    execute(backend, op, ring(np.arange(n) % 16))
+
+
+@ODD
+@pytest.mark.parametrize(
+    ("spec", "sampler"),
+    [(LLAMA, None), (LLAMA, "greedy"), (GPT2, "sample")],
+    ids=["llama", "greedy", "gpt2 top-k"],
+)
+def test_cost_of_a_decode_step(backend: Replicated, spec: PlanSpec, sampler: str | None) -> None:
+    """A decoded token after five cached slots: rounds, bytes and correlations are what `cost_of` says."""
+    first, s = 5, Settings()
+    chooser = None
+    if sampler is not None:
+        choice = Sampler("greedy" if sampler == "greedy" else "sample", 0.8, 4, s.scale_bits, spec.vocab)
+
+        async def chooser(ctx: Context, step: str, x: Share) -> Share:
+            return await sampling.choose(ctx, step, x, choice, sampling.no_noise)
+
+    cost = trio.run(functools.partial(_cost, spec, s, first, chooser))
+    before: dict[prep.Kind, int] = {}
+    for kind in cost.demand:
+        if isinstance(kind, prep.Keys):
+            earlier = type(kind)(kind.layer, 0, first, kind.heads, kind.kv_heads, kind.head_dim)
+            before[earlier] = 1
+    meter = Meter()
+    weights = random_weights(spec, 3)
+
+    async def party(p: Party) -> int:
+        cached = await p.context(before, "earlier")
+        ctx = await p.context(cost.demand, "step")
+        cache = Cache.empty(spec.layers)
+        for lists, made in ((cache.keys, prep.Keys), (cache.values, prep.Values)):
+            for layer in range(spec.layers):
+                kind = made(layer, 0, first, spec.heads, spec.kv_heads, spec.head_dim)
+                mask = cached.take(kind, 1)["new"]
+                lists[layer] = LayerCache([np.zeros(mask.shape, np.uint64)], [mask])
+        cache.length = first
+        cache.valid = backend.share(p, ring([0, 0, 1, 1, 1, 1]), 5)
+        rounds = p.doors.channel.rounds
+        token, position = backend.share(p, ring([7]), 6), backend.share(p, ring([3]), 7)
+        rows = await transformer.reenter(ctx, "enter", spec, token, position)
+        hidden = await transformer.forward(ctx, "step", spec, rows, cache, s)
+        if chooser is not None:
+            await chooser(ctx, "choose", await transformer.logits(ctx, "logits", spec, hidden, s))
+        assert isinstance(ctx.store, prep.Store) and ctx.store.left() == {}
+        return p.doors.channel.rounds - rounds
+
+    assert backend.run(party, weights=weights, tap=meter) == [cost.rounds] * 3
+    assert [len(steps) for steps in meter.steps] == [cost.rounds] * 3
+    assert meter.sent == [cost.sent] * 3
+
+
+async def _cost(spec: PlanSpec, s: Settings, first: int, chooser: transformer.Choose | None) -> Cost:
+    return await transformer.cost_of(spec, s, first, 1, prompt=False, sampler=chooser)
+
+
+def test_rounds_of_a_layer(backend: Replicated) -> None:
+    """What the issue allows is 60 rounds a layer; what is used is fixed here, so that growth is noticed."""
+
+    async def layers(n: int) -> int:
+        spec = PlanSpec("llama", n, 16, 4, 2, 4, 24, 40, 32, "silu_glu", 1e-5, "rope", 10000.0, None, ())
+        return (await transformer.cost_of(spec, Settings(), 5, 1, prompt=False, sampler=None)).rounds
+
+    async def main() -> tuple[int, int]:
+        return await layers(1), await layers(2)
+
+    one, two = trio.run(main)
+    assert two - one <= 60
