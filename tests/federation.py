@@ -1,9 +1,11 @@
-"""A whole federation on loopback, in one process: three parties with real sockets, and a client. Tests only."""
+"""A whole federation on loopback, in one process: three parties with real sockets, and a client. Tests
+only.
+"""
 
 from __future__ import annotations
 
 import socket
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ from mimir import config as configuration
 from mimir.actors.peer import run_peer
 from mimir.client import federation as client_federation
 from mimir.client.provision import Seeds, Sharing, provision
-from mimir.client.session import connect_all, new_session, open_session, survey, terms_for
+from mimir.client.session import connect_all, new_session, open_session, statuses, survey, terms_for
 from mimir.model.checkpoint import load_checkpoint
 from mimir.net.identity import Identity
 from mimir.net.messages import Sampler
@@ -41,13 +43,15 @@ def write_federation(folder: Path, extra: str = "", clients: int = 1) -> tuple[l
     ports = free_ports(6)
     keys = ", ".join(f'"{k}"' for k in identities[3:])
     peers = "".join(
-        f'[[peers]]\nparty = {i}\nname = "p{i}"\nidentity = "{identities[i]}"\nhost = "127.0.0.1"\nport = {ports[i]}\n'
+        f'[[peers]]\nparty = {i}\nname = "p{i}"\n'
+        f'identity = "{identities[i]}"\nhost = "127.0.0.1"\nport = {ports[i]}\n'
         for i in range(3)
     )
     configs, federations = [], []
     for i in range(3):
         text = (
-            f'party = {i}\nidentity_key = "party{i}.key"\ndata_dir = "data{i}"\nclients = [{keys}]\nowners = [{keys}]\n'
+            f'party = {i}\nidentity_key = "party{i}.key"\ndata_dir = "data{i}"\n'
+            f"clients = [{keys}]\nowners = [{keys}]\n"
             f'[control]\nlisten = "127.0.0.1:{ports[3 + i]}"\n[mesh]\nlisten = "127.0.0.1:{ports[i]}"\n'
             f'[tunnel]\nmode = "none"\n{peers}{extra}'
         )
@@ -56,7 +60,8 @@ def write_federation(folder: Path, extra: str = "", clients: int = 1) -> tuple[l
         configs.append(path)
     for c in range(clients):
         text = f'client_key = "client{c}.key"\n' + "".join(
-            f'[[parties]]\nname = "p{i}"\nhost = "127.0.0.1"\nport = {ports[3 + i]}\nidentity = "{identities[i]}"\n'
+            f'[[parties]]\nname = "p{i}"\n'
+            f'host = "127.0.0.1"\nport = {ports[3 + i]}\nidentity = "{identities[i]}"\n'
             for i in range(3)
         )
         path = folder / f"client{c}.toml"
@@ -95,8 +100,6 @@ async def until_ready(federation: Path, seconds: float = 30) -> None:
         while True:
             try:
                 async with connect_all(fed, me) as connections:
-                    from mimir.client.session import statuses
-
                     if all(all(s["service"]["peers"].values()) for s in await statuses(connections)):
                         return
             except Exception:  # not up yet: fail_after bounds how often
@@ -104,7 +107,9 @@ async def until_ready(federation: Path, seconds: float = 30) -> None:
             await trio.sleep(0.1)
 
 
-async def share_model(federation: Path, checkpoint: Path, folder: Path, name: str = "m", scale_bits: int = 16) -> str:
+async def share_model(
+    federation: Path, checkpoint: Path, folder: Path, name: str = "m", scale_bits: int = 16
+) -> str:
     """Provision a checkpoint; returns the model's digest."""
     fed = client_federation.load(federation)
     me = Identity.load(fed.client_key)
@@ -125,7 +130,14 @@ async def generate(
         service = await survey(connections, fed)
         bucket = next(b for b in service.prompt_buckets if b >= len(ids))
         opened = terms_for(
-            service, model, [me.public_hex], [bucket], max_new, sampler or Sampler(), session=new_session(), **terms
+            service,
+            model,
+            [me.public_hex],
+            [bucket],
+            max_new,
+            sampler or Sampler(),
+            session=new_session(),
+            **terms,
         )
         async with open_session(connections, service, opened, me) as session:
             await session.prompt(ids)
@@ -133,6 +145,3 @@ async def generate(
             while (token := await session.token()) is not None:
                 out.append(token)
             return out, session.stats
-
-
-__all__ = ["Mapping", "free_ports", "generate", "running", "share_model", "start_party", "until_ready", "write_federation"]

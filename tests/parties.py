@@ -69,8 +69,12 @@ def share_weights(values: Mapping[str, Ring], seed: int = 7) -> list[DictWeights
 
 
 def run_parties(
-    fn: Callable[[Party], Awaitable[T]], *, tap: Tap | None = None, weights: list[DictWeights] | None = None,
-    seed: bytes = b"tests", timeout: float = 120.0,
+    fn: Callable[[Party], Awaitable[T]],
+    *,
+    tap: Tap | None = None,
+    weights: list[DictWeights] | None = None,
+    seed: bytes = b"tests",
+    timeout: float = 120.0,
 ) -> list[T]:
     """Run `fn` at three parties; an error at any of them cancels the rest and is raised."""
     results: dict[int, T] = {}

@@ -59,13 +59,17 @@ class _Weights:
 class PartyService:
     """What the control door offers (mimir.net.control.Service)."""
 
-    def __init__(self, config: Config, transport: Transport, store: ModelStore, nursery: trio.Nursery) -> None:
+    def __init__(
+        self, config: Config, transport: Transport, store: ModelStore, nursery: trio.Nursery
+    ) -> None:
         self.config = config
         self.transport = transport
         self.store = store
         self._nursery = nursery
         self._sessions: dict[bytes, _Gathering] = {}
-        self._received: dict[str, dict[int, str]] = {}  # model -> component -> hash, as this party received it
+        self._received: dict[
+            str, dict[int, str]
+        ] = {}  # model -> component -> hash, as this party received it
         self.tunnel: Tunnel | None = None
         transport.on_request(DIGEST_ASK, self._tell_digest)
 
@@ -75,7 +79,9 @@ class PartyService:
         gathering = self._sessions.get(terms.session)
         if gathering is None:
             if len(self._sessions) >= self.config.scheduler.max_sessions:
-                raise BadInput(f"this party already has scheduler.max_sessions = {len(self._sessions)} sessions open")
+                raise BadInput(
+                    f"this party already has scheduler.max_sessions = {len(self._sessions)} sessions open"
+                )
             gathering = self._sessions[terms.session] = _Gathering(terms)
             self._nursery.start_soon(self._host, gathering)
         if gathering.terms != terms:
@@ -104,7 +110,9 @@ class PartyService:
             gathering.error = error
             ENDED.labels(type(error).__name__).inc()
             if not isinstance(error, MimirError):
-                log.error("session failed by an error of ours", session=terms.session.hex()[:8], exc_info=error)
+                log.error(
+                    "session failed by an error of ours", session=terms.session.hex()[:8], exc_info=error
+                )
         finally:
             SESSIONS.dec()
             del self._sessions[terms.session]
@@ -121,8 +129,13 @@ class PartyService:
             raise BadInput(f"prompt and answer together exceed the {longest} positions of this model here")
         settings = Settings(config.fixed_point.scale_bits, config.cheby.deg, config.cheby.bins)
         limits = Limits(
-            config.scheduler.prompt_buckets, config.scheduler.output_buckets, config.scheduler.max_context,
-            config.triple_pool.min_size, config.deadlines.round, config.deadlines.step, config.deadlines.client,
+            config.scheduler.prompt_buckets,
+            config.scheduler.output_buckets,
+            config.scheduler.max_context,
+            config.triple_pool.min_size,
+            config.deadlines.round,
+            config.deadlines.step,
+            config.deadlines.client,
         )
         clients = [gathering.clients[key] for key in terms.clients]
         session = SessionActor(self.transport, terms, clients, spec, _Weights(model), settings, limits)
@@ -143,7 +156,9 @@ class PartyService:
                 if theirs == mine:
                     break
                 if theirs:
-                    raise ComponentsDiffer(f"component {component}: party {other[component]} received other bytes")
+                    raise ComponentsDiffer(
+                        f"component {component}: party {other[component]} received other bytes"
+                    )
                 await trio.sleep(ASK_AGAIN_SECONDS)
 
     async def _tell_digest(self, peer: int, body: dict[str, Any]) -> dict[str, Any]:
@@ -167,8 +182,11 @@ class PartyService:
         if self.tunnel is not None:
             out["tunnel"] = [
                 {
-                    "party": s.index, "state": s.state.value, "handshake_age": s.handshake_age,
-                    "received": s.rx, "sent": s.tx,
+                    "party": s.index,
+                    "state": s.state.value,
+                    "handshake_age": s.handshake_age,
+                    "received": s.rx,
+                    "sent": s.tx,
                 }
                 for s in self.tunnel.status()
             ]
@@ -179,7 +197,7 @@ def _tunnel_config(config: Config) -> TunnelConfig:
     t = config.tunnel
     for name in ("interface", "address", "private_key", "listen_port"):
         if getattr(t, name) is None:
-            raise ConfigError(f"{config.source}: tunnel.{name} is needed when tunnel.mode is \"wireguard\"")
+            raise ConfigError(f'{config.source}: tunnel.{name} is needed when tunnel.mode is "wireguard"')
     peers = []
     for peer in config.others:
         if peer.tunnel_public_key is None or peer.tunnel_endpoint is None:
@@ -191,8 +209,13 @@ def _tunnel_config(config: Config) -> TunnelConfig:
         peers.append((peer.party, peer.tunnel_public_key, endpoint.host, endpoint.port, allowed))
     assert t.interface and t.address and t.private_key and t.listen_port
     return TunnelConfig.from_text(
-        index=config.party, interface=t.interface, private_key=t.private_key, listen_port=t.listen_port,
-        address=t.address, peers=peers, mtu=t.mtu,
+        index=config.party,
+        interface=t.interface,
+        private_key=t.private_key,
+        listen_port=t.listen_port,
+        address=t.address,
+        peers=peers,
+        mtu=t.mtu,
     )
 
 
@@ -201,8 +224,8 @@ async def run_peer(config: Config) -> None:
     identity = Identity.load(config.identity_key)
     if identity.public_hex != config.me.identity:
         raise ConfigError(
-            f"{config.source}: identity_key {config.identity_key} is not the identity that [[peers]] lists for "
-            f"party {config.party}; give every party its own file"
+            f"{config.source}: identity_key {config.identity_key} is not the identity that [[peers]] lists "
+            f"for party {config.party}; give every party its own file"
         )
     store = ModelStore(config.data_dir, config.party, tuple(p.identity for p in config.peers))
     if config.metrics.listen is not None:
@@ -215,10 +238,13 @@ async def run_peer(config: Config) -> None:
             tunnel = await stack.enter_async_context(raise_tunnel(_tunnel_config(config), wait=None))
         mesh = await stack.enter_async_context(
             open_mesh(
-                party=config.party, identity=identity,
+                party=config.party,
+                identity=identity,
                 peers=[PeerAt(p.party, p.host, p.port, parse_public(p.identity)) for p in config.others],
-                config_digest=config.digest(), listen=(config.mesh.listen.host, config.mesh.listen.port),
-                protected=tunnel is not None, handshake_deadline=config.deadlines.handshake,
+                config_digest=config.digest(),
+                listen=(config.mesh.listen.host, config.mesh.listen.port),
+                protected=tunnel is not None,
+                handshake_deadline=config.deadlines.handshake,
             )
         )
         nursery = await stack.enter_async_context(trio.open_nursery())

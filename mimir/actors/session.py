@@ -42,7 +42,9 @@ log = structlog.get_logger("mimir.session")
 
 PROMPT_ROWS: Final = 16  # prompt rows of one step (bounds memory)
 DECODE_BATCH: Final = 8  # decode steps whose material is made together
-POOL_BYTES: Final = 384 << 20  # material a session keeps ready at most; smaller than triple_pool.min_size if it must
+POOL_BYTES: Final = (
+    384 << 20
+)  # material a session keeps ready at most; smaller than triple_pool.min_size if it must
 NONCE: Final = 32
 VALID_BITS: Final = 64
 
@@ -119,8 +121,14 @@ class SessionActor(Actor[Any]):
     """Runs one session at this party."""
 
     def __init__(
-        self, transport: Transport, terms: Open, clients: Sequence[Client], spec: PlanSpec, model: Model,
-        settings: Settings, limits: Limits,
+        self,
+        transport: Transport,
+        terms: Open,
+        clients: Sequence[Client],
+        spec: PlanSpec,
+        model: Model,
+        settings: Settings,
+        limits: Limits,
     ) -> None:
         super().__init__()
         self.transport = transport
@@ -157,7 +165,9 @@ class SessionActor(Actor[Any]):
                     request = await self._next_request()
                     if request is None:
                         return
-                    turn = plan_turn(turn.number + 1, request["buckets"], request["max_new"], self._cache.length)
+                    turn = plan_turn(
+                        turn.number + 1, request["buckets"], request["max_new"], self._cache.length
+                    )
         except BaseException as error:
             cause = _first(error)
             with trio.move_on_after(2, shield=True):
@@ -197,13 +207,15 @@ class SessionActor(Actor[Any]):
             nursery.cancel_scope.cancel()
 
     async def _lane(self, lane: str) -> Doors:
-        """A lane with keys of its own: both ends of each link add a nonce, so no session id repeats a stream."""
+        """A lane with keys of its own: both ends of each link add a nonce, so no session id repeats a
+        stream.
+        """
         me, session = self.transport.party, self.terms.session
         channel = self.transport.channel(session, lane)
         channel.timeout = self.limits.client_seconds  # the other clients may still be on their way
         nonce = os.urandom(NONCE)
         peers = self.transport.peers
-        heard = await channel.round(f"{lane}/nonce", {p: nonce for p in peers}, {p: NONCE for p in peers})
+        heard = await channel.round(f"{lane}/nonce", dict.fromkeys(peers, nonce), dict.fromkeys(peers, NONCE))
         channel.timeout = self.limits.round_seconds
 
         def key(peer: int) -> Any:
@@ -221,7 +233,9 @@ class SessionActor(Actor[Any]):
             if message["t"] == "close":
                 return None
             if message["t"] != "turn":
-                raise BadInput(f"message {message['t']!r} where a turn or the end of the session was expected")
+                raise BadInput(
+                    f"message {message['t']!r} where a turn or the end of the session was expected"
+                )
             if wanted is not None and message != wanted:
                 raise BadInput("the clients of this session asked for different turns")
             wanted = message
@@ -260,7 +274,9 @@ class SessionActor(Actor[Any]):
         """Queue all material of a turn. Returns its token positions."""
         batches = []
         if turn.resume:
-            batches.append(Batch(turn.resume.name, (turn.resume.name,), (await self._demand(turn.resume),), 1))
+            batches.append(
+                Batch(turn.resume.name, (turn.resume.name,), (await self._demand(turn.resume),), 1)
+            )
         rows = sum(turn.buckets)
         name = f"turn {turn.number}/entry"
         batches.append(Batch(name, (name,), (transformer.entry_demand(self.spec, rows),), 0))
@@ -295,7 +311,11 @@ class SessionActor(Actor[Any]):
             at = step.first - turn.first
             part = slice(at, at + step.rows)
             new = await transformer.embed(
-                ctx, f"{step.name}/embed", self.spec, entry.part(part), offsets["token"][part],
+                ctx,
+                f"{step.name}/embed",
+                self.spec,
+                entry.part(part),
+                offsets["token"][part],
                 offsets["position"][part],
                 self._parts,
             )
@@ -323,7 +343,9 @@ class SessionActor(Actor[Any]):
         with trio.move_on_after(self.limits.step_seconds) as scope:
             store = await self.triples.need(step.name)
         if scope.cancelled_caught:
-            raise BadInput(f"no material for {step.name} within deadlines.step = {self.limits.step_seconds:g} s")
+            raise BadInput(
+                f"no material for {step.name} within deadlines.step = {self.limits.step_seconds:g} s"
+            )
         return Context(self._online.bk, self._online, store, self.model)
 
     async def _reenter(self, ctx: Context, step: Step) -> Rows:
@@ -342,14 +364,18 @@ class SessionActor(Actor[Any]):
         whole = self._cache.valid
         assert whole is not None
         self._cache.valid = whole[: step.first + step.rows]
-        hidden = await transformer.forward(ctx, step.name, self.spec, rows, self._cache, self.settings, self._parts)
+        hidden = await transformer.forward(
+            ctx, step.name, self.spec, rows, self._cache, self.settings, self._parts
+        )
         self._cache.valid = whole
         if step.choose:
             scores = await transformer.logits(ctx, step.name, self.spec, hidden, self.settings, self._parts)
             self._token = await self.sampler.choose(ctx, step.name, scores)
 
     async def _input(self, turn: Turn) -> tuple[Entry, dict[str, Ring]]:
-        """Give every client the masks of its part, take its offsets, agree on them. Sets validity and position."""
+        """Give every client the masks of its part, take its offsets, agree on them. Sets validity and
+        position.
+        """
         self._step = f"turn {turn.number}/input"
         rows = sum(turn.buckets)
         store = await self.triples.need(f"turn {turn.number}/entry")
@@ -371,11 +397,17 @@ class SessionActor(Actor[Any]):
         parts: dict[str, list[Ring]] = {name: [] for name in masks}
         for client, bucket in zip(self.clients, turn.buckets, strict=True):
             message = await client.receive(self.limits.client_seconds)
-            if message["t"] != "offsets" or message["turn"] != turn.number or message["names"].keys() != masks.keys():
+            if (
+                message["t"] != "offsets"
+                or message["turn"] != turn.number
+                or message["names"].keys() != masks.keys()
+            ):
                 raise BadInput("the client sent something else than the offsets of its prompt")
             for name, raw in message["names"].items():
                 if len(raw) != 8 * bucket:
-                    raise BadInput(f"the client sent {len(raw)} bytes of {name} offsets instead of {8 * bucket}")
+                    raise BadInput(
+                        f"the client sent {len(raw)} bytes of {name} offsets instead of {8 * bucket}"
+                    )
                 parts[name].append(np.frombuffer(raw, "<u8").astype(np.uint64))
         offsets = {name: np.concatenate(p) for name, p in parts.items()}
         await self._online.agree(
@@ -399,7 +431,10 @@ class SessionActor(Actor[Any]):
         figures = self._figures()
         await self._tell(
             {
-                "t": "progress", "phase": phase, "done": done, "total": total,
+                "t": "progress",
+                "phase": phase,
+                "done": done,
+                "total": total,
                 "rounds": int(figures["rounds_online"] + figures["rounds_preprocessing"]),
                 "sent": int(figures["sent_online"] + figures["sent_preprocessing"]),
                 "seconds": time.monotonic() - self._began,
@@ -413,8 +448,10 @@ class SessionActor(Actor[Any]):
     def _figures(self) -> dict[str, float]:
         online, making = self._online.channel, self._making.channel
         return {
-            "rounds_online": online.rounds, "sent_online": online.sent,
-            "rounds_preprocessing": making.rounds, "sent_preprocessing": making.sent,
+            "rounds_online": online.rounds,
+            "sent_online": online.sent,
+            "rounds_preprocessing": making.rounds,
+            "sent_preprocessing": making.sent,
             "seconds": time.monotonic() - self._began,
         }
 

@@ -20,6 +20,7 @@ from prometheus_client import Counter, Gauge, Histogram
 from mimir.actors import Actor, Reply
 from mimir.errors import LocalError
 from mimir.mpc import prep
+from mimir.mpc.domain import Ring
 from mimir.mpc.doors import Doors
 from mimir.mpc.prep import Demand, Store, Weights
 
@@ -67,7 +68,7 @@ class TripleProducer(Actor[Prepare | Need]):
         self._weights = weights
         self.ahead = ahead
         self._progress = progress
-        self._caches: dict[tuple[str, int], list[prep.Ring]] = {}
+        self._caches: dict[tuple[str, int], list[Ring]] = {}
         self._todo: deque[Batch] = deque()
         self._ready: dict[str, _Ready] = {}
         self._waiting: dict[str, Reply[Store]] = {}

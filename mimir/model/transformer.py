@@ -93,7 +93,9 @@ class Cache:
 
 @lru_cache(maxsize=8)
 def _rotary_table(head_dim: int, theta: float, positions: int) -> Ring:
-    """cos and signed sin of every position, side by side (positions, 2 head_dim), for the half-split rotation."""
+    """cos and signed sin of every position, side by side (positions, 2 head_dim), for the half-split
+    rotation.
+    """
     half = head_dim // 2
     angle = np.arange(positions)[:, None] * theta ** (-np.arange(half) / half)
     cos, sin = np.cos(angle), np.sin(angle)
@@ -101,14 +103,18 @@ def _rotary_table(head_dim: int, theta: float, positions: int) -> Ring:
 
 
 def rotation(ctx: Context, spec: PlanSpec, position: Share) -> Share:
-    """Secret cos and sin (n, 2 head_dim) at ROTARY_SCALE of secret positions, one-hots (n, positions). Local."""
+    """Secret cos and sin (n, 2 head_dim) at ROTARY_SCALE of secret positions, one-hots (n, positions).
+    Local.
+    """
     assert spec.rope_theta is not None
     table = _rotary_table(spec.head_dim, spec.rope_theta, position.shape[1])
     return ctx.share(np.stack([kernels.matmul(np.ascontiguousarray(v), table) for v in position.v]))
 
 
 async def _rotate(ctx: Context, step: str, x: Share, turn: Share) -> Share:
-    """Rotate the last axis of x (heads, rows, head_dim) by secret angles; adds ROTARY_SCALE to the scale. One round."""
+    """Rotate the last axis of x (heads, rows, head_dim) by secret angles; adds ROTARY_SCALE to the scale.
+    One round.
+    """
     hd = x.shape[-1]
     half = hd // 2
     swapped = concat([x[..., half:], x[..., :half]], axis=-1)
@@ -118,7 +124,9 @@ async def _rotate(ctx: Context, step: str, x: Share, turn: Share) -> Share:
 
 
 async def _per_head(ctx: Context, left: Ring, mask: Share, right: Ring, cache: Share, z: Share) -> Share:
-    """(left - mask) @ (right - cache) per head, given z = mask @ cache: left (h, n, k), right (h, k, m). Local."""
+    """(left - mask) @ (right - cache) per head, given z = mask @ cache: left (h, n, k), right (h, k, m).
+    Local.
+    """
     h, n, k = left.shape
     m = right.shape[2]
 
@@ -146,7 +154,9 @@ async def attention(
     s: Settings,
     parts: Parts,
 ) -> Share:
-    """Attention of rows first .. first + n over everything before them, without the output matrix: (n, heads * hd)."""
+    """Attention of rows first .. first + n over everything before them, without the output matrix: (n,
+    heads * hd).
+    """
     f = s.scale_bits
     n, hd, heads, kv = u.shape[0], spec.head_dim, spec.heads, spec.kv_heads
     y = await parts.matmul(ctx, f"{step}/qkv", u, f"{layer}.qkv") + _bias(ctx, f"{layer}.qkv_b", s)
@@ -257,7 +267,9 @@ class Entry:
 
     def part(self, rows: slice) -> Entry:
         """Some of the rows."""
-        return Entry({k: v[rows] for k, v in self.token.items()}, {k: v[rows] for k, v in self.position.items()})
+        return Entry(
+            {k: v[rows] for k, v in self.token.items()}, {k: v[rows] for k, v in self.position.items()}
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -277,7 +289,9 @@ def entry_demand(spec: PlanSpec, rows: int) -> dict[prep.Kind, int]:
 
 
 def entry(ctx: Context, spec: PlanSpec, rows: int) -> Entry:
-    """Take the one-hots for `rows` tokens. Their masks may be told to the client, or be used to open an index."""
+    """Take the one-hots for `rows` tokens. Their masks may be told to the client, or be used to open an
+    index.
+    """
     token = ctx.take(prep.Lookup(0, 0, index_bits(spec.vocab), 0), rows)
     return Entry(token, ctx.take(prep.Lookup(0, 0, index_bits(spec.context), 0), rows))
 
@@ -303,7 +317,9 @@ async def embed(
 async def reenter(
     ctx: Context, step: str, spec: PlanSpec, token: Share, position: Share, parts: Parts = DIRECT
 ) -> Rows:
-    """A secret token index (1,) at a secret position (1,): both are opened under masks of prepared one-hots."""
+    """A secret token index (1,) at a secret position (1,): both are opened under masks of prepared one-
+    hots.
+    """
     e = entry(ctx, spec, 1)
     kt, kp = index_bits(spec.vocab), index_bits(spec.context)
     (c,), (p,) = await ctx.doors.open_all(
@@ -325,7 +341,9 @@ async def cost_of(
     sampler: Choose | None,
     padded: bool = True,
 ) -> Cost:
-    """Plan one step: `rows` rows from slot `first`; a prompt enters by offsets, a decoded token by its index."""
+    """Plan one step: `rows` rows from slot `first`; a prompt enters by offsets, a decoded token by its
+    index.
+    """
     shapes = weight_shapes(spec)
     shapes |= {f"{k}_b": (1, v[1]) for k, v in shapes.items() if k not in ("embed", "pos")}
     ctx, cost = planning(shapes)

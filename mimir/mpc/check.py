@@ -157,7 +157,9 @@ class SquareSum:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class MatrixProduct:
-    """a @ b = c for stacks: a (2, s, m, k), b (2, s, k, n), c (2, s, m, n); b may be a pair of mapped arrays."""
+    """a @ b = c for stacks: a (2, s, m, k), b (2, s, k, n), c (2, s, m, n); b may be a pair of mapped
+    arrays.
+    """
 
     a: Ring
     b: Ring | Sequence[Ring]
@@ -205,7 +207,9 @@ class OneHot:
 
 
 def _joined(parts: Sequence[Pair], even: bool = False) -> Pair:
-    """Rows one after another; with `even`, and zeros after them so that they can be halved down to OPEN_BELOW."""
+    """Rows one after another; with `even`, and zeros after them so that they can be halved down to
+    OPEN_BELOW.
+    """
     if len(parts) == 1 and not even:
         return parts[0]
     rows = sum(len(p[0]) for p in parts)
@@ -337,11 +341,13 @@ async def _inner_product(
 async def _prefold(
     doors: Doors, step: str, products: Sequence[Product], draw: Draw, coins: Coins
 ) -> tuple[Claim, Ring]:
-    """Turn N products of ring elements into N / 8 rows of one claim, and a share that must be zero. Two rounds.
+    """Turn N products of ring elements into N / 8 rows of one claim, and a share that must be zero. Two
+    rounds.
 
     Blocks i = 0..7 of columns g, coefficients alpha_i beta_g. C_ij = sum_g beta_g x_ig y_jg is shared for all
     pairs (i, j); the products say sum_i alpha_i C_ii = sum alpha_i beta_g z_ig. Then coins xi, eta give
-    sum_g beta_g X_g Y_g = sum_ij xi_i eta_j C_ij with X_g = sum_i xi_i x_ig, Y_g = sum_j eta_j y_jg. A wrong C
+    sum_g beta_g X_g Y_g = sum_ij xi_i eta_j C_ij with X_g = sum_i xi_i x_ig, Y_g = sum_j eta_j y_jg. A
+    wrong C
     survives with probability at most 2 / 2^48.
     """
     bk = doors.bk
@@ -412,7 +418,7 @@ async def verify(
         name = f"{step}/ring {number}"
         levels = await doors.commit(f"{name}/coin", LEVELS)
         a, w = _joined([x.a for x in group], even=True), _joined([x.w for x in group], even=True)
-        c = np.sum(np.stack([x.c for x in group]), axis=0, dtype=np.uint64)
+        c = np.stack([x.c for x in group]).sum(axis=0, dtype=np.uint64).reshape(2, DEGREE)
         residues.append(await _inner_product(doors, name, _Galois(), a, w, c, levels))
         number += 1
     for number, (x, y, z) in enumerate(_gate_groups(gates)):

@@ -21,7 +21,7 @@ from __future__ import annotations
 import hashlib
 import os
 import struct
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -41,17 +41,17 @@ _CONFIRM: Final = b"every check passed"
 
 
 def _pack(arrays: Sequence[Ring]) -> list[memoryview]:
-    return [memoryview(np.ascontiguousarray(a).reshape(-1).view(np.uint8)) for a in arrays if a.size]
+    return [memoryview(np.ascontiguousarray(a).reshape(-1).view(np.uint8).data) for a in arrays if a.size]
 
 
-def _digest(step: str, parts: Sequence[memoryview | bytes]) -> bytes:
+def _digest(step: str, parts: Sequence[memoryview | bytes | bytearray]) -> bytes:
     h = hashlib.sha256(struct.pack(">I", len(step)) + step.encode())
     for p in parts:
         h.update(p)
     return h.digest()
 
 
-def _split(raw: memoryview | bytearray, shapes: Sequence[tuple[int, ...]]) -> list[Ring]:
+def _split(raw: bytearray, shapes: Sequence[tuple[int, ...]]) -> list[Ring]:
     flat = np.frombuffer(raw, np.uint64)
     out, at = [], 0
     for shape in shapes:
@@ -104,7 +104,7 @@ class Coins:
         self._next += 1
         mine = self._seeds[at]
         step = f"{self._phase}/toss"
-        got = await d.round(step, {p: mine for p in d.peers}, {p: SEED for p in d.peers})
+        got = await d.round(step, dict.fromkeys(d.peers, mine), dict.fromkeys(d.peers, SEED))
         seeds: list[bytes] = [b""] * PARTIES
         seeds[d.bk.party] = mine
         for p in d.peers:
@@ -123,7 +123,9 @@ class Coins:
 
 def _commitment(session: bytes, phase: str, party: int, at: int, seed: bytes) -> bytes:
     # The seed is 32 uniform bytes and so hides itself; the rest binds it to its place.
-    return hashlib.sha256(b"mimir coin" + session + struct.pack(">BI", party, at) + seed + phase.encode()).digest()
+    return hashlib.sha256(
+        b"mimir coin" + session + struct.pack(">BI", party, at) + seed + phase.encode()
+    ).digest()
 
 
 class Doors:
@@ -134,15 +136,16 @@ class Doors:
         self.bk = bk
         self.session = bytes(channel.session)
         self.peers = (bk.following, bk.previous)
-        self.on_round: Callable[[], Awaitable[None]] | None = None
 
     async def round(
-        self, step: str, send: dict[int, bytes | Sequence[memoryview | bytes]], expect: dict[int, int]
-    ) -> dict[int, memoryview | bytearray]:
+        self, step: str, send: Mapping[int, bytes | Sequence[memoryview | bytes]], expect: dict[int, int]
+    ) -> dict[int, bytearray]:
         return await self.channel.round(step, send, expect)
 
     async def open(self, step: str, *shares: Share) -> list[Ring]:
-        """Public values of shares the caller has masked. One round; 8 bytes sent per element, plus a digest."""
+        """Public values of shares the caller has masked. One round; 8 bytes sent per element, plus a
+        digest.
+        """
         return (await self.open_all(step, [Masked(shares)]))[0]
 
     async def open_bits(self, step: str, *shares: Bits) -> list[Ring]:
@@ -177,7 +180,9 @@ class Doors:
         )
         # x_{i+2} comes in full from P_{i+1} and as a digest from P_{i+2} = P_{i-1}.
         if _digest(step, [got[bk.following]]) != bytes(got[bk.previous]):
-            raise PeerError(bk.following, step, f"an opening differs from what party {bk.previous} vouches for")
+            raise PeerError(
+                bk.following, step, f"an opening differs from what party {bk.previous} vouches for"
+            )
         return _split(got[bk.following], shapes)
 
     async def reshare(self, step: str, *summands: Ring) -> list[Ring]:
@@ -194,15 +199,21 @@ class Doors:
         return [np.stack([z, y]) for z, y in zip(summands, _split(got[bk.following], shapes), strict=True)]
 
     async def commit(self, phase: str, count: int) -> Coins:
-        """Commit to `count` coins: commitments to both peers, then their echo, so that nobody told two stories."""
+        """Commit to `count` coins: commitments to both peers, then their echo, so that nobody told two
+        stories.
+        """
         seeds = [os.urandom(SEED) for _ in range(count)]
         me = self.bk.party
         mine = [_commitment(self.session, phase, me, i, s) for i, s in enumerate(seeds)]
         flat = b"".join(mine)
-        got = await self.round(f"{phase}/commit", {p: flat for p in self.peers}, {p: len(flat) for p in self.peers})
+        got = await self.round(
+            f"{phase}/commit", dict.fromkeys(self.peers, flat), {p: len(flat) for p in self.peers}
+        )
         all_flat = {me: flat, **{p: bytes(got[p]) for p in self.peers}}
         echo = hashlib.sha256(b"".join(all_flat[p] for p in range(PARTIES))).digest()
-        heard = await self.round(f"{phase}/echo", {p: echo for p in self.peers}, {p: DIGEST for p in self.peers})
+        heard = await self.round(
+            f"{phase}/echo", dict.fromkeys(self.peers, echo), dict.fromkeys(self.peers, DIGEST)
+        )
         for p in self.peers:
             if bytes(heard[p]) != echo:
                 raise PeerError(p, f"{phase}/echo", "parties hold different commitments")
@@ -210,14 +221,17 @@ class Doors:
         return Coins(self, phase, seeds, lists)
 
     async def assert_zero(self, step: str, rings: Sequence[Ring], bits: Sequence[Ring]) -> None:
-        """Every share must be zero: the component a peer cannot see must be what ours imply. One round, 32 bytes.
+        """Every share must be zero: the component a peer cannot see must be what ours imply. One round,
+        32 bytes.
 
         P_i holds (z_i, z_{i+1}); if z = 0 the third component is -z_i - z_{i+1}, known to both peers.
         """
         bk = self.bk
-        implied = _pack([np.zeros(1, np.uint64) - z[0] - z[1] for z in rings]) + _pack([z[0] ^ z[1] for z in bits])
+        implied = _pack([np.zeros(1, np.uint64) - z[0] - z[1] for z in rings]) + _pack(
+            [z[0] ^ z[1] for z in bits]
+        )
         mine = _digest(step, implied)
-        got = await self.round(step, {p: mine for p in self.peers}, {p: DIGEST for p in self.peers})
+        got = await self.round(step, dict.fromkeys(self.peers, mine), dict.fromkeys(self.peers, DIGEST))
         everything = [*rings, *bits]
         # P_{i+1} implies component i, our slot 0; P_{i-1} implies component i+1, our slot 1.
         for peer, slot in ((bk.following, 0), (bk.previous, 1)):
@@ -227,7 +241,7 @@ class Doors:
     async def agree(self, step: str, value: bytes) -> None:
         """All parties must hold the same public bytes. One round, 32 bytes."""
         mine = _digest(step, [value])
-        got = await self.round(step, {p: mine for p in self.peers}, {p: DIGEST for p in self.peers})
+        got = await self.round(step, dict.fromkeys(self.peers, mine), dict.fromkeys(self.peers, DIGEST))
         for p in self.peers:
             if bytes(got[p]) != mine:
                 raise PeerError(p, step, "parties disagree about a public value")
@@ -235,13 +249,15 @@ class Doors:
     async def reveal(self, purpose: str, share: Share) -> Ring:
         """Components (2, ...) of a re-randomised share, to be sealed to a client entitled to it.
 
-        Every party first confirms that all its checks passed; nothing leaves before both have said so. One round.
+        Every party first confirms that all its checks passed; nothing leaves before both have said so.
+        One round.
         """
         if purpose not in REVEAL_PURPOSES:
             raise LocalError(f"no reveal is allowed for the purpose {purpose!r}")
         await self.agree(f"reveal {purpose}", _CONFIRM)
         # fresh = r_i - r_{i+1} would need one message; PRF components known pairwise give it with none:
-        # add s_i to component i, where s_0 + s_1 + s_2 = 0 is made from one random share each party half knows.
+        # add s_i to component i, where s_0 + s_1 + s_2 = 0 is made from one random share each party half
+        # knows.
         (z,) = await self.reshare(f"reveal {purpose}/refresh", self.bk.zero(*share.shape))
         await self.assert_zero(f"reveal {purpose}/refresh check", [z], [])
         return share.v + z

@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
@@ -22,7 +22,7 @@ from mimir.mpc.domain import Ring, encode
 from mimir.mpc.ops import Context, Piecewise
 from mimir.mpc.share import Share
 
-Real = npt.NDArray[np.float64]
+Real = npt.NDArray[np.floating[Any]]
 
 ACTIVATION_BIN: Final = -2  # log2 of the width of a bin of an activation
 EXP_BIN: Final = -1
@@ -57,14 +57,18 @@ class Settings:
 
 
 def _fit(f: Callable[[Real], Real], left: Real, width: float, degree: int) -> Real:
-    """Chebyshev interpolants of f on [left, left + 2 width], in t = (x - left - width) / width: (degree + 1, n)."""
+    """Chebyshev interpolants of f on [left, left + 2 width], in t = (x - left - width) / width: (degree +
+    1, n).
+    """
     k = np.arange(32)
     nodes = np.cos(np.pi * (k + 0.5) / 32)
     values = f((left[:, None] + width * (1 + nodes[None, :])).ravel()).reshape(len(left), 32)
     cheb = np.polynomial.chebyshev.chebvander(nodes, degree) * (2 / 32)
     cheb[:, 0] /= 2
     c = values @ cheb  # (n, degree + 1), Chebyshev coefficients
-    return np.stack([np.pad(q := np.polynomial.chebyshev.cheb2poly(row), (0, degree + 1 - len(q))) for row in c]).T
+    return np.stack(
+        [np.pad(q := np.polynomial.chebyshev.cheb2poly(row), (0, degree + 1 - len(q))) for row in c]
+    ).T
 
 
 def _tables(q: Real, scale: int, rest: int) -> Ring:
@@ -75,7 +79,14 @@ def _tables(q: Real, scale: int, rest: int) -> Ring:
 
 @lru_cache(maxsize=64)
 def _piece(
-    name: str, f: Callable[[Real], Real], start: float, bin_log: int, bits: int, in_scale: int, degree: int, rest: int,
+    name: str,
+    f: Callable[[Real], Real],
+    start: float,
+    bin_log: int,
+    bits: int,
+    in_scale: int,
+    degree: int,
+    rest: int,
     magnitude: int,
 ) -> Piecewise:
     """f on [start, start + 2^(bin_log + bits)), input shifted to begin at 0, at `in_scale` fraction bits."""
@@ -87,7 +98,9 @@ def _piece(
     left = start + (np.arange(1 << bits) - 1) * width - shift
     q = _fit(f, left, width, degree)
     scale = HEADROOM - magnitude - rest * degree
-    return Piecewise(low, rest, bits, _tables(q, scale, rest), np.zeros((0, 1 << bits), np.uint64), HEADROOM - magnitude)
+    return Piecewise(
+        low, rest, bits, _tables(q, scale, rest), np.zeros((0, 1 << bits), np.uint64), HEADROOM - magnitude
+    )
 
 
 def silu(x: Real) -> Real:
@@ -106,7 +119,9 @@ def gelu_tanh(x: Real) -> Real:
 
 
 ACTIVATIONS: Final[dict[str, Callable[[Real], Real]]] = {
-    "silu": silu, "gelu": gelu, "gelu_tanh": gelu_tanh,
+    "silu": silu,
+    "gelu": gelu,
+    "gelu_tanh": gelu_tanh,
 }
 
 
@@ -150,8 +165,12 @@ RELU_WIDTH: Final = 28  # sign of |x| < 2^27 at scale f, that is 2^11
 
 
 @lru_cache(maxsize=64)
-def _ladder(name: str, f: Callable[[Real], Real], base: int, top: int, s: Settings, floor: float) -> tuple[Piecewise, ...]:
-    """Windows for integers in [0, 2^top): bin 2^base, 2^(base + 3), ...; f maps the integer, as a real, to the result."""
+def _ladder(
+    name: str, f: Callable[[Real], Real], base: int, top: int, s: Settings, floor: float
+) -> tuple[Piecewise, ...]:
+    """Windows for integers in [0, 2^top): bin 2^base, 2^(base + 3), ...; f maps the integer, as a real, to
+    the result.
+    """
     out = []
     position = base
     j = np.arange(1 << WINDOW_BITS)
@@ -170,14 +189,17 @@ def _ladder(name: str, f: Callable[[Real], Real], base: int, top: int, s: Settin
         magnitude = math.ceil(math.log2(max(float(np.abs(used).sum(axis=0).max()), 2.0**-30))) + 1
         scale = min(HEADROOM - magnitude, INVERSE_SCALE + 56) - s.rest * s.degree
         flags = (j >= WINDOW_FIRST).astype(np.uint64)[None]
-        out.append(Piecewise(low, s.rest, WINDOW_BITS, _tables(q, scale, s.rest), flags, scale + s.rest * s.degree))
+        out.append(
+            Piecewise(low, s.rest, WINDOW_BITS, _tables(q, scale, s.rest), flags, scale + s.rest * s.degree)
+        )
         if last:
             return tuple(out)
         position += WINDOW_STEP
 
 
 async def _climb(ctx: Context, step: str, x: Share, ladder: tuple[Piecewise, ...]) -> Share:
-    """The value of the highest window that is not empty, at INVERSE_SCALE. Rounds: degree + 3, if windows <= 16.
+    """The value of the highest window that is not empty, at INVERSE_SCALE. Rounds: degree + 3, if windows
+    <= 16.
 
     The choice is made while the pieces are evaluated: none[w] says that no window from w on is in use.
     """
@@ -186,7 +208,8 @@ async def _climb(ctx: Context, step: str, x: Share, ladder: tuple[Piecewise, ...
     async def values(ctx: Context) -> list[Share]:
         pieces = await ops.evaluate(ctx, step, index)
         return await ops.truncate(
-            ctx, f"{step}/truncate",
+            ctx,
+            f"{step}/truncate",
             *((v, p.scale - INVERSE_SCALE) for v, p in zip(pieces, ladder, strict=True)),
         )
 
@@ -202,9 +225,7 @@ async def _climb(ctx: Context, step: str, x: Share, ladder: tuple[Piecewise, ...
 
     value, none = await ops.together(ctx, values, none_above)
     # window 0 is chosen if no other is; window w if it is in use and none above it is
-    chosen = [none[1]] + [
-        (none[w + 1] if w + 1 < len(none) else 1) - none[w] for w in range(1, len(none))
-    ]
+    chosen = [none[1]] + [(none[w + 1] if w + 1 < len(none) else 1) - none[w] for w in range(1, len(none))]
     products = await ops.mul(ctx, f"{step}/select", *zip(chosen, value, strict=True))
     total = products[0]
     for p in products[1:]:
@@ -230,7 +251,9 @@ NORM_TOP: Final = 58  # sum of squares below 2^(58 - 2f)
 
 
 def _norm_base(width: int, eps: float, scale: int) -> int:
-    """Bin of the first window: an eighth of the eps that is added to the mean square, not below the remainder."""
+    """Bin of the first window: an eighth of the eps that is added to the mean square, not below the
+    remainder.
+    """
     return max(14, math.floor(math.log2(max(eps, 1e-12) * width)) + 2 * scale - WINDOW_STEP)
 
 
@@ -268,7 +291,8 @@ def _exp(x: Real) -> Real:
 async def exponentials(
     ctx: Context, step: str, scores: Share, allowed: Ring, valid: Share | None, s: Settings
 ) -> tuple[Share, Share]:
-    """Weights e^(score - shift) at scale 24, 0 where not allowed (public) or not valid (secret), and their sums.
+    """Weights e^(score - shift) at scale 24, 0 where not allowed (public) or not valid (secret), and
+    their sums.
 
     scores (heads, rows, keys) at scale 2f within +-128; allowed (rows, keys) of 0 and 1; valid (keys,) bits.
     The shift is the row's maximum, rounded up by at most two coarse bins: it is found by counting, for every
@@ -277,8 +301,12 @@ async def exponentials(
     scale = 2 * s.scale_bits
     heads, rows, keys = scores.shape
     one_hot = await ops.coarse_index(
-        ctx, f"{step}/coarse", scores + (1 << (scale + COARSE_BIN + COARSE_BITS - 1)),
-        scale + COARSE_BIN - COARSE_REST, COARSE_REST, COARSE_BITS,
+        ctx,
+        f"{step}/coarse",
+        scores + (1 << (scale + COARSE_BIN + COARSE_BITS - 1)),
+        scale + COARSE_BIN - COARSE_REST,
+        COARSE_REST,
+        COARSE_BITS,
     )  # (heads, rows, keys, 64)
     per_row = (one_hot * allowed[None, :, :, None]).sum(2)  # (heads, rows, 64): how many scores in each bin
     at_least = ctx.share(np.cumsum(per_row.v[..., ::-1], axis=-1, dtype=np.uint64)[..., ::-1])[..., 1:]
@@ -303,4 +331,3 @@ async def exponentials(
     (e,) = await ops.truncate(ctx, f"{step}/truncate", (e, p.scale - EXP_SCALE))
     e = e * allowed[None]
     return e, e.sum(2)
-

@@ -53,7 +53,9 @@ class Context:
         return {k: Share(v, self.bk) for k, v in self.store.take(kind, n).items()}
 
     async def compute(self, work: int, fn: Callable[[], T], shape: tuple[int, ...]) -> T:
-        """Run a kernel, in a thread if it is long, so that the mesh keeps time. `shape` is that of its result."""
+        """Run a kernel, in a thread if it is long, so that the mesh keeps time. `shape` is that of its
+        result.
+        """
         return await offload(work, fn)
 
     def share(self, v: Ring) -> Share:
@@ -136,12 +138,13 @@ async def together(ctx: Context, *branches: Callable[[Context], Coroutine[Any, A
 
 
 async def truncate(ctx: Context, step: str, *items: tuple[Share, int]) -> list[Share]:
-    """Drop f bits of each (x, f), for |x| < 2^62 - 2^f: x / 2^f with an error below 2 units, mean 0. One round, 8 bytes.
+    """Drop f bits of each (x, f), for |x| < 2^62 - 2^f: x / 2^f with an error below 2 units, mean 0. One
+    round, 8 bytes.
 
-    Top-bit correction: c = open(x' + r), x' = x + 2^62 - 2^f + 1. With R = r_0 + r_1 + r_2 over the integers, U
-    the sum of the r_i >> f, v < 3 * 2^f that of their low bits, and W the number of times R passes 2^64,
-    floor((x' + v) / 2^f) = (c >> f) - U + 2^(64-f) (W + top(r) (1 - top(c))) exactly: no wrong value exists to be
-    unlucky with. v is a public dither that centres the rounding.
+    Top-bit correction: c = open(x' + r), x' = x + 2^62 - 2^f + 1. With R = r_0 + r_1 + r_2 over the integers,
+    U the sum of the r_i >> f, v < 3 * 2^f that of their low bits, and W the number of times R passes 2^64,
+    floor((x' + v) / 2^f) = (c >> f) - U + 2^(64-f) (W + top(r) (1 - top(c))) exactly: no wrong value exists
+    to be unlucky with. v is a public dither that centres the rounding.
     """
     sums, parts = [], []
     for x, f in items:
@@ -159,7 +162,9 @@ async def truncate(ctx: Context, step: str, *items: tuple[Share, int]) -> list[S
 
 
 async def matmul(ctx: Context, step: str, x: Share, name: str) -> Share:
-    """x (n, k) times the shared weight matrix `name` (k, m): (n, m) at the sum of the scales. One round, 8 k bytes."""
+    """x (n, k) times the shared weight matrix `name` (k, m): (n, m) at the sum of the scales. One round, 8
+    k bytes.
+    """
     c = ctx.take(prep.Weight(name), x.shape[0])
     (delta,) = await ctx.doors.open(step, x + c["x"])
     w = ctx.weights.pair(name)
@@ -233,8 +238,8 @@ async def is_negative(ctx: Context, step: str, x: Share, low: int, width: int) -
 
     |x| < 2^(low + width - 1) - 3 * 2^low.
 
-    c = open(x + r); with the bits of r shared, the sign is top(c) ^ top(r) ^ [c' < r'] of the lower bits, by a
-    tree of (less, equal) pairs. Rounds: 1 + log2(width - 1); 8 bytes and 4 bits a bit of width.
+    c = open(x + r); with the bits of r shared, the sign is top(c) ^ top(r) ^ [c' < r'] of the lower bits, by
+    a tree of (less, equal) pairs. Rounds: 1 + log2(width - 1); 8 bytes and 4 bits a bit of width.
     """
     n = x.shape[0]
     c = ctx.take(prep.Compare(low, width), n)
@@ -259,7 +264,8 @@ async def is_negative(ctx: Context, step: str, x: Share, low: int, width: int) -
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Piecewise:
-    """A piecewise polynomial of an index of `bits` bits and a remainder of `rest` bits, above `low` dropped bits.
+    """A piecewise polynomial of an index of `bits` bits and a remainder of `rest` bits, above `low`
+    dropped bits.
 
     tables[d] holds the coefficient of remainder^d for every index; Horner needs degree rounds and the result
     has `scale` fraction bits. Extra tables (flags) are looked up and returned as they are.
@@ -295,7 +301,8 @@ class Read:
 async def read_index(ctx: Context, step: str, *items: tuple[Share, Piecewise]) -> list[Read]:
     """Look each x up in its table: coefficients and flags, as shares. One round, 8 bytes.
 
-    x must lie in [0, 2^(low + rest + bits) - 2^(low + rest) - 3 * 2^low); what lies outside reads another piece.
+    x must lie in [0, 2^(low + rest + bits) - 2^(low + rest) - 3 * 2^low); what lies outside reads another
+    piece.
     A piece is read for remainders in (-2^rest, 2^rest) of its index.
     """
     cs = [ctx.take(p.kind, x.size) for x, p in items]
@@ -328,7 +335,9 @@ async def evaluate(ctx: Context, step: str, reads: Sequence[Read]) -> list[Share
     value = [r.coefs[degree] for r in reads]
     for d in range(degree):
         masks = [r.material["mask"][:, d] for r in reads]
-        deltas = await ctx.doors.open(f"{step}/horner {d}", *(t + m for t, m in zip(value, masks, strict=True)))
+        deltas = await ctx.doors.open(
+            f"{step}/horner {d}", *(t + m for t, m in zip(value, masks, strict=True))
+        )
         for i, (delta, r) in enumerate(zip(deltas, reads, strict=True)):
             product = r.material["prod"][:, d] - r.material["v"] * delta - masks[i] * r.rest + delta * r.rest
             value[i] = product + r.coefs[degree - 1 - d]
@@ -342,13 +351,17 @@ async def piecewise(ctx: Context, step: str, x: Share, piece: Piecewise) -> Shar
 
 
 def one_hot(ctx: Context, c: dict[str, Share], opened: Ring, bits: int) -> Share:
-    """The prepared one-hot turned by a public offset: row i has its one at (opened - r) mod 2^bits. No round."""
+    """The prepared one-hot turned by a public offset: row i has its one at (opened - r) mod 2^bits. No
+    round.
+    """
     index = opened & np.uint64((1 << bits) - 1)
     return ctx.share(np.stack([kernels.rotate(np.ascontiguousarray(v), index) for v in c["e"].v]))
 
 
 async def coarse_index(ctx: Context, step: str, x: Share, low: int, rest: int, bits: int) -> Share:
-    """One-hot (*shape, 2^bits) of j, x / 2^(low + rest) within (j - 1 - 3 / 2^rest, j + 1), for x >= 0. One round."""
+    """One-hot (*shape, 2^bits) of j, x / 2^(low + rest) within (j - 1 - 3 / 2^rest, j + 1), for x >= 0.
+    One round.
+    """
     c = ctx.take(prep.Lookup(low, rest, bits, 0), x.size)
     total = low + rest + bits
     (o,) = await ctx.doors.open(step, (x.flat() + c["r"]) * (1 << (RING_BITS - total)))
@@ -423,7 +436,9 @@ async def _winners(ctx: Context, step: str, v: Share, low: int, width: int) -> S
     padded = np.zeros((differences.v.shape[0], pairs, lanes), np.uint64)
     padded[:, :, :groups] = np.swapaxes(differences.v, 1, 2)
     assert n <= pairs * lanes
-    lost = await is_negative(ctx, f"{step}/compare", ctx.share(padded.reshape(padded.shape[0], -1)), low, width)
+    lost = await is_negative(
+        ctx, f"{step}/compare", ctx.share(padded.reshape(padded.shape[0], -1)), low, width
+    )
     lost = Bits(lost.v.reshape(lost.v.shape[0], pairs, -1), ctx.bk)  # first < second
     beats: list[list[Bits]] = [[] for _ in range(size)]
     for p, (a, b) in enumerate(zip(first, second, strict=True)):
@@ -435,10 +450,10 @@ async def _winners(ctx: Context, step: str, v: Share, low: int, width: int) -> S
         odd = rows[0].shape[0] % 2
         joined = await conjunction(ctx, f"{step}/all {level}", *((r[odd::2], r[odd + 1 :: 2]) for r in rows))
         rows = [
-            Bits(np.concatenate([r.v[:, :odd], j.v], axis=1), ctx.bk) for r, j in zip(rows, joined, strict=True)
+            Bits(np.concatenate([r.v[:, :odd], j.v], axis=1), ctx.bk)
+            for r, j in zip(rows, joined, strict=True)
         ]
         level += 1
     won = Bits(np.concatenate([r.v[:, 0] for r in rows], axis=1), ctx.bk)  # (size * words)
     ring = await to_ring(ctx, f"{step}/inject", won, size * lanes)
     return ring.reshape(size, lanes).swap(0, 1)[:groups]
-

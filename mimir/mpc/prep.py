@@ -23,7 +23,7 @@ A *kind* names one sort of correlation, with everything that fixes its shape:
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Final, Protocol
 
 import numpy as np
@@ -133,7 +133,7 @@ class Batch:
     weights: Weights
     caches: dict[tuple[str, int], list[Ring]]
     out: dict[Kind, dict[str, Ring]] = field(default_factory=dict)
-    relations: list[check.Relation] = field(default_factory=list)
+    relations: list[check.Product | check.Relation] = field(default_factory=list)
     gates: list[check.And] = field(default_factory=list)
     zeros: list[Ring] = field(default_factory=list)
     zero_bits: list[Ring] = field(default_factory=list)
@@ -160,7 +160,9 @@ class Batch:
         return z
 
     async def matmul(self, step: str, a: Ring, b: tuple[Ring, Ring]) -> Ring:
-        """Stacks a (2, s, m, k) times b, two components (s, k, n): (2, s, m, n), with its relation. One round."""
+        """Stacks a (2, s, m, k) times b, two components (s, k, n): (2, s, m, n), with its relation. One
+        round.
+        """
         bk = self.doors.bk
 
         def local() -> Ring:
@@ -249,7 +251,9 @@ class Batch:
         """
         bk = self.doors.bk
         flat = bits.reshape(2, -1, bits.shape[-1])
-        ring = np.stack([np.stack([kernels.bits_to_ring(np.ascontiguousarray(w), n) for w in flat[i]]) for i in (0, 1)])
+        ring = np.stack(
+            [np.stack([kernels.bits_to_ring(np.ascontiguousarray(w), n) for w in flat[i]]) for i in (0, 1)]
+        )
         b0, b1, b2 = (bk.known(i, ring) for i in range(3))
         (both,) = await self.mul(f"{step}/xor 1", (b0, b1))
         self.relations.append(check.Product(b0.reshape(2, -1), b1.reshape(2, -1), both.reshape(2, -1)))
@@ -265,10 +269,14 @@ class Batch:
     def same_bits(self, x: Ring, bits: Ring, n: int) -> None:
         """State that ring elements (2, j, n), known to be 0 or 1, are the bits (2, j, w).
 
-        The low bits of the components of x share its low bit over GF(2), so this costs nothing but a zero check.
+        The low bits of the components of x share its low bit over GF(2), so this costs nothing but a zero
+        check.
         """
         low = np.stack(
-            [np.stack([kernels.ring_lsb(np.ascontiguousarray(row)) for row in x[i].reshape(-1, n)]) for i in (0, 1)]
+            [
+                np.stack([kernels.ring_lsb(np.ascontiguousarray(row)) for row in x[i].reshape(-1, n)])
+                for i in (0, 1)
+            ]
         )
         mask = np.full(bits.shape[-1], 2**64 - 1, np.uint64)
         if n % 64:
@@ -276,7 +284,9 @@ class Batch:
         self.zero_bits.append((low ^ bits.reshape(low.shape)) & mask)
 
     async def one_hot(self, step: str, b: Ring) -> Ring:
-        """From bits (2, k, n) as ring elements, one-hots (2, n, 2^k) by doubling; bit j weighs 2^j. k - 1 rounds."""
+        """From bits (2, k, n) as ring elements, one-hots (2, n, 2^k) by doubling; bit j weighs 2^j. k - 1
+        rounds.
+        """
         bk = self.doors.bk
         k, n = b.shape[1:]
         one = np.ones(n, np.uint64)
@@ -294,7 +304,9 @@ async def _trunc(b: Batch, kind: Trunc, n: int) -> dict[str, Ring]:
     r = b.doors.bk.random(n)
     shift = np.uint64(kind.f)
     bits = await b.add3(f"trunc {kind.f}", r, 64, low=0, last=True)
-    got = await b.inject(f"trunc {kind.f}/inject", np.stack([bits["top"], bits["over_a"], bits["over_b"]], axis=1), n)
+    got = await b.inject(
+        f"trunc {kind.f}/inject", np.stack([bits["top"], bits["over_a"], bits["over_b"]], axis=1), n
+    )
     return {"r": r, "high": r >> shift, "top": got[:, 0], "over": got[:, 1] + got[:, 2]}
 
 
@@ -342,7 +354,9 @@ async def _zero(b: Batch, kind: Zero, n: int) -> dict[str, Ring]:
     ones = np.full(bits.shape[2], 2**64 - 1, np.uint64)
     e = np.stack([b.doors.bk.xor_public(bits[:, 0], ones), bits[:, 0]], axis=1)
     for j in range(1, kind.bits):
-        (high,) = await b.conj(f"{name}/double {j}", (e, np.ascontiguousarray(np.broadcast_to(bits[:, j : j + 1], e.shape))))
+        (high,) = await b.conj(
+            f"{name}/double {j}", (e, np.ascontiguousarray(np.broadcast_to(bits[:, j : j + 1], e.shape)))
+        )
         e = np.concatenate([e ^ high, high], axis=1)
     return {"r": r, "planes": e}
 
@@ -388,7 +402,9 @@ async def _norm(b: Batch, kind: Norm, n: int) -> dict[str, Ring]:
     s, x = bk.random(n), bk.random(n, kind.width)
     square = ((x[0] + x[1]) * x[0] + x[0] * x[1]).sum(axis=1, dtype=np.uint64) + bk.zero(n)
     wide = np.ascontiguousarray(np.broadcast_to(s[:, :, None], x.shape))
-    z, q = await b.doors.reshare(f"norm {kind.width}", kernels.rss_mul(x, wide, bk.zero(n, kind.width)), square)
+    z, q = await b.doors.reshare(
+        f"norm {kind.width}", kernels.rss_mul(x, wide, bk.zero(n, kind.width)), square
+    )
     b.relations.append(check.ScalarProduct(s, x, z))
     b.relations.append(check.SquareSum(x, q))
     return {"s": s, "x": x, "z": z, "q": q}
@@ -449,7 +465,9 @@ _MAKERS: Final[dict[type, Any]] = {
 
 
 def shapes(kind: Kind, n: int, weight_shape: tuple[int, int] | None = None) -> dict[str, tuple[int, ...]]:
-    """Shapes, components not counted, of what n of a kind consist of: for planning a step without running it."""
+    """Shapes, components not counted, of what n of a kind consist of: for planning a step without running
+    it.
+    """
     match kind:
         case Trunc():
             return {"r": (n,), "high": (n,), "top": (n,), "over": (n,)}
@@ -478,24 +496,40 @@ def shapes(kind: Kind, n: int, weight_shape: tuple[int, int] | None = None) -> d
         case Values():
             total = kind.first + kind.rows
             rows = (kind.heads, kind.rows, kind.head_dim)
-            return {"x": (kind.heads, kind.rows, total), "new": (kind.kv_heads, kind.rows, kind.head_dim), "z": rows}
+            return {
+                "x": (kind.heads, kind.rows, total),
+                "new": (kind.kv_heads, kind.rows, kind.head_dim),
+                "z": rows,
+            }
         case Keys():
             total = kind.first + kind.rows
             rows = (kind.heads, kind.rows, kind.head_dim)
-            return {"x": rows, "new": (kind.kv_heads, kind.rows, kind.head_dim), "z": (kind.heads, kind.rows, total)}
+            return {
+                "x": rows,
+                "new": (kind.kv_heads, kind.rows, kind.head_dim),
+                "z": (kind.heads, kind.rows, total),
+            }
 
 
 # Axis of each array, components not counted, along which a part may be taken; the others are whole.
-_LANE_AXIS: Final[dict[tuple[type, str], int]] = {(Zero, "planes"): 1, (Compare, "planes"): 1, (DaBit, "planes"): 1}
+_LANE_AXIS: Final[dict[tuple[type, str], int]] = {
+    (Zero, "planes"): 1,
+    (Compare, "planes"): 1,
+    (DaBit, "planes"): 1,
+}
 
 
 async def produce(batch: Batch, step: str, demand: Demand) -> dict[Kind, dict[str, Ring]]:
-    """Make and verify everything in `demand`; raise if anything in it is wrong. Nothing unverified is returned."""
+    """Make and verify everything in `demand`; raise if anything in it is wrong. Nothing unverified is
+    returned.
+    """
     for kind, n in sorted(demand.items(), key=lambda kv: _order(kv[0])):
         if n:
             batch.out[kind] = await _MAKERS[type(kind)](batch, kind, n)
             await trio.lowlevel.checkpoint()
-    await check.verify(batch.doors, f"{step}/verify", batch.relations, batch.gates, batch.zeros, batch.zero_bits)
+    await check.verify(
+        batch.doors, f"{step}/verify", batch.relations, batch.gates, batch.zeros, batch.zero_bits
+    )
     return batch.out
 
 
@@ -514,7 +548,9 @@ class Store:
     taken: dict[Kind, int] = field(default_factory=dict)
 
     def take(self, kind: Kind, n: int) -> dict[str, Ring]:
-        """The next n of a kind; for kinds made of bit lanes n is rounded up to words by the caller. Once only."""
+        """The next n of a kind; for kinds made of bit lanes n is rounded up to words by the caller. Once
+        only.
+        """
         have = self.material.get(kind)
         if have is None:
             raise LocalError(f"no correlation of kind {kind} was prepared for this step")
@@ -567,9 +603,3 @@ def split(material: dict[Kind, dict[str, Ring]], demands: Sequence[Demand]) -> l
     for demand in demands:
         out.append(Store({k: whole.take(k, n) for k, n in demand.items() if n}))
     return out
-
-
-__all__ = [
-    "AndTriple", "Batch", "Compare", "DaBit", "Demand", "Keys", "Kind", "Lookup", "Mul", "Norm", "Scale", "Store",
-    "Trunc", "Values", "Weight", "Weights", "Zero", "add_demand", "lanes", "produce", "replace", "split",
-]

@@ -21,8 +21,11 @@ _NUMBER = int | np.uint64
 class Backend(Protocol):
     """What a sharing scheme supplies to the local arithmetic of shares."""
 
-    party: int
-    components: int
+    @property
+    def party(self) -> int: ...
+
+    @property
+    def components(self) -> int: ...
 
     def add_public(self, v: Ring, public: Ring) -> Ring: ...
 
@@ -145,7 +148,9 @@ class Bits(Share):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Wire:
-    """x = delta - mask: `delta` is public to all parties, `mask` is preprocessed and used for this wire only."""
+    """x = delta - mask: `delta` is public to all parties, `mask` is preprocessed and used for this wire
+    only.
+    """
 
     delta: Ring
     mask: Share

@@ -34,9 +34,19 @@ class Channel(Protocol):
     session: bytes  # SESSION_BYTES
     lane: str  # one of LANES, or "<lane>:<name>" for several conversations of one session on one lane
     timeout: float  # seconds for one round, sending included; settable between rounds
-    rounds: int  # completed
-    sent: int  # bytes put on the links by completed rounds, framing included
-    received: int
+
+    @property
+    def rounds(self) -> int:
+        """Completed."""
+        ...
+
+    @property
+    def sent(self) -> int:
+        """Bytes put on the links by completed rounds, framing included."""
+        ...
+
+    @property
+    def received(self) -> int: ...
 
     async def round(
         self, step: str, send: Mapping[int, Payload], expect: Mapping[int, int]
