@@ -6,10 +6,15 @@ Python integers, matrix products are sums of Python products, ChaCha20 is anothe
 
 from __future__ import annotations
 
+import ctypes
+import itertools
+import mmap
 import os
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -123,25 +128,27 @@ def test_levels_are_ordered_and_forcible() -> None:
         k.force("sse9")
 
 
+def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run code in a fresh interpreter that finds the package and this file."""
+    here = Path(__file__).parent
+    path = os.pathsep.join((str(here.parent), str(here), os.environ.get("PYTHONPATH", "")))
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONPATH": path, **environment},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
 @pytest.mark.parametrize("name", k.available())
 def test_environment_forces_level(name: str) -> None:
-    code = "from mimir import kernels; print(kernels.level())"
-    environment = {**os.environ, k.LEVEL_VARIABLE: name}
-    run = subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60
-    )
+    run = python("from mimir import kernels; print(kernels.level())", **{k.LEVEL_VARIABLE: name})
     assert run.stdout.strip() == name
 
 
 def test_environment_with_unknown_level_is_refused() -> None:
-    environment = {**os.environ, k.LEVEL_VARIABLE: "fast"}
-    run = subprocess.run(
-        [sys.executable, "-c", "import mimir.kernels"],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
+    run = python("import mimir.kernels", **{k.LEVEL_VARIABLE: "fast"})
     assert run.returncode != 0 and k.LEVEL_VARIABLE in run.stderr and "fast" in run.stderr
 
 
@@ -616,6 +623,99 @@ def test_levels_agree(name: str) -> None:
         k.force(before)
     for other in results[1:]:
         np.testing.assert_array_equal(other, results[0])
+
+
+# ---- bounds: arrays that touch forbidden pages on either side ----
+
+
+class Fence:
+    """Arrays whose last or first byte is the last or first of accessible memory; a touch beyond is fatal."""
+
+    def __init__(self, at_end: bool) -> None:
+        self.at_end = at_end
+        self.libc = ctypes.CDLL(None, use_errno=True)
+        self.kept: list[mmap.mmap] = []
+        self.rng = np.random.default_rng(3)
+
+    def empty(self, shape: Any, dtype: Any = np.uint64) -> npt.NDArray[Any]:
+        count = int(np.prod(shape))
+        size = count * np.dtype(dtype).itemsize
+        page = mmap.PAGESIZE
+        inner = -(-size // page) * page
+        room = mmap.mmap(-1, inner + 2 * page)
+        self.kept.append(room)
+        whole = np.frombuffer(room, np.uint8)
+        for fence in (0, page + inner):
+            address = ctypes.c_void_p(whole.ctypes.data + fence)
+            assert self.libc.mprotect(address, ctypes.c_size_t(page), 0) == 0
+        start = page + (inner - size if self.at_end else 0)
+        return whole[start : start + size].view(dtype).reshape(shape)
+
+    def words(self, *shape: int) -> U64:
+        x = self.empty(shape)
+        x[...] = self.rng.integers(0, M, shape, dtype=np.uint64)
+        return x
+
+
+def walk_fences() -> None:
+    """Call every kernel at every level on such arrays, its outputs included."""
+    module = vars(k)
+    numpy = module["np"]
+    for level, at_end in itertools.product(k.available(), (True, False)):
+        k.force(level)
+        for n in (1, 3, 7, 8, 9, 64, 65, 133):
+            fence = Fence(at_end)
+            w = fence.words
+            module["np"] = SimpleNamespace(**{**vars(numpy), "empty": fence.empty})
+            packed = (n + 63) // 64
+            k.prg(bytes(32), 1, fence.empty(n, np.uint8))
+            for m in (1, 2, 3, 7, 9):
+                k.matmul(w(m, n), w(n, 5))
+                k.matmul(w(m, 9), w(9, n))
+                k.matmul_nt(w(m, n), w(5, n))
+                k.matmul_nt(w(m, 9), w(n, 9))
+            k.rss_mul(w(2, n), w(2, n), w(n))
+            k.rss_and(w(2, n), w(2, n), w(n))
+            k.bit_slice(w(n), 63)
+            k.bit_unslice(w(63, packed), n)
+            k.bits_to_ring(w(packed), n)
+            k.ring_lsb(w(n))
+            for size in (2, 64, 128):
+                k.lookup(w(n, size), w(n), w(5, size))
+                k.rotate(w(n, size), w(n))
+                k.bit_lookup(w(n, max(1, size // 64)), size, w(n), np.ones((9, size), np.uint8))
+            k.gf_mul(w(n), w(n))
+            k.gf_scale(w(n), 5)
+            k.gf_inner(w(n), w(n))
+            k.gf_fold(w(2 * n), 5)
+            k.gf_select(w(packed), w(n))
+            k.gf_select_inner(w(packed), w(packed), w(n))
+            k.gr_mul(w(n, 48), w(n, 48))
+            k.gr_inner(w(n, 48), w(n, 48))
+            k.gr_mul01(w(n, 48), w(n))
+            k.gr_fold(w(2 * n, 48), 5)
+            k.gr_scale(w(n), w(n, 48))
+            k.gr_scale01(w(n), w(n))
+            k.gr_combine(w(5, n), w(n))
+            k.gr_combine(w(n, 5), w(5))
+            k.gr_combine_cols(w(n, 5), w(n))
+            k.gr_combine_cols(w(5, n), w(5))
+            module["np"] = numpy
+    print("unharmed")
+
+
+def test_no_kernel_touches_memory_beyond_its_arrays() -> None:
+    run = python("import test_kernels; test_kernels.walk_fences()")
+    assert run.returncode == 0 and run.stdout.strip() == "unharmed", run.stderr
+
+
+def test_a_fence_is_fatal() -> None:
+    run = python(
+        "import test_kernels as t; f = t.Fence(True); x = f.words(8)\n"
+        "from mimir.kernels import _ffi, _lib; _lib.mk_ring_lsb(_ffi.new('uint64_t[2]'), _ffi.from_buffer("
+        "'uint64_t[]', x), 9)"
+    )
+    assert run.returncode < 0, "reading one word too many went unnoticed"
 
 
 # ---- bytes ----

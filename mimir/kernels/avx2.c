@@ -22,7 +22,7 @@ typedef struct {
 } sum;
 
 /* Rows and vectors in the register block of a matrix product, rows and vectors in that of a combination in GR. */
-enum { MM_ROWS = 3, MM_VECS = 2, GR_ROWS = 2, GR_VECS = 4 };
+enum { MM_ROWS = 2, MM_VECS = 2, GR_ROWS = 2, GR_VECS = 4 };
 
 static inline vec load(const uint64_t *p)
 {

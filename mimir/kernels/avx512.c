@@ -78,7 +78,10 @@ static inline uint64_t lowest_bits(vec v)
 
 static inline uint64_t total(vec v)
 {
-    return (uint64_t)_mm512_reduce_add_epi64((__m512i)v);
+    /* _mm512_reduce_add_epi64 of gcc adds signed numbers, whose overflow is undefined. */
+    v += (vec)_mm512_shuffle_i64x2((__m512i)v, (__m512i)v, 0x4e);
+    v += (vec)_mm512_shuffle_i64x2((__m512i)v, (__m512i)v, 0xb1);
+    return v[0] + v[1];
 }
 
 static inline factor factor_of(vec v)

@@ -147,13 +147,13 @@ static void panel_product(uint64_t *c, const uint64_t *a, const uint64_t *panel,
             const uint64_t *strip = panel + j * depth, *from = a + i * k;
             uint64_t *to = c + i * n + j;
             size_t left = least(width - j, NARROW);
-            switch (least(m - i, MM_ROWS)) {
+            switch (least(m - i, MM_ROWS)) { /* the number of rows is a constant in each case */
 #define CASE(rows)                                                                                                     \
     case rows: block_product(to, from, strip, k, n, depth, left, rows); break;
                 CASE(1)
                 CASE(2)
-                CASE(3)
 #if LANES == 8
+                CASE(3)
                 CASE(4)
                 CASE(5)
                 CASE(6)
