@@ -115,7 +115,7 @@ def test_statistics_catch_a_leak(harness: Path, control: str) -> None:
 
 
 def test_sanitizers_find_nothing(sanitized: Path, level: str) -> None:
-    """Undefined behaviour and stray addresses: the same calls, with gcc's sanitizers instead of the checker."""
+    """Undefined behaviour and stray addresses: the same calls, under the sanitizers of gcc."""
     for name in KERNELS:
         command = [str(sanitized), "taint", str(kernels.LEVELS.index(level)), name]
         run = subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE)
