@@ -26,12 +26,15 @@ Real = npt.NDArray[np.floating[Any]]
 
 ACTIVATION_BIN: Final = -2  # log2 of the width of a bin of an activation
 EXP_BIN: Final = -1
-EXP_BITS: Final = 8  # range 128
-EXP_TOP: Final = 0.5  # exp is looked up on [EXP_TOP - 128, EXP_TOP)
+EXP_BITS: Final = 6  # range 32
+EXP_TOP: Final = 1.0  # exp is looked up on [EXP_TOP - 32, EXP_TOP); it is needed below 0
+EXP_REACH: Final = 28  # further below the shift a weight, less than e^-25, is 0
+REACH_BITS: Final = 9  # below the shift lies nothing further than 2^9 - REACH_MARGIN
+REACH_MARGIN: Final = 4  # units by which the coarse reading may exceed the value, so that it never wraps
 COARSE_BIN: Final = 2  # log2 of the resolution of the row maximum
-COARSE_BITS: Final = 6
+COARSE_BITS: Final = 7
 COARSE_REST: Final = 4
-SCORE_BOUND: Final = 2.0 ** (COARSE_BIN + COARSE_BITS - 1)  # scores must lie within +-128
+SCORE_BOUND: Final = 250.0  # of a score: 2^(COARSE_BIN + COARSE_BITS - 1), less a margin of two bins
 EXP_SCALE: Final = 24
 MIX_SCALE: Final = 28  # of sum(e v) before division
 INVERSE_SCALE: Final = 24
@@ -149,9 +152,7 @@ async def relu(ctx: Context, step: str, x: Share, s: Settings) -> Share:
     f = s.scale_bits
     lanes = 64 * ((x.size + 63) // 64)
     flat = x.flat()
-    padded = np.zeros((x.v.shape[0], lanes), np.uint64)
-    padded[:, : x.size] = flat.v
-    negative = await ops.is_negative(ctx, f"{step}/sign", ctx.share(padded), f, RELU_WIDTH)
+    negative = await ops.is_negative(ctx, f"{step}/sign", _whole_words(flat), f, RELU_WIDTH)
     (y,) = await ops.truncate(ctx, f"{step}/truncate", (flat, f))
     keep = (-(await ops.to_ring(ctx, f"{step}/inject", negative, lanes)) + 1)[: x.size]
     (y,) = await ops.mul(ctx, f"{step}/keep", (keep, y))
@@ -284,50 +285,60 @@ async def rms_norm(ctx: Context, step: str, x: Share, eps: float, s: Settings) -
 # --- softmax --------------------------------------------------------------------------------------------
 
 
-def _exp(x: Real) -> Real:
-    return np.exp(x)
-
-
 async def exponentials(
     ctx: Context, step: str, scores: Share, allowed: Ring, valid: Share | None, s: Settings
 ) -> tuple[Share, Share]:
-    """Weights e^(score - shift) at scale 24, 0 where not allowed (public) or not valid (secret), and
-    their sums.
+    """Weights e^(score - shift) at scale 24, 0 where not allowed (public) or not valid (secret), and their sums.
 
-    scores (heads, rows, keys) at scale 2f within +-128; allowed (rows, keys) of 0 and 1; valid (keys,) bits.
-    The shift is the row's maximum, rounded up by at most two coarse bins: it is found by counting, for every
-    threshold, the scores above it, and by testing those counts for zero. Rounds: 1 + 2 + degree + 3.
+    scores (heads, rows, keys) at scale 2f within +-SCORE_BOUND; allowed (rows, keys) of 0 and 1; valid (keys,)
+    bits. The shift is the row's maximum, rounded up by at most two coarse bins: it is found by counting, for
+    every threshold, the valid scores above it, and by testing those counts for zero. What lies more than
+    EXP_REACH below the shift has weight 0; a second, coarse reading tells. Rounds: degree + 8, one fewer if
+    all are valid.
     """
     scale = 2 * s.scale_bits
     heads, rows, keys = scores.shape
+    raised = scores + (1 << (scale + COARSE_BIN + COARSE_BITS - 1))
+    shown = raised
+    if valid is not None:  # what is not valid falls into the lowest bin
+        (shown,) = await ops.mul(ctx, f"{step}/mask", (raised, valid.broadcast(heads, rows, keys)))
     one_hot = await ops.coarse_index(
-        ctx,
-        f"{step}/coarse",
-        scores + (1 << (scale + COARSE_BIN + COARSE_BITS - 1)),
-        scale + COARSE_BIN - COARSE_REST,
-        COARSE_REST,
-        COARSE_BITS,
-    )  # (heads, rows, keys, 64)
-    per_row = (one_hot * allowed[None, :, :, None]).sum(2)  # (heads, rows, 64): how many scores in each bin
+        ctx, f"{step}/coarse", shown, scale + COARSE_BIN - COARSE_REST, COARSE_REST, COARSE_BITS
+    )  # (heads, rows, keys, bins)
+    per_row = (one_hot * allowed[None, :, :, None]).sum(2)  # (heads, rows, bins): how many scores in each bin
     at_least = ctx.share(np.cumsum(per_row.v[..., ::-1], axis=-1, dtype=np.uint64)[..., ::-1])[..., 1:]
-    bits = keys.bit_length()
     count = at_least.size
-    lanes = 64 * ((count + 63) // 64)
-    padded = np.zeros((scores.v.shape[0], lanes), np.uint64)
-    padded[:, :count] = at_least.flat().v
-    empty = await ops.is_zero(ctx, f"{step}/counts", ctx.share(padded), bits)
-    none = (await ops.to_ring(ctx, f"{step}/inject", empty, lanes))[:count].reshape(heads, rows, -1)
+    padded = _whole_words(at_least.flat())
+    empty = await ops.is_zero(ctx, f"{step}/counts", padded, keys.bit_length())
+    none = (await ops.to_ring(ctx, f"{step}/inject", empty, padded.shape[0]))[:count].reshape(heads, rows, -1)
     top = -(none.sum(2)) + none.shape[2]  # index of the highest bin in use
-    shift = top * (1 << (scale + COARSE_BIN))
-    # maximum < (top + 1) bins - 128: subtract that, then move the range of exp to begin at zero
-    offset = SCORE_BOUND - 2.0**COARSE_BIN + (2.0 ** (EXP_BITS + EXP_BIN) - EXP_TOP)
-    x = scores - shift.reshape(heads, rows, 1).broadcast(heads, rows, keys) + int(offset * 2**scale)
-    start = EXP_TOP - 2.0 ** (EXP_BITS + EXP_BIN)
-    p = _piece("exp", _exp, start, EXP_BIN, EXP_BITS, scale, s.degree, s.rest, 1)
-    e = await ops.piecewise(ctx, f"{step}/exp", x, p)
-    e = e * allowed[None]
-    if valid is not None:
-        (e,) = await ops.mul(ctx, f"{step}/valid", (e, valid.broadcast(heads, rows, keys)))
-    (e,) = await ops.truncate(ctx, f"{step}/truncate", (e, p.scale - EXP_SCALE))
+    # maximum < (top + 1) bins: below = score - that, negative
+    below = raised - ((top + 1) * (1 << (scale + COARSE_BIN))).reshape(heads, rows, 1).broadcast(*scores.shape)
+
+    async def value(ctx: Context) -> Share:
+        start = EXP_TOP - 2.0 ** (EXP_BITS + EXP_BIN)
+        p = _piece("exp", np.exp, start, EXP_BIN, EXP_BITS, scale, s.degree, s.rest, 1)
+        return await ops.piecewise(ctx, f"{step}/exp", below - int(start * 2**scale), p)
+
+    async def counts(ctx: Context) -> Share:
+        """1 where the weight counts: within reach of the maximum, and valid."""
+        lift = (1 << REACH_BITS) - REACH_MARGIN
+        lifted = _whole_words((below + (lift << scale)).flat())
+        far = await ops.is_below(ctx, f"{step}/reach", lifted, scale, REACH_BITS, lift - EXP_REACH)
+        bit = await ops.to_ring(ctx, f"{step}/reach inject", far, lifted.shape[0])
+        near = (-(bit[: below.size]) + 1).reshape(*below.shape)
+        if valid is None:
+            return near
+        (both,) = await ops.mul(ctx, f"{step}/reach valid", (near, valid.broadcast(*below.shape)))
+        return both
+
+    e, keep = await ops.together(ctx, value, counts)
+    (e,) = await ops.mul(ctx, f"{step}/keep", (e, keep))
+    (e,) = await ops.truncate(ctx, f"{step}/truncate", (e, HEADROOM - 1 - EXP_SCALE))
     e = e * allowed[None]
     return e, e.sum(2)
+
+
+def _whole_words(x: Share) -> Share:
+    """Zeros after x (n) up to whole words of lanes."""
+    return Share(np.pad(x.v, [(0, 0), (0, -x.shape[0] % 64)]), x.bk)

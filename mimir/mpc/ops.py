@@ -229,8 +229,33 @@ async def is_zero(ctx: Context, step: str, x: Share, bits: int) -> Bits:
     c = ctx.take(prep.Zero(bits), n)
     (o,) = await ctx.doors.open_low(step, bits, x + c["r"])
     lane = np.arange(n)
-    chosen = (c["planes"].v[:, o.astype(np.int64), lane >> 6] >> (lane & 63).astype(np.uint64)) & np.uint64(1)
-    return Bits(np.stack([kernels.ring_lsb(np.ascontiguousarray(v)) for v in chosen]), ctx.bk)
+    return Bits(_pick(c["planes"].v, o), ctx.bk)
+
+
+def _pick(planes: Ring, row: Ring) -> Ring:
+    """Bit `row[i]` (public) of lane i of planes (components, rows, words), packed: (components, words)."""
+    lane = np.arange(len(row))
+    chosen = (planes[:, row.astype(np.int64), lane >> 6] >> (lane & 63).astype(np.uint64)) & np.uint64(1)
+    return np.stack([kernels.ring_lsb(np.ascontiguousarray(v)) for v in chosen])
+
+
+async def is_below(ctx: Context, step: str, x: Share, low: int, bits: int, threshold: int) -> Bits:
+    """[x < threshold * 2^low] for x (n) in 0 .. 2^(low + bits) - 3 * 2^low, as words. One round, 4 or 8 bytes.
+
+    What is compared may be up to 3 units of 2^low above the floor. 0 < threshold < 2^bits. The indices below
+    the threshold are neighbours, so their one-hot bits add up to two bits of its running sum.
+    """
+    n = x.shape[0]
+    c = ctx.take(prep.Zero(bits, low), n)
+    (o,) = await ctx.doors.open_low(step, low + bits, x + c["r"])
+    index = (o >> np.uint64(low)).astype(np.int64)
+    size = 1 << bits
+    running = np.bitwise_xor.accumulate(c["planes"].v, axis=1)  # bits of "r <= row"
+    # sum over r in (index - threshold, index] mod size; r <= size - 1 always holds
+    first = Bits(_pick(running, index), ctx.bk)
+    before = Bits(_pick(running, (index - threshold) % size), ctx.bk)
+    wraps = kernels.ring_lsb((index < threshold).astype(np.uint64))
+    return first ^ before ^ wraps
 
 
 async def is_negative(ctx: Context, step: str, x: Share, low: int, width: int) -> Bits:

@@ -8,7 +8,7 @@ A *kind* names one sort of correlation, with everything that fixes its shape:
 
     Trunc(f)             truncation pair for ops.truncate
     Lookup(g, b, k, d)   one-hot of k bits, remainder of b bits, d polynomial steps
-    Zero(k)              zero test of k-bit values
+    Zero(k, g)           zero and threshold tests of k-bit values, g lower bits dropped
     Compare(g, w)        sign of w-bit values, g lower bits dropped
     DaBit()              a random bit in both domains
     AndTriple()          64 bit triples a word
@@ -57,6 +57,7 @@ class Lookup:
 @dataclass(frozen=True, slots=True)
 class Zero:
     bits: int
+    low: int = 0  # bits below, dropped: what is read is 0 to 3 units of 2^low above the floor
 
 
 @dataclass(frozen=True, slots=True)
@@ -347,10 +348,10 @@ async def _lookup(b: Batch, kind: Lookup, n: int) -> dict[str, Ring]:
 
 
 async def _zero(b: Batch, kind: Zero, n: int) -> dict[str, Ring]:
-    """One-hot over GF(2) of the k bits of r, as bit planes: opening c = x + r, x is 0 iff r = c."""
-    r = b.doors.bk.random(n) & np.uint64((1 << kind.bits) - 1)
-    name = f"zero {kind.bits}"
-    bits = (await b.add3(name, r, kind.bits, low=0, last=False))["sum"]
+    """One-hot over GF(2) of the k bits of r, as bit planes: opening c = x + r, x = j iff r = c - j."""
+    r = b.doors.bk.random(n) & np.uint64((1 << (kind.low + kind.bits)) - 1)
+    name = f"zero {kind.bits}.{kind.low}"
+    bits = (await b.add3(name, r >> np.uint64(kind.low), kind.bits, low=0, last=False))["sum"]
     ones = np.full(bits.shape[2], 2**64 - 1, np.uint64)
     e = np.stack([b.doors.bk.xor_public(bits[:, 0], ones), bits[:, 0]], axis=1)
     for j in range(1, kind.bits):
