@@ -112,10 +112,8 @@ class Fake:
         return np.random.default_rng(seed).integers(0, 2**64, (3, size), dtype=np.uint64)
 
     def bits(self) -> dict[str, int]:
-        bits = {"token": (VOCAB - 1).bit_length(), "valid": 64}
-        if self.model.positions == "learned":
-            bits["position"] = (self.model.context - 1).bit_length()
-        return bits
+        context = (self.model.context - 1).bit_length()
+        return {"token": (VOCAB - 1).bit_length(), "position": context, "valid": 64}
 
     def answer(self, conversation: Conversation, turn: int, step: int) -> int:
         """The token that this model "generates": depends on every real prompt token and the step."""

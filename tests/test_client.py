@@ -93,10 +93,7 @@ def test_the_parties_get_the_prompt_left_padded_and_the_client_their_tokens(
             values = conversation.prompts[0, 0]
             assert values["token"].tolist() == [0] * 5 + PROMPT
             assert values["valid"].tolist() == [0] * 5 + [1] * 3
-            if positions == "learned":
-                assert values["position"].tolist() == [0] * 5 + [0, 1, 2]
-            else:
-                assert "position" not in values
+            assert values["position"].tolist() == [0] * 5 + [0, 1, 2]
             assert tokens == [made.fake.answer(conversation, 0, step) for step in range(4)]
             # All three parties were told the same.
             offsets = list(conversation.offsets[0, 0].values())

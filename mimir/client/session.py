@@ -31,6 +31,7 @@ from mimir.net.messages import SESSION_BYTES, Message, Open, Sampler
 Words = npt.NDArray[np.uint64]
 
 PARTIES = 3
+KINDS = ("token", "position", "valid")  # what a prompt slot consists of
 RING_BITS = 64
 PAIR_BYTES = 16  # two components of one word
 
@@ -182,7 +183,6 @@ class Session:
         self._watch = watch
         self._max_context = max_context
         self._vocab = spec.vocab
-        self._kinds = ("token", "position", "valid")  # what a prompt slot consists of
         self._turn = 0
         self._buckets, self._max_new = terms.buckets, terms.max_new
         self._slots = 0  # used so far by all clients and answers
@@ -244,7 +244,7 @@ class Session:
                 )
             masks = await gather(self._connections, lambda each: self._await(each, "masks"))
             names = [each.party.name for each in self._connections]
-            check_masks(names, masks, self._turn, self._kinds, bucket)
+            check_masks(names, masks, self._turn, bucket)
             offsets = offset_prompt(names, masks, ids, bucket, start)
             await self._tell({"t": "offsets", "turn": self._turn, "names": offsets})
         self._slots += need
@@ -308,17 +308,15 @@ def join(names: Sequence[str], pairs: Words, what: str) -> Words:
     return total
 
 
-def check_masks(
-    names: Sequence[str], masks: Sequence[Message], turn: int, kinds: Sequence[str], bucket: int
-) -> None:
+def check_masks(names: Sequence[str], masks: Sequence[Message], turn: int, bucket: int) -> None:
     """Whether three "masks" messages are alike in all that is public, and of the size of our bucket."""
     for name, message in zip(names, masks, strict=True):
         if message["turn"] != turn:
             raise ClientError(f"party {name} sent masks of turn {message['turn']} where turn {turn} is due")
         if message["bits"] != masks[0]["bits"]:
             raise ClientError(f"parties {names[0]} and {name} disagree on the size of the masks")
-        if set(message["bits"]) != set(kinds) or set(message["names"]) != set(kinds):
-            raise ClientError(f"party {name} sent masks for {sorted(message['names'])}, not {sorted(kinds)}")
+        if set(message["bits"]) != set(KINDS) or set(message["names"]) != set(KINDS):
+            raise ClientError(f"party {name} sent masks for {sorted(message['names'])}, not {sorted(KINDS)}")
         for kind, raw in message["names"].items():
             if len(raw) != PAIR_BYTES * bucket:
                 count = len(raw) // PAIR_BYTES

@@ -35,7 +35,8 @@ MAX_SLOTS = 1 << 16  # token positions of one prompt part, and of one answer
 MAX_TURNS = 1 << 16
 MAX_NAMES = 16
 MAX_TEXT = 500
-MAX_DEPTH_ITEMS = 1 << 16  # entries of one list or map
+MAX_ENTRIES = 1 << 16  # of one list or map
+MAX_DEPTH = 8  # of plain data inside a message
 MAX_TEMPERATURE = 100.0
 MIN_TEMPERATURE = 0.01
 SESSION_BYTES = 16
@@ -118,8 +119,18 @@ def _table(**fields: Rule) -> Rule:
 
 
 def _free(value: Any) -> bool:
-    """Plain data; whoever uses it checks it (a manifest, statistics)."""
-    return isinstance(value, dict)
+    """A table of plain data; whoever uses it checks what is in it (a manifest, statistics)."""
+    return isinstance(value, dict) and _plain(value, MAX_DEPTH)
+
+
+def _plain(value: Any, depth: int) -> bool:
+    if isinstance(value, dict):
+        return depth > 0 and all(isinstance(k, str) and _plain(v, depth - 1) for k, v in value.items())
+    if isinstance(value, list):
+        return depth > 0 and all(_plain(each, depth - 1) for each in value)
+    if type(value) is int:
+        return -(1 << 63) <= value < 1 << 64
+    return value is None or type(value) in (bool, str) or (type(value) is float and math.isfinite(value))
 
 
 _count = _whole(0, (1 << 63) - 1)
@@ -177,7 +188,7 @@ FROM_PARTY: dict[str, dict[str, Rule]] = {
     "token": {"step": _whole(0, MAX_SLOTS), "components": _list(_whole(0, (1 << 64) - 1), 2, least=2)},
     "done": {"stats": _free},
     "error": {"code": _text(32), "message": _text(MAX_TEXT)},
-    "have": {"tensors": _map(_list(_count, 2, least=2), MAX_DEPTH_ITEMS), "complete": _flag},
+    "have": {"tensors": _map(_list(_count, 2, least=2), MAX_ENTRIES), "complete": _flag},
     "committed": {"model": _hash},
 }
 
@@ -205,8 +216,8 @@ def unpack(raw: bytes, rules: Mapping[str, Mapping[str, Rule]]) -> Message:
             strict_map_key=True,
             max_str_len=MAX_MESSAGE,
             max_bin_len=MAX_MESSAGE,
-            max_array_len=MAX_DEPTH_ITEMS,
-            max_map_len=MAX_DEPTH_ITEMS,
+            max_array_len=MAX_ENTRIES,
+            max_map_len=MAX_ENTRIES,
             max_ext_len=0,
         )
     except (ValueError, TypeError, RecursionError, msgpack.exceptions.UnpackException):
