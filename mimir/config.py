@@ -183,8 +183,8 @@ class FixedPoint:
 class Cheby:
     """[cheby] Interval tables of polynomial pieces."""
 
-    deg: Annotated[int, integer_rule(1, 7)] = 3  # degree of a piece
-    bins: Annotated[int, integer_rule(16, 4096)] = 128  # pieces per table, a power of two
+    deg: Annotated[int, integer_rule(1, 3)] = 3  # degree of a piece
+    bins: Annotated[int, integer_rule(128, 1024)] = 128  # pieces per table, a power of two
 
 
 @dataclass(frozen=True)

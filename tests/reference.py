@@ -430,12 +430,16 @@ class FixedModel:
         j, _ = _mask_reading(scores + half, scale + fx.coarse_bin - fx.coarse_rest, fx.coarse_rest, self.rng)
         self._inside(f"{step}: coarse maximum", j, fx.coarse_bits, np.broadcast_to(see, j.shape))
         top = np.where(see, j, 0).max(axis=-1, keepdims=True)
-        reach = 2.0 ** (fx.exp_bits + fx.exp_bin)
-        offset = 2.0 ** (fx.coarse_bin + fx.coarse_bits - 1) - 2.0**fx.coarse_bin + (reach - fx.exp_top)
-        x = scores - (top << (scale + fx.coarse_bin)) + int(offset * 2**scale)
-        j, e = self._lookup(step, x, self.exp)
-        self._inside(f"{step}: exp", j, fx.exp_bits, np.broadcast_to(see, j.shape))
-        return np.where(see, self._truncate(e, self.exp.scale - fx.exp_scale), 0)
+        below = scores + half - ((top + 1) << (scale + fx.coarse_bin))
+        start = fx.exp_top - 2.0 ** (fx.exp_bits + fx.exp_bin)
+        j, e = self._lookup(step, below - int(start * 2**scale), self.exp)
+        reading, _ = _mask_reading(below, scale, 0, self.rng)
+        near = see & (reading >= -nonlinear.EXP_REACH)
+        self._inside(f"{step}: exp", j, fx.exp_bits, near)
+        deepest = nonlinear.REACH_MARGIN - (1 << nonlinear.REACH_BITS)
+        if (np.where(see, below, 0) < deepest << scale).any():
+            raise OverflowError(f"{step}: a score lies {deepest} below its row's largest")
+        return np.where(near, self._truncate(e, self.exp.scale - fx.exp_scale), 0)
 
     def _activate(self, step: str, x: Ints) -> Ints:
         """Activation of x at 2f, result at f."""
@@ -445,8 +449,14 @@ class FixedModel:
             return np.where(self._truncate(x, fx.scale_bits) < 0, 0, y)
         half = 1 << (2 * fx.scale_bits + fx.activation_bin + self.act.bits - 1)
         j, y = self._lookup(step, x + half, self.act)
-        self._inside(step, j, self.act.bits)
-        return self._truncate(y, self.act.scale - fx.scale_bits)
+        if not np.abs(x).max() < nonlinear.ACTIVATION_BOUND * 4.0**fx.scale_bits:
+            raise OverflowError(f"{step}: an activation's input is not within {nonlinear.ACTIVATION_BOUND}")
+        reading, _ = _mask_reading(x, 2 * fx.scale_bits, 0, self.rng)
+        r = fx.bins >> (1 - fx.activation_bin)
+        left, right = reading < nonlinear.REACH_MARGIN - r, reading >= r - 1
+        self._inside(step, j, self.act.bits, ~(left | right))
+        y = self._truncate(y, self.act.scale - fx.scale_bits)
+        return np.where(left, 0, np.where(right, self._truncate(x, fx.scale_bits), y))
 
     def forward(self, ids: Sequence[int], tap: Tap | None = None, pad: int = 0) -> Floats:
         """Logits (rows, vocab) of every id, appended to the cache."""

@@ -20,11 +20,12 @@ from mimir.errors import LocalError
 from mimir.mpc import ops, prep
 from mimir.mpc.domain import Ring, encode
 from mimir.mpc.ops import Context, Piecewise
-from mimir.mpc.share import Share
+from mimir.mpc.share import Bits, Share
 
 Real = npt.NDArray[np.floating[Any]]
 
 ACTIVATION_BIN: Final = -2  # log2 of the width of a bin of an activation
+ACTIVATION_BOUND: Final = 250.0  # of an activation's input
 EXP_BIN: Final = -1
 EXP_BITS: Final = 6  # range 32
 EXP_TOP: Final = 1.0  # exp is looked up on [EXP_TOP - 32, EXP_TOP); it is needed below 0
@@ -51,7 +52,7 @@ class Settings:
 
     scale_bits: int = 16
     degree: int = 3
-    bins: int = 256
+    bins: int = 128
 
     @property
     def rest(self) -> int:
@@ -139,12 +140,40 @@ def activation_piece(name: str, s: Settings) -> Piecewise:
 
 
 async def activation(ctx: Context, step: str, x: Share, name: str, s: Settings) -> Share:
-    """SiLU or GELU of x at scale 2f, result at scale f. |x| < bins / 8. Rounds: degree + 2."""
+    """SiLU or GELU of x at scale 2f, |x| < ACTIVATION_BOUND, result at scale f. Rounds: degree + 3.
+
+    Pieces cover [-R, R); beyond R - 4 the function is x or 0 to within 1e-4, told by a second, coarse
+    reading.
+    """
+    f = s.scale_bits
     p = activation_piece(name, s)
-    half = 1 << (2 * s.scale_bits + ACTIVATION_BIN + p.bits - 1)
-    y = await ops.piecewise(ctx, step, x + half, p)
-    (y,) = await ops.truncate(ctx, f"{step}/truncate", (y, p.scale - s.scale_bits))
-    return y
+    r = s.bins >> (1 - ACTIVATION_BIN)
+    flat = x.flat()
+    n = flat.shape[0]
+
+    async def table(ctx: Context) -> Share:
+        y = await ops.piecewise(ctx, step, flat + (r << (2 * f)), p)
+        return (await ops.truncate(ctx, f"{step}/truncate", (y, p.scale - f)))[0]
+
+    async def straight(ctx: Context) -> Share:
+        return (await ops.truncate(ctx, f"{step}/straight", (flat, f)))[0]
+
+    async def sides(ctx: Context) -> Share:
+        half = 1 << (REACH_BITS - 1)
+        lifted = _whole_words(flat + (half << (2 * f)))
+        # The reading is up to 3 too high: "below 4 - R" is true below 1 - R at the latest, and so on.
+        below = await ops.are_below(
+            ctx, f"{step}/reach", lifted, 2 * f, REACH_BITS, (half - r + REACH_MARGIN, half + r - 1)
+        )
+        bits = Bits(np.concatenate([b.v for b in below], axis=1), ctx.bk)
+        return await ops.to_ring(ctx, f"{step}/reach inject", bits, 2 * lifted.shape[0])
+
+    y, line, side = await ops.together(ctx, table, straight, sides)
+    lanes = side.shape[0] // 2
+    left, not_right = side[:n], side[lanes : lanes + n]
+    # left of the table 0, right of it x: y - left y + right (x - y)
+    zeroed, moved = await ops.mul(ctx, f"{step}/sides", (left, y), (-not_right + 1, line - y))
+    return (y - zeroed + moved).reshape(*x.shape)
 
 
 async def relu(ctx: Context, step: str, x: Share, s: Settings) -> Share:
@@ -288,7 +317,8 @@ async def rms_norm(ctx: Context, step: str, x: Share, eps: float, s: Settings) -
 async def exponentials(
     ctx: Context, step: str, scores: Share, allowed: Ring, valid: Share | None, s: Settings
 ) -> tuple[Share, Share]:
-    """Weights e^(score - shift) at scale 24, 0 where not allowed (public) or not valid (secret), and their sums.
+    """Weights e^(score - shift) at scale 24, 0 where not allowed (public) or not valid (secret), and
+    their sums.
 
     scores (heads, rows, keys) at scale 2f within +-SCORE_BOUND; allowed (rows, keys) of 0 and 1; valid (keys,)
     bits. The shift is the row's maximum, rounded up by at most two coarse bins: it is found by counting, for
@@ -313,7 +343,9 @@ async def exponentials(
     none = (await ops.to_ring(ctx, f"{step}/inject", empty, padded.shape[0]))[:count].reshape(heads, rows, -1)
     top = -(none.sum(2)) + none.shape[2]  # index of the highest bin in use
     # maximum < (top + 1) bins: below = score - that, negative
-    below = raised - ((top + 1) * (1 << (scale + COARSE_BIN))).reshape(heads, rows, 1).broadcast(*scores.shape)
+    below = raised - ((top + 1) * (1 << (scale + COARSE_BIN))).reshape(heads, rows, 1).broadcast(
+        *scores.shape
+    )
 
     async def value(ctx: Context) -> Share:
         start = EXP_TOP - 2.0 ** (EXP_BITS + EXP_BIN)
@@ -324,7 +356,7 @@ async def exponentials(
         """1 where the weight counts: within reach of the maximum, and valid."""
         lift = (1 << REACH_BITS) - REACH_MARGIN
         lifted = _whole_words((below + (lift << scale)).flat())
-        far = await ops.is_below(ctx, f"{step}/reach", lifted, scale, REACH_BITS, lift - EXP_REACH)
+        (far,) = await ops.are_below(ctx, f"{step}/reach", lifted, scale, REACH_BITS, [lift - EXP_REACH])
         bit = await ops.to_ring(ctx, f"{step}/reach inject", far, lifted.shape[0])
         near = (-(bit[: below.size]) + 1).reshape(*below.shape)
         if valid is None:

@@ -239,23 +239,26 @@ def _pick(planes: Ring, row: Ring) -> Ring:
     return np.stack([kernels.ring_lsb(np.ascontiguousarray(v)) for v in chosen])
 
 
-async def is_below(ctx: Context, step: str, x: Share, low: int, bits: int, threshold: int) -> Bits:
-    """[x < threshold * 2^low] for x (n) in 0 .. 2^(low + bits) - 3 * 2^low, as words. One round, 4 or 8 bytes.
+async def are_below(
+    ctx: Context, step: str, x: Share, low: int, bits: int, thresholds: Sequence[int]
+) -> list[Bits]:
+    """[x < t * 2^low] for each t, x (n) in 0 .. 2^(low + bits) - 3 * 2^low, as words. One round, 4 or 8
+    bytes.
 
-    What is compared may be up to 3 units of 2^low above the floor. 0 < threshold < 2^bits. The indices below
-    the threshold are neighbours, so their one-hot bits add up to two bits of its running sum.
+    What is compared may be up to 3 units of 2^low above the floor of x. 0 < t < 2^bits. The indices below a
+    threshold are neighbours, so their one-hot bits add up to two bits of its running sum.
     """
-    n = x.shape[0]
-    c = ctx.take(prep.Zero(bits, low), n)
+    c = ctx.take(prep.Zero(bits, low), x.shape[0])
     (o,) = await ctx.doors.open_low(step, low + bits, x + c["r"])
     index = (o >> np.uint64(low)).astype(np.int64)
-    size = 1 << bits
     running = np.bitwise_xor.accumulate(c["planes"].v, axis=1)  # bits of "r <= row"
-    # sum over r in (index - threshold, index] mod size; r <= size - 1 always holds
     first = Bits(_pick(running, index), ctx.bk)
-    before = Bits(_pick(running, (index - threshold) % size), ctx.bk)
-    wraps = kernels.ring_lsb((index < threshold).astype(np.uint64))
-    return first ^ before ^ wraps
+    out = []
+    for t in thresholds:
+        # sum over r in (index - t, index] modulo 2^bits; "r <= 2^bits - 1" always holds
+        before = Bits(_pick(running, (index - t) % (1 << bits)), ctx.bk)
+        out.append(first ^ before ^ kernels.ring_lsb((index < t).astype(np.uint64)))
+    return out
 
 
 async def is_negative(ctx: Context, step: str, x: Share, low: int, width: int) -> Bits:
