@@ -40,12 +40,16 @@ from mimir.net.messages import Message, Open
 
 log = structlog.get_logger("mimir.session")
 
-PROMPT_ROWS: Final = 16  # prompt rows of one step (bounds memory)
-DECODE_BATCH: Final = 8  # decode steps whose material is made together
+PROMPT_ROWS: Final = 16  # prompt rows of one step at most
+DECODE_BATCH: Final = 8  # decode steps whose material is made together at most
+BATCH_BYTES: Final = (
+    80 << 20
+)  # material made at once; making and checking it takes three times as much memory
 POOL_BYTES: Final = (
     384 << 20
 )  # material a session keeps ready at most; smaller than triple_pool.min_size if it must
 NONCE: Final = 32
+END_SECONDS: Final = 2.0  # to tell the peers that a session has ended
 VALID_BITS: Final = 64
 
 
@@ -102,15 +106,17 @@ class Turn:
     decode: tuple[Step, ...]
 
 
-def plan_turn(number: int, buckets: Sequence[int], max_new: int, used: int) -> Turn:
-    """Steps of a turn that begins when `used` slots of the cache are taken."""
+def plan_turn(number: int, buckets: Sequence[int], max_new: int, used: int, chunk: int) -> Turn:
+    """Steps of a turn that begins when `used` slots of the cache are taken; prompt rows go `chunk` at a
+    time.
+    """
     name = f"turn {number}"
     resume = Step(f"{name}/resume", used, 1, False, False) if number else None
     at = first = used + (1 if number else 0)
     end = first + sum(buckets)
     prompt = []
     while at < end:
-        rows = min(PROMPT_ROWS, end - at)
+        rows = min(chunk, end - at)
         prompt.append(Step(f"{name}/prompt {at}", at, rows, True, at + rows == end))
         at += rows
     decode = tuple(Step(f"{name}/token {i + 1}", end + i, 1, False, True) for i in range(max_new - 1))
@@ -151,6 +157,8 @@ class SessionActor(Actor[Any]):
         self._token: Share | None = None  # the last token chosen
         self._position: Share | None = None  # its position
         self._step = "start"
+        self._lanes: list[Doors] = []
+        self._planned = 0
         self._began = time.monotonic()
 
     # --- life -----------------------------------------------------------------------------------------------
@@ -159,19 +167,24 @@ class SessionActor(Actor[Any]):
         """Serve the session until its clients close it. Raises what ended it, after telling every party."""
         try:
             async with self._family():
-                turn = plan_turn(0, self.terms.buckets, self.terms.max_new, 0)
+                turn = plan_turn(0, self.terms.buckets, self.terms.max_new, 0, self._chunk)
                 while True:
                     await self._turn(turn)
                     request = await self._next_request()
                     if request is None:
                         return
                     turn = plan_turn(
-                        turn.number + 1, request["buckets"], request["max_new"], self._cache.length
+                        turn.number + 1,
+                        request["buckets"],
+                        request["max_new"],
+                        self._cache.length,
+                        self._chunk,
                     )
         except BaseException as error:
             cause = _first(error)
-            with trio.move_on_after(2, shield=True):
-                await self._online.channel.abort()
+            with trio.move_on_after(END_SECONDS, shield=True):
+                for doors in self._lanes[:1]:
+                    await doors.channel.abort()
             if isinstance(cause, PeerError):
                 self.log.warning("session aborted", step=cause.step, suspect=cause.party, why=cause.why)
             elif isinstance(cause, AbortError):
@@ -182,8 +195,8 @@ class SessionActor(Actor[Any]):
                 raise cause from None
             raise
         finally:
-            with trio.move_on_after(2, shield=True):
-                for doors in (self._online, self._making):
+            with trio.move_on_after(END_SECONDS, shield=True):
+                for doors in self._lanes:
                     doors.bk.wipe()
                     await doors.channel.aclose()
 
@@ -193,10 +206,11 @@ class SessionActor(Actor[Any]):
         self._online = await self._lane("online")
         self._making = await self._lane("prep")
         await self._online.agree("terms", self.terms.digest())
+        await self._sizes()
         self.matmul = MatmulActor()
         self.softmax = SoftmaxActor()
         self.sampler = SamplerActor(self._online, self._sampler, self.terms.deterministic_seed)
-        self.triples = TripleProducer(self._making, self.model, await self._ahead(), self._made)
+        self.triples = TripleProducer(self._making, self.model, self._ahead, self._made)
         self._parts = Parts(self.matmul.matmul, self.softmax.exponentials)
         async with trio.open_nursery() as nursery:
             for actor in (self.matmul, self.softmax, self.sampler, self.triples):
@@ -223,7 +237,9 @@ class SessionActor(Actor[Any]):
             label = f"prf {lane} {hashlib.sha256(low + high).hexdigest()}"
             return self.transport.link_secret(peer, session, label)
 
-        return Doors(channel, Replicated(me, key((me - 1) % 3), key((me + 1) % 3)))
+        doors = Doors(channel, Replicated(me, key((me - 1) % 3), key((me + 1) % 3)))
+        self._lanes.append(doors)
+        return doors
 
     async def _next_request(self) -> Message | None:
         """The clients' next turn, which they must all ask for alike; None if they close."""
@@ -264,11 +280,15 @@ class SessionActor(Actor[Any]):
         )
         return cost.demand
 
-    async def _ahead(self) -> int:
-        """Token positions to keep ready: what the configuration asks for, within POOL_BYTES."""
+    async def _sizes(self) -> None:
+        """How much to make at once and to keep ready, by what one position takes at the end of the
+        context.
+        """
         slots = min(self.limits.max_context, self.spec.context)
-        size = bytes_of(await self._demand(Step("plan", slots - 1, 1, False, True)), self._shapes)
-        return max(1, min(self.limits.ahead, POOL_BYTES // max(1, size)))
+        size = max(1, bytes_of(await self._demand(Step("plan", slots - 1, 1, False, True)), self._shapes))
+        self._chunk = max(1, min(PROMPT_ROWS, BATCH_BYTES // size))
+        self._group = max(1, min(DECODE_BATCH, BATCH_BYTES // size))
+        self._ahead = max(1, min(self.limits.ahead, POOL_BYTES // size))
 
     async def _prepare(self, turn: Turn) -> int:
         """Queue all material of a turn. Returns its token positions."""
@@ -282,7 +302,7 @@ class SessionActor(Actor[Any]):
         batches.append(Batch(name, (name,), (transformer.entry_demand(self.spec, rows),), 0))
         for step in turn.prompt:
             batches.append(Batch(step.name, (step.name,), (await self._demand(step),), step.rows))
-        size = max(1, min(DECODE_BATCH, self.triples.ahead // 2))
+        size = self._group
         for at in range(0, len(turn.decode), size):
             group = turn.decode[at : at + size]
             demands = [await self._demand(s) for s in group]
@@ -293,8 +313,6 @@ class SessionActor(Actor[Any]):
 
     async def _made(self, positions: int) -> None:
         await self._progress("preprocessing", positions, max(positions, self._planned))
-
-    _planned = 0
 
     # --- one turn -------------------------------------------------------------------------------------------
 

@@ -320,11 +320,11 @@ async def exponentials(
     """Weights e^(score - shift) at scale 24, 0 where not allowed (public) or not valid (secret), and
     their sums.
 
-    scores (heads, rows, keys) at scale 2f within +-SCORE_BOUND; allowed (rows, keys) of 0 and 1; valid (keys,)
-    bits. The shift is the row's maximum, rounded up by at most two coarse bins: it is found by counting, for
-    every threshold, the valid scores above it, and by testing those counts for zero. What lies more than
-    EXP_REACH below the shift has weight 0; a second, coarse reading tells. Rounds: degree + 8, one fewer if
-    all are valid.
+    scores (heads, rows, keys) at scale 2f within +-SCORE_BOUND; allowed (rows, keys) of 0 and 1; valid
+    (keys,) bits. The shift is the row's maximum, rounded up by at most two coarse bins: it is found by
+    counting, for every threshold, the valid scores above it, and by testing those counts for zero. What lies
+    more than EXP_REACH below the shift has weight 0; a second, coarse reading tells. Rounds: degree + 8, one
+    fewer if all are valid.
     """
     scale = 2 * s.scale_bits
     heads, rows, keys = scores.shape

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
+import numpy.typing as npt
 
 from mimir import kernels
 from mimir.mpc import prep
@@ -225,14 +226,12 @@ async def to_ring(ctx: Context, step: str, bits: Bits, n: int) -> Share:
 
 async def is_zero(ctx: Context, step: str, x: Share, bits: int) -> Bits:
     """[x = 0] for x (n) in 0 .. 2^bits - 1, as words. One round, 4 bytes."""
-    n = x.shape[0]
-    c = ctx.take(prep.Zero(bits), n)
+    c = ctx.take(prep.Zero(bits), x.shape[0])
     (o,) = await ctx.doors.open_low(step, bits, x + c["r"])
-    lane = np.arange(n)
     return Bits(_pick(c["planes"].v, o), ctx.bk)
 
 
-def _pick(planes: Ring, row: Ring) -> Ring:
+def _pick(planes: Ring, row: npt.NDArray[Any]) -> Ring:
     """Bit `row[i]` (public) of lane i of planes (components, rows, words), packed: (components, words)."""
     lane = np.arange(len(row))
     chosen = (planes[:, row.astype(np.int64), lane >> 6] >> (lane & 63).astype(np.uint64)) & np.uint64(1)
