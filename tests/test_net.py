@@ -483,12 +483,15 @@ def test_a_cancelled_round_kills_its_channel_and_nothing_else(world: Worlds) -> 
     in_world(world, test)
 
 
-def test_whoever_reads_for_others_hands_the_reading_on(world: Worlds) -> None:
+def test_whoever_reads_for_others_hands_the_reading_on(
+    world: Worlds, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Channels that wait on one link, cancelled in any order: the last still gets its frame."""
+    monkeypatch.setattr(mesh, "HEARTBEAT", 10 * PATIENCE)  # no glance comes to the rescue
 
     async def test(w: World) -> None:
         talk = w.channels(b"t" * 16)
-        for gone in ([0], [1], [0, 1], [3, 0, 2], [0, 1, 2, 3]):
+        for gone in ([0], [1], [0, 1], [3, 0, 2], [0, 1, 2], [0, 1, 2, 3], [0, 1, 3]):
             async with trio.open_nursery() as nursery:
                 scopes: dict[int, trio.CancelScope] = {}
                 waiting = [w.party(0).channel(bytes([50 + k]) * 16, f"online:{gone}") for k in range(4)]
@@ -930,6 +933,7 @@ def raw_frame(*fields: Any, size: int = 0, payload: bytes = b"") -> bytes:
 
 BAD = {
     "magic": b"GET / HTTP/1.1\r\n",
+    "other magic": b"iM" + wire.encode(wire.Ping())[2:],
     "no header": wire._PREFIX.pack(wire.MAGIC, 0, 0),
     "header too long": wire._PREFIX.pack(wire.MAGIC, wire.MAX_HEADER + 1, 0),
     "payload too long": wire._PREFIX.pack(wire.MAGIC, 5, wire.MAX_PAYLOAD + 1),
@@ -1110,6 +1114,8 @@ def test_an_honest_handshake_agrees_and_is_fresh() -> None:
         assert [type(f).__name__ for f in sent] == ["Hello", "Hello", "Proof", "Proof", "Welcome"]
         assert a.done and b.done and (a.peer, b.peer) == (1, 0) and a.transcript == b.transcript
         assert secret_of(a) == secret_of(b)
+        one, other = sent[2:4]
+        assert isinstance(one, wire.Proof) and isinstance(other, wire.Proof) and one.tag != other.tag
         seen.add(secret_of(a))
     assert len(seen) == 3
     a, b = caller("prep", bytes(32)), called()
@@ -1152,10 +1158,25 @@ def test_wrong_numbers_are_refused() -> None:
             converse(caller(), called(), hello_with(**changes))
         assert caught.value.item == item
     # another peer answers in the place of the one we called
-    with pytest.raises(HandshakeError, match="party"):
+    with pytest.raises(HandshakeError) as caught:
         converse(end(0, dial=1), end(2), lambda n, f: altered(f, receiver=2) if n == 0 else f)
+    assert caught.value.item == "party"
     with pytest.raises(BadInput, match="not the one the configuration gives"):
         end(0, identity=IDENTITIES[1], dial=1)
+
+
+@pytest.mark.parametrize("item", ["lane", "generation"])
+def test_a_peer_that_answers_for_another_connection_is_refused(item: str) -> None:
+    """Signed and all, but not about the connection that was asked for."""
+
+    class Liar(Handshake):
+        def _hello(self) -> wire.Hello:
+            setattr(self, item, "online" if item == "lane" else bytes(32))
+            return super()._hello()
+
+    with pytest.raises(HandshakeError) as caught:
+        converse(caller("prep", b"g" * 32), Liar(IDENTITIES[1], 1, KEYS, CONFIG))
+    assert caught.value.item == item
 
 
 def test_any_altered_field_is_refused() -> None:
@@ -1303,6 +1324,17 @@ async def call_all_lanes(place: PeerAt) -> dict[str, trio.SocketStream]:
         await play(out[lane], hand)
         if lane == "control":
             generation = hand.transcript
+    return out
+
+
+async def answer_all_lanes(listener: trio.SocketListener, party: int) -> dict[str, trio.SocketStream]:
+    """Play a party of higher number and let a mesh call on every lane."""
+    out: dict[str, trio.SocketStream] = {}
+    while len(out) < len(LANES):
+        stream = await listener.accept()
+        hand = end(party)
+        await play(stream, hand)
+        out[hand.lane] = stream
     return out
 
 
@@ -1552,6 +1584,24 @@ def test_a_peer_that_starts_again_replaces_its_old_links() -> None:
             assert all([await hung_up(s) for s in old.values()])
             assert made.up(0)
             assert not await hung_up(new["prep"], within=0.1)
+
+    run(test)
+
+
+def test_a_peer_that_speaks_but_does_not_listen_is_named() -> None:
+    """Both frames have come, ours does not go out: the round must not wait for ever."""
+
+    async def test() -> None:
+        async with lone_mesh() as (made, places, listeners):
+            down = await call_all_lanes(places[1])
+            up = await answer_all_lanes(listeners[2][0], 2)
+            await made.wait_up(5)
+            channel = made.channel(b"s" * 16, "prep")
+            channel.timeout = 2 * SOON
+            for peer in (down, up):
+                await peer["prep"].send_all(wire.encode(data(lane="prep")))
+            with pytest.raises(PeerError, match="has not taken our frame within"):
+                await channel.round("x", {0: bytes(64 << 20), 2: b""}, {0: 0, 2: 0})
 
     run(test)
 

@@ -731,7 +731,9 @@ class MeshChannel:
                         book.fail(wire.silence(missing, self.timeout))
                     for link, item in waiting:
                         if not item.finished:
-                            book.fail(wire.blame(link.peer, f"took none of our bytes for {self.timeout:g} s"))
+                            book.fail(
+                                wire.blame(link.peer, f"has not taken our frame within {self.timeout:g} s")
+                            )
             result = book.finish()
             if not blocked:
                 await trio.lowlevel.checkpoint()
