@@ -253,6 +253,14 @@ def drop(name: str) -> Callable[[Message], None]:
     return how
 
 
+def become(other: Message) -> Callable[[Message], None]:
+    def how(message: Message) -> None:
+        message.clear()
+        message.update(other)
+
+    return how
+
+
 LIES: dict[str, tuple[str, Callable[[Message], None], str]] = {
     "mask, own component": ("masks", flip_mask("token", 0), "sent different values of one component"),
     "mask, other component": ("masks", flip_mask("token", 8 * 8), "sent different values of one component"),
@@ -267,7 +275,7 @@ LIES: dict[str, tuple[str, Callable[[Message], None], str]] = {
     "token, other component": ("token", add(1), "sent different values of one component"),
     "token of another step": ("token", put("step", 2), "where token"),
     "another message": ("token", put("t", "opened"), "broke the protocol"),
-    "end too early": ("token", lambda m: (m.clear(), m.update(t="done", stats={}))[0], "said done where"),
+    "end too early": ("token", become({"t": "done", "stats": {}}), "said done where"),
 }  # fmt: skip
 
 
@@ -298,6 +306,45 @@ def test_no_single_party_can_change_a_mask_or_a_token(tmp_path: Path, lie: str, 
                     assert not conversation.prompts  # nothing derived from the prompt has left
             made.fake.tamper = lambda party, message: message
             assert len(await once(made)) == 4  # the parties are as good as new
+
+    run(test)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [
+        ("valid", 63, "mask of valid is not of the whole ring"),
+        ("token", 7, "a token of this prompt is beyond"),
+        ("position", 1, "a position of this prompt is beyond"),
+    ],
+)
+def test_masks_that_are_too_small_are_refused_even_if_all_agree(
+    tmp_path: Path, name: str, value: int, expected: str
+) -> None:
+    """Outside of the mask's range a prompt would be sent in clear or wrapped to another one."""
+
+    async def test() -> None:
+        async with world(tmp_path) as made:
+            bits = made.fake.bits() | {name: value}
+            made.fake.bits = lambda: bits  # type: ignore[method-assign]
+            with pytest.raises(MimirError, match=expected):
+                await once(made)
+            assert not next(iter(made.fake.conversations.values())).prompts
+
+    run(test)
+
+
+def test_a_turn_that_does_not_fit_is_refused_before_anything_is_sent(tmp_path: Path) -> None:
+    async def test() -> None:
+        async with world(tmp_path, spec(context=24)) as made, AsyncExitStack() as stack:
+            session = await open_one(stack, made)
+            await session.prompt(PROMPT)
+            await answer(session)
+            for ids, buckets in ((PROMPT, [16]), ([1] * 9, [8]), ([], [8])):
+                with pytest.raises(BadInput):
+                    await session.prompt(ids, buckets=buckets, max_new=4)
+            await session.prompt(PROMPT, buckets=[8], max_new=4)  # what fits still works
+            assert len(await answer(session)) == 4
 
     run(test)
 
@@ -454,7 +501,7 @@ def test_strangers_learn_nothing_and_owners_and_clients_only_their_part(tmp_path
             with pytest.raises(BadInput, match="neither in `clients` nor in `owners`"):
                 await once(made)
             made.clients[0] = made.owner
-            with pytest.raises(BadInput, match="not in `clients` here"):
+            with pytest.raises(BadInput, match="your key is not in `clients` here"):
                 await once(made)
             party = made.federation.parties[0]
             async with connect(party, known, within=5, silence=5) as connection:
@@ -474,6 +521,7 @@ def test_strangers_learn_nothing_and_owners_and_clients_only_their_part(tmp_path
         ({"buckets": [8, 8]}, "prompt buckets for 2"),
         ({"sampler": {"kind": "sample", "temperature": 1.0, "topk": 41}}, "topk 41 is over"),
         ({"clients": ["a" * 64], "buckets": [8]}, "not among the clients of this session"),
+        ({"clients": ["OWN", "a" * 64], "buckets": [8, 8]}, "client aaaaaaaaaaaaaaaa... is not in `clients`"),
     ],
 )
 def test_the_door_refuses_terms_that_the_configuration_does_not_allow(
@@ -485,7 +533,9 @@ def test_the_door_refuses_terms_that_the_configuration_does_not_allow(
             terms = Open(new_session(), made.model, (key,), (8,), 4, Sampler(), False)
             party = made.federation.parties[2]
             async with connect(party, made.clients[0], within=5, silence=5) as connection:
-                await connection.send(terms.message() | change_of_terms)
+                message = terms.message() | change_of_terms
+                message["clients"] = [key if each == "OWN" else each for each in message["clients"]]
+                await connection.send(message)
                 with pytest.raises(BadInput, match=expected):
                     await connection.receive("opened")
 

@@ -146,7 +146,13 @@ def test_printing_stops_where_asked_while_the_protocol_runs_on(
 ) -> None:
     mimir = start()
     sent: list[int] = []
-    mimir.made.fake.tamper = lambda party, m: (sent.append(party) if m["t"] == "token" else None, m)[1]
+
+    def count(party: int, message: dict[str, Any]) -> dict[str, Any]:
+        if message["t"] == "token":
+            sent.append(party)
+        return message
+
+    mimir.made.fake.tamper = count
     mimir.answers([*ids_of(tokenizer, "ab"), END, *ids_of(tokenizer, "x")])
     assert mimir("generate", "Once", "--max-new", "8") == 0
     assert capsys.readouterr().out == "ab\n"

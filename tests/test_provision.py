@@ -5,6 +5,7 @@ from __future__ import annotations
 import stat
 from collections.abc import Awaitable, Callable
 from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +26,17 @@ from mimir.secret import ShareSeed
 SCALE = 16
 
 
+def plan_of(model: PlanSpec, weights: dict[str, np.ndarray]) -> Plan:
+    """A plan with these weights."""
+    values = {each.name: getattr(model, each.name) for each in fields(PlanSpec)}
+    return Plan(**values, _recipes={name: partial(weights.__getitem__, name) for name in weights})
+
+
 def plan(model: PlanSpec | None = None, seed: int = 3) -> Plan:
     """A plan with random weights."""
     model = model or spec()
     rng = np.random.default_rng(seed)
-    weights = {name: rng.normal(size=shape) for name, shape in model.shapes().items()}
-    values = {each.name: getattr(model, each.name) for each in fields(PlanSpec)}
-    return Plan(**values, _recipes={name: (lambda name=name: weights[name]) for name in weights})
+    return plan_of(model, {name: rng.normal(size=shape) for name, shape in model.shapes().items()})
 
 
 def seeds() -> tuple[ShareSeed, ShareSeed]:
@@ -111,13 +116,7 @@ def test_no_component_repeats_between_tensors_or_seeds() -> None:
 
 
 def test_the_last_component_of_equal_weights_is_not_equal() -> None:
-    model = spec()
-    flat = plan(model)
-    zeros = Plan(
-        **{each.name: getattr(model, each.name) for each in fields(PlanSpec)},
-        _recipes={name: (lambda shape=shape: np.zeros(shape)) for name, shape in model.shapes().items()},
-    )
-    assert flat.names() == zeros.names()
+    zeros = plan_of(spec(), {name: np.zeros(shape) for name, shape in spec().shapes().items()})
     for _first, (_a, _b, last) in Sharing(zeros, SCALE, seeds()).pieces("embed"):
         assert len(np.unique(last)) == last.size
 
@@ -255,8 +254,7 @@ def test_bad_weights_are_named_before_anything_is_sent() -> None:
     model = spec()
     weights = {name: np.zeros(shape) for name, shape in model.shapes().items()}
     weights["0.o"][0, 0] = np.nan
-    values = {each.name: getattr(model, each.name) for each in fields(PlanSpec)}
-    bad = Plan(**values, _recipes={name: (lambda name=name: weights[name]) for name in weights})
+    bad = plan_of(model, weights)
     with pytest.raises(MimirError, match=r"0\.o"):
         Sharing(bad, SCALE, seeds()).manifest("toy", ("a" * 64, "b" * 64, "c" * 64))
 

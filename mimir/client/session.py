@@ -134,7 +134,7 @@ async def survey(connections: Sequence[Connection], federation: Federation) -> S
             raise ClientError(
                 f"{where} belongs to other parties, or stands at another place, than our file says"
             )
-    for key in ("terms", "scale_bits", "topk", "max_context", "prompt_buckets", "output_buckets", "version"):
+    for key in ("terms", "scale_bits", "topk", "max_context", "prompt_buckets", "output_buckets"):
         for number in (1, 2):
             if found[number].get(key) != found[0].get(key):
                 names = f"{connections[0].party.name} and {connections[number].party.name}"
