@@ -987,8 +987,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description="Train the demo checkpoint: a two-layer Llama-shaped story teller and its tokenizer. "
         "With the defaults: some ten minutes of one core.",
-        epilog="Exit codes: 0 written; 1 trained but outside a limit (loss, scores, residual, gaps, size), nothing "
-        "written; 2 wrong usage, a missing package or an unusable path. "
+        epilog="Exit codes: 0 written; 1 trained but outside a limit (loss, scores, residual, gaps, size), "
+        "nothing written; 2 wrong usage, a missing package or an unusable path. "
         "Needs: torch==2.13.0, numpy, tokenizers, safetensors.",
     )
     parser.add_argument(
