@@ -28,6 +28,7 @@ from mimir.model import sampling, transformer
 from mimir.model.checkpoint import PlanSpec
 from mimir.model.sampling import Sampler
 from mimir.model.transformer import Cache, Entry, Parts, Rows, index_bits
+from mimir.mpc import plan, prep
 from mimir.mpc.domain import Ring
 from mimir.mpc.doors import Doors
 from mimir.mpc.nonlinear import Settings
@@ -159,6 +160,7 @@ class SessionActor(Actor[Any]):
         self._step = "start"
         self._lanes: list[Doors] = []
         self._planned = 0
+        self._choice: Demand | None = None
         self._began = time.monotonic()
 
     # --- life -----------------------------------------------------------------------------------------------
@@ -273,41 +275,43 @@ class SessionActor(Actor[Any]):
     async def _choose_plan(self, ctx: Context, step: str, logits: Share) -> Share:
         return await sampling.choose(ctx, step, logits, self._sampler, sampling.no_noise)
 
-    async def _demand(self, step: Step) -> Demand:
-        chooser = self._choose_plan if step.choose else None
-        cost = await transformer.cost_of(
-            self.spec, self.settings, step.first, step.rows, prompt=step.prompt, sampler=chooser
+    def _demand(self, step: Step) -> Demand:
+        """What a step takes: planned, so that it cannot differ from what the layers ask for."""
+        cost = plan.run(
+            transformer.cost_of(
+                self.spec, self.settings, step.first, step.rows, prompt=step.prompt, last=step.choose
+            )
         )
+        if step.choose:
+            if self._choice is None:
+                self._choice = plan.run(transformer.cost_of_choice(self.spec, self._choose_plan)).demand
+            prep.add_demand(cost.demand, self._choice)
         return cost.demand
 
     async def _sizes(self) -> None:
-        """How much to make at once and to keep ready, by what one position takes at the end of the
-        context.
-        """
+        """How much to make at once and to keep ready, by what a position takes at the end of the context."""
         slots = min(self.limits.max_context, self.spec.context)
-        size = max(1, bytes_of(await self._demand(Step("plan", slots - 1, 1, False, True)), self._shapes))
+        last = await trio.to_thread.run_sync(self._demand, Step("plan", slots - 1, 1, False, True))
+        size = max(1, bytes_of(last, self._shapes))
         self._chunk = max(1, min(PROMPT_ROWS, BATCH_BYTES // size))
         self._group = max(1, min(DECODE_BATCH, BATCH_BYTES // size))
         self._ahead = max(1, min(self.limits.ahead, POOL_BYTES // size))
 
     async def _prepare(self, turn: Turn) -> int:
         """Queue all material of a turn. Returns its token positions."""
-        batches = []
-        if turn.resume:
-            batches.append(
-                Batch(turn.resume.name, (turn.resume.name,), (await self._demand(turn.resume),), 1)
+
+        def batch(*steps: Step) -> Batch:
+            names = tuple(step.name for step in steps)
+            return Batch(
+                names[0], names, lambda: [self._demand(s) for s in steps], sum(s.rows for s in steps)
             )
-        rows = sum(turn.buckets)
-        name = f"turn {turn.number}/entry"
-        batches.append(Batch(name, (name,), (transformer.entry_demand(self.spec, rows),), 0))
-        for step in turn.prompt:
-            batches.append(Batch(step.name, (step.name,), (await self._demand(step),), step.rows))
-        size = self._group
-        for at in range(0, len(turn.decode), size):
-            group = turn.decode[at : at + size]
-            demands = [await self._demand(s) for s in group]
-            batches.append(Batch(group[0].name, tuple(s.name for s in group), tuple(demands), len(group)))
-            await trio.lowlevel.checkpoint()
+
+        batches = [batch(turn.resume)] if turn.resume else []
+        name, rows = f"turn {turn.number}/entry", sum(turn.buckets)
+        batches.append(Batch(name, (name,), lambda: [transformer.entry_demand(self.spec, rows)], 0))
+        batches += [batch(step) for step in turn.prompt]
+        for at in range(0, len(turn.decode), self._group):
+            batches.append(batch(*turn.decode[at : at + self._group]))
         await self.triples.prepare(batches)
         return sum(b.positions for b in batches)
 

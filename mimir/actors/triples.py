@@ -34,11 +34,11 @@ SENT = Counter("mimir_triple_sent_bytes_total", "Bytes sent to make material")
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Steps made together: names, what each takes, and how many token positions they are."""
+    """Steps made together: names, what each takes (planned in its turn), and their token positions."""
 
     name: str
     steps: tuple[str, ...]
-    demands: tuple[Demand, ...]
+    plan: Callable[[], list[Demand]]
     positions: int
 
 
@@ -123,12 +123,13 @@ class TripleProducer(Actor[Prepare | Need]):
 
     async def _make(self, batch: Batch) -> None:
         began, sent = time.monotonic(), self._doors.channel.sent
+        demands = await trio.to_thread.run_sync(batch.plan)
         total: dict[prep.Kind, int] = {}
-        for demand in batch.demands:
+        for demand in demands:
             prep.add_demand(total, demand)
         work = prep.Batch(self._doors, self._weights, self._caches)
         material = await prep.produce(work, f"prep/{batch.name}", total)
-        for step, store in zip(batch.steps, prep.split(material, batch.demands), strict=True):
+        for step, store in zip(batch.steps, prep.split(material, demands), strict=True):
             self._ready[step] = _Ready(store, batch.positions / len(batch.steps))
         self._made += batch.positions
         seconds = time.monotonic() - began

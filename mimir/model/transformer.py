@@ -338,11 +338,13 @@ async def cost_of(
     rows: int,
     *,
     prompt: bool,
-    sampler: Choose | None,
+    sampler: Choose | None = None,
+    last: bool = False,
     padded: bool = True,
 ) -> Cost:
-    """Plan one step: `rows` rows from slot `first`; a prompt enters by offsets, a decoded token by its
-    index.
+    """Plan one step: `rows` rows from slot `first`. A prompt enters by offsets, a decoded token by its index.
+
+    `last` adds the logits, `sampler` also the choice of a token.
     """
     shapes = weight_shapes(spec)
     shapes |= {f"{k}_b": (1, v[1]) for k, v in shapes.items() if k not in ("embed", "pos")}
@@ -363,6 +365,15 @@ async def cost_of(
         index = ctx.share(np.zeros((1, 1), np.uint64))
         new = await reenter(ctx, "plan", spec, index, index)
     h = await forward(ctx, "plan", spec, new, cache, s)
-    if sampler is not None:
-        await sampler(ctx, "plan", await logits(ctx, "plan", spec, h, s))
+    if last or sampler is not None:
+        scores = await logits(ctx, "plan", spec, h, s)
+        if sampler is not None:
+            await sampler(ctx, "plan", scores)
+    return cost
+
+
+async def cost_of_choice(spec: PlanSpec, choose: Choose) -> Cost:
+    """Plan the choice of a token from logits, which is the same for every step."""
+    ctx, cost = planning({})
+    await choose(ctx, "plan", ctx.share(np.zeros((1, spec.vocab), np.uint64)))
     return cost

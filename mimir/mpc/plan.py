@@ -7,12 +7,13 @@ from the code. It holds no secrets: every array is a single zero, stretched.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import numpy as np
 
+from mimir.errors import LocalError
 from mimir.mpc import prep
 from mimir.mpc.domain import Ring
 from mimir.mpc.doors import DIGEST, Masked
@@ -103,3 +104,14 @@ def planning(weights: Mapping[str, tuple[int, int]]) -> tuple[Context, Cost]:
     cost = Cost()
     ctx = _PlanContext(_Shapes(), _CountingDoors(cost), _CountingStore(cost, weights), _ShapeWeights(weights))
     return ctx, cost
+
+
+def run(plan: Coroutine[Any, Any, Cost]) -> Cost:
+    """Run a planning coroutine, which never waits, to its end: callable from any thread."""
+    try:
+        plan.send(None)
+    except StopIteration as end:
+        cost: Cost = end.value
+        return cost
+    plan.close()
+    raise LocalError("planning waited for something")

@@ -34,6 +34,7 @@ from mimir.errors import LocalError
 from mimir.mpc import check
 from mimir.mpc.domain import Ring, words
 from mimir.mpc.doors import Doors
+from mimir.mpc.offload import offload
 
 ADDER_LANES: Final = 1 << 15  # elements handled by one pass of the adder (bounds memory)
 
@@ -141,21 +142,31 @@ class Batch:
 
     async def mul(self, step: str, *pairs: tuple[Ring, Ring]) -> list[Ring]:
         """Products of shares (2, ...), element by element; the caller states the relation. One round."""
-        bk = self.doors.bk
-        summands = []
-        for x, y in pairs:
-            x, y = np.broadcast_arrays(x, y)
-            x, y = np.ascontiguousarray(x), np.ascontiguousarray(y)
-            summands.append(kernels.rss_mul(x, y, bk.zero(*x.shape[1:])))
+        zero = self.doors.bk.zero
+        shapes = [np.broadcast_shapes(x.shape, y.shape)[1:] for x, y in pairs]
+        masks = [zero(*shape) for shape in shapes]
+
+        def local() -> list[Ring]:
+            out = []
+            for (x, y), mask in zip(pairs, masks, strict=True):
+                x, y = np.broadcast_arrays(x, y)
+                out.append(kernels.rss_mul(np.ascontiguousarray(x), np.ascontiguousarray(y), mask))
+            return out
+
+        summands = await offload(8 * sum(m.size for m in masks), local)
         return await self.doors.reshare(step, *summands)
 
     async def conj(self, step: str, *pairs: tuple[Ring, Ring]) -> list[Ring]:
         """ANDs of words of bits (2, ...), with their relations. One round."""
-        bk = self.doors.bk
-        summands = []
-        for x, y in pairs:
-            x, y = np.ascontiguousarray(x), np.ascontiguousarray(y)
-            summands.append(kernels.rss_and(x, y, bk.zero_bits(*x.shape[1:])))
+        masks = [self.doors.bk.zero_bits(*x.shape[1:]) for x, _ in pairs]
+
+        def local() -> list[Ring]:
+            return [
+                kernels.rss_and(np.ascontiguousarray(x), np.ascontiguousarray(y), mask)
+                for (x, y), mask in zip(pairs, masks, strict=True)
+            ]
+
+        summands = await offload(8 * sum(m.size for m in masks), local)
         z = await self.doors.reshare(step, *summands)
         self.gates.extend(check.And(x, y, r) for (x, y), r in zip(pairs, z, strict=True))
         return z
@@ -174,7 +185,7 @@ class Batch:
                 kernels.matmul(np.ascontiguousarray(a[0, i]), b[1][i], out=z[i], add=True)
             return z
 
-        (c,) = await self.doors.reshare(step, await trio.to_thread.run_sync(local))
+        (c,) = await self.doors.reshare(step, await offload(2 * a.size * b[0].shape[2], local))
         self.relations.append(check.MatrixProduct(a, b, c))
         return c
 
@@ -328,7 +339,9 @@ async def _lookup(b: Batch, kind: Lookup, n: int) -> dict[str, Ring]:
     e = await b.one_hot(name, got[:, : kind.bits])
     j = np.arange(1 << kind.bits, dtype=np.uint64)
     masks = np.stack([(j >> np.uint64(t)) & np.uint64(1) for t in range(kind.bits)])  # (k, K)
-    reread = np.stack([(kernels.matmul_nt(masks, e[i])) for i in range(2)])  # (2, k, n)
+    reread = np.stack(  # (2, k, n)
+        await offload(2 * kind.bits * e[0].size, lambda: [kernels.matmul_nt(masks, v) for v in e])
+    )
     b.zeros.append(reread - got[:, : kind.bits])
     out = {"r": r, "e": e}
     if kind.rest:
