@@ -641,6 +641,7 @@ def test_requests_are_answered_or_refused_with_public_words_only(world: Worlds) 
         for kind, words in (
             ("bad", "refused: no such model here"),
             ("broken", "refused: failed"),
+            ("answer", "refused: failed"),  # a body without what the handler looks for: KeyError there
             ("nothing", "unknown kind"),
         ):
             with pytest.raises(PeerError, match=words):

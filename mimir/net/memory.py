@@ -15,7 +15,7 @@ from typing import Any, TypeAlias
 
 import trio
 
-from mimir.errors import BadInput, LocalError, MimirError, PeerError
+from mimir.errors import BadInput, LocalError, PeerError
 from mimir.net import ROUND_TIMEOUT, Handler, Payload, wire
 from mimir.secret import Secret
 
@@ -159,7 +159,7 @@ class MemoryParty:
                 return wire.decode_body(wire.encode_body(answer))
             except BadInput as exc:
                 raise PeerError(peer, step, f"refused: {exc}") from None
-            except MimirError:
+            except Exception:  # as on TCP: what a body brings about stays on the other side
                 raise PeerError(peer, step, "refused: failed") from None
         raise PeerError(peer, step, f"silent for {deadline:g} s")
 

@@ -386,8 +386,9 @@ class _Generation:
                     answer = wire.encode_body(await handler(self.peer, body))
                 except BadInput as exc:
                     self._refuse(frame, str(exc))
-                except MimirError as exc:
-                    log.warning("request failed", peer=self.peer, kind=frame.kind, error=str(exc))
+                except Exception as exc:  # whatever a peer's body brings about must not end the mesh
+                    why = str(exc) if isinstance(exc, MimirError) else type(exc).__name__
+                    log.warning("request failed", peer=self.peer, kind=frame.kind, error=why)
                     self._refuse(frame, "failed")
                 else:
                     self.links["control"].send_small(wire.Reply(frame.number, True, answer))
