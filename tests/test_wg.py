@@ -561,6 +561,7 @@ class Node:
 
     def __init__(self, namespace: str, config: Path) -> None:
         self.errors = open(config.with_suffix(".log"), "a+")
+        self.heard = b""  # not yet asked for
         self.child = subprocess.Popen(
             ["ip", "netns", "exec", namespace, sys.executable, str(NODE), str(config)],
             stdin=subprocess.PIPE,
@@ -572,11 +573,15 @@ class Node:
 
     def hear(self, seconds: float = 40.0) -> dict[str, Any]:
         assert self.child.stdout is not None
-        ready, _, _ = select.select([self.child.stdout], [], [], seconds)
-        line = self.child.stdout.readline() if ready else b""
-        if not line:
-            self.errors.seek(0)
-            pytest.fail(f"the node said nothing for {seconds} s; its log:\n{self.errors.read()[-4000:]}")
+        handle, end = self.child.stdout.fileno(), time.monotonic() + seconds
+        while b"\n" not in self.heard:
+            ready, _, _ = select.select([handle], [], [], max(0.0, end - time.monotonic()))
+            piece = os.read(handle, 65536) if ready else b""
+            if not piece:
+                self.errors.seek(0)
+                pytest.fail(f"the node said nothing for {seconds} s; its log:\n{self.errors.read()[-4000:]}")
+            self.heard += piece
+        line, _, self.heard = self.heard.partition(b"\n")
         found: dict[str, Any] = json.loads(line)
         return found
 
