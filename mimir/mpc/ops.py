@@ -6,6 +6,7 @@ ended. Costs are stated per element; `rounds` counts lockstep rounds.
 
 from __future__ import annotations
 
+import os
 import types
 from collections.abc import Callable, Coroutine, Generator, Sequence
 from dataclasses import dataclass, replace
@@ -109,6 +110,12 @@ def _advance(flow: Coroutine[Any, Any, Any], answer: Any) -> Generator[Any, Any,
         return None, end.value
 
 
+def _joint_name(steps: Sequence[str]) -> str:
+    """One name for a shared round: the first step's, and the others without the path they share with it."""
+    shared = os.path.commonprefix(list(steps)).rfind("/") + 1
+    return " | ".join([steps[0], *(step[shared:] for step in steps[1:])])
+
+
 async def together(ctx: Context, *branches: Callable[[Context], Coroutine[Any, Any, Any]]) -> list[Any]:
     """Run branches side by side: the n-th opening of each shares one round, so the longest sets the rounds.
 
@@ -128,7 +135,7 @@ async def together(ctx: Context, *branches: Callable[[Context], Coroutine[Any, A
                     asks[i] = ask
             if not asks:
                 break
-            step = " | ".join(a.step for a in asks.values())
+            step = _joint_name([a.step for a in asks.values()])
             flat = [r for a in asks.values() for r in a.requests]
             opened = iter(await ctx.doors.open_all(step, flat))
             waiting = {i: [next(opened) for _ in a.requests] for i, a in asks.items()}
