@@ -112,7 +112,8 @@ def _advance(flow: Coroutine[Any, Any, Any], answer: Any) -> Generator[Any, Any,
 
 def _joint_name(steps: Sequence[str]) -> str:
     """One name for a shared round: the first step's, and the others without the path they share with it."""
-    shared = os.path.commonprefix(list(steps)).rfind("/") + 1
+    path = os.path.commonpath([os.path.dirname(step) for step in steps])
+    shared = len(path) + 1 if path else 0
     return " | ".join([steps[0], *(step[shared:] for step in steps[1:])])
 
 
