@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import copy
 import itertools
 import json
@@ -16,8 +17,9 @@ import stat
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from ipaddress import ip_address, ip_network
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +27,7 @@ import nacl.bindings
 import pytest
 import trio
 
-from wg import capture, relay, uapi
+from wg import capture, device, relay, uapi
 from wg.device import find_userspace, parse_kernel
 from wg.errors import DeviceLost, KeyFileError, TunnelError
 from wg.keys import PrivateKey, PublicKey, generate, load_private, save_private
@@ -292,6 +294,57 @@ def test_kernel_answer_is_read_as_the_library_decodes_it() -> None:
         PeerReading(PublicKey(KEYS[0]), "10.0.0.1:51820", 1700000000.5, 20, 10, 1),
         PeerReading(PublicKey(KEYS[1])),
     ]
+
+
+def test_kernel_requests_say_what_is_meant(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Likewise without a kernel: what the library would send, decoded again."""
+    wireguard = pytest.importorskip("pyroute2.netlink.generic.wireguard")
+    sent: list[dict[str, Any]] = []
+
+    class Unconnected(wireguard.AsyncWireGuard):  # type: ignore[misc]
+        prid, pid = 77, 5
+
+        def __init__(self) -> None: ...
+
+        def sendto(self, data: bytes, _: object) -> None:
+            message = wireguard.wgmsg(bytes(data))
+            message.decode()
+            sent.append(dict(message["attrs"]))
+
+        async def get(self) -> AsyncIterator[dict[str, Any]]:
+            yield {"header": {"error": None}}
+
+    class Socket:
+        def set(self, name: str, **what: Any) -> None:
+            asyncio.run(Unconnected().set(name, **what))
+
+        def close(self) -> None: ...
+
+    monkeypatch.setattr(device, "_wireguard_socket", Socket)
+    key, peer = generate(), PublicKey(KEYS[0])
+
+    async def use() -> None:
+        kernel = device._KernelDevice("wg0")
+        await kernel.configure(key, 51820)
+        await kernel.put_peer(peer, (ip_address("10.0.0.1"), 5), [ip_network("10.1.0.2/32")], 1)
+        await kernel.set_keepalive(peer, 0)
+        await kernel.remove_peer(peer)
+
+    trio.run(use)
+    assert (
+        sent[0]["WGDEVICE_A_PRIVATE_KEY"] == bytes(key.base64())
+        and sent[0]["WGDEVICE_A_LISTEN_PORT"] == 51820
+    )
+    entries = [dict(message["WGDEVICE_A_PEERS"][0]["attrs"]) for message in sent[1:]]
+    assert {entry["WGPEER_A_PUBLIC_KEY"] for entry in entries} == {peer.base64().encode()}
+    added, quiet, removed = entries
+    assert (added["WGPEER_A_ENDPOINT"]["addr"], added["WGPEER_A_ENDPOINT"]["port"]) == ("10.0.0.1", 5)
+    assert [network["addr"] for network in added["WGPEER_A_ALLOWEDIPS"]] == ["10.1.0.2/32"]
+    assert added["WGPEER_A_PERSISTENT_KEEPALIVE_INTERVAL"] == 1 and added["WGPEER_A_FLAGS"] == 2  # replace
+    assert (
+        quiet["WGPEER_A_PERSISTENT_KEEPALIVE_INTERVAL"] == 0 and quiet["WGPEER_A_FLAGS"] == 4
+    )  # update only
+    assert removed["WGPEER_A_FLAGS"] == 1
 
 
 # --- configuration and health, without any device ----------------------------------------------------------
