@@ -1,13 +1,13 @@
 """Conformance of a backend: every operation and every correlation against integers, with its declared cost.
 
 The suite runs over `BACKENDS`. A backend joins by an object like `Replicated` below: it runs a function at
-every party, shares and reconstructs plaintexts, and says how a share decomposes into summands. Passing is what
-"supported" means.
+every party, shares and reconstructs plaintexts, and says how a share decomposes into summands. Passing is
+what "supported" means.
 
 Values are integers modulo 2^64 and the oracles are Python's. One run costs about as much for one element as
 for a thousand, so a run carries a vector: edges, whatever Hypothesis draws, and random values of every
-magnitude. `execute` plans each operation before it runs it, so every test here also compares rounds, bytes and
-correlations with what was declared.
+magnitude. `execute` plans each operation before it runs it, so every test here also compares rounds, bytes
+and correlations with what was declared.
 """
 
 from __future__ import annotations
@@ -550,6 +550,31 @@ def test_is_zero(backend: Replicated, bits: int) -> None:
         assert np.array_equal(bits_of(got, x.size), x == 0)
 
 
+@pytest.mark.parametrize(("low", "bits"), [(0, 1), (0, 3), (0, 8), (4, 5), (32, 9), (30, 2), (55, 9)])
+def test_are_below(backend: Replicated, low: int, bits: int) -> None:
+    """[y < t] for many t and one y of floor(x / 2^low) + {0, 1, 2, 3}; exact if nothing is dropped."""
+    unit, size = 1 << low, 1 << bits
+    end = (1 << (low + bits)) - (3 << low if low else 0)
+    if end <= 0:
+        pytest.skip("the domain is empty")
+    rng = np.random.default_rng([low, bits])
+    x = [min(max(v, 0), end - 1) for t in range(size) for v in (t * unit - 1, t * unit, (t - 3) * unit)]
+    x = (x + [int(v * end) for v in rng.random(256)])[: 4 * 64 * max(1, size // 16)]
+    x += [0] * (-len(x) % 64)
+    thresholds = sorted({t % size for t in [*range(1, min(size, 12)), size // 2, size - 2, size - 1]} - {0})
+
+    async def op(ctx: Context, s: Share) -> list[Bits]:
+        return await ops.are_below(ctx, "below", s, low, bits, thresholds)
+
+    said = np.stack([bits_of(got, len(x)) for got in execute(backend, op, ring(x))])
+    assert (np.diff(said.astype(int), axis=0) >= 0).all(), "below t and not below t + 1"
+    for i, t in enumerate(thresholds):
+        for v, below in zip(x, said[i], strict=True):
+            floor = v >> low
+            if floor >= t or low == 0 or floor + 3 < t:
+                assert below == (floor < t), (v, t)
+
+
 def sign_edges(low: int, width: int) -> list[int]:
     unit, bound = 1 << low, 1 << (low + width - 1)
     top, bottom = bound - 3 * unit, -bound  # -bound is below what is promised and still right
@@ -902,6 +927,8 @@ KINDS: list[tuple[prep.Kind, int]] = [
     (prep.Lookup(18, 14, 3, 2), 100),
     (prep.Zero(1), 64),
     (prep.Zero(5), 192),
+    (prep.Zero(4, 7), 64),
+    (prep.Zero(9, 32), 64),
     (prep.Compare(0, 2), 64),
     (prep.Compare(16, 28), 128),
     (prep.Compare(0, 64), 64),
@@ -943,11 +970,11 @@ def relation(
                 assert "v" not in got
             if rest and steps:
                 assert np.array_equal(got["prod"], got["mask"] * got["v"][:, None])
-        case prep.Zero(bits):
-            index = exact(got["r"]) % (1 << bits)
+        case prep.Zero(bits, low):
+            index = sum(exact(r) >> low for r in parts["r"]) % (1 << bits)
             hot = np.stack([bits_of(p, n) for p in got["planes"]], axis=1)
             assert np.array_equal(hot, np.eye(1 << bits, dtype=bool)[index.astype(int)])
-            assert all((r >> np.uint64(bits) == 0).all() for r in parts["r"])
+            assert all((exact(r) < 1 << (low + bits)).all() for r in parts["r"])
         case prep.Compare(low, width):
             heights = sum(exact(r) >> low for r in parts["r"]) % (1 << width)
             assert np.array_equal(_lane(got["planes"], n), heights)

@@ -1,0 +1,669 @@
+"""What the non-linear functions, the sampler and a whole forward pass are off by, against float64.
+
+Errors have three sources, and the bounds asserted here name them: the polynomial pieces (FIT), the input bits
+that a look-up drops (a reading is within two units of 2^low), and truncation (within two units of the
+result).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import parties
+import pytest
+import trio
+
+from mimir.model import sampling, transformer
+from mimir.model.checkpoint import PlanSpec
+from mimir.model.sampling import Sampler
+from mimir.model.transformer import Cache
+from mimir.mpc import nonlinear, prep
+from mimir.mpc.domain import Ring, decode, encode
+from mimir.mpc.nonlinear import Settings
+from mimir.mpc.ops import Context
+from mimir.mpc.plan import planning
+from mimir.mpc.share import Share, concat
+
+Real = npt.NDArray[np.float64]
+Op = Callable[..., Awaitable[Any]]
+
+
+def compute(op: Op, *inputs: Ring, seed: int = 1) -> list[Ring]:
+    """Values of the shares that `op(ctx, *shares)` returns."""
+    ctx, cost = planning({})
+
+    async def main() -> None:
+        await op(ctx, *(ctx.share(np.zeros((1, *x.shape), np.uint64)) for x in inputs))
+
+    trio.run(main)
+
+    async def party(p: parties.Party) -> list[Ring]:
+        inner = await p.context(cost.demand)
+        out = await op(inner, *(p.share(x, seed + i) for i, x in enumerate(inputs)))
+        return [s.v for s in (out if isinstance(out, list | tuple) else [out])]
+
+    results = parties.run_parties(party, seed=b"nonlinear %d" % seed)
+    with np.errstate(over="ignore"):
+        return [parties.reconstruct(list(each)) for each in zip(*results, strict=True)]
+
+
+# --- activations --------------------------------------------------------------------------------------------
+
+_erf = np.vectorize(math.erf, otypes=[np.float64])
+EXACT: dict[str, Callable[[Real], Real]] = {
+    "silu": lambda x: x / (1 + np.exp(-x)),
+    "gelu": lambda x: x / 2 * (1 + _erf(x / math.sqrt(2))),
+    "gelu_tanh": lambda x: x / 2 * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))),
+}
+FIT = {1: 1.25e-2, 2: 5.2e-4, 3: 3.3e-5}  # largest error of the pieces, by degree; measured below
+SLOPE = 1.13  # of these functions
+STATED = {1: 1.3e-2, 2: 6e-4, 3: 2.1e-4}  # largest error of a result at scale 16, by degree
+REACH = nonlinear.ACTIVATION_BOUND - 2.0**-16
+
+
+@pytest.mark.parametrize("degree", [1, 2, 3])
+def test_fit_of_the_pieces(degree: int) -> None:
+    width = 2.0**nonlinear.ACTIVATION_BIN
+    left = (np.arange(256) - 128) * width
+    t = np.linspace(-1, 1, 101)
+    x = left[:, None] + width * (1 + t)
+    for name, f in EXACT.items():
+        q = nonlinear._fit(nonlinear.ACTIVATIONS[name], left, width, degree)
+        fitted = sum(q[d][:, None] * t**d for d in range(degree + 1))
+        assert np.abs(fitted - f(x)).max() < FIT[degree], name
+
+
+def activation_points(bins: int, n: int, seed: int) -> Real:
+    """The ends of the domain and of the table, every bin, and much near zero."""
+    rng = np.random.default_rng(seed)
+    r = bins / 8
+    near = np.array([-r, -r + 1, -r + 4, -4, -1, -0.25, 0, 0.25, 1, 4, r - 4, r - 1, r - 0.25, r])
+    step = np.array([-(2.0**-30), 0, 2.0**-30, -0.01, 0.01])
+    fixed = (near[:, None] + step).ravel()
+    ends = np.array([-REACH, REACH, -REACH + 1, REACH - 1, -200.5, 200.5])
+    n -= len(fixed) + len(ends)
+    rest = [
+        rng.uniform(-r - 5, r + 5, n // 3),
+        rng.uniform(-8, 8, n // 3),
+        rng.uniform(-REACH, REACH, n // 3),
+    ]
+    return np.clip(np.concatenate([fixed, ends, *rest]), -REACH, REACH)
+
+
+@pytest.mark.parametrize(
+    ("degree", "bins"), [(1, 128), (2, 128), (3, 128), (2, 256), (3, 256), (1, 512), (3, 512), (3, 1024)]
+)
+def test_activations_over_their_whole_domain(degree: int, bins: int) -> None:
+    s = Settings(16, degree, bins)
+    x = encode(activation_points(bins, 1200 if bins < 512 else 500, bins + degree), 32)
+    real = decode(x, 32)
+
+    async def op(ctx: Context, sx: Share) -> list[Share]:
+        return [await nonlinear.activation(ctx, name, sx, name, s) for name in EXACT]
+
+    reading = SLOPE * 2 * 2.0 ** (nonlinear.ACTIVATION_BIN - s.rest)
+    bound = FIT[degree] + reading + 2 * 2.0**-16
+    assert bound < STATED[degree]
+    # Beyond R - 4 the result may be x or 0 instead, which costs what the function differs by there.
+    for (name, f), got in zip(EXACT.items(), compute(op, x), strict=True):
+        error = np.abs(decode(got, 16) - f(np.maximum(real, -500)))
+        worst = real[error.argmax()]
+        assert error.max() < bound, f"{name}: off by {error.max():.2e} at {worst}"
+
+
+@pytest.mark.parametrize("scale", [8, 12, 20])
+def test_activations_at_other_scales(scale: int) -> None:
+    s = Settings(scale)
+    x = encode(activation_points(s.bins, 400, scale), 2 * scale)
+
+    async def op(ctx: Context, sx: Share) -> list[Share]:
+        return [await nonlinear.activation(ctx, name, sx, name, s) for name in EXACT]
+
+    bound = FIT[3] + SLOPE * 2 * 2.0 ** (nonlinear.ACTIVATION_BIN - s.rest) + 2 * 2.0**-scale
+    for (name, f), got in zip(EXACT.items(), compute(op, x), strict=True):
+        assert np.abs(decode(got, scale) - f(decode(x, 2 * scale))).max() < bound, name
+
+
+def test_relu() -> None:
+    """max(x, 0) to within 2 units for x >= 0 and x <= -3 units, and 5 between; |x| < 2^11."""
+    rng = np.random.default_rng(1)
+    unit, bound = 2.0**-16, 2.0**11 - 2.0**-10
+    near = np.arange(-8, 9) * unit
+    x = np.concatenate(
+        [near, near / 7, [bound, -bound], rng.uniform(-bound, bound, 300), rng.normal(0, 1, 300)]
+    )
+    x = encode(x, 32)
+    real = decode(x, 32)
+
+    async def op(ctx: Context, sx: Share) -> Share:
+        return await nonlinear.relu(ctx, "relu", sx.reshape(-1, 1), Settings())
+
+    (got,) = compute(op, x)
+    error = np.abs(decode(got.ravel(), 16) - np.maximum(real, 0)) / unit
+    sure = (real >= 0) | (real <= -3 * unit)
+    assert error[sure].max() < 2 and error.max() < 5
+    assert (got.ravel()[real <= -3 * unit] == 0).all()
+
+
+# --- reciprocal and norm ------------------------------------------------------------------------------------
+
+RECIPROCAL = {1: 1.1e-2, 2: 8.5e-4, 3: 1.3e-4}  # relative error, by degree, besides two units of 2^-24
+BELOW = {1: 2e-2, 2: 2.5e-3, 3: 3.2e-4}  # the same between e^-8.75 and e^-8, which few sums reach
+
+
+@pytest.mark.parametrize("degree", [1, 2, 3])
+def test_reciprocal(degree: int) -> None:
+    """From the smallest sum, e^-8.75 (the row's maximum at the far end of two coarse bins), to 2^11."""
+    low, high = -8.75, 11 * math.log(2)
+    edges = 2.0 ** np.arange(-12, 11)
+    x = np.concatenate([edges, edges * 0.999, edges * 1.001, np.exp(np.linspace(low, high, 1500)) * 0.9999])
+    x = encode(x[(x >= math.exp(low)) & (x < 2**11)], 24)
+    real = decode(x, 24)
+
+    async def op(ctx: Context, sx: Share) -> Share:
+        return await nonlinear.reciprocal(ctx, "reciprocal", sx, Settings(16, degree))
+
+    (got,) = compute(op, x)
+    error = np.abs(decode(got, 24) - 1 / real)
+    allowed = np.where(real < math.exp(-8), BELOW[degree], RECIPROCAL[degree]) / real + 2 * 2.0**-24
+    assert (error < allowed).all(), f"off by {(error * real).max():.2e} at {real[(error / allowed).argmax()]}"
+
+
+def test_reciprocal_of_an_empty_row_is_finite() -> None:
+    """A row of padding sums to 0 and its weights are 0; the inverse must not leave the range of a product."""
+
+    async def op(ctx: Context, sx: Share) -> Share:
+        return await nonlinear.reciprocal(ctx, "reciprocal", sx, Settings())
+
+    (got,) = compute(op, encode(np.array([0.0, 2.0**-24, 2.0**-20, 2.0**-16]), 24))
+    assert (np.abs(decode(got, 24)) < 2.0**17).all()
+
+
+NORM_STEPS = [1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0]
+
+
+@pytest.mark.parametrize(("width", "rows"), [(8, 12), (64, 6), (288, 2), (768, 1)])
+@pytest.mark.parametrize(("degree", "eps"), [(3, 1e-5), (3, 1e-6), (2, 1e-5)])
+def test_rms_norm(width: int, rows: int, degree: int, eps: float) -> None:
+    """Rows of root mean square 1e-3 to 1e3, as far as the sum of squares stays below 2^26 at scale 16.
+
+    The relative error of the scaling stays below 1.2e-4 (2.2e-4 for degree 2), and an inverse root that is
+    small at INVERSE_SCALE adds three units of it; each entry is then truncated.
+    """
+    s = Settings(16, degree)
+    largest = math.sqrt(2.0 ** (nonlinear.NORM_TOP - 32) / width) * 0.99
+    sizes = [m for m in NORM_STEPS if m < largest] + [largest]
+    rng = np.random.default_rng([width, degree])
+    z = rng.standard_normal((len(sizes), rows, width))
+    z[:, 0] *= 1e-3
+    z[:, 0, 1] = 1  # one outlier carries the row
+    z /= np.sqrt((z**2).mean(axis=2, keepdims=True))
+    x = encode((z * np.array(sizes)[:, None, None]).reshape(-1, width), 16)
+    real = decode(x, 16)
+
+    async def op(ctx: Context, sx: Share) -> Share:
+        return await nonlinear.rms_norm(ctx, "norm", sx, eps, s)
+
+    (got,) = compute(op, x)
+    root = np.sqrt((real**2).mean(axis=1, keepdims=True) + eps)
+    want = real / root
+    pieces = {2: 2.2e-4, 3: 1.2e-4}[degree]
+    if width * eps * 2.0**32 < 2 ** (14 + nonlinear.WINDOW_STEP):
+        pieces = 4e-4  # the first window cannot be as fine as eps asks for
+    relative = pieces + 3 * 2.0**-nonlinear.INVERSE_SCALE * root
+    error = np.abs(decode(got, 16) - want)
+    allowed = relative * np.abs(want) + 2 * 2.0**-16
+    row = (error / allowed).max(axis=1).argmax()
+    assert (error < allowed).all(), f"root mean square {root[row, 0]:.3g}: {error[row].max():.2e}"
+
+
+@pytest.mark.parametrize(("scale", "sizes"), [(12, [0.1, 1.0, 30.0, 1000.0]), (20, [0.01, 0.1, 1.0, 30.0])])
+def test_rms_norm_at_other_scales(scale: int, sizes: list[float]) -> None:
+    rng = np.random.default_rng(scale)
+    z = rng.standard_normal((len(sizes), 4, 64))
+    x = encode((z * np.array(sizes)[:, None, None]).reshape(-1, 64), scale)
+    real = decode(x, scale)
+
+    async def op(ctx: Context, sx: Share) -> Share:
+        return await nonlinear.rms_norm(ctx, "norm", sx, 1e-5, Settings(scale))
+
+    (got,) = compute(op, x)
+    root = np.sqrt((real**2).mean(axis=1, keepdims=True) + 1e-5)
+    allowed = (1.2e-4 + 3 * 2.0**-24 * root) * np.abs(real / root) + 2 * 2.0**-scale
+    assert (np.abs(decode(got, scale) - real / root) < allowed).all()
+
+
+# --- softmax ------------------------------------------------------------------------------------------------
+
+
+def causal(rows: int, keys: int) -> npt.NDArray[np.bool_]:
+    return np.arange(keys)[None, :] <= np.arange(keys - rows, keys)[:, None]
+
+
+@dataclass
+class Soft:
+    """Secure weights, their sums and inverses, beside the float softmax over what may be seen."""
+
+    weights: Real
+    total: Real
+    probabilities: Real
+    wanted: Real
+    seen: npt.NDArray[np.bool_]
+
+
+def softmax(scores: Real, allowed: npt.NDArray[np.bool_], valid: Sequence[int] | None, s: Settings) -> Soft:
+    f = s.scale_bits
+    x = encode(scores, 2 * f)
+
+    async def op(ctx: Context, sx: Share, *v: Share) -> list[Share]:
+        e, total = await nonlinear.exponentials(
+            ctx, "softmax", sx, allowed.astype(np.uint64), v[0] if v else None, s
+        )
+        return [e, total, await nonlinear.reciprocal(ctx, "reciprocal", total, s)]
+
+    e, total, inverse = compute(op, x, *([] if valid is None else [np.array(valid, np.uint64)]))
+    real = decode(x, 2 * f)
+    seen = np.broadcast_to(allowed[None], real.shape)
+    if valid is not None:
+        seen = seen & (np.array(valid) == 1)
+    top = np.where(seen, real, -np.inf).max(axis=-1, keepdims=True, initial=-1e9)
+    want = np.where(seen, np.exp(np.minimum(real - top, 0)), 0)
+    want /= np.maximum(want.sum(axis=-1, keepdims=True), 1e-300)
+    got = decode(e, 24)
+    return Soft(got, decode(total, 24), got * decode(inverse, 24)[..., None], want, seen)
+
+
+# Error of one probability, and of a whole row (sum of absolute errors) by the number of keys.
+ONE = {1: 2.5e-2, 2: 2.6e-3, 3: 4e-4}
+ROW = {1: 5e-2, 2: 6e-3, 3: 1e-3}
+PER_KEY = 2e-5  # a weight is a multiple of 2^-24, and a sum may be as small as e^-8
+
+
+def close(got: Soft, s: Settings, where: str = "") -> None:
+    error = np.abs(got.probabilities - got.wanted)
+    keys = error.shape[-1]
+    hidden = np.abs(got.weights[~got.seen])
+    assert hidden.max(initial=0) <= 2.0**-24, f"{where}: weight on what may not be seen"
+    rows = got.seen.any(axis=-1)
+    assert error[rows].max() < ONE[s.degree], f"{where}: a probability is off by {error[rows].max():.1e}"
+    assert error[rows].sum(axis=-1).max() < ROW[s.degree] + PER_KEY * keys, (
+        f"{where}: row {error[rows].sum(-1).max():.1e}"
+    )
+    assert got.total[rows].min() > math.exp(-8.75) * 0.9 and got.total[rows].max() < 2**11
+
+
+@pytest.mark.parametrize("degree", [1, 2, 3])
+@pytest.mark.parametrize("keys", [1, 2, 7, 64, 512])
+def test_softmax_of_causal_rows(keys: int, degree: int) -> None:
+    rows = min(keys, 3)
+    rng = np.random.default_rng([keys, degree])
+    scores = rng.standard_normal((2, rows, keys)) * np.array([1.0, 6.0])[:, None, None]
+    close(softmax(scores, causal(rows, keys), None, Settings(16, degree)), Settings(16, degree))
+
+
+def test_softmax_of_hard_rows() -> None:
+    """Scores in +-60, outliers at the ends of the domain, all equal, all at one end, one step apart."""
+    rng = np.random.default_rng(5)
+    keys, end = 32, nonlinear.SCORE_BOUND - 0.01
+    outlier = rng.standard_normal((2, keys))
+    outlier[0, 3], outlier[1, 3], outlier[1, 4] = 59.0, end, -end
+    rows = {
+        "uniform in 60": rng.uniform(-60, 60, (4, keys)),
+        "uniform in the domain": rng.uniform(-end, end, (4, keys)),
+        "outlier": outlier,
+        "all equal": np.stack([np.full(keys, v) for v in (-end, -60, -4.0, 0.0, 3.999, 4.0, 60, end)]),
+        "two ends": np.stack([np.where(np.arange(keys) < m, end, -end) for m in (1, 31)]),
+        "far below": np.stack(
+            [np.where(np.arange(keys) == 0, 0.0, -d) for d in (10.0, 20.0, 24, 28, 32, 60, 200)]
+        ),
+        "one step apart": (np.arange(keys) * 2.0**-16)[None] + np.array([[0.0], [-4.0], [3.9999]]),
+    }
+    scores = np.concatenate(list(rows.values()))[None]
+    got = softmax(scores, np.ones(scores.shape[1:], bool), None, Settings())
+    at = 0
+    for name, part in rows.items():
+        cut = slice(at, at + len(part))
+        at += len(part)
+        close(Soft(*(getattr(got, k)[:, cut] for k in Soft.__dataclass_fields__)), Settings(), name)
+
+
+@pytest.mark.parametrize("above", [0.0, 3.0, 20.0, 240.0])
+def test_softmax_ignores_padding(above: float) -> None:
+    """Padded slots score up to 240 above every valid one; what a row of padding is given stays small.
+
+    A masked weight is 0 before it is truncated, so it may come out as one unit of 2^-24, of either sign; one
+    that the public mask forbids is 0.
+    """
+    rng = np.random.default_rng(int(above))
+    pad, keys = 5, 16
+    scores = rng.uniform(-4, 4, (2, keys, keys))
+    scores[..., :pad] += above
+    valid = [0] * pad + [1] * (keys - pad)
+    got = softmax(scores, causal(keys, keys), valid, Settings())
+    close(got, Settings())
+    assert (
+        np.abs(got.total[:, :pad]).max() <= pad * 2.0**-24 and np.abs(got.probabilities[:, :pad]).max() < 0.01
+    )
+    assert (got.weights[:, ~causal(keys, keys)] == 0).all()
+
+
+def test_softmax_with_gaps_between_prompts() -> None:
+    """Padding also inside: valid slots, then the padding of a second prompt, then valid ones."""
+    rng = np.random.default_rng(9)
+    valid = [0, 1, 1, 1, 0, 0, 1, 1, 1]
+    scores = rng.uniform(-30, 30, (3, 4, 9))
+    close(softmax(scores, causal(4, 9), valid, Settings()), Settings())
+
+
+@pytest.mark.parametrize("scale", [10, 20])
+def test_softmax_at_other_scales(scale: int) -> None:
+    rng = np.random.default_rng(scale)
+    close(
+        softmax(rng.uniform(-40, 40, (2, 4, 24)), causal(4, 24), [0] * 3 + [1] * 21, Settings(scale)),
+        Settings(scale),
+    )
+
+
+# --- sampling -----------------------------------------------------------------------------------------------
+
+
+def choose(logits: Real, sampler: Sampler, seeds: Sequence[bytes], f: int = 16) -> list[int]:
+    """Secure choice for every seed, from one sharing of the logits."""
+    given: list[bytes] = []
+
+    async def op(ctx: Context, x: Share) -> list[Share]:
+        out = []
+        for i in range(len(seeds)):
+
+            async def noise(i: int = i) -> bytes:
+                return given[i] if given else bytes(32)
+
+            out.append(await sampling.choose(ctx, f"choice {i}", x, sampler, noise))
+        return out
+
+    given.extend(seeds)
+    return [int(v[0]) for v in compute(op, encode(logits, 2 * f))]
+
+
+def plain_choice(logits: Real, temperature: float, k: int, seed: bytes) -> tuple[int, float]:
+    """The same from floats: index, and by how much it won."""
+    order = np.argsort(-logits, kind="stable")[:k]
+    noise = sampling.gumbel(seed, len(order)).view(np.int64) / 2.0**sampling.NOISE_GRID
+    noisy = logits[order] / temperature + noise
+    ranked = np.sort(noisy)
+    return int(order[noisy.argmax()]), float(ranked[-1] - ranked[-2]) if len(ranked) > 1 else 1.0
+
+
+def spread_logits(vocab: int, seed: int, top: float) -> Real:
+    """Random logits no two of which are so close that fixed point could swap them."""
+    rng = np.random.default_rng(seed)
+    return np.asarray(
+        rng.permutation(np.linspace(-top, top, vocab) + rng.uniform(-0.2, 0.2, vocab) * (2 * top / vocab))
+    )
+
+
+@pytest.mark.parametrize(("vocab", "top"), [(1, 1.0), (2, 5.0), (33, 20.0), (300, 500.0)])
+def test_greedy_is_argmax(vocab: int, top: float) -> None:
+    for seed in range(2):
+        logits = spread_logits(vocab, seed, top)
+        assert choose(logits, Sampler("greedy", 1.0, 1, 16, vocab), [b""]) == [int(logits.argmax())]
+
+
+@pytest.mark.parametrize("gap", [8, 1000])
+def test_greedy_tells_near_ties_apart(gap: int) -> None:
+    """Logits that differ by 8 units of 2^-16 or more are told apart, wherever the larger stands."""
+    for at in (0, 5, 10):
+        logits = np.full(11, -3.0)
+        logits[at] += gap * 2.0**-16
+        assert choose(logits, Sampler("greedy", 1.0, 1, 16, 11), [b""]) == [at]
+
+
+@pytest.mark.parametrize(
+    ("vocab", "k", "temperature"),
+    [(1, 4, 1.0), (5, 1, 0.7), (5, 2, 1.0), (5, 9, 1.3), (40, 6, 0.8), (70, 3, 5.0)],
+)
+def test_top_k_equals_the_plaintext_choice(vocab: int, k: int, temperature: float) -> None:
+    seeds = [bytes([i, vocab, k]) + bytes(29) for i in range(4)]
+    logits = spread_logits(vocab, vocab, 6.0)
+    got = choose(logits, Sampler("sample", temperature, k, 16, vocab), seeds)
+    for seed, token in zip(seeds, got, strict=True):
+        want, margin = plain_choice(logits, temperature, min(k, vocab), seed)
+        assert margin > 0.01, "pick another seed: this choice is too close to call"
+        assert token == want
+
+
+def test_extreme_logits_stay_in_range() -> None:
+    """Logits up to 2^9, set aside one by one, at the lowest temperature, never wrap."""
+    logits = np.array([511.0, -511, 510, 0, -510.5, 509])
+    sampler = Sampler("sample", 0.05, 6, 16, 6)
+    seeds = [bytes([i]) + bytes(31) for i in range(3)]
+    assert choose(logits, sampler, seeds) == [plain_choice(logits, 0.05, 6, s)[0] for s in seeds]
+
+
+def test_noise_draws_from_the_softmax() -> None:
+    """Chi-square of 6,000 plaintext choices against the softmax of the top k: the noise is Gumbel's."""
+    logits = np.array([2.0, 1.1, 0.4, 0.35, -1.0, -2.0, 1.9])
+    k, temperature, runs = 5, 0.9, 6000
+    order = np.argsort(-logits)[:k]
+    p = np.exp(logits[order] / temperature)
+    p /= p.sum()
+    counts = dict.fromkeys(order.tolist(), 0)
+    for i in range(runs):
+        counts[plain_choice(logits, temperature, k, i.to_bytes(32, "little"))[0]] += 1
+    expected = p * runs
+    chi = sum((counts[t] - e) ** 2 / e for t, e in zip(order.tolist(), expected, strict=True))
+    assert chi < 23.5  # 1e-4 quantile for 4 degrees of freedom
+    wrong = np.full(k, runs / k)
+    assert sum((counts[t] - e) ** 2 / e for t, e in zip(order.tolist(), wrong, strict=True)) > 500
+
+
+def test_noise_is_fixed_by_its_seed() -> None:
+    a, b = sampling.gumbel(bytes(32), 50), sampling.gumbel(bytes(31) + b"\1", 50)
+    assert np.array_equal(a, sampling.gumbel(bytes(32), 50)) and (a != b).sum() > 45
+    many = sampling.gumbel(bytes(32), 4000).view(np.int64) / 2.0**sampling.NOISE_GRID
+    assert abs(many.mean() - 0.5772) < 0.1 and abs(many.std() - math.pi / math.sqrt(6)) < 0.1
+    assert np.array_equal(many[:50], a.view(np.int64) / 2.0**sampling.NOISE_GRID)
+
+
+# --- a whole forward pass -----------------------------------------------------------------------------------
+
+LLAMA = PlanSpec(
+    family="llama", layers=2, width=16, heads=4, kv_heads=2, head_dim=4, hidden=24, vocab=40, context=32,
+    act="silu_glu", norm_eps=1e-5, positions="rope", rope_theta=10000.0, bos_id=None, eos_ids=(),
+)  # fmt: skip
+GPT2 = PlanSpec(
+    family="gpt2", layers=2, width=12, heads=3, kv_heads=3, head_dim=4, hidden=20, vocab=33, context=24,
+    act="gelu", norm_eps=1e-5, positions="learned", rope_theta=None, bos_id=None, eos_ids=(),
+)  # fmt: skip
+RELU = PlanSpec(
+    family="gpt2", layers=1, width=8, heads=2, kv_heads=2, head_dim=4, hidden=16, vocab=20, context=20,
+    act="relu", norm_eps=1e-5, positions="learned", rope_theta=None, bos_id=None, eos_ids=(),
+)  # fmt: skip
+
+
+def random_model(spec: PlanSpec, seed: int, attention: float = 1.5) -> dict[str, Real]:
+    """Weights with every tensor at work; `attention` widens the scores."""
+    rng = np.random.default_rng(seed)
+    out = {}
+    for name, shape in spec.shapes().items():
+        wide = attention if name.endswith(".qkv") else 1.0
+        out[name] = rng.standard_normal(shape) * (0.2 if len(shape) == 1 else wide * shape[0] ** -0.5)
+    out["embed"] *= spec.vocab**0.5
+    if "pos" in out:
+        out["pos"] *= spec.context**0.5 * 0.5
+    return {name: decode(encode(v, 16), 16) for name, v in out.items()}
+
+
+def reference(spec: PlanSpec, w: Mapping[str, Real], tokens: Sequence[int]) -> Real:
+    """Logits (tokens, vocab) by the formulas of `mimir.model.checkpoint`, without cache or padding."""
+    n, hd = len(tokens), spec.head_dim
+    h = w["embed"][list(tokens)]
+    if spec.positions == "learned":
+        h = h + w["pos"][:n]
+
+    def norm(x: Real) -> Real:
+        return np.asarray(x / np.sqrt((x**2).mean(axis=-1, keepdims=True) + spec.norm_eps))
+
+    def rotate(x: Real) -> Real:
+        """Coordinates i and i + hd / 2 of (heads, n, hd) turn by position * theta^(-2i / hd)."""
+        if spec.rope_theta is None:
+            return x
+        angle = np.arange(n)[:, None] * spec.rope_theta ** (-2 * np.arange(hd // 2) / hd)
+        pairs = (x[..., : hd // 2] + 1j * x[..., hd // 2 :]) * np.exp(1j * angle)
+        return np.concatenate([pairs.real, pairs.imag], axis=-1)
+
+    act = {"gelu": EXACT["gelu"], "gelu_tanh": EXACT["gelu_tanh"], "relu": lambda x: np.maximum(x, 0)}
+    for i in range(spec.layers):
+        u = norm(h)
+        y = (u @ w[f"{i}.qkv"] + w[f"{i}.qkv_b"]).reshape(n, -1, hd).swapaxes(0, 1)
+        q, k, v = np.split(y, [spec.heads, spec.heads + spec.kv_heads])
+        group = spec.heads // spec.kv_heads
+        k, v = (np.repeat(x, group, axis=0) for x in (rotate(k), v))
+        scores = np.where(np.tri(n, dtype=bool), rotate(q) @ k.swapaxes(1, 2), -np.inf)
+        p = np.exp(scores - scores.max(axis=-1, keepdims=True))
+        p /= p.sum(axis=-1, keepdims=True)
+        h = h + (p @ v).swapaxes(0, 1).reshape(n, -1) @ w[f"{i}.o"] + w[f"{i}.o_b"]
+        m = norm(h) @ w[f"{i}.in"] + w[f"{i}.in_b"]
+        if spec.act == "silu_glu":
+            a = EXACT["silu"](m[:, : spec.hidden]) * m[:, spec.hidden :]
+        else:
+            a = act[spec.act](m)
+        h = h + a @ w[f"{i}.out"] + w[f"{i}.out_b"]
+    return np.asarray(norm(h) @ w["head"] + w["head_b"])
+
+
+@dataclass
+class Piece:
+    """Rows of one pass: prompt rows with their padding in front, or one decoded token."""
+
+    tokens: list[int]
+    pad: int = 0
+    decoded: bool = False
+    chunks: list[int] = field(default_factory=list)  # row counts the prompt is cut into
+
+    @property
+    def rows(self) -> int:
+        return self.pad + len(self.tokens)
+
+
+def secure(spec: PlanSpec, w: Mapping[str, Real], pieces: Sequence[Piece], s: Settings) -> list[Real]:
+    """Logits after each piece, computed as a session does: padding in front of prompts, secret positions."""
+    rings = {name: encode(v.reshape(-1, v.shape[-1]), s.scale_bits) for name, v in w.items()}
+    shared = parties.share_weights(rings)
+    plans = []
+    first = 0
+    for piece in pieces:
+        for rows in piece.chunks or [piece.rows]:
+            plans.append((first, rows))
+            first += rows
+
+    async def plan() -> list[dict[prep.Kind, int]]:
+        out = []
+        decoded = [p.decoded for p in pieces for _ in (p.chunks or [0])]
+        for (at, rows), single in zip(plans, decoded, strict=True):
+            cost = await transformer.cost_of(spec, s, at, rows, prompt=not single, sampler=_no_choice)
+            out.append(cost.demand)
+        return out
+
+    async def _no_choice(ctx: Context, step: str, x: Share) -> None:
+        return None
+
+    demands = trio.run(plan)
+
+    async def party(p: parties.Party) -> list[Ring]:
+        cache = Cache.empty(spec.layers)
+        valid: list[Share] = []
+        seen, step, out = 0, 0, []
+        for number, piece in enumerate(pieces):
+            real = len(piece.tokens)
+            token = np.array([0] * piece.pad + piece.tokens, np.uint64)
+            position = np.array([0] * piece.pad + list(range(seen, seen + real)), np.uint64)
+            flags = np.array([0] * piece.pad + [1] * real, np.uint64)
+            seen += real
+            seed = 100 * number
+            tokens, positions = p.share(token, seed), p.share(position, seed + 1)
+            valid.append(p.share(flags, seed + 2))
+            if not piece.decoded:
+                entering = await p.context(transformer.entry_demand(spec, piece.rows), f"entry {number}")
+                entry = transformer.entry(entering, spec, piece.rows)
+                kt, kp = transformer.index_bits(spec.vocab), transformer.index_bits(spec.context)
+                (at,) = await p.doors.open_low(f"offset {number}", kt, tokens + entry.token["r"])
+                (where,) = await p.doors.open_low(f"place {number}", kp, positions + entry.position["r"])
+            done = 0
+            for rows in piece.chunks or [piece.rows]:
+                ctx = await p.context(demands[step], f"step {step}")
+                name = f"step {step}"
+                if piece.decoded:
+                    new = await transformer.reenter(ctx, name, spec, tokens, positions)
+                else:
+                    cut = slice(done, done + rows)
+                    new = await transformer.embed(ctx, name, spec, entry.part(cut), at[cut], where[cut])
+                done += rows
+                cache.valid = concat(valid)[: cache.length + rows]
+                hidden = await transformer.forward(ctx, name, spec, new, cache, s)
+                scores = await transformer.logits(ctx, name, spec, hidden, s)
+                step += 1
+            out.append(scores.v)
+        return out
+
+    results = parties.run_parties(party, weights=shared, seed=b"forward")
+    return [decode(parties.reconstruct(list(v)), 2 * s.scale_bits) for v in zip(*results, strict=True)]
+
+
+def conversation(spec: PlanSpec, pad: int) -> list[Piece]:
+    """A prompt in two chunks, two decoded tokens, a second prompt with padding of its own, one more token."""
+    rng = np.random.default_rng(spec.vocab)
+    tokens = rng.integers(1, spec.vocab, 11).tolist()
+    rows = pad + 5
+    return [
+        Piece(tokens[:5], pad, chunks=[rows // 2, rows - rows // 2]),
+        Piece(tokens[5:6], decoded=True),
+        Piece(tokens[6:7], decoded=True),
+        Piece(tokens[7:10], pad and pad - 1),
+        Piece(tokens[10:], decoded=True),
+    ]
+
+
+def against_reference(
+    spec: PlanSpec, w: Mapping[str, Real], pieces: Sequence[Piece], s: Settings
+) -> list[float]:
+    got = secure(spec, w, pieces, s)
+    text = [t for p in pieces for t in p.tokens]
+    want = reference(spec, w, text)
+    ends = np.cumsum([len(p.tokens) for p in pieces]) - 1
+    return [float(np.abs(g - want[e]).max()) for g, e in zip(got, ends, strict=True)]
+
+
+LOGIT_BOUND = 2e-3  # of logits of size 1 to 10; measured: at most 9e-4
+WIDE = 3.0  # times the usual size of queries and keys: scores reach about 60
+
+
+@pytest.mark.parametrize("pad", [0, 3], ids=["bare", "padded"])
+@pytest.mark.parametrize("spec", [LLAMA, GPT2], ids=lambda s: s.family)
+def test_forward_agrees_with_the_formulas(spec: PlanSpec, pad: int) -> None:
+    """Chunked prefill, decoding, a second prompt, with and without padding: the logits of the bare text."""
+    errors = against_reference(spec, random_model(spec, 3), conversation(spec, pad), Settings())
+    assert max(errors) < LOGIT_BOUND, errors
+
+
+@pytest.mark.parametrize("spec", [RELU], ids=["relu"])
+def test_forward_with_relu(spec: PlanSpec) -> None:
+    errors = against_reference(
+        spec, random_model(spec, 4), [Piece([3, 1, 7], 2), Piece([5], decoded=True)], Settings()
+    )
+    assert max(errors) < LOGIT_BOUND, errors
+
+
+@pytest.mark.parametrize("spec", [LLAMA, GPT2], ids=lambda s: s.family)
+def test_padding_that_attracts_attention(spec: PlanSpec) -> None:
+    """Scores so wide that rows would rather look at padding than at the text: still the text's logits."""
+    w = random_model(spec, 5, attention=WIDE)
+    errors = against_reference(spec, w, [Piece([4, 9, 2], 4), Piece([7], decoded=True)], Settings())
+    assert max(errors) < LOGIT_BOUND, errors
+    text = [0, 0, 0, 0, 4, 9, 2]  # the same with the padding believed, to show that the test could fail
+    assert np.abs(reference(spec, w, text)[-1] - reference(spec, w, [4, 9, 2])[-1]).max() > 0.1
