@@ -147,6 +147,13 @@ drop_space() { # a namespace of ours: end what still runs in it, by pid, and del
     privileged ip netns del "$1" 2>/dev/null || true
 }
 
+drop_sockets() { # of wireguard-go that had no time to remove them; the number is that of the run
+    local socket
+    for socket in /var/run/wireguard/mm"$1"-?.sock; do
+        if [[ -S $socket ]]; then privileged rm -f -- "$socket"; fi
+    done
+}
+
 sweep() { # namespaces with our prefix whose owner is dead
     local space owner record
     for space in $(ip netns list | awk '{ print $1 }' | grep -E "^$PREFIX-[0-9]+-(0|1|2|c|net)$" || true); do
@@ -156,6 +163,7 @@ sweep() { # namespaces with our prefix whose owner is dead
         if [[ -r $record ]] && [[ $(started "$owner" || true) == $(head -n 1 "$record") ]]; then continue; fi
         say "removing $space, left behind by a run that was killed"
         drop_space "$space"
+        drop_sockets "$owner"
     done
     for record in "$RECORDS"/*; do
         [[ -r $record ]] || continue
@@ -194,6 +202,7 @@ clean() {
     for index in "${!pids[@]}"; do await_end "${pids[index]}"; done
     wait 2>/dev/null || true
     for index in "${spaces[@]}"; do drop_space "$index"; done
+    [[ -z $tunnel ]] || drop_sockets "$id"
     rm -f -- "$RECORDS/$id"
     if [[ -n $temporary ]]; then
         if ((status != 0 && status < 128)); then

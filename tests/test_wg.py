@@ -724,6 +724,8 @@ class Lab:
             for pid in ip("netns", "pids", name).split():
                 os.kill(int(pid), signal.SIGKILL)  # all in here were started by us
             ip("netns", "del", name)
+        for socket_file in Path(uapi.SOCKET_DIRECTORY).glob(f"{self.name}-*.sock"):
+            socket_file.unlink()
 
     def namespace(self, index: int) -> str:
         return f"{self.name}-{index}"
@@ -815,6 +817,7 @@ def test_three_nodes_reach_each_other_and_only_wireguard_crosses(lab: Lab) -> No
     for index in range(3):
         assert lab.interface(index) not in ip("-n", lab.namespace(index), "link", "show")
         assert lab.daemon(index) is None
+        assert not Path(uapi.socket_path(lab.interface(index))).exists()
 
 
 @pytest.mark.netns

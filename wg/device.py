@@ -36,7 +36,7 @@ import trio
 
 from wg.errors import DeviceLost, NotPossibleHere, TunnelError
 from wg.keys import PrivateKey, PublicKey
-from wg.uapi import PeerReading, UapiClient
+from wg.uapi import PeerReading, UapiClient, socket_path
 
 log = structlog.get_logger("wg.device")
 
@@ -362,14 +362,17 @@ class _UserspaceDevice(Device):
         if hasattr(self, "_client"):
             await self._client.aclose()
         for number in (signal.SIGTERM, signal.SIGKILL):
-            if child.poll() is not None:
-                return
-            child.send_signal(number)
-            with trio.move_on_after(STOP_SECONDS):
-                while child.poll() is None:
-                    await trio.sleep(0.005)
+            if child.poll() is None:
+                child.send_signal(number)
+                with trio.move_on_after(STOP_SECONDS):
+                    while child.poll() is None:
+                        await trio.sleep(0.005)
         if child.poll() is None:
             log.error("wireguard-go cannot be ended", pid=child.pid)
+            return
+        # It removes its socket itself only when it is not in too much of a hurry.
+        with contextlib.suppress(OSError):
+            os.unlink(socket_path(self.name))
 
     async def configure(self, private_key: PrivateKey, listen_port: int) -> None:
         async with self._busy:

@@ -125,6 +125,10 @@ def _number(key: str, value: str) -> int:
     return int(value)
 
 
+def socket_path(interface: str) -> str:
+    return f"{SOCKET_DIRECTORY}/{interface}.sock"
+
+
 class UapiClient:
     """One connection to the socket of one interface. Not for use by two tasks at once."""
 
@@ -135,7 +139,7 @@ class UapiClient:
     @classmethod
     async def connect(cls, interface: str) -> UapiClient:
         """Connect to the interface's socket. Raises `OSError` while nobody listens there."""
-        return cls(interface, await trio.open_unix_socket(f"{SOCKET_DIRECTORY}/{interface}.sock"))
+        return cls(interface, await trio.open_unix_socket(socket_path(interface)))
 
     async def aclose(self) -> None:
         await trio.aclose_forcefully(self._stream)
