@@ -37,7 +37,7 @@ OPEN_BELOW: Final = 32  # entries at which halving stops and the masked opening 
 BLOCKS: Final = 8  # products are folded so many to one before they become elements of the extension
 COLUMNS_AT_ONCE: Final = 1 << 12  # of a prefold (memory: 1 kB each)
 CLAIMS_PER_CHECK: Final = 1 << 15  # ring claims verified by one recursion (memory: 1.5 kB each)
-GATES_PER_CHECK: Final = 1 << 20  # AND gates verified by one recursion (memory: 32 B each)
+GATES_PER_CHECK: Final = 1 << 21  # AND gates verified by one recursion (memory: 32 B each)
 GROUP_WORK: Final = 1 << 30  # making the claims of a group always goes to a thread
 LEVELS: Final = 24  # coins committed for one recursion: halvings, and one for the final opening
 
@@ -397,7 +397,7 @@ async def verify(
 ) -> None:
     """Verify a whole batch or raise. Call when nothing in the batch will change any more.
 
-    Rounds: 4 + 2 log2(N) per group of 2^15 ring claims or 2^20 gates, 2 per 2^18 products, and 6 at the ends;
+    Rounds: 4 + 2 log2(N) per group of 2^15 ring claims or 2^21 gates, 2 per 2^18 products, and 6 at the ends;
     under 20 kB a group, 25 kB per 2^18 products.
     """
     products = [r for r in relations if isinstance(r, Product)]

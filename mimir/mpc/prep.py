@@ -116,6 +116,7 @@ class Values(Keys):
 
 Kind = Trunc | Lookup | Zero | Compare | DaBit | AndTriple | Mul | Scale | Norm | Weight | Keys
 Demand = Mapping[Kind, int]
+Made = dict[Kind, dict[str, Ring]]
 
 
 class Weights(Protocol):
@@ -134,7 +135,7 @@ class Batch:
     doors: Doors
     weights: Weights
     caches: dict[tuple[str, int], list[Ring]]
-    out: dict[Kind, dict[str, Ring]] = field(default_factory=dict)
+    out: Made = field(default_factory=dict)
     relations: list[check.Product | check.Relation] = field(default_factory=list)
     gates: list[check.And] = field(default_factory=list)
     zeros: list[Ring] = field(default_factory=list)
@@ -312,52 +313,71 @@ class Batch:
         return e
 
 
-async def _trunc(b: Batch, kind: Trunc, n: int) -> dict[str, Ring]:
+def _cut(kinds: Mapping[Kind, int], material: dict[str, Ring]) -> Made:
+    """Divide what was made together, in order, along the first value axis."""
+    out: Made = {}
+    at = 0
+    for kind, n in kinds.items():
+        out[kind] = {name: v[:, at : at + n] for name, v in material.items()}
+        at += n
+    return out
+
+
+async def _truncs(b: Batch, kinds: Mapping[Kind, int]) -> Made:
+    """Truncation pairs of all shifts together: the shift does not matter until the end."""
+    n = sum(kinds.values())
     r = b.doors.bk.random(n)
-    shift = np.uint64(kind.f)
-    bits = await b.add3(f"trunc {kind.f}", r, 64, low=0, last=True)
-    got = await b.inject(
-        f"trunc {kind.f}/inject", np.stack([bits["top"], bits["over_a"], bits["over_b"]], axis=1), n
-    )
-    return {"r": r, "high": r >> shift, "top": got[:, 0], "over": got[:, 1] + got[:, 2]}
+    bits = await b.add3("trunc", r, 64, low=0, last=True)
+    stack = np.stack([bits["top"], bits["over_a"], bits["over_b"]], axis=1)
+    got = await b.inject("trunc/inject", stack, n)
+    out = _cut(kinds, {"r": r, "top": got[:, 0], "over": got[:, 1] + got[:, 2]})
+    for kind, material in out.items():
+        assert isinstance(kind, Trunc)
+        material["high"] = material["r"] >> np.uint64(kind.f)
+    return out
 
 
-async def _lookup(b: Batch, kind: Lookup, n: int) -> dict[str, Ring]:
+async def _lookups(b: Batch, kinds: Mapping[Kind, int]) -> Made:
+    """Lookups that differ in nothing but the bits dropped below, together."""
+    first, n = next(iter(kinds)), sum(kinds.values())
+    assert isinstance(first, Lookup)
+    rest, index_bits, steps = first.rest, first.bits, first.steps
     bk = b.doors.bk
-    name = f"lookup {kind.low}.{kind.rest}.{kind.bits}.{kind.steps}"
-    width = kind.rest + kind.bits
-    total = kind.low + width
-    r = bk.random(n) & np.uint64((1 << total) - 1)
-    h = r >> np.uint64(kind.low)
-    bits = await b.add3(name, h, width, low=kind.rest, last=False)
-    index = bits["sum"][:, kind.rest :]
-    stack = index
-    if kind.rest:
-        stack = np.concatenate([index, bits["carry_a"][:, None], bits["carry_b"][:, None]], axis=1)
+    name = f"lookup {rest}.{index_bits}.{steps}"
+    width = rest + index_bits
+    lows = np.repeat(
+        np.array([k.low for k in kinds if isinstance(k, Lookup)], np.uint64), list(kinds.values())
+    )
+    # 2^64 - 1 shifted down leaves low + width bits, also where that is all 64
+    r = bk.random(n) & (np.uint64(2**64 - 1) >> (np.uint64(64 - width) - lows))
+    h = r >> lows
+    bits = await b.add3(name, h, width, low=rest, last=False)
+    stack = bits["sum"][:, rest:]
+    if rest:
+        stack = np.concatenate([stack, bits["carry_a"][:, None], bits["carry_b"][:, None]], axis=1)
     # The index bits need no proof of their own: they are re-read from the verified one-hot.
     got = await b.inject(f"{name}/inject", stack, n, prove=False)
-    e = await b.one_hot(name, got[:, : kind.bits])
-    j = np.arange(1 << kind.bits, dtype=np.uint64)
-    masks = np.stack([(j >> np.uint64(t)) & np.uint64(1) for t in range(kind.bits)])  # (k, K)
+    e = await b.one_hot(name, got[:, :index_bits])
+    j = np.arange(1 << index_bits, dtype=np.uint64)
+    masks = np.stack([(j >> np.uint64(t)) & np.uint64(1) for t in range(index_bits)])  # (k, K)
     reread = np.stack(  # (2, k, n)
-        await offload(2 * kind.bits * e[0].size, lambda: [kernels.matmul_nt(masks, v) for v in e])
+        await offload(2 * index_bits * e[0].size, lambda: [kernels.matmul_nt(masks, v) for v in e])
     )
-    b.zeros.append(reread - got[:, : kind.bits])
+    b.zeros.append(reread - got[:, :index_bits])
     out = {"r": r, "e": e}
-    if kind.rest:
-        carries = np.ascontiguousarray(got[:, kind.bits :])
+    if rest:
+        carries = np.ascontiguousarray(got[:, index_bits:])
         flat = carries.reshape(2, -1)
         b.relations.append(check.Product(flat, flat, flat))
-        low = np.uint64((1 << kind.rest) - 1)
-        v = (h & low) - (carries[:, 0] + carries[:, 1]) * np.uint64(1 << kind.rest)
+        low = np.uint64((1 << rest) - 1)
+        v = (h & low) - (carries[:, 0] + carries[:, 1]) * np.uint64(1 << rest)
         out["v"] = v
-        if kind.steps:
-            masks_t = bk.random(n, kind.steps)
-            v_wide = np.ascontiguousarray(np.broadcast_to(v[:, :, None], masks_t.shape))
-            (prod,) = await b.mul(f"{name}/steps", (masks_t, v_wide))
+        if steps:
+            masks_t = bk.random(n, steps)
+            (prod,) = await b.mul(f"{name}/steps", (masks_t, v[:, :, None]))
             b.relations.append(check.ScalarProduct(v, masks_t, prod))
             out["mask"], out["prod"] = masks_t, prod
-    return out
+    return _cut(kinds, out)
 
 
 async def _zero(b: Batch, kind: Zero, n: int) -> dict[str, Ring]:
@@ -463,8 +483,6 @@ async def _values(b: Batch, kind: Values, n: int) -> dict[str, Ring]:
 
 
 _MAKERS: Final[dict[type, Any]] = {
-    Trunc: _trunc,
-    Lookup: _lookup,
     Zero: _zero,
     Compare: _compare,
     DaBit: _dabit,
@@ -533,18 +551,34 @@ _LANE_AXIS: Final[dict[tuple[type, str], int]] = {
 }
 
 
-async def produce(batch: Batch, step: str, demand: Demand) -> dict[Kind, dict[str, Ring]]:
-    """Make and verify everything in `demand`; raise if anything in it is wrong. Nothing unverified is
-    returned.
-    """
+async def produce(batch: Batch, step: str, demand: Demand) -> Made:
+    """Make and verify everything in `demand`, or raise. Nothing unverified is returned."""
+    groups: dict[tuple[Any, ...], dict[Kind, int]] = {}
     for kind, n in sorted(demand.items(), key=lambda kv: _order(kv[0])):
         if n:
-            batch.out[kind] = await _MAKERS[type(kind)](batch, kind, n)
-            await trio.lowlevel.checkpoint()
+            groups.setdefault(_group(kind), {})[kind] = n
+    for group, kinds in groups.items():
+        if group[0] is Trunc:
+            batch.out |= await _truncs(batch, kinds)
+        elif group[0] is Lookup:
+            batch.out |= await _lookups(batch, kinds)
+        else:
+            for kind, n in kinds.items():
+                batch.out[kind] = await _MAKERS[type(kind)](batch, kind, n)
+        await trio.lowlevel.checkpoint()
     await check.verify(
         batch.doors, f"{step}/verify", batch.relations, batch.gates, batch.zeros, batch.zero_bits
     )
     return batch.out
+
+
+def _group(kind: Kind) -> tuple[Any, ...]:
+    """Kinds of one group are made together."""
+    if isinstance(kind, Trunc):
+        return (Trunc,)
+    if isinstance(kind, Lookup):
+        return (Lookup, kind.rest, kind.bits, kind.steps)
+    return (kind,)
 
 
 def _order(kind: Kind) -> tuple[str, Any]:
