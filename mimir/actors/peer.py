@@ -245,6 +245,7 @@ async def run_peer(config: Config) -> None:
                 listen=(config.mesh.listen.host, config.mesh.listen.port),
                 protected=tunnel is not None,
                 handshake_deadline=config.deadlines.handshake,
+                bind=tunnel.bind if tunnel is not None else None,
             )
         )
         nursery = await stack.enter_async_context(trio.open_nursery())

@@ -56,6 +56,9 @@ _LARGE_IOV = 512  # a kernel takes 1024 pieces in one call
 log = structlog.get_logger("mimir.net")
 
 
+Bind = Callable[[trio.socket.SocketType], None]
+
+
 @dataclass(frozen=True, slots=True)
 class PeerAt:
     """Where a peer listens, and who it must prove to be."""
@@ -444,6 +447,7 @@ class Mesh:
         config_digest: bytes,
         handshake_deadline: float,
         nursery: trio.Nursery,
+        bind: Bind | None = None,
     ) -> None:
         self.party = party
         self.peers = tuple(sorted(peer.party for peer in peers))
@@ -455,6 +459,7 @@ class Mesh:
         self._keys = {party: identity.public, **{peer.party: peer.identity for peer in peers}}
         self._config = config_digest
         self._deadline = handshake_deadline
+        self._bind = bind
         self._generations: dict[int, _Generation] = {}
         self._handshakes = 0
         self._change = trio.Event()
@@ -602,7 +607,7 @@ class Mesh:
             try:
                 for lane in LANES:
                     with trio.fail_after(self._deadline + CONNECT_DEADLINE):
-                        sock = await _connect(peer.host, peer.port)
+                        sock = await _connect(peer.host, peer.port, self._bind)
                         ident = b"" if generation is None else generation.ident
                         link = await self._prove(self._handshake(peer.party, lane, ident), sock)
                     generation = link.generation
@@ -779,7 +784,7 @@ def _bare(sock: trio.socket.SocketType) -> socket.socket:
     return bare
 
 
-async def _connect(host: str, port: int) -> socket.socket:
+async def _connect(host: str, port: int, bind: Bind | None = None) -> socket.socket:
     problem: OSError = OSError(f"{host}: no address")
     for family, kind, proto, _name, address in await trio.socket.getaddrinfo(
         host, port, type=socket.SOCK_STREAM
@@ -787,6 +792,8 @@ async def _connect(host: str, port: int) -> socket.socket:
         sock = trio.socket.socket(family, kind, proto)
         try:
             _tune(sock)  # before the connection exists: its window is agreed at the start
+            if bind is not None:
+                bind(sock)
             with trio.fail_after(CONNECT_DEADLINE):
                 await sock.connect(address)
             return _bare(sock)
@@ -824,7 +831,7 @@ async def _next_frame(sock: socket.socket, decoder: wire.Decoder) -> wire.Frame:
     return frame
 
 
-async def open_listeners(host: str, port: int) -> list[trio.SocketListener]:
+async def open_listeners(host: str, port: int, bind: Bind | None = None) -> list[trio.SocketListener]:
     """Listen for peers; `EnvironmentMissing` says what stands in the way."""
     try:
         listeners = await trio.open_tcp_listeners(port, host=host)
@@ -834,6 +841,8 @@ async def open_listeners(host: str, port: int) -> list[trio.SocketListener]:
         ) from None
     for listener in listeners:
         _tune(listener.socket)
+        if bind is not None:
+            bind(listener.socket)
     return listeners
 
 
@@ -847,11 +856,14 @@ async def open_mesh(
     listen: tuple[str, int] | Sequence[trio.SocketListener],
     protected: bool = True,
     handshake_deadline: float = HANDSHAKE_DEADLINE,
+    bind: Bind | None = None,
 ) -> AsyncIterator[Mesh]:
     """Keep connections to all peers for as long as the block runs; use `wait_up` to wait for them.
 
     `listen` is an address inside the tunnel, or listeners already open. `protected=False` says that there is
     no tunnel: whoever carries the links can then read and change everything on them, and the log says so.
+    `bind` ties every socket to the tunnel's interface: the kernel would otherwise take packets for the inner
+    address from the underlay as well, where nothing protects them.
     """
     if not protected:
         log.warning(
@@ -861,12 +873,13 @@ async def open_mesh(
         )
     try:
         async with trio.open_nursery() as nursery:
-            mesh = Mesh(party, identity, peers, config_digest, handshake_deadline, nursery)
+            mesh = Mesh(party, identity, peers, config_digest, handshake_deadline, nursery, bind)
             listeners: Sequence[trio.SocketListener] = ()
             try:
                 if any(peer.party < party for peer in peers):  # nobody calls the lowest number
                     if isinstance(listen, tuple):
-                        listeners = await open_listeners(*listen)
+                        host, port = listen
+                        listeners = await open_listeners(host, port, bind)
                     else:
                         listeners = listen
                 for listener in listeners:
