@@ -1,0 +1,576 @@
+"""What a party sees is uniform and independent of the secrets: every opened value, every message received.
+
+Inputs are shared as (secret, 0, 0), so nothing but the masks can hide them. `Watched` doors record, at every
+party, each public value and the component that arrived for it, and each message of a resharing. Chi-square
+tests look at the highest and the lowest bits, at single bits and at differences of neighbours (a mask used twice
+cancels there); two-sample tests compare secrets with each other. The thresholds are seven standard deviations
+and more, and the streams are seeded, so a failure is a finding.
+
+A test of randomness that cannot fail proves nothing: every case is run again with masks that are too short,
+used twice, or known to one party, and with the shares of zero left out, and must then be caught.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import trio
+
+import parties
+from mimir.model import transformer
+from mimir.model.checkpoint import PlanSpec
+from mimir.model.transformer import Cache
+from mimir.mpc import nonlinear, ops, prep
+from mimir.mpc.domain import Ring, encode
+from mimir.mpc.doors import Doors, Masked
+from mimir.mpc.nonlinear import Settings
+from mimir.mpc.ops import Context
+from mimir.mpc.plan import planning
+from mimir.mpc.share import Bits, Share
+
+RING = 1 << 64
+SIGMAS = 7.0  # one test errs by chance once in 10^11
+FEWEST = 256  # values below which a label is not tested
+Spoil = Literal["honest", "short", "reused", "known", "no zero"]
+
+
+# --- statistics ---------------------------------------------------------------------------------------------
+
+
+def quantile(freedom: int) -> float:
+    """Chi-square value exceeded by chance as rarely as SIGMAS says (Wilson and Hilferty)."""
+    spread = 2 / (9 * freedom)
+    return freedom * (1 - spread + SIGMAS * math.sqrt(spread)) ** 3
+
+
+def cells(v: Ring, width: int) -> Iterator[tuple[str, npt.NDArray[np.int64], int]]:
+    """Ways to sort values below 2^width into equally likely cells: (name, cell of each, number of cells)."""
+    bits = max(1, min(8, width, int(math.log2(v.size / 8))))
+    yield "top", (v >> np.uint64(width - bits)).astype(np.int64), 1 << bits
+    yield "low", (v & np.uint64((1 << bits) - 1)).astype(np.int64), 1 << bits
+    for at in sorted({0, 1, width // 4, width // 2, width - 2, width - 1} & set(range(width))):
+        yield f"bit {at}", (v >> np.uint64(at) & np.uint64(1)).astype(np.int64), 2
+
+
+def uneven(v: Ring, width: int) -> list[str]:
+    """In which ways the values are not uniform below 2^width."""
+    out = []
+    for name, cell, count in cells(v, width):
+        expected = v.size / count
+        chi = float(((np.bincount(cell, minlength=count) - expected) ** 2).sum() / expected)
+        if chi > quantile(count - 1):
+            out.append(name)
+    return out
+
+
+def unlike(a: Ring, b: Ring, width: int) -> list[str]:
+    """In which ways two samples of one size come from different distributions."""
+    out = []
+    for (name, x, count), (_, y, _) in zip(cells(a, width), cells(b, width), strict=True):
+        hit, other = np.bincount(x, minlength=count), np.bincount(y, minlength=count)
+        both = hit + other
+        chi = float(((hit - other) ** 2 / np.maximum(both, 1)).sum())
+        if chi > quantile(max(int((both > 0).sum()) - 1, 1)):
+            out.append(name)
+    return out
+
+
+# --- watching -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Label:
+    """Where a value was seen: step, place within the step, what it is, and at which party."""
+
+    step: str
+    place: int
+    what: Literal["opened", "received"]
+    party: int
+    bits: bool
+    width: int
+
+
+Log = dict[Label, list[Ring]]
+
+
+class Watched(Doors):
+    """Doors that note what this party sees."""
+
+    def __init__(self, doors: Doors, log: Log) -> None:
+        super().__init__(doors.channel, doors.bk)
+        self.log = log
+
+    def _note(self, label: Label, value: Ring) -> None:
+        self.log.setdefault(label, []).append(np.array(value, np.uint64).ravel())
+
+    async def open_all(self, step: str, requests: Sequence[Masked]) -> list[list[Ring]]:
+        opened = await super().open_all(step, requests)
+        place = 0
+        for r, values in zip(requests, opened, strict=True):
+            for s, value in zip(r.shares, values, strict=True):
+                bits = isinstance(s, Bits)
+                width = 64 if bits else r.width
+                mine = s.v[0] ^ s.v[1] if bits else s.v[0] + s.v[1]
+                lacked = value ^ mine if bits else (value - mine) & np.uint64((1 << width) - 1)
+                me = self.bk.party
+                if me == 0:
+                    self._note(Label(step, place, "opened", me, bits, width), value)
+                self._note(Label(step, place, "received", me, bits, width), lacked)
+                place += 1
+        return opened
+
+    async def reshare(self, step: str, *summands: Ring) -> list[Ring]:
+        out = await super().reshare(step, *summands)
+        for place, v in enumerate(out):
+            self._note(Label(step, place, "received", self.bk.party, False, 64), v[1])
+        return out
+
+
+def merge(logs: Sequence[Log]) -> dict[Label, Ring]:
+    """All values by label; look-up openings, which travel shifted up, are shifted down again."""
+    out = {label: np.concatenate(v) for log in logs for label, v in log.items()}
+    places: dict[tuple[str, int], np.uint64] = {}
+    for label, v in out.items():
+        if label.width == 64 and not label.bits:
+            key = (label.step, label.place)
+            places[key] = places.get(key, np.uint64(0)) | np.bitwise_or.reduce(v, initial=np.uint64(0))
+    done = {}
+    for label, v in out.items():
+        used = int(places.get((label.step, label.place), np.uint64(1)))
+        shift = (used & -used).bit_length() - 1 if used and v.size >= FEWEST else 0
+        if shift:
+            assert any(word in label.step for word in ("index", "coarse")), f"{label}: low bits are all zero"
+            label = Label(label.step, label.place, label.what, label.party, label.bits, 64 - shift)
+            v = v >> np.uint64(shift)
+        done[label] = v
+    return done
+
+
+def findings(*runs: Mapping[Label, Ring]) -> list[str]:
+    """What is wrong with what was seen in runs that differ in their secrets only."""
+    out = []
+    for run in runs:
+        before: dict[tuple[int, str, bool, int], Ring] = {}
+        for label, v in run.items():
+            if v.size < FEWEST:
+                continue
+            mask = np.uint64((1 << label.width) - 1)
+
+            def difference(a: Ring, b: Ring, label: Label = label, mask: np.uint64 = mask) -> Ring:
+                return (a ^ b if label.bits else a - b) & mask
+
+            out += [f"{label}: {x}" for x in uneven(v, label.width)]
+            half = v.size // 2
+            pairs = difference(v[1 : 2 * half : 2], v[: 2 * half : 2])
+            out += [f"{label}: neighbours, {x}" for x in uneven(pairs, label.width)]
+            key = (label.party, label.what, label.bits, label.width)
+            last = before.get(key)
+            if last is not None and last.size == v.size:  # a mask used in two openings
+                out += [f"{label}: with the one before, {x}" for x in uneven(difference(v, last), label.width)]
+            before[key] = v
+    for other in runs[1:]:
+        assert other.keys() == runs[0].keys(), "different secrets open different things"
+        for label, v in runs[0].items():
+            assert other[label].size == v.size
+            if v.size >= FEWEST:
+                out += [f"{label}: two secrets, {x}" for x in unlike(v, other[label], label.width)]
+    return out
+
+
+def test_the_statistics_find_what_they_should() -> None:
+    rng = np.random.default_rng(0)
+    good, again = rng.integers(0, RING, (2, 4096), np.uint64)
+    assert uneven(good, 64) == [] and unlike(good, again, 64) == []
+    small = good & np.uint64(7)
+    assert uneven(small, 3) == [] and unlike(small, again >> np.uint64(61), 3) == []
+    assert "top" in uneven(good >> np.uint64(1), 64)
+    assert "bit 63" in uneven(good | np.uint64(1 << 63), 64)
+    assert "low" in uneven(good & ~np.uint64(2), 64)
+    assert uneven(np.where(rng.random(4096) < 0.1, np.uint64(0), good), 64) != []
+    assert "top" in unlike(good, again >> np.uint64(1), 64)
+    sums = (good >> np.uint64(8)) + (again >> np.uint64(8))
+    assert "top" in uneven(sums, 64), "the sum of two short masks"
+
+
+# --- spoiled masks ------------------------------------------------------------------------------------------
+
+
+def mask_width(kind: prep.Kind, name: str) -> int | None:
+    """Bits of a mask that opens something; None for what is no mask."""
+    match kind:
+        case prep.Trunc():
+            return 64 if name == "r" else None
+        case prep.Lookup(low, rest, bits, _):
+            return {"r": low + rest + bits, "mask": 64}.get(name)
+        case prep.Zero(bits, low):
+            return low + bits if name == "r" else None
+        case prep.Compare(low, width):
+            return low + width if name == "r" else None
+        case prep.DaBit():
+            return 64 if name == "planes" else None
+        case prep.Keys():  # and Values
+            return 64 if name in ("x", "new") else None
+        case _:
+            return 64 if name in ("x", "y", "s") else None
+
+
+def spoil_masks(how: Spoil, party: int, store: prep.Store) -> None:
+    """Break every mask of a store, alike at both holders of a component."""
+    for kind, arrays in store.material.items():
+        for name, v in arrays.items():
+            width = mask_width(kind, name)
+            if width is None:
+                continue
+            v = v.copy()
+            if how == "short":
+                v &= np.uint64((1 << (width - min(8, (width + 1) // 2))) - 1)
+            elif how == "reused":
+                flat = v.reshape(2, -1)
+                flat[:, 1::2] = flat[:, : 2 * (flat.shape[1] // 2) : 2]
+            elif how == "known":  # component 0 is held by parties 0 and 2
+                if party == 0:
+                    v[0] = 0
+                elif party == 2:
+                    v[1] = 0
+            arrays[name] = v
+
+
+# --- operations ---------------------------------------------------------------------------------------------
+
+Op = Callable[..., Awaitable[Any]]
+
+
+@dataclass(frozen=True)
+class Case:
+    """An operation over vectors of one repeated secret; `secrets` are extremes of its domain."""
+
+    op: Op
+    shapes: tuple[tuple[int, ...], ...]
+    secrets: tuple[tuple[int, ...], ...]
+    weights: tuple[tuple[str, int, int], ...] = ()
+    bits: bool = False
+    controls: tuple[Spoil, ...] = ("short", "reused", "known")
+
+
+async def _truncate(ctx: Context, x: Share) -> Any:
+    return await ops.truncate(ctx, "truncate", (x, 16), (x, 44))
+
+
+async def _mul(ctx: Context, x: Share, y: Share) -> Any:
+    return await ops.mul(ctx, "mul", (x, y))
+
+
+async def _scale(ctx: Context, s: Share, x: Share) -> Any:
+    return await ops.scale(ctx, "scale", s, x)
+
+
+async def _matmul(ctx: Context, x: Share) -> Any:
+    return await ops.matmul(ctx, "matmul", x, "w")
+
+
+async def _norm(ctx: Context, x: Share) -> Any:
+    return await nonlinear.rms_norm(ctx, "norm", x, 1e-5, Settings())
+
+
+async def _reciprocal(ctx: Context, x: Share) -> Any:
+    return await nonlinear.reciprocal(ctx, "reciprocal", x, Settings())
+
+
+async def _silu(ctx: Context, x: Share) -> Any:
+    return await nonlinear.activation(ctx, "silu", x, "silu", Settings())
+
+
+async def _relu(ctx: Context, x: Share) -> Any:
+    return await nonlinear.relu(ctx, "relu", x, Settings())
+
+
+async def _softmax(ctx: Context, x: Share, valid: Share) -> Any:
+    allowed = np.ones(x.shape[1:], np.uint64)
+    return await nonlinear.exponentials(ctx, "softmax", x, allowed, valid, Settings())
+
+
+async def _is_zero(ctx: Context, x: Share) -> Any:
+    return await ops.is_zero(ctx, "zero", x, 4)
+
+
+async def _are_below(ctx: Context, x: Share) -> Any:
+    return await ops.are_below(ctx, "below", x, 20, 6, [1, 40])
+
+
+async def _is_negative(ctx: Context, x: Share) -> Any:
+    return await ops.is_negative(ctx, "sign", x, 16, 28)
+
+
+async def _to_ring(ctx: Context, x: Bits) -> Any:
+    return await ops.to_ring(ctx, "inject", x, 64 * x.shape[0])
+
+
+async def _conjunction(ctx: Context, x: Bits, y: Bits) -> Any:
+    return await ops.conjunction(ctx, "and", (x, y))
+
+
+async def _argmax(ctx: Context, x: Share) -> Any:
+    for i in range(x.shape[0]):
+        await ops.argmax(ctx, "argmax", x[i], 0, 28)
+
+
+TINY = PlanSpec("llama", 1, 8, 2, 1, 4, 8, 8, 8, "silu_glu", 1e-5, "rope", 100.0, None, ())
+
+
+async def _reenter(ctx: Context, token: Share, position: Share) -> Any:
+    for i in range(token.shape[0]):
+        await transformer.reenter(ctx, "reenter", TINY, token[i : i + 1], position[i : i + 1])
+
+
+BIG = 1 << 61
+CASES: dict[str, Case] = {
+    "truncate": Case(_truncate, ((2048,),), ((0,), (BIG,), (-BIG,), (-1,))),
+    "mul": Case(_mul, ((3000,), (3000,)), ((0, 0), ((1 << 63) - 1, -1), (-(1 << 63), 1))),
+    "scale": Case(_scale, ((600,), (600, 5)), ((0, 0), (-1, (1 << 63) - 1), (1, -(1 << 63)))),
+    "matmul": Case(_matmul, ((500, 6),), ((0,), ((1 << 63) - 1,), (-5,)), (("w", 6, 2),)),
+    "norm": Case(_norm, ((512, 3),), ((0,), (4000 << 16,), (-1,))),
+    "reciprocal": Case(_reciprocal, ((512,),), ((1 << 13,), ((1 << 35) - 1,), (1 << 24,))),
+    "activation": Case(_silu, ((1024,),), ((0,), (249 << 32,), (-(249 << 32),))),
+    "relu": Case(_relu, ((2048,),), ((0,), (2047 << 32,), (-(2047 << 32),))),
+    "softmax": Case(_softmax, ((1, 32, 32), (32,)), ((0, 0), (249 << 32, 1), (-(249 << 32), 1))),
+    "is_zero": Case(_is_zero, ((4096,),), ((0,), (15,), (7,))),
+    "are_below": Case(_are_below, ((2048,),), ((0,), (60 << 20,), (39 << 20,))),
+    "is_negative": Case(_is_negative, ((2048,),), ((0,), (1 << 42,), (-(1 << 42),), (-1,))),
+    "to_ring": Case(_to_ring, ((1024,),), ((0,), (-1,), (0x5555555555555555,)), bits=True),
+    "conjunction": Case(_conjunction, ((3000,), (3000,)), ((0, 0), (-1, -1), (-1, 0)), bits=True),
+    "argmax": Case(_argmax, ((40, 12),), ((0,), (1 << 25,), (-(1 << 25),))),
+    "reenter": Case(_reenter, ((300,), (300,)), ((0, 0), (7, 7)), (("embed", 8, 8),)),
+}  # fmt: skip
+
+
+def watch(case: Case, secrets: Sequence[int], seed: int, how: Spoil = "honest") -> dict[Label, Ring]:
+    """What all parties saw online when the operation ran on these secrets."""
+    weights = {
+        name: np.random.default_rng(5).integers(0, RING, (k, m), np.uint64) for name, k, m in case.weights
+    }
+    ctx, cost = planning({name: (k, m) for name, k, m in case.weights})
+    kind = Bits if case.bits else Share
+
+    async def plan() -> None:
+        await case.op(ctx, *(kind(np.zeros((1, *shape), np.uint64), ctx.bk) for shape in case.shapes))
+
+    trio.run(plan)
+    logs: list[Log] = [{}, {}, {}]
+
+    async def party(p: parties.Party) -> None:
+        inner = await p.context(cost.demand)
+        assert isinstance(inner.store, prep.Store)
+        spoil_masks(how, p.index, inner.store)
+        inner.doors = Watched(p.doors, logs[p.index])
+        shares = []
+        for shape, secret in zip(case.shapes, secrets, strict=True):
+            blank = kind(np.zeros((2, *shape), np.uint64), p.bk)
+            value = np.full(shape, secret % RING, np.uint64)
+            shares.append(blank ^ value if isinstance(blank, Bits) else blank + value)
+        await case.op(inner, *shares)
+
+    parties.run_parties(party, weights=parties.share_weights(weights), seed=b"secrecy %d" % seed)
+    return merge(logs)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_openings_are_uniform_and_tell_no_secret_from_another(name: str) -> None:
+    case = CASES[name]
+    runs = [watch(case, secrets, 10 + i) for i, secrets in enumerate(case.secrets)]
+    tested = {label.step for label, v in runs[0].items() if v.size >= FEWEST}
+    assert tested, "nothing was tested"
+    assert findings(*runs) == []
+
+
+@pytest.mark.parametrize("how", ["short", "reused", "known"])
+@pytest.mark.parametrize("name", CASES)
+def test_a_broken_mask_is_caught(name: str, how: Spoil) -> None:
+    case = CASES[name]
+    seen = watch(case, case.secrets[0], 50, how)
+    assert findings(seen) != [], f"{how} masks of {name} went unnoticed"
+
+
+def test_a_mask_used_for_two_openings_is_caught() -> None:
+    """Two truncations that take the same pairs: each opening looks uniform, their difference does not."""
+
+    async def op(ctx: Context, x: Share) -> Any:
+        again = Context(ctx.bk, ctx.doors, ctx.store, ctx.weights)
+        if isinstance(ctx.store, prep.Store):
+            again.store = prep.Store({k: dict(v) for k, v in ctx.store.material.items()})
+        await ops.truncate(ctx, "first", (x, 16))
+        await ops.truncate(again, "second", (x, 16))
+
+    seen = watch(Case(op, ((2048,),), ((0,),)), (0,), 60)
+    assert all("with the one before" in f for f in findings(seen)) and findings(seen) != []
+
+
+# --- preprocessing ------------------------------------------------------------------------------------------
+
+KINDS: dict[str, tuple[prep.Kind, int]] = {
+    "trunc": (prep.Trunc(16), 1024),
+    "lookup": (prep.Lookup(7, 12, 3, 2), 1024),
+    "zero": (prep.Zero(4), 4096),
+    "compare": (prep.Compare(4, 12), 4096),
+    "dabit": (prep.DaBit(), 2048),
+    "and": (prep.AndTriple(), 1500),
+    "mul": (prep.Mul(), 3000),
+    "scale": (prep.Scale(3), 800),
+    "norm": (prep.Norm(3), 800),
+    # Of matrix products those with one term: with many, even an unmasked message looks uniform.
+    "weight": (prep.Weight("w"), 600),
+    "keys": (prep.Keys(0, 0, 30, 2, 1, 1), 1),
+    "values": (prep.Values(0, 0, 1, 300, 300, 8), 1),
+}
+
+
+def watch_making(kind: prep.Kind, n: int, seed: int, how: Spoil = "honest") -> dict[Label, Ring]:
+    """What each party received while a kind was made: resharings, and the halvings of its check."""
+    logs: list[Log] = [{}, {}, {}]
+    w = {"w": np.random.default_rng(5).integers(0, RING, (1, 4), np.uint64)}
+
+    async def party(p: parties.Party) -> None:
+        p.prep_doors = Watched(p.prep_doors, logs[p.index])
+        if how == "no zero":
+
+            def nothing(*shape: int) -> Ring:
+                return np.zeros(shape, np.uint64)
+
+            p.prep_doors.bk.zero = p.prep_doors.bk.zero_bits = nothing  # type: ignore[method-assign]
+        await p.context({kind: n})
+
+    parties.run_parties(party, weights=parties.share_weights(w), seed=b"making %d" % seed)
+    return merge(logs)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_resharings_are_uniform(name: str) -> None:
+    seen = watch_making(*KINDS[name], 1)
+    steps = {label.step for label, v in seen.items() if v.size >= FEWEST and "verify" not in label.step}
+    assert steps, "nothing was tested"
+    assert findings(seen) == []
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_a_missing_share_of_zero_is_caught(name: str) -> None:
+    """Without it a message is a product of what the receiver half knows: its low bit is 0 more often than not."""
+    assert findings(watch_making(*KINDS[name], 1, "no zero")) != []
+
+
+@pytest.mark.parametrize("how", ["honest", "no zero"])
+def test_a_resharing_is_independent_of_the_receivers_own_shares(how: Spoil) -> None:
+    """Given its own two components of both factors a party cannot predict the message; without zeros it can."""
+    views: list[tuple[Ring, Ring, Ring]] = []
+
+    async def party(p: parties.Party) -> None:
+        batch = prep.Batch(p.prep_doors, p.weights, {})
+        bk = batch.doors.bk
+        x, y = bk.random(4096), bk.random(4096)
+        if how == "no zero":
+            bk.zero_bits = lambda *shape: np.zeros(shape, np.uint64)  # type: ignore[method-assign]
+        (z,) = await batch.conj("and", (x, y))
+        if p.index == 0:
+            views.append((x[1], y[1], z[1]))
+
+    parties.run_parties(party, seed=b"view")
+    ((x, y, z),) = views
+    knows = ~(x | y)  # lanes where the receiver's shares are both 0
+    ones, lanes = int(np.bitwise_count(z & knows).sum()), int(np.bitwise_count(knows).sum())
+    if how == "honest":
+        assert abs(ones - lanes / 2) < SIGMAS * math.sqrt(lanes) / 2
+    else:
+        assert ones == 0
+
+
+# --- what clients get ---------------------------------------------------------------------------------------
+
+
+def reveal(value: int, how: Spoil) -> dict[Label, Ring]:
+    """Components handed out by `reveal` of a sharing (value, 0, 0), and what the parties receive meanwhile."""
+    logs: list[Log] = [{}, {}, {}]
+
+    async def party(p: parties.Party) -> None:
+        doors = Watched(p.doors, logs[p.index])
+        if how == "no zero":
+            doors.bk.zero = lambda *shape: np.zeros(shape, np.uint64)  # type: ignore[method-assign]
+        share = Share(np.zeros((2, 2048), np.uint64), p.bk) + value
+        out = await doors.reveal("token", share)
+        for place in range(2):
+            doors._note(Label("handed out", place, "received", p.index, False, 64), out[place])
+
+    parties.run_parties(party, seed=b"reveal %d" % value)
+    return merge(logs)
+
+
+def test_revealed_components_are_fresh() -> None:
+    """They are uniform whatever the share was: a client learns the value and no component the parties use."""
+    one, other = reveal(3, "honest"), reveal(31999, "honest")
+    assert findings(one, other) == []
+    assert findings(reveal(3, "no zero")) != []
+
+
+# --- a whole pass -------------------------------------------------------------------------------------------
+
+PASS = PlanSpec(
+    family="llama", layers=1, width=16, heads=4, kv_heads=2, head_dim=4, hidden=24, vocab=16, context=32,
+    act="silu_glu", norm_eps=1e-5, positions="rope", rope_theta=10000.0, bos_id=None, eos_ids=(),
+)  # fmt: skip
+ROWS = 24
+
+
+@dataclass
+class Prompt:
+    token: int
+    valid: int
+    weights: dict[str, Ring] = field(default_factory=dict)
+
+
+def model(seed: int, size: float) -> dict[str, Ring]:
+    rng = np.random.default_rng(seed)
+    out = {}
+    for name, shape in PASS.shapes().items():
+        values = rng.standard_normal(shape) * (0.1 if len(shape) == 1 else size * shape[0] ** -0.5)
+        out[name] = encode(values.reshape(-1, shape[-1]), 16)
+    return out
+
+
+def watch_pass(prompt: Prompt, seed: int) -> dict[Label, Ring]:
+    """Everything seen online while a prompt of one repeated token passes through a layer."""
+    logs: list[Log] = [{}, {}, {}]
+    s = Settings()
+
+    async def plan() -> Mapping[prep.Kind, int]:
+        return (await transformer.cost_of(PASS, s, 0, ROWS, prompt=True, sampler=None)).demand
+
+    demand = trio.run(plan)
+
+    async def party(p: parties.Party) -> None:
+        doors = Watched(p.doors, logs[p.index])
+        entering = await p.context(transformer.entry_demand(PASS, ROWS), "entry")
+        entry = transformer.entry(entering, PASS, ROWS)
+        blank = Share(np.zeros((2, ROWS), np.uint64), p.bk)
+        (token,) = await doors.open_low("offset token", 4, blank + prompt.token + entry.token["r"])
+        (place,) = await doors.open_low("offset position", 5, blank + entry.position["r"])
+        ctx = await p.context(demand, "step")
+        ctx.doors = doors
+        cache = Cache.empty(PASS.layers)
+        cache.valid = blank + prompt.valid
+        rows = await transformer.embed(ctx, "embed", PASS, entry, token, place)
+        await transformer.forward(ctx, "pass", PASS, rows, cache, s)
+
+    parties.run_parties(party, weights=parties.share_weights(prompt.weights), seed=b"pass %d" % seed)
+    return merge(logs)
+
+
+def test_a_whole_pass_tells_nothing() -> None:
+    """Two prompts, two models, valid and not: the same steps and sizes, every opening uniform and alike."""
+    one = watch_pass(Prompt(0, 0, model(1, 0.3)), 1)
+    other = watch_pass(Prompt(15, 1, model(2, 1.0)), 2)
+    tested = [label for label, v in one.items() if v.size >= FEWEST]
+    assert len({(label.step, label.place) for label in tested}) > 60
+    assert findings(one, other) == []
