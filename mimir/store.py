@@ -251,7 +251,6 @@ class Incoming:
             raise BadInput(
                 f"{name}.{side}: {len(data)} bytes at {offset} do not follow the {size} that are here"
             )
-        self._verified = False
         _write_at_rest(self._staging / f"{name}.{side}", offset, data)
         self._sizes[name, side] = size + len(data)
 

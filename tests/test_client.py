@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import trio
 from service import NAMES, VOCAB, Tamper, World, spec, world
+from trio_websocket import ConnectionClosed, open_websocket
 
 from mimir.client.connection import PartyError, connect
 from mimir.client.federation import Party
@@ -27,8 +28,10 @@ from mimir.client.session import (
     terms_for,
 )
 from mimir.errors import AbortError, BadInput, ClientError, LocalError, MimirError, PeerError
-from mimir.net.identity import Identity
-from mimir.net.messages import Message, Open, Sampler
+from mimir.net.control import ClientGone, ClientHandle
+from mimir.net.identity import Identity, exchange_public
+from mimir.net.messages import FROM_CLIENT, Message, Open, Sampler, pack
+from mimir.net.seal import Handshake
 
 PROMPT = [5, 250, 17]
 
@@ -647,6 +650,85 @@ def test_garbage_after_the_handshake_closes_that_connection_only(tmp_path: Path,
                     await connection.receive("status")
             await session.prompt(PROMPT)
             assert len(await answer(session)) == 4
+
+    run(test)
+
+
+async def handshaken(
+    stack: AsyncExitStack, made: World, first: bytes | None = None
+) -> tuple[Any, Any, bytes]:
+    """A connection after the handshake, before the first sealed message: socket, seal, what was sent."""
+    party = made.federation.parties[0]
+    socket = await stack.enter_async_context(
+        open_websocket(party.host, party.port, "/mimir/1", use_ssl=False)
+    )
+    handshake = Handshake.initiator(
+        made.clients[0].exchange_key(), exchange_public(bytes.fromhex(party.identity))
+    )
+    message = handshake.start()
+    await socket.send_message(first or message)
+    answered = await socket.get_message()
+    assert isinstance(answered, bytes)
+    return socket, None if first else handshake.finish(answered), message
+
+
+def test_who_stays_silent_after_the_handshake_is_closed(tmp_path: Path) -> None:
+    async def test() -> None:
+        async with world(tmp_path) as made, AsyncExitStack() as stack:
+            socket, _seal, _message = await handshaken(stack, made)
+            with trio.fail_after(3), pytest.raises(ConnectionClosed):
+                await socket.get_message()
+
+    run(test)
+
+
+def test_a_replayed_handshake_gets_an_answer_and_nothing_more(tmp_path: Path) -> None:
+    async def test() -> None:
+        async with world(tmp_path) as made, AsyncExitStack() as stack:
+            _socket, seal, message = await handshaken(stack, made)
+            hello = seal.close(pack({"t": "hello"}, FROM_CLIENT))
+            replayed, _, _ = await handshaken(stack, made, message)
+            await replayed.send_message(hello)
+            with trio.fail_after(3), pytest.raises(ConnectionClosed):
+                await replayed.get_message()
+
+    run(test)
+
+
+def test_something_else_than_a_hello_comes_to_nothing(tmp_path: Path) -> None:
+    async def test() -> None:
+        async with world(tmp_path) as made, AsyncExitStack() as stack:
+            socket, seal, _message = await handshaken(stack, made)
+            for _ in range(2):
+                await socket.send_message(seal.close(pack({"t": "status"}, FROM_CLIENT)))
+            with trio.fail_after(3), pytest.raises(ConnectionClosed):
+                await socket.get_message()
+
+    run(test)
+
+
+def test_garbage_in_a_session_reaches_its_task_as_a_client_that_is_gone(tmp_path: Path) -> None:
+    """Not as a cancellation: the task that works for the client must be able to end the session in order."""
+
+    async def test() -> None:
+        async with world(tmp_path) as made, AsyncExitStack() as stack:
+            ended: list[BaseException] = []
+            opened = made.parties[0].open
+
+            async def observe(client: ClientHandle, terms: Open) -> None:
+                try:
+                    await opened(client, terms)
+                except BaseException as error:
+                    ended.append(error)
+                    raise
+
+            made.parties[0].open = observe  # type: ignore[method-assign]
+            session = await open_one(stack, made)
+            first = session._connections[0]
+            await first._socket.send_message(b"no seal")
+            while not ended:
+                await trio.sleep(0.01)
+            assert isinstance(ended[0], ClientGone)
 
     run(test)
 

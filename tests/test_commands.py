@@ -24,7 +24,7 @@ from tokenizers import decoders, models, pre_tokenizers
 
 from mimir import errors
 from mimir.__main__ import EXIT_CODES, INTERRUPTED, main, peer_main
-from mimir.client.terminal import visible
+from mimir.client.terminal import Terminal, visible
 from mimir.errors import AbortError
 from mimir.net.identity import Identity
 
@@ -542,6 +542,32 @@ def test_every_command_explains_itself_and_the_exit_codes_are_those_of_the_error
     with pytest.raises(SystemExit) as caught:
         main(["generate", "--join", "xyz", "--federation", "f"])
     assert caught.value.code == 2
+
+
+class Screen(io.StringIO):
+    """A stream that says it is a terminal."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def test_a_terminal_gets_a_progress_line_and_no_control_characters(monkeypatch: pytest.MonkeyPatch) -> None:
+    out, err = Screen(), Screen()
+    monkeypatch.setattr(sys, "stdout", out)
+    monkeypatch.setattr(sys, "stderr", err)
+    terminal = Terminal()
+    terminal.progress("prefill", "prefill  [####] 3 rounds")
+    terminal.progress("prefill", "prefill  [#####] too soon to be drawn")
+    terminal.text("a\x1b[2Jb")
+    assert out.getvalue() == "a\ufffd[2Jb"
+    assert err.getvalue().startswith("\rprefill  [####] 3 rounds") and "too soon" not in err.getvalue()
+    assert err.getvalue().endswith("\r")  # taken away before the text came
+    quiet = Terminal(as_json=True)
+    quiet.progress("prefill", "x")
+    quiet.text("never")
+    quiet.note("never")
+    quiet.event("token", text="\x1b")
+    assert "never" not in out.getvalue() + err.getvalue() and "\x1b" not in out.getvalue()
 
 
 def test_text_of_a_model_cannot_steer_a_terminal() -> None:

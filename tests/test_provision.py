@@ -230,6 +230,31 @@ def test_another_scale_and_other_parties_are_refused(tmp_path: Path) -> None:
     run(test)
 
 
+def test_a_party_that_accepted_something_else_is_named(tmp_path: Path) -> None:
+    async def test() -> None:
+        async with world(tmp_path, hold=False) as made:
+            sharing = Sharing(plan(), SCALE, seeds())
+            store = made.parties[2].store
+            begin = store.begin
+
+            def swap(data: Any) -> Any:
+                incoming = begin(data)
+                accept = incoming.accept
+
+                def accepted() -> None:
+                    accept()
+                    incoming.digest = "0" * 64
+
+                incoming.accept = accepted  # type: ignore[method-assign]
+                return incoming
+
+            store.begin = swap  # type: ignore[method-assign]
+            with pytest.raises(MimirError, match="party gamma accepted another model"):
+                await share(made, sharing, sharing.manifest("toy", made.keys))
+
+    run(test)
+
+
 def test_a_party_that_claims_the_impossible_is_refused(tmp_path: Path) -> None:
     async def test() -> None:
         async with world(tmp_path, hold=False) as made:

@@ -5,15 +5,16 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from mimir.errors import BadInput, LocalError, MimirError, ModelError
+from mimir.errors import BadInput, EnvironmentMissing, LocalError, MimirError, ModelError
 from mimir.manifest import COMPONENTS, Manifest, Tensor
 from mimir.model.checkpoint import PlanSpec
-from mimir.store import MAX_INCOMPLETE, SIDES, ModelStore, StoreError
+from mimir.store import MAX_INCOMPLETE, SIDES, SPARE_DISK_BYTES, ModelStore, StoreError
 
 PARTIES = tuple(format(number, "x") * 64 for number in (10, 11, 12))
 SPEC = PlanSpec(
@@ -221,7 +222,30 @@ def test_damage_on_disk_is_found_on_load(store: ModelStore, fault: str) -> None:
     with pytest.raises(StoreError) as caught:
         again.open(manifest.digest())
     assert str(home) in str(caught.value)
+    assert fault != "link" or "is a link" in str(caught.value)
     again.models()  # names what is whole, and does not fail
+
+
+def test_files_of_another_user_are_refused(store: ModelStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    manifest, components = sharing()
+    upload(store, manifest, components)
+    monkeypatch.setattr(os, "geteuid", lambda: 12345)
+    with pytest.raises(StoreError, match="belongs to user"):
+        store.open(manifest.digest())
+
+
+def test_a_model_that_would_fill_the_disk_is_refused_at_once(
+    store: ModelStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manifest, components = sharing()
+    need = 2 * manifest.nbytes
+    usage = shutil.disk_usage(store.root)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=SPARE_DISK_BYTES + need - 1))
+    with pytest.raises(EnvironmentMissing, match="make room"):
+        store.begin(manifest.public())
+    assert [path.name for path in store.root.iterdir()] == [".lock"]
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=SPARE_DISK_BYTES + need))
+    upload(store, manifest, components)
 
 
 def test_a_store_belongs_to_one_process_and_one_federation(store: ModelStore) -> None:
