@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +23,7 @@ import trio
 
 from mimir.client.connection import Connection, connect, plain_errors
 from mimir.client.federation import Federation
-from mimir.errors import BadInput, ClientError, LocalError, ModelError
+from mimir.errors import BadInput, ClientError, LocalError, MimirError, ModelError
 from mimir.model.checkpoint import PlanSpec
 from mimir.net.identity import Identity
 from mimir.net.messages import SESSION_BYTES, Message, Open, Sampler
@@ -31,6 +31,7 @@ from mimir.net.messages import SESSION_BYTES, Message, Open, Sampler
 Words = npt.NDArray[np.uint64]
 
 PARTIES = 3
+CLOSE_SECONDS = 1.0
 KINDS = ("token", "position", "valid")  # what a prompt slot consists of
 RING_BITS = 64
 PAIR_BYTES = 16  # two components of one word
@@ -365,7 +366,8 @@ async def open_session(
         await session._tell(terms.message())
         await gather(connections, lambda each: session._await(each, "opened"))
     yield session
-    with trio.move_on_after(1), plain_errors():  # a courtesy: hanging up ends the session as well
+    # A courtesy: hanging up ends the session as well, and a party that has left cannot be told.
+    with trio.move_on_after(CLOSE_SECONDS), suppress(MimirError), plain_errors():
         await session._tell({"t": "close"})
 
 
