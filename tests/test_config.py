@@ -100,7 +100,7 @@ BAD = {
     "client keys no list": (put("clients", "ab" * 32), "clients"),
     "buckets fall": (put("scheduler.prompt_buckets", [32, 16]), "rising lengths"),
     "buckets empty": (put("scheduler.output_buckets", []), "rising lengths"),
-    "bins no power of two": (put("cheby.bins", 100), "cheby.bins: must be a power of two"),
+    "bins no power of two": (put("cheby.bins", 200), "cheby.bins: must be a power of two"),
     "context too small": (put("scheduler.max_context", 20), "scheduler.max_context: smaller than"),
     "same operator twice": (
         put("peers.1.identity", "d75a980182b10ab7d54bfed3c964073a0ee172f3daa62325af021a68f707511a"),
