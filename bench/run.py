@@ -23,12 +23,15 @@ Figures. Seconds of a token are the median between tokens as they reach the clie
 position, in full batches of the producer. Their sum is the price of a token when nothing was prepared and
 nothing overlaps. Bytes are what one party hands to its links, framing included, of the party that sends most.
 Memory is the peak resident set of a party's process (VmHWM) over the whole life of the mesh, provisioning
-included; the tunnel's own process comes apart. "Bound by" is the largest share of the time of a token that
-one resource explains: the processors of this machine, which all three parties, their tunnels and the client
-share; the way there of every round; or the rate of a link. Nothing here is asserted: tests do that.
+included; the part of it that maps files, at the end, is the weights' shares, which the kernel can drop and
+read again. The tunnel's own process comes apart. "Bound by" is the largest share of the time of a token that
+one resource explains: the processors of this machine, which all three parties and their tunnels share; the
+way there of every round; or the rate of a link. What else the machine does is measured too: if that is much,
+the table says that its seconds are too large. Nothing here is asserted: tests do that.
 
 Results go to bench/results/ as one JSON file a run, with machine, commit and date; the tables to
-bench/results/table.md. The figures of the latest earlier result are printed as ratios.
+bench/results/table.md (--quick keeps nothing unless --out is given). Ratios to the latest earlier results of
+the same models, networks and lengths are printed.
 """
 
 from __future__ import annotations
@@ -89,6 +92,7 @@ FIRST_QUIET = 300.0  # without progress, before anything was made
 QUIET = 20.0  # without progress, after which the pool counts as full; at least ...
 QUIET_TIMES = 4  # ... so many times the longest wait so far
 PEER_SECONDS = 600.0  # deadlines.round
+CROWDED = 0.25  # of the machine, busy with neither parties nor tunnels
 TICKS = os.sysconf("SC_CLK_TCK")
 TARGETS = {"rounds a layer": 60, "online s": 1.0, "together s": 3.0, "MiB": 1024}
 
@@ -124,12 +128,12 @@ def children(pid: int) -> list[int]:
     return found
 
 
-def peak_memory(pid: int) -> int:
-    """Largest resident set so far, in bytes."""
+def memory(pid: int, what: str) -> int:
+    """VmHWM, the largest resident set so far, or RssFile, what maps files now; in bytes."""
     for line in Path(f"/proc/{pid}/status").read_text().splitlines():
-        if line.startswith("VmHWM:"):
+        if line.startswith(what + ":"):
             return int(line.split()[1]) * 1024
-    raise SystemExit(f"bench: process {pid} tells no VmHWM")
+    raise SystemExit(f"bench: process {pid} tells no {what}")
 
 
 class Meter:
@@ -148,8 +152,9 @@ class Meter:
 
     def memory(self) -> dict[str, list[int]]:
         return {
-            "parties": [peak_memory(pid) for pid in self.pids],
-            "tunnels": [sum(peak_memory(h) for h in each) for each in self.helpers],
+            "parties": [memory(pid, "VmHWM") for pid in self.pids],
+            "files": [memory(pid, "RssFile") for pid in self.pids],
+            "tunnels": [sum(memory(h, "VmHWM") for h in each) for each in self.helpers],
         }
 
 
@@ -281,12 +286,15 @@ def _answer(
 
 
 def _spent(before: Usage, after: Usage, count: int) -> dict[str, Any]:
-    """Processor seconds per `count`, and the share of the machine that was busy."""
-    wall, cores = after.at - before.at, os.cpu_count() or 1
+    """Processor seconds per `count`, and the shares of the machine that they were, and that was busy."""
+    parties = [b - a for a, b in zip(before.parties, after.parties, strict=True)]
+    tunnels = [b - a for a, b in zip(before.tunnels, after.tunnels, strict=True)]
+    whole = (after.at - before.at) * (os.cpu_count() or 1)
     return {
-        "cpu_parties": [(b - a) / count for a, b in zip(before.parties, after.parties, strict=True)],
-        "cpu_tunnels": [(b - a) / count for a, b in zip(before.tunnels, after.tunnels, strict=True)],
-        "busy": (after.busy - before.busy) / (wall * cores),
+        "cpu_parties": [x / count for x in parties],
+        "cpu_tunnels": [x / count for x in tunnels],
+        "own": (sum(parties) + sum(tunnels)) / whole,
+        "busy": (after.busy - before.busy) / whole,
     }
 
 
@@ -606,13 +614,14 @@ def summary(row: dict[str, Any]) -> dict[str, float]:
         "first s": row["cold"]["first_token_seconds"],
         "last s": row["cold"]["last_token_seconds"],
         "memory": max(row["memory"]["parties"]),
+        "mapped": max(row["memory"]["files"]),
         "tunnel memory": max(row["memory"]["tunnels"]),
     }
 
 
 def bound(row: dict[str, Any], part: dict[str, Any], seconds: float, rounds: float, sent: float) -> str:
     """What explains most of `seconds`: processors, latency or rate."""
-    shares = {"processors": part["busy"]}
+    shares = {"processors": part["own"]}
     if row["wan"]:
         rtt, _, rate = row["wan"].partition(":")
         shares["latency"] = rounds * float(rtt) / 2000 / seconds
@@ -620,6 +629,11 @@ def bound(row: dict[str, Any], part: dict[str, Any], seconds: float, rounds: flo
             shares["rate"] = sent * 8 / (float(rate) * 1e6) / seconds
     name = max(shares, key=lambda n: shares[n])
     return f"{name} {100 * shares[name]:.0f} %"
+
+
+def _crowded(row: dict[str, Any]) -> bool:
+    parts = [row["ready"]["online"]["token"], row["ready"]["preprocessing"]["answer"]]
+    return any(part["busy"] - part["own"] > CROWDED for part in parts)
 
 
 def bounds(row: dict[str, Any]) -> tuple[str, str]:
@@ -667,8 +681,8 @@ def tables(result: dict[str, Any]) -> str:
             f"**{how}**",
             "",
             "| model | rounds a layer | rounds a token | online MB | prefill s (rows) | online s | bound by "
-            "| prep. rounds | prep. MB | prep. s | bound by | together s | memory MiB |",
-            "|---|--:|--:|--:|--:|--:|---|--:|--:|--:|---|--:|--:|",
+            "| prep. rounds | prep. MB | prep. s | bound by | together s | memory MiB (files) |",
+            "|---|--:|--:|--:|--:|--:|---|--:|--:|--:|---|--:|---|",
         ]
         for row in rows:
             s, (online, made) = summary(row), bounds(row)
@@ -676,7 +690,7 @@ def tables(result: dict[str, Any]) -> str:
                 f"| {row['model']} | {row['rounds']['layer']} | {s['rounds']:.0f} | {_mb(s['online bytes'])} "
                 f"| {_s(s['prefill s'])} ({s['prefill rows']:.0f}) | {_s(s['online s'])} | {online} "
                 f"| {s['prep rounds']:.0f} | {_mb(s['prep bytes'])} | {_s(s['prep s'])} | {made} "
-                f"| {_s(s['together s'])} | {_mib(s['memory'])} |"
+                f"| {_s(s['together s'])} | {_mib(s['memory'])} ({_mib(s['mapped'])}) |"
             )
         out += [
             "",
@@ -694,6 +708,12 @@ def tables(result: dict[str, Any]) -> str:
                 f"| {_mib(max(row['memory']['tunnels']))} | {right} |"
             )
         out.append("")
+        crowded = [row["model"] for row in rows if _crowded(row)]
+        if crowded:
+            out += [
+                f"The machine had much else to do meanwhile: seconds too large for {', '.join(crowded)}.",
+                "",
+            ]
         for row in rows:
             if row["model"] == SHAPE and network == "local":
                 s = summary(row) | {
@@ -712,10 +732,22 @@ def tables(result: dict[str, Any]) -> str:
     return "\n".join(out)
 
 
-def compare(result: dict[str, Any], before: dict[str, Any]) -> str:
-    """Ratios to an earlier result, above 1 where a figure grew."""
-    old = {(r["model"], r["network"]): r for r in before["rows"]}
-    out = [f"Against {before['date'][:16]}, commit {before['commit']} (1 is equal, less is less):", ""]
+def earlier(folder: Path, but: Path) -> dict[tuple[Any, ...], dict[str, Any]]:
+    """The latest row of each model, network and lengths, in files that sort before `but`: by date."""
+    rows: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for file in sorted(f for f in folder.glob("*.json") if f.name < but.name):
+        rows |= {_alike(row): row for row in json.loads(file.read_text())["rows"]}
+    return rows
+
+
+def _alike(row: dict[str, Any]) -> tuple[Any, ...]:
+    ready, cold = row["ready"], row["cold"]
+    lengths = (ready["bucket"], ready["tokens"], cold["bucket"], cold["tokens"], row["context"])
+    return (row["model"], row["network"], row["wan"], row["tunnel"], *lengths)
+
+
+def compare(result: dict[str, Any], before: dict[tuple[Any, ...], dict[str, Any]]) -> str:
+    """Ratios to earlier rows, above 1 where a figure grew; empty if there are none."""
     names = (
         "rounds",
         "online bytes",
@@ -726,14 +758,18 @@ def compare(result: dict[str, Any], before: dict[str, Any]) -> str:
         "prep s",
         "memory",
     )
-    out += ["| model | network | " + " | ".join(names) + " |", "|---|---|" + "--:|" * len(names)]
+    lines = []
     for row in result["rows"]:
-        was = old.get((row["model"], row["network"]))
+        was = before.get(_alike(row))
         if was is not None:
             a, b = summary(was), summary(row)
             ratios = " | ".join(f"{b[n] / a[n]:.2f}" if a[n] else "-" for n in names)
-            out.append(f"| {row['model']} | {row['network']} | {ratios} |")
-    return "\n".join([*out, ""])
+            lines.append(f"| {row['model']} | {row['network']} | {ratios} |")
+    if not lines:
+        return ""
+    head = ["Against the latest earlier results (1 is equal, less is less):", ""]
+    head += ["| model | network | " + " | ".join(names) + " |", "|---|---|" + "--:|" * len(names)]
+    return "\n".join([*head, *lines, ""])
 
 
 # --- the command --------------------------------------------------------------------------------------------
@@ -747,12 +783,6 @@ def commit() -> str:
         check=False,
     )
     return said.stdout.strip() or "unknown"
-
-
-def latest(folder: Path, but: Path) -> dict[str, Any] | None:
-    """The result before this one: names begin with the date."""
-    files = sorted(f for f in folder.glob("*.json") if f.name < but.name)
-    return json.loads(files[-1].read_text()) if files else None
 
 
 def tunnel_possible() -> bool:
@@ -776,7 +806,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     )
     p.add_argument("--tokens", type=int, default=17, help="of the cold answer (default 17)")
     p.add_argument("--context", type=int, default=CONTEXT, help=f"scheduler.max_context (default {CONTEXT})")
-    p.add_argument("--out", type=Path, default=RESULTS, help="folder of the results (default bench/results)")
+    p.add_argument("--out", type=Path, metavar="DIR", help="folder of the results (default bench/results)")
     p.add_argument("--onto", type=Path, metavar="FILE", help="add to this result")
     p.add_argument("--show", type=Path, metavar="FILE", help="print the tables of this result and end")
     p.add_argument("--client", help=argparse.SUPPRESS)
@@ -819,8 +849,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if a.onto:
             result = json.loads(a.onto.read_text())
         result |= {"date": now.isoformat(timespec="seconds"), "commit": commit(), "machine": machine()}
-        target = a.onto or a.out / f"{now:%Y-%m-%d-%H%M}-{result['commit'][:10]}.json"
-        before = latest(a.out, target)
+        folder_out = a.out or (Path(folder) / "out" if a.quick else RESULTS)
+        target = a.onto or folder_out / f"{now:%Y-%m-%d-%H%M}-{result['commit'][:10]}.json"
+        before = earlier(target.parent, target)
         if SHAPE in wanted:
             _random(Path(folder) / SHAPE)
         for network in networks:
@@ -834,8 +865,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 target.write_text(json.dumps(_rounded(result), indent=1) + "\n")
                 (target.parent / "table.md").write_text(tables(result))
     print(tables(result))
-    if before is not None:
-        print(compare(result, before))
+    print(compare(result, before), end="")
     return 0
 
 
