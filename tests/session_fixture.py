@@ -255,8 +255,9 @@ async def hold(
     weights: Sequence[Any] | None = None,
     taps: Taps | None = None,
     actors: list[SessionActor] | None = None,
+    tweak: Callable[[Sequence[SessionActor]], None] = lambda sessions: None,
 ) -> Outcome:
-    """One session over `net`, from the client's terms to its end at all four."""
+    """One session over `net`, from the client's terms to its end at all four. `tweak` may bend its actors."""
     outcome = Outcome()
     terms = story.terms()
     weights = weights or tiny_weights(story.spec)
@@ -265,6 +266,7 @@ async def hold(
         SessionActor(net.party(i), terms, [seats[i]], story.spec, weights[i], SETTINGS, limits_of(story))
         for i in range(PARTIES)
     ]
+    tweak(sessions)
     if actors is not None:
         actors.extend(sessions)
 

@@ -7,15 +7,22 @@ ways a kind and party instead of one or two, MIMIR_FAULTS=all tries all of them 
 """
 
 from __future__ import annotations
+import __future__
 
+import ast
 import functools
+import importlib
+import inspect
 import itertools
 import logging
 import os
 import random
+import re
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -23,7 +30,7 @@ import numpy as np
 import pytest
 import structlog
 import trio
-from parties import Party, run_parties, share_weights
+from parties import SESSION, Party, run_parties, share_weights
 from session_fixture import (
     CONTENT,
     ERRORS,
@@ -35,22 +42,33 @@ from session_fixture import (
     TO_CLIENT,
     Event,
     Fault,
+    Outcome,
     Story,
+    Taps,
     Tried,
     explore,
+    hold,
     no_threads,
+    run,
+    run_session,
     spoil,
     survey,
+    tampered,
 )
 from trio.testing import MockClock
 
 from mimir import kernels
-from mimir.errors import MimirError, PeerError
-from mimir.mpc import check, prep
+from mimir.actors.peer import PartyService
+from mimir.actors.session import SessionActor
+from mimir.client import session as client
+from mimir.errors import ClientError, MimirError, PeerError
+from mimir.mpc import check, doors, prep
 from mimir.mpc.domain import Ring
 from mimir.mpc.doors import Doors
-from mimir.net.memory import Tap
+from mimir.net import wire
+from mimir.net.memory import MemoryNet, Tap
 from mimir.net.messages import Sampler
+from mimir.store import ComponentsDiffer
 
 pytestmark = pytest.mark.slow
 
@@ -403,3 +421,688 @@ def test_top_bit_errors_need_the_extension() -> None:
     plain = mock.patch.object(check.Draw, "exceptional", lambda self, n: whole(self, n) & np.uint64(1))
     with plain:
         assert any(passes(seed) for seed in range(24))
+
+
+# --- no check is idle ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Check:
+    """A check in the code, and a cheat that only it stops.
+
+    `text` is the condition of the `if` that accuses, or the statement that states a relation. `cheat` returns
+    whether it went through; it is tried with several seeds, and without the check must succeed with one.
+    """
+
+    where: str  # module.function
+    text: str
+    cheat: Callable[[int], bool]
+    seeds: int = PARTIES
+
+    def located(self) -> tuple[ModuleType, list[str]]:
+        module, _, path = self.where.partition(":")
+        return importlib.import_module(f"mimir.{module}"), path.split(".")
+
+    @contextmanager
+    def removed(self) -> Iterator[None]:
+        """The function without this check, for as long as the block lasts."""
+        module, path = self.located()
+        node: Any = ast.parse(inspect.getsource(module))
+        for name in path:
+            node = next(n for n in node.body if getattr(n, "name", None) == name)
+        remover = _Remover(self.text)
+        code = ast.fix_missing_locations(ast.Module([remover.visit(node)], []))
+        assert remover.removed == 1, f"{self.where} has {remover.removed} times: {self.text}"
+        made: dict[str, Any] = {}
+        flags = __future__.annotations.compiler_flag
+        exec(compile(code, str(module.__file__), "exec", flags), module.__dict__, made)
+        owner: Any = module if len(path) == 1 else getattr(module, path[0])
+        changed = made[path[-1]]
+        before = getattr(owner, path[-1])
+        makers = {k: changed for k, v in prep._MAKERS.items() if v is before}
+        with mock.patch.object(owner, path[-1], changed), mock.patch.dict(prep._MAKERS, makers):
+            yield
+
+
+class _Remover(ast.NodeTransformer):
+    def __init__(self, text: str) -> None:
+        self.text = text
+        self.removed = 0
+
+    def visit_If(self, node: ast.If) -> ast.AST:
+        self.generic_visit(node)
+        if ast.unparse(node.test) == self.text:
+            node.test = ast.Constant(False)
+            self.removed += 1
+        return node
+
+    def visit_Expr(self, node: ast.Expr) -> ast.AST:
+        if ast.unparse(node) == self.text:
+            self.removed += 1
+            return ast.Pass()
+        return node
+
+
+def spoiling(
+    kind: prep.Kind, step: str, number: int = 0, at: tuple[int, ...] | None = None
+) -> Callable[[int], bool]:
+    """A cheat: an error of one in one product. It went through if wrong material was made."""
+
+    def cheat(seed: int) -> bool:
+        cheater = seed % PARTIES
+
+        def lie(summands: list[Ring]) -> None:
+            v = summands[number]
+            v[at or (0,) * v.ndim] += np.uint64(1)
+
+        ends = make({kind: DEMANDS[kind]}, {step: lie}, cheater, seed)
+        if caught(ends, cheater):
+            return False
+        assert not sound(kind, [end and end[kind] for end in ends], cheater), "no harm was done"
+        return True
+
+    return cheat
+
+
+LOOKUP = prep.Lookup(3, 4, 3, 2)
+
+
+def cheat_opening(seed: int) -> bool:
+    """One party sends another component than it holds: its neighbour computes another value."""
+    cheater = seed % PARTIES
+
+    def tap(f: Any) -> Any:
+        if f.sender == cheater and f.receiver == (cheater - 1) % PARTIES:
+            return [tampered(bytes(f.payload), "add one", np.random.default_rng(seed))]
+        return None
+
+    async def fn(p: Party) -> int:
+        return int((await p.doors.open("x", p.share(np.array([5], np.uint64))))[0][0])
+
+    ends = trial(fn, seed, tap)
+    return not caught(ends, cheater) and any(end != 5 for party, end in enumerate(ends) if party != cheater)
+
+
+async def _coin(p: Party) -> bytes:
+    return await (await p.doors.commit("c", 1)).toss()
+
+
+def cheat_coin(seed: int) -> bool:
+    """A party opens the seed it would like to have committed to, now that it has seen the others'."""
+    cheater = seed % PARTIES
+
+    def tap(f: Any) -> Any:
+        return [bytes(32)] if f.sender == cheater and f.step == "c/toss" else None
+
+    return not caught(trial(_coin, seed, tap), cheater)
+
+
+def cheat_commitment(seed: int) -> bool:
+    """A party commits to one seed before one peer and to another before the other: their coins differ."""
+    cheater, victim = seed % PARTIES, (seed + 1) % PARTIES
+    told = {"c/toss": bytes(32), "c/commit": doors._commitment(SESSION, "c", cheater, 0, bytes(32))}
+
+    def tap(f: Any) -> Any:
+        return [told[f.step]] if (f.sender, f.receiver) == (cheater, victim) and f.step in told else None
+
+    ends = trial(_coin, seed, tap)
+    return not caught(ends, cheater) and ends[victim] != ends[(seed + 2) % PARTIES]
+
+
+def cheat_refresh(seed: int) -> bool:
+    """An error in the re-randomisation of a token: both holders tell the client the same wrong component."""
+    cheater = seed % PARTIES
+
+    async def fn(p: Party) -> Ring:
+        return await p.doors.reveal("token", p.share(np.array([5], np.uint64)))
+
+    with lying(cheater, cancelling({"reveal token/refresh": 1})):
+        ends = trial(fn, seed)
+    return not caught(ends, cheater) and int(client.join("abc", np.stack(ends), "token")[0]) == 6
+
+
+def cheat_agreement(seed: int) -> bool:
+    """A party holds another public value than its peers."""
+    cheater = seed % PARTIES
+
+    async def fn(p: Party) -> None:
+        await p.doors.agree("x", b"other" if p.index == cheater else b"value")
+
+    return not caught(trial(fn, seed), cheater)
+
+
+def cheat_terms(seed: int) -> bool:
+    """A party runs the session on other terms."""
+    cheater = seed % PARTIES
+
+    def tweak(sessions: Sequence[SessionActor]) -> None:
+        terms = sessions[cheater].terms
+        sessions[cheater].terms = replace(terms, deterministic_seed=not terms.deterministic_seed)
+
+    outcome: Outcome = run(lambda: hold(STORIES["llama"], MemoryNet(), tweak=tweak))
+    return outcome.client is None
+
+
+def cheat_offsets(seed: int) -> bool:
+    """A party has heard another prompt from the client. It went through if anything was computed from it."""
+    cheater = seed % PARTIES
+
+    def heard(party: int, message: Any) -> Any:
+        if party != cheater or message["t"] != "offsets":
+            return None
+        return [message | {"names": message["names"] | {"token": bytes(len(message["names"]["token"]))}}]
+
+    outcome = run_session(STORIES["llama"], taps=Taps(from_client=heard))
+    assert outcome.client is not None
+    return not any(isinstance(e, PeerError) and e.step == "turn 0/offsets" for e in outcome.parties)
+
+
+def cheat_product_fold(seed: int) -> bool:
+    """A wrong product, and an error in the eightfold sums that makes up for it."""
+    cheater = seed % PARTIES
+    drawn: list[Ring] = []
+    whole = check.Draw.exceptional
+
+    def exceptional(self: check.Draw, n: int) -> Ring:
+        drawn.append(whole(self, n))
+        return drawn[-1]
+
+    def cross(summands: list[Ring]) -> None:
+        beta = next(r for r in drawn[1:] if r.size == 1)[0]  # the coefficient of the only column
+        summands[0][0] += beta >> np.arange(check.DEGREE, dtype=np.uint64) & np.uint64(1)
+
+    lies = cancelling({"mul": 1}) | {"batch/verify/products 0/cross": cross}
+    with mock.patch.object(check.Draw, "exceptional", exceptional):
+        return not caught(make({prep.Mul(): 3}, lies, cheater, seed), cheater)
+
+
+def cheat_cancelling(seed: int) -> bool:
+    """The errors of `test_errors_that_cancel_for_one_value_of_a_bit`: passing would tell the bit."""
+    cheater = seed % PARTIES
+    ends = make({prep.DaBit(): 1}, cancelling({"dabit/xor 1": 1, "dabit/xor 2": -1}), cheater, seed)
+    return not caught(ends, cheater)
+
+
+def cheat_two_entries(seed: int) -> bool:
+    """Errors 1 and -1 in two entries of a one-hot: its sum and the bits read from it stay the same."""
+    cheater, kind = seed % PARTIES, prep.Lookup(0, 0, 4, 0)
+
+    def lie(v: list[Ring]) -> None:
+        v[0][0, 0] += np.uint64(1)
+        v[0][0, 1] -= np.uint64(1)
+
+    ends = make({kind: 2}, {"lookup 0.4.0/double 1": lie}, cheater, seed)
+    return not caught(ends, cheater) and not sound(kind, [end and end[kind] for end in ends], cheater)
+
+
+def cheat_other_entry(seed: int) -> bool:
+    """A party guesses two bits of a mask and moves the one of its one-hot: that is one-hot still."""
+    cheater, kind = seed % PARTIES, prep.Lookup(0, 0, 4, 0)
+    ends = make({kind: 1}, cancelling({"lookup 0.4.0/double 1": 1}), cheater, seed)
+    return not caught(ends, cheater) and not sound(kind, [end and end[kind] for end in ends], cheater)
+
+
+def lockstep(change: Callable[[Any], Any], rounds: int = 3) -> Callable[[int], bool]:
+    """A cheat on the links: `change` tampers with what the cheater sends to one peer. It went through if that
+    peer took something else than it was told, or noticed nothing of what was out of order.
+    """
+
+    def cheat(seed: int) -> bool:
+        cheater, victim = seed % PARTIES, (seed + 1) % PARTIES
+
+        def tap(f: Any) -> Any:
+            return change(f) if (f.sender, f.receiver) == (cheater, victim) else None
+
+        async def fn(p: Party) -> list[bytes]:
+            out = []
+            for number in range(rounds):
+                payload = bytes([number]) * 16
+                got = await p.doors.round(
+                    "same", dict.fromkeys(p.doors.peers, payload), dict.fromkeys(p.doors.peers, 16)
+                )
+                out.append(bytes(got[cheater]) if p.index == victim else payload)
+            return out
+
+        ends = trial(fn, seed, tap)
+        return not isinstance(ends[victim], PeerError)
+
+    return cheat
+
+
+def data(f: Any, **changed: Any) -> wire.Data:
+    """A frame as tapped, with some of it changed."""
+    whole = {"session": f.session, "lane": f.lane, "seq": f.seq, "step": f.step, "payload": f.payload}
+    return wire.Data(**(whole | changed))
+
+
+def cheat_early_frame(seed: int) -> bool:
+    """A frame in the middle of a conversation that has not begun."""
+    _, doomed = wire.Board(0, (1, 2)).deliver(1, wire.Data(SESSION, "online", 3, "x", b""))
+    return doomed is None
+
+
+def cheat_many_lanes(seed: int) -> bool:
+    """More conversations than can wait for us."""
+    board = wire.Board(0, (1, 2))
+    frames = (wire.Data(SESSION, f"online:{i}", 0, "x", b"") for i in range(wire.MAX_EARLY_LANES + 1))
+    return not any(board.deliver(1, frame)[1] for frame in frames)
+
+
+def cheat_dead_session(seed: int) -> bool:
+    """A lane of a session that has been aborted."""
+    board = wire.Board(0, (1, 2))
+    board.end(SESSION, wire.aborted("over"))
+    return board.open(SESSION, "online").failure is None
+
+
+def cheat_cut_link(seed: int) -> bool:
+    """A session that goes on although the link it was agreed over is gone."""
+    board = wire.Board(0, (1, 2))
+    book = board.open(SESSION, "online")
+    board.link_down(1, "cut")
+    return book.failure is None
+
+
+def masks(who: Sequence[int] = (), **changes: Any) -> Callable[[int], bool]:
+    """Masks for a client, of which one party's (or those of `who`) are not as is due in their public part."""
+
+    def cheat(seed: int) -> bool:
+        honest = {
+            "turn": 0,
+            "bits": {"token": 4, "position": 4, "valid": 64},
+            "names": dict.fromkeys(("token", "position", "valid"), bytes(32)),
+        }
+        liars = who or (seed % PARTIES,)
+        told = [honest | changes if party in liars else honest for party in range(PARTIES)]
+        try:
+            client.check_masks("abc", told, 0, 2)
+        except ClientError:
+            return False
+        return True
+
+    return cheat
+
+
+def token(value: int, step: int) -> Callable[[int], bool]:
+    """A token message that all holders agree on, but not one that is due."""
+
+    def cheat(seed: int) -> bool:
+        components = (value, 0, 0)
+        told = [
+            {"t": "token", "step": 0, "components": [components[i], components[i - 2]]}
+            for i in range(PARTIES)
+        ]
+        told[seed % PARTIES]["step"] = step
+
+        def end(message: Any) -> Any:
+            async def receive(*kinds: str) -> Any:
+                return message
+
+            return SimpleNamespace(party=SimpleNamespace(name="p"), receive=receive)
+
+        session = client.Session(
+            [end(m) for m in told], replace(STORIES["llama"].terms(), max_new=1), 0, 16, LLAMA
+        )
+        session._due = 1
+        try:
+            trio.run(session.token)
+        except ClientError:
+            return False
+        return True
+
+    return cheat
+
+
+def cheat_components(seed: int) -> bool:
+    """A party tells the client another component of a token than its other holder."""
+    pairs = np.zeros((PARTIES, 2, 1), np.uint64)
+    pairs[seed % PARTIES, 0] = 1
+    try:
+        return int(client.join("abc", pairs, "token")[0]) == 1
+    except ClientError:
+        return False
+
+
+def cheat_provisioning(seed: int) -> bool:
+    """The two holders of a weight component received different bytes, from an owner or by a party's doing."""
+    net = MemoryNet()
+    services = [
+        PartyService(SimpleNamespace(party=i), net.party(i), SimpleNamespace(), SimpleNamespace())  # type: ignore[arg-type]
+        for i in range(PARTIES)
+    ]
+    cheater = seed % PARTIES
+    ends: list[Any] = [None] * PARTIES
+
+    async def main() -> None:
+        async def one(i: int) -> None:
+            received = {c: f"component {c}" for c in (i, (i + 1) % PARTIES)}
+            if i == cheater:
+                received[i] = "other bytes"
+            try:
+                await services[i].compare_digests("m", received)
+            except ComponentsDiffer as error:
+                ends[i] = error
+
+        with trio.move_on_after(10):
+            async with trio.open_nursery() as nursery:
+                for i in range(PARTIES):
+                    nursery.start_soon(one, i)
+
+    run(main)
+    # P_{cheater-1} holds that component too.
+    return ends[(cheater - 1) % PARTIES] is None
+
+
+# What check stops which cheat. A check that is not here, or not there any more, fails a test.
+CHECKS: dict[str, Check] = {
+    "an opening is what both holders say": Check(
+        "mpc.doors:Doors._open",
+        "_digest(step, [got[bk.following]]) != bytes(got[bk.previous])",
+        cheat_opening,
+    ),
+    "a coin is the one committed to": Check(
+        "mpc.doors:Coins.toss",
+        "_commitment(d.session, self._phase, p, at, seed) != self._commitments[p][at]",
+        cheat_coin,
+    ),
+    "commitments are echoed": Check("mpc.doors:Doors.commit", "bytes(heard[p]) != echo", cheat_commitment),
+    "zero is zero": Check(
+        "mpc.doors:Doors.assert_zero",
+        "_digest(step, _pack([z[slot] for z in everything])) != bytes(got[peer])",
+        cheat_refresh,
+    ),
+    "public values agree": Check("mpc.doors:Doors.agree", "bytes(got[p]) != mine", cheat_agreement),
+    "a revealed share is re-randomised by zero": Check(
+        "mpc.doors:Doors.reveal",
+        "await self.assert_zero(f'reveal {purpose}/refresh check', [z], [])",
+        cheat_refresh,
+    ),
+    "the terms agree": Check(
+        "actors.session:SessionActor._family",
+        "await self._online.agree('terms', self.terms.digest())",
+        cheat_terms,
+        1,
+    ),
+    "the masked prompts agree": Check(
+        "actors.session:SessionActor._input",
+        "await self._online.agree(f'turn {turn.number}/offsets', "
+        "b''.join((offsets[name].tobytes() for name in sorted(offsets))))",
+        cheat_offsets,
+        1,
+    ),
+    "all residues of a batch are zero": Check(
+        "mpc.check:verify",
+        "await doors.assert_zero(f'{step}/zero', residues, bit_residues)",
+        spoiling(prep.Mul(), "mul"),
+    ),
+    "products: their sum is as stated": Check(
+        "mpc.check:verify", "residues.append(residue)", spoiling(prep.Mul(), "mul")
+    ),
+    "products: the folded sums are right": Check(
+        "mpc.check:verify", "claims.append(claim)", cheat_product_fold
+    ),
+    "claims over the ring": Check(
+        "mpc.check:verify",
+        "residues.append(await _inner_product(doors, name, _Galois(), a, w, c, levels))",
+        spoiling(prep.Scale(3), "scale 3"),
+    ),
+    "claims over bits": Check(
+        "mpc.check:verify",
+        "bit_residues.append(await _inner_product(doors, name, _Binary(), a, w, c, levels))",
+        spoiling(prep.AndTriple(), "and"),
+    ),
+    "ANDs": Check(
+        "mpc.prep:Batch.conj",
+        "self.gates.extend((check.And(x, y, r) for (x, y), r in zip(pairs, z, strict=True)))",
+        spoiling(prep.Zero(3, 2), "zero 3.2/double 1"),
+    ),
+    "products of matrices": Check(
+        "mpc.prep:Batch.matmul",
+        "self.relations.append(check.MatrixProduct(a, b, c))",
+        spoiling(prep.Weight("w"), "weight w"),
+    ),
+    "injection: the first product": Check(
+        "mpc.prep:Batch.inject",
+        "self.relations.append(check.Product(b0.reshape(2, -1), b1.reshape(2, -1), both.reshape(2, -1)))",
+        cheat_cancelling,
+        20,
+    ),
+    "injection: a bit is 0 or 1": Check(
+        "mpc.prep:Batch.inject",
+        "self.relations.append(check.Product(flat_x, flat_x, flat_x))",
+        spoiling(prep.DaBit(), "dabit/xor 2"),
+    ),
+    "one-hots: one entry, of 1": Check(
+        "mpc.prep:Batch.one_hot", "self.relations.append(check.OneHot(e))", cheat_two_entries
+    ),
+    "one-hots: at the mask's own place": Check(
+        "mpc.prep:_lookups", "b.zeros.append(reread - got[:, :index_bits])", cheat_other_entry, 40
+    ),
+    "lookups: carries are 0 or 1": Check(
+        "mpc.prep:_lookups",
+        "b.relations.append(check.Product(flat, flat, flat))",
+        spoiling(LOOKUP, "lookup 4.3.2/inject/xor 2", at=(3, 0)),
+    ),
+    "lookups: products with the remainder": Check(
+        "mpc.prep:_lookups",
+        "b.relations.append(check.ScalarProduct(v, masks_t, prod))",
+        spoiling(LOOKUP, "lookup 4.3.2/steps"),
+    ),
+    "triples": Check(
+        "mpc.prep:_mul", "b.relations.append(check.Product(x, y, z))", spoiling(prep.Mul(), "mul")
+    ),
+    "scaled rows": Check(
+        "mpc.prep:_scale",
+        "b.relations.append(check.ScalarProduct(s, x, z))",
+        spoiling(prep.Scale(3), "scale 3"),
+    ),
+    "norms: scaled rows": Check(
+        "mpc.prep:_norm", "b.relations.append(check.ScalarProduct(s, x, z))", spoiling(prep.Norm(3), "norm 3")
+    ),
+    "norms: sums of squares": Check(
+        "mpc.prep:_norm",
+        "b.relations.append(check.SquareSum(x, q))",
+        spoiling(prep.Norm(3), "norm 3", number=1),
+    ),
+    "frames come in sequence": Check(
+        "net.wire:Lockstep.accept",
+        "frame.seq != due",
+        lockstep(lambda f: [data(f, seq=0, payload=bytes(16))] if f.seq == 1 else None),
+    ),
+    "frames do not come before their turn": Check(
+        "net.wire:Lockstep.accept",
+        "due - self.seq >= MAX_AHEAD - (not self.in_round)",
+        lockstep(lambda f: [data(f, seq=i) for i in range(3)] if f.seq == 0 else []),
+    ),
+    "frames are of the step that is due": Check(
+        "net.wire:Lockstep.finish", "frame.step != self._step", lockstep(lambda f: [data(f, step="other")])
+    ),
+    "frames are as long as is due": Check(
+        "net.wire:Lockstep.finish", "size != want", lockstep(lambda f: [bytes(f.payload[:8])])
+    ),
+    "no conversation begins in its middle": Check(
+        "net.wire:Board.deliver",
+        "frame.seq != 0 or key in early or len(frame.payload) > MAX_EARLY_BYTES",
+        cheat_early_frame,
+    ),
+    "few conversations wait": Check(
+        "net.wire:Board.deliver",
+        "len(early) > MAX_EARLY_LANES or self._early_bytes[peer] > MAX_EARLY_BYTES",
+        cheat_many_lanes,
+    ),
+    "no lane of a dead session lives": Check(
+        "net.wire:Board.open", "record.failure is not None", cheat_dead_session
+    ),
+    "sessions die with their links": Check(
+        "net.wire:Board.link_down", "record.failure is None", cheat_cut_link
+    ),
+    "a weight component is the same at both holders": Check(
+        "actors.peer:PartyService.compare_digests", "theirs", cheat_provisioning
+    ),
+    "client: a component is the same from both holders": Check(
+        "client.session:join", "not np.array_equal(pairs[first, 0], pairs[second, 1])", cheat_components
+    ),
+    "client: masks of this turn": Check(
+        "client.session:check_masks", "message['turn'] != turn", masks(turn=1)
+    ),
+    "client: masks of one size": Check(
+        "client.session:check_masks",
+        "message['bits'] != masks[0]['bits']",
+        masks(bits={"token": 3, "position": 4, "valid": 64}),
+    ),
+    "client: masks of every kind": Check(
+        "client.session:check_masks",
+        "set(message['bits']) != set(KINDS) or set(message['names']) != set(KINDS)",
+        masks(names=dict.fromkeys(("token", "position"), bytes(32))),
+    ),
+    "client: as many masks as slots": Check(
+        "client.session:check_masks",
+        "len(raw) != PAIR_BYTES * bucket",
+        masks(names=dict.fromkeys(("token", "position", "valid"), bytes(16))),
+    ),
+    "client: validity is masked in the whole ring": Check(
+        "client.session:check_masks",
+        "masks[0]['bits']['valid'] != RING_BITS",
+        masks(bits={"token": 4, "position": 4, "valid": 1}, who=range(PARTIES)),
+    ),
+    "client: the token that is due": Check(
+        "client.session:Session.token", "share['step'] != step", token(3, 1)
+    ),
+    "client: a token of the vocabulary": Check(
+        "client.session:Session.token", "value >= self._vocab", token(LLAMA.vocab, 0)
+    ),
+}
+
+# Statements that cannot be violated over replicated shares, whatever a party does: the tests below say why.
+REDUNDANT: dict[str, Check] = {
+    "reveal: all confirm": Check(
+        "mpc.doors:Doors.reveal", "await self.agree(f'reveal {purpose}', _CONFIRM)", cheat_refresh
+    ),
+    "injection: low bits, asked for": Check(
+        "mpc.prep:Batch.inject", "self.same_bits(x, flat, n)", spoiling(prep.DaBit(), "dabit/xor 2")
+    ),
+    "injection: low bits, stated": Check(
+        "mpc.prep:Batch.same_bits",
+        "self.zero_bits.append((low ^ bits.reshape(low.shape)) & mask)",
+        spoiling(prep.DaBit(), "dabit/xor 2"),
+    ),
+    "one-hots: the sum is 1": Check(
+        "mpc.prep:Batch.one_hot",
+        "self.zeros.append(bk.add_public(e.sum(axis=2, dtype=np.uint64), "
+        "np.full(n, 2 ** 64 - 1, np.uint64)))",
+        cheat_other_entry,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CHECKS)
+def test_no_check_is_idle(name: str) -> None:
+    """With the check the cheat is caught every time; without it, it goes through."""
+    it = CHECKS[name]
+    assert not any(it.cheat(seed) for seed in range(it.seeds)), "caught by nothing"
+    with it.removed():
+        assert any(it.cheat(seed) for seed in range(it.seeds)), "another check catches this as well"
+
+
+def test_every_check_is_known() -> None:
+    """What accuses a peer, and what states a relation, is in the table; a new one must bring its cheat."""
+    found = {
+        (module, ".".join(path), text)
+        for module, within in CHECKED.items()
+        for path, text in checks_in(importlib.import_module(f"mimir.{module}"), within)
+    }
+    known = {(*c.where.split(":"), c.text) for c in (*CHECKS.values(), *REDUNDANT.values())}
+    assert found == known, f"not in the table: {found - known}; not in the code: {known - found}"
+
+
+# Where checks are looked for; in the client, where it takes what parties send within a session.
+CHECKED: dict[str, tuple[str, ...]] = {
+    "mpc.doors": (),
+    "mpc.check": (),
+    "mpc.prep": (),
+    "net.wire": ("Lockstep", "Board"),
+    "actors.session": (),
+    "actors.peer": (),
+    "client.session": ("join", "check_masks", "Session"),
+}
+ACCUSING = ("PeerError", "ClientError", "ComponentsDiffer", "blame")
+STATING = re.compile(
+    r"(\.(relations|gates|zeros|zero_bits)\.(append|extend)|same_bits|residues\.append|claims\.append"
+    r"|assert_zero|\.agree)\("
+)
+
+
+def checks_in(module: ModuleType, within: Sequence[str]) -> Iterator[tuple[list[str], str]]:
+    """(path of the function, text) of every check in a module."""
+
+    def accuses(node: ast.If) -> bool:
+        names = {n.func for part in node.body for n in ast.walk(part) if isinstance(n, ast.Call)}
+        plain = {getattr(f, "id", getattr(f, "attr", "")) for f in names}
+        return bool(plain & {*ACCUSING, "fail"})
+
+    def visit(node: ast.AST, path: list[str]) -> Iterator[tuple[list[str], str]]:
+        for child in ast.iter_child_nodes(node):
+            named = isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)
+            at = [*path, child.name] if named else path  # type: ignore[attr-defined]
+            if within and at and at[0] not in within:
+                continue
+            if isinstance(child, ast.If) and accuses(child):
+                yield path, ast.unparse(child.test)
+            if isinstance(child, ast.Expr) and STATING.search(text := ast.unparse(child)):
+                if not isinstance(child.value, ast.Constant):
+                    yield path, text
+            yield from visit(child, at)
+
+    yield from visit(ast.parse(inspect.getsource(module)), [])
+
+
+def test_redundant_statements(seed: int) -> None:
+    """Why REDUNDANT is not in CHECKS, shown while a party lies in every product that the statements speak of.
+
+    The low bits of an injected bit's components are those of the bit's own: what the products add is even.
+    Doubling a one-hot moves values between entries, and their sum stays the public 1 it began with, component
+    by component. So both residues are zero before anybody has sent anything, and stay so.
+    """
+    for name, it in REDUNDANT.items():
+        with it.removed():
+            assert not any(it.cheat(number) for number in range(it.seeds)), name
+    rng = np.random.default_rng(seed)
+    whole = check.verify
+
+    def lie(summands: list[Ring]) -> None:
+        for v in summands:
+            v += rng.integers(1, 2**63, v.shape, np.uint64)
+
+    for kind in (LOOKUP, prep.DaBit(), prep.Trunc(16)):
+        for number, step in enumerate(steps_of(kind)):
+            stated: dict[int, tuple[Sequence[Ring], Sequence[Ring]]] = {}
+
+            async def verify(
+                at: Doors, name: str, x: Any, y: Any, zeros: Any, zero_bits: Any, stated: Any = stated
+            ) -> None:
+                stated[at.bk.party] = zeros, zero_bits
+                await whole(at, name, x, y, zeros, zero_bits)
+
+            cheater = number % PARTIES
+            if re.search(r"/(xor|double)", step):
+                with mock.patch.object(check, "verify", verify):
+                    assert caught(make({kind: DEMANDS[kind]}, {step: lie}, cheater, seed), cheater)
+                del stated[cheater]
+                for zeros, zero_bits in stated.values():
+                    assert zero_bits and not any(z.any() for z in zero_bits)
+                    assert not any(
+                        z.any() for z in zeros[::2]
+                    )  # sums; between them, what one-hots are read as
+
+
+def test_reveal_waits_for_everybody() -> None:
+    """If one party's check has failed nobody reveals anything, also without the round of confirmations."""
+    for removed in (False, True):
+        with REDUNDANT["reveal: all confirm"].removed() if removed else nullcontext():
+
+            async def fn(p: Party) -> Any:
+                if p.index == 1:
+                    raise PeerError(2, "x", "a check failed")
+                return await p.doors.reveal("token", p.share(np.array([5], np.uint64)))
+
+            assert all(isinstance(end, PeerError) for end in trial(fn))
