@@ -23,7 +23,7 @@ import numpy.typing as npt
 import parties
 import pytest
 import trio
-from hypothesis import given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from mimir import kernels
@@ -104,8 +104,11 @@ def backend(request: pytest.FixtureRequest) -> Replicated:
 
 
 def examples(n: int) -> settings:
-    """Few examples, each a long vector. The first run of a shape fills caches, so there is no deadline."""
-    return settings(max_examples=n, deadline=None)
+    """Few examples, each a long vector. The first run of a shape fills caches, so there is no deadline.
+
+    A failure is not shrunk: that would take hundreds of runs, and the oracle names the element.
+    """
+    return settings(max_examples=n, deadline=None, phases=[Phase.explicit, Phase.generate])
 
 
 # --- running one operation ----------------------------------------------------------------------------------
@@ -923,7 +926,9 @@ KINDS: list[tuple[prep.Kind, int]] = [
     (prep.Lookup(0, 0, 1, 0), 5),
     (prep.Lookup(0, 0, 5, 0), 70),
     (prep.Lookup(7, 3, 4, 0), 64),
-    (prep.Lookup(0, 12, 6, 3), 40),
+    (prep.Lookup(0, 12, 6, 3), 40),  # these three are made together
+    (prep.Lookup(5, 12, 6, 3), 7),
+    (prep.Lookup(46, 12, 6, 3), 30),
     (prep.Lookup(18, 14, 3, 2), 100),
     (prep.Zero(1), 64),
     (prep.Zero(5), 192),
@@ -1134,6 +1139,30 @@ def test_a_batch_splits_into_disjoint_stores(backend: Replicated) -> None:
         joined = np.concatenate([t[prep.Mul()]["z"] for t in taken], axis=1)
         assert np.array_equal(joined, whole[prep.Mul()]["z"])
         assert all(s.left() == {} for s in stores)
+
+    backend.run(party)
+
+
+@pytest.mark.xfail(strict=True, reason="wipe passes over arrays that are parts of a larger one")
+def test_a_part_of_a_batch_is_wiped(backend: Replicated) -> None:
+    """Also where a kind was made together with others, or a batch was cut for several steps."""
+    demands: list[dict[prep.Kind, int]] = [
+        {prep.Trunc(16): 3, prep.Trunc(20): 2, prep.Mul(): 4, prep.Compare(0, 4): 64},
+        {prep.Trunc(16): 5, prep.Mul(): 1, prep.Compare(0, 4): 64},
+    ]
+
+    async def party(p: Party) -> None:
+        total: dict[prep.Kind, int] = {}
+        for d in demands:
+            prep.add_demand(total, d)
+        ctx = await p.context(total)
+        assert isinstance(ctx.store, prep.Store)
+        stores = prep.split(ctx.store.material, demands)
+        arrays = [v for s in stores for m in s.material.values() for v in m.values()]
+        assert all(v.any() for v in arrays)
+        for s in stores:
+            s.wipe()
+        assert not any(v.any() for v in arrays)
 
     backend.run(party)
 
