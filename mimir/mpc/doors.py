@@ -19,6 +19,7 @@ away: that the session has ended, and when.
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import struct
 from collections.abc import Callable, Mapping, Sequence
@@ -55,7 +56,7 @@ def _split(raw: bytearray, shapes: Sequence[tuple[int, ...]]) -> list[Ring]:
     flat = np.frombuffer(raw, np.uint64)
     out, at = [], 0
     for shape in shapes:
-        n = int(np.prod(shape))
+        n = math.prod(shape)
         out.append(flat[at : at + n].reshape(shape))
         at += n
     return out
@@ -174,7 +175,7 @@ class Doors:
         full = _pack([v[1] for v in values])  # x_{i+1}, lacked by P_{i-1}
         vouch = _digest(step, _pack([v[0] for v in values]))  # x_i, lacked by P_{i+1}
         shapes = [v.shape[1:] for v in values]
-        size = 8 * sum(int(np.prod(s)) for s in shapes)
+        size = 8 * sum(math.prod(s) for s in shapes)
         got = await self.round(
             step, {bk.previous: full, bk.following: vouch}, {bk.following: size, bk.previous: DIGEST}
         )
@@ -272,5 +273,5 @@ def _narrow(v: Ring, width: int) -> Ring:
 
 
 def _widen(m: Ring, shape: tuple[int, ...]) -> Ring:
-    n = int(np.prod(shape))
+    n = math.prod(shape)
     return np.ascontiguousarray(m).view(np.uint32)[:n].astype(np.uint64).reshape(shape)
