@@ -46,9 +46,7 @@ DECODE_BATCH: Final = 8  # decode steps whose material is made together at most
 BATCH_BYTES: Final = (
     80 << 20
 )  # material made at once; making and checking it takes three times as much memory
-POOL_BYTES: Final = (
-    384 << 20
-)  # material a session keeps ready at most; smaller than triple_pool.min_size if it must
+POOL_BYTES: Final = 256 << 20  # material a session keeps ready at most, whatever triple_pool.min_size asks
 NONCE: Final = 32
 END_SECONDS: Final = 2.0  # to tell the peers that a session has ended
 VALID_BITS: Final = 64
