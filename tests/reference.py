@@ -306,7 +306,7 @@ class FixedModel:
             fx.sum_top,
         )
         self.rsqrt = self._ladder(
-            lambda x: 1 / np.sqrt(np.maximum(x, 0) / (d * 4.0**f) + plan.norm_eps),
+            lambda x: 1 / np.sqrt(np.maximum(x / (d * 4.0**f) + plan.norm_eps, plan.norm_eps / 4)),
             max(14, math.floor(math.log2(max(plan.norm_eps, 1e-12) * d)) + 2 * f - fx.window_step),
             fx.norm_top,
         )

@@ -222,7 +222,6 @@ def test_rms_norm(width: int, rows: int, degree: int, eps: float) -> None:
     assert (error < allowed).all(), f"root mean square {root[row, 0]:.3g}: {error[row].max():.2e}"
 
 
-@pytest.mark.xfail(strict=True, reason="the first window is fitted to a root that is cut off at 0")
 @pytest.mark.parametrize("width", [64, 288])
 def test_rms_norm_of_rows_smaller_than_eps(width: int) -> None:
     """Rows whose mean square lies below eps, down to zero, to within three units."""

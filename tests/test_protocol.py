@@ -1143,7 +1143,6 @@ def test_a_batch_splits_into_disjoint_stores(backend: Replicated) -> None:
     backend.run(party)
 
 
-@pytest.mark.xfail(strict=True, reason="wipe passes over arrays that are parts of a larger one")
 def test_a_part_of_a_batch_is_wiped(backend: Replicated) -> None:
     """Also where a kind was made together with others, or a batch was cut for several steps."""
     demands: list[dict[prep.Kind, int]] = [
@@ -1185,12 +1184,6 @@ def random_weights(spec: PlanSpec, seed: int) -> dict[str, Ring]:
     return out
 
 
-ODD = pytest.mark.xfail(
-    strict=True, reason="plan counts 4 bytes for the odd element of a packed opening, where 8 are sent"
-)
-
-
-@ODD
 @pytest.mark.parametrize("n", [1, 7, 65])
 def test_cost_of_an_odd_packed_opening(backend: Replicated, n: int) -> None:
     async def op(ctx: Context, s: Share) -> Bits:
@@ -1199,7 +1192,6 @@ def test_cost_of_an_odd_packed_opening(backend: Replicated, n: int) -> None:
     execute(backend, op, ring(np.arange(n) % 16))
 
 
-@ODD
 @pytest.mark.parametrize(
     ("spec", "sampler"),
     [(LLAMA, None), (LLAMA, "greedy"), (GPT2, "sample")],

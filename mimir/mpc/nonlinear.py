@@ -270,7 +270,7 @@ def _inverse(one: float) -> Callable[[Real], Real]:
 
 @lru_cache(maxsize=32)
 def _inverse_root(per: float, eps: float) -> Callable[[Real], Real]:
-    return lambda x: 1 / np.sqrt(np.maximum(x, 0.0) / per + eps)
+    return lambda x: 1 / np.sqrt(np.maximum(x / per + eps, eps / 4))
 
 
 SUM_SHIFT: Final = 8  # sums of exponentials are read at scale EXP_SCALE + 8 = 32
@@ -303,7 +303,7 @@ async def rms_norm(ctx: Context, step: str, x: Share, eps: float, s: Settings) -
     (dx,) = await ctx.doors.open(f"{step}/x", x + c["x"])
     square = c["q"] - (c["x"] * (dx * np.uint64(2))).sum(1) + (dx * dx).sum(axis=1, dtype=np.uint64)
     f = _inverse_root(d * 4.0**s.scale_bits, eps)
-    ladder = _ladder("inverse root", f, _norm_base(d, eps, s.scale_bits), NORM_TOP, s, 0.0)
+    ladder = _ladder("inverse root", f, _norm_base(d, eps, s.scale_bits), NORM_TOP, s, -np.inf)
     r = await _climb(ctx, f"{step}/root", square, ladder)
     (dr,) = await ctx.doors.open(f"{step}/scale", r + c["s"])
     y = c["z"] - c["x"] * dr[:, None] - c["s"].reshape(-1, 1) * dx + dx * dr[:, None]

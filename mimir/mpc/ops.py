@@ -404,10 +404,12 @@ async def coarse_index(ctx: Context, step: str, x: Share, low: int, rest: int, b
 
 
 async def argmax(ctx: Context, step: str, x: Share, low: int, width: int) -> tuple[Share, Share]:
-    """Largest of x (n), divided by 2^low, and its index, ties to the lower index: two shares of shape ().
+    """Largest of x (n), divided by 2^low, and its index, exact ties of low = 0 to the lower index: two
+    shares ().
 
     A tournament in groups: all pairs of a group are compared at once, the winner beats every other. While
-    groups are pairs, values closer than 2^(low + 2) may tie. Rounds: about 4 + log2(width) a level.
+    groups are pairs, values closer than 2^(low + 2) may tie, either way. Rounds: about 4 + log2(width) a
+    level.
     """
     value, index = x, ctx.share(np.zeros_like(x.v)) + np.arange(x.shape[0], dtype=np.uint64)
     level = 0

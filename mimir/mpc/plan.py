@@ -68,9 +68,10 @@ class _CountingDoors:
         self.cost.rounds += 1
         self.cost.sent += DIGEST
         for r in requests:
-            elements = sum(s.size for s in r.shares)
-            self.cost.opened += elements
-            self.cost.sent += elements * (4 if r.width <= 32 else 8)
+            for s in r.shares:
+                halves = r.width <= 32 and not isinstance(s, Bits)  # two to a word, an odd one alone
+                self.cost.opened += s.size
+                self.cost.sent += 8 * ((s.size + 1) // 2 if halves else s.size)
         return [[np.zeros(s.shape, np.uint64) for s in r.shares] for r in requests]
 
 

@@ -631,6 +631,8 @@ class Store:
             for v in arrays.values():
                 if v.flags.writeable and v.flags.c_contiguous:
                     kernels.wipe(v)
+                elif v.flags.writeable:  # part of a larger array
+                    v.fill(0)
         self.material.clear()
 
 
