@@ -48,13 +48,16 @@ from session_fixture import (
     Tried,
     explore,
     hold,
+    hooked,
     no_threads,
     run,
     run_session,
     spoil,
     survey,
     tampered,
+    unhooked,
 )
+from structlog.testing import capture_logs
 from trio.testing import MockClock
 
 from mimir import kernels
@@ -65,9 +68,11 @@ from mimir.errors import ClientError, MimirError, PeerError
 from mimir.mpc import check, doors, prep
 from mimir.mpc.domain import Ring
 from mimir.mpc.doors import Doors
+from mimir.mpc.replicated import Replicated
 from mimir.net import wire
 from mimir.net.memory import MemoryNet, Tap
 from mimir.net.messages import Sampler
+from mimir.secret import Secret
 from mimir.store import ComponentsDiffer
 
 pytestmark = pytest.mark.slow
@@ -150,6 +155,21 @@ def test_tampered_messages(story: str, seed: int) -> None:
         faults += chosen(rng, ways, frames[0])
     for t in examine(story, faults, seed):
         assert t.aborted, f"nobody noticed: {t.fault}"
+        accused(t)
+
+
+def accused(t: Tried) -> None:
+    """What an honest party's log says must name the cheater.
+
+    Not so where a party waited in vain, since the cheater can make an honest peer wait first; nor where a
+    share is not zero or commitments differ, since two honest parties then differ and cannot see through whom.
+    """
+    cheater = t.fault.at.sender
+    for party, error in enumerate(t.result["parties"]):
+        if party != cheater and error and error["type"] == "PeerError":
+            vague = "silent" in error["why"] or error["step"].endswith(("/zero", "/refresh check", "/echo"))
+            named = error["party"] == cheater or f"party {cheater}" in error["why"]
+            assert vague or named, f"party {party} accuses another after {t.fault}: {error}"
 
 
 SHORTER = ("truncate", "cut word", "empty")  # no change of an empty frame
@@ -163,7 +183,7 @@ def test_tampered_client_messages(story: str, seed: int) -> None:
     for where, hows in (("to client", TO_CLIENT), ("from client", FROM_CLIENT)):
         for (event,) in points(story, where):
             ways = [((), how) for how in hows]
-            faults += [Fault(event, *way) for way in (ways if event.step in CARRIES else rng.sample(ways, 2))]
+            faults += [Fault(event, *way) for way in (ways if event.step in CARRIES else rng.sample(ways, 1))]
     for t in examine(story, faults, seed):
         step, how = t.fault.at.step, t.fault.how
         # Of a request for a turn only the lengths count.
@@ -193,6 +213,7 @@ def test_lies_stood_by(story: str, seed: int) -> None:
             faults += chosen(rng, ways, event)
     for t in examine(story, faults, seed):
         assert t.aborted, f"nobody noticed: {t.fault}"
+        accused(t)
 
 
 @pytest.mark.parametrize("story", ["llama", "gpt2"])
@@ -207,6 +228,105 @@ def test_wrong_weight_shares(story: str, seed: int) -> None:
         # A bias enters at twice the scale: its topmost bits leave the ring and mean nothing.
         lost = t.fault.at.step.endswith("_b") and t.fault.how == "top bit"
         assert t.aborted or lost, f"nobody noticed: {t.fault}"
+
+
+# --- the end of a session, and the next --------------------------------------------------------------------
+
+
+def cut_short(step: str, sender: int) -> Tap:
+    """The last byte of every frame of a step is missing."""
+
+    def tap(f: Any) -> Any:
+        return [bytes(f.payload)[:-1]] if f.step == step and f.sender == sender else None
+
+    return tap
+
+
+ENDS = (
+    "online/nonce",
+    "prep/nonce",
+    "terms",
+    "prep/turn 0/entry/verify/coin/commit",
+    "mul",
+    "turn 0/offsets",
+    "turn 0/prompt 0/layer 0/norm 1/x",
+    "turn 0/token 1/enter/index",
+    "reveal token",
+)
+
+
+@pytest.mark.parametrize("step", ENDS)
+def test_after_a_cheat(step: str) -> None:
+    """The session is over at every party, its keys and material are wiped, its lanes closed, its step and
+    suspect in the log; and on the same links a new session works.
+    """
+    story, cheater = STORIES["llama"], ENDS.index(step) % PARTIES
+    net = MemoryNet(PARTIES, tap=cut_short(step, cheater))
+    ended: list[SessionActor] = []
+    keys: list[Secret] = []
+    begin = Replicated.__init__
+
+    def remember(self: Replicated, party: int, mine: Secret, following: Secret) -> None:
+        keys.extend((mine, following))
+        begin(self, party, mine, following)
+
+    async def main() -> tuple[Outcome, Outcome]:
+        with mock.patch.object(Replicated, "__init__", remember):
+            first = await hold(story, net, actors=ended)
+        net.tap = None
+        return first, await hold(story, net)
+
+    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.INFO))
+    with capture_logs() as lines:
+        first, second = run(main)
+    fault = Fault(Event("frame", "", 0, step, cheater), (), "truncate")
+    assert Tried(fault, first.plain()).wrong(story.expected) is None
+    assert first.client is not None
+    assert second.tokens == story.expected and second.client is None
+    told = [line for line in lines if line["event"] == "session aborted" and line["party"] != cheater]
+    assert any(line["step"] == step and line["suspect"] == cheater for line in told)
+    assert all(key.size == 0 for key in keys) and (keys or step == "online/nonce")
+    for actor in ended:
+        assert all(doors.bk._wiped for doors in actor._lanes)
+    for i in range(PARTIES):
+        session = net.party(i)._board._sessions[ended[0].terms.session]
+        assert not session.books or step.endswith("nonce")
+
+
+@pytest.mark.xfail(strict=True, reason="wipe passes over arrays that are parts of a larger one")
+def test_unused_material_is_wiped() -> None:
+    """What was ready for later tokens when a session was aborted is overwritten."""
+    made: list[tuple[prep.Store, list[Ring]]] = []
+    cut = prep.split
+
+    def split(material: Any, demands: Any) -> list[prep.Store]:
+        stores = cut(material, demands)
+        made.extend((s, [v for arrays in s.material.values() for v in arrays.values()]) for s in stores)
+        return stores
+
+    with mock.patch.object(prep, "split", split):
+        tap = cut_short("turn 0/token 1/enter/index", 0)
+        assert run_session(Story(LLAMA, ((12,),), max_new=4), tap).client is not None
+    unused = [arrays for store, arrays in made if not store.material]  # wiped; what a step took is not
+    assert len(unused) == 2 * PARTIES
+    assert not any(v.any() for arrays in unused for v in arrays)
+
+
+def test_equal_lengths_give_equal_messages() -> None:
+    """Two prompts of one bucket: the same frames at the same places, of the same sizes, and as long messages
+    to the client.
+    """
+
+    def shape(prompt: tuple[int, ...]) -> dict[Any, list[Any]]:
+        out: dict[Any, list[Any]] = {}
+        story = replace(STORIES["llama"], prompts=(prompt, (1,)))
+        with unhooked():
+            run(hooked(story, lambda e, what: out.setdefault((e.lane, e.sender, e.receiver), []).append(e)))
+        return {at: [(e.where, e.seq, e.step, e.size) for e in events] for at, events in out.items()}
+
+    one, other = shape((0, 4)), shape((12,))
+    assert sum(map(len, one.values())) > 10_000
+    assert one == other
 
 
 # --- wrong material -----------------------------------------------------------------------------------------
