@@ -28,6 +28,7 @@ LEVEL_VARIABLE = "MIMIR_KERNEL_LEVEL"
 GR_DEGREE = 48
 WORD_BITS = 64
 KEY_BYTES = 32
+MAX_ROWS = 64  # MK_ROWS
 
 
 class _Missing:
@@ -359,23 +360,50 @@ def gf_fold(a: U64, xi: int) -> U64:
     return out
 
 
-def gf_select(bits: U64, rho: U64) -> U64:
-    """rho_j where bit j is set, else 0: bits (ceil(n/64),), rho (n,) -> (n,)."""
-    (n,) = _array("rho", rho, (None,))
-    _array("bits", bits, (_words(n),))
-    out = np.empty(n, np.uint64)
-    _lib.mk_gf_select(_out(out), _in(bits), _in(rho), n)
+def gf_cross(x: U64, y: U64, planes: U64) -> U64:
+    """Folded products of replicated bits: x, y (2, n, rows) words, planes (64, n) public -> (crosses(rows),).
+
+    Halve the rows again and again, into low half, high half and their difference: out has one element for
+    each of the 3^levels results that took a difference, the sum over lanes of the products' bit times the
+    element whose bit s is the lane of plane s.
+    """
+    _, n, rows = _cross_arrays(x, y)
+    _array("planes", planes, (WORD_BITS, n))
+    out = np.empty(crosses(rows), np.uint64)
+    _lib.mk_gf_cross(_out(out), _in(x), _in(y), _in(planes), rows, n)
     return out
 
 
-def gf_select_inner(x: U64, y: U64, rho: U64) -> int:
-    """Sum of rho_j where bit j of both x and y is set: x, y (ceil(n/64),), rho (n,)."""
-    (n,) = _array("rho", rho, (None,))
-    _array("x", x, (_words(n),))
-    _array("y", y, (_words(n),))
-    out = _ffi.new("uint64_t *")
-    _lib.mk_gf_select_inner(out, _in(x), _in(y), _in(rho), n)
-    return int(out[0])
+def gf_combine(x: U64, planes: U64) -> U64:
+    """Sum over columns and lanes of the elements (see gf_cross) where the bit is set: x (n, rows) -> (rows,)."""
+    n, rows = _array("x", x, (None, None))
+    _count("rows", rows, 1, MAX_ROWS)
+    _array("planes", planes, (WORD_BITS, n))
+    out = np.empty(rows, np.uint64)
+    _lib.mk_gf_combine(_out(out), _in(x), _in(planes), rows, n)
+    return out
+
+
+def gf_blend(x: U64, w: U64) -> U64:
+    """Sum of w_i over the set bits of each lane: x (n, rows) words, w (rows,) public -> (64 n,)."""
+    n, rows = _array("x", x, (None, None))
+    _count("rows", rows, 1, MAX_ROWS)
+    _array("w", w, (rows,))
+    out = np.empty(WORD_BITS * n, np.uint64)
+    _lib.mk_gf_blend(_out(out), _in(x), _in(w), rows, n)
+    return out
+
+
+def crosses(rows: int) -> int:
+    """Results of gf_cross and gr_cross for 2^levels rows: 3^levels - 2^levels."""
+    return int(3 ** (rows.bit_length() - 1) - rows)
+
+
+def _cross_arrays(x: U64, y: U64) -> tuple[int, ...]:
+    shape = _array("x", x, (2, None, None))
+    _power_of_two("rows", _count("rows", shape[2], 1, MAX_ROWS))
+    _array("y", y, shape)
+    return shape
 
 
 # ---- GR(2^64, 48) = Z_2^64[X] / (X^48 + X^5 + X^3 + X^2 + 1) ----
@@ -453,6 +481,18 @@ def gr_combine_cols(x: U64, r: U64) -> U64:
     _array("r", r, (m,))
     out = np.empty((n, GR_DEGREE), np.uint64)
     _lib.mk_gr_combine_cols(_out(out), _in(x), _in(r), m, n)
+    return out
+
+
+def gr_cross(x: U64, y: U64, r: U64) -> U64:
+    """Folded products of replicated ring words: x, y (2, n, rows), r (n,) 01 elements -> (crosses(rows), 48).
+
+    As gf_cross: sums over n of r_g times x0 y0 + x0 y1 + x1 y0 of each result that took a difference.
+    """
+    _, n, rows = _cross_arrays(x, y)
+    _array("r", r, (n,))
+    out = np.empty((crosses(rows), GR_DEGREE), np.uint64)
+    _lib.mk_gr_cross(_out(out), _in(x), _in(y), _in(r), rows, n)
     return out
 
 

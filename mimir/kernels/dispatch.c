@@ -109,9 +109,13 @@ MK_THUNK(mk_gf_mul, (uint64_t *out, const uint64_t *a, const uint64_t *b, size_t
 MK_THUNK(mk_gf_scale, (uint64_t *out, const uint64_t *a, uint64_t s, size_t n), (out, a, s, n))
 MK_THUNK(mk_gf_inner, (uint64_t *out, const uint64_t *a, const uint64_t *b, size_t n), (out, a, b, n))
 MK_THUNK(mk_gf_fold, (uint64_t *out, const uint64_t *a, uint64_t xi, size_t half), (out, a, xi, half))
-MK_THUNK(mk_gf_select, (uint64_t *out, const uint64_t *bits, const uint64_t *rho, size_t n), (out, bits, rho, n))
-MK_THUNK(mk_gf_select_inner,
-         (uint64_t *out, const uint64_t *x, const uint64_t *y, const uint64_t *rho, size_t n), (out, x, y, rho, n))
+MK_THUNK(mk_gf_cross,
+         (uint64_t *out, const uint64_t *x, const uint64_t *y, const uint64_t *planes, size_t rows, size_t n),
+         (out, x, y, planes, rows, n))
+MK_THUNK(mk_gf_combine, (uint64_t *out, const uint64_t *x, const uint64_t *planes, size_t rows, size_t n),
+         (out, x, planes, rows, n))
+MK_THUNK(mk_gf_blend, (uint64_t *out, const uint64_t *x, const uint64_t *w, size_t rows, size_t n),
+         (out, x, w, rows, n))
 MK_THUNK(mk_gr_mul, (uint64_t *out, const uint64_t *a, const uint64_t *b, size_t n), (out, a, b, n))
 MK_THUNK(mk_gr_inner, (uint64_t *out, const uint64_t *a, const uint64_t *b, size_t n), (out, a, b, n))
 MK_THUNK(mk_gr_mul01, (uint64_t *out, const uint64_t *a, const uint64_t *r, size_t n), (out, a, r, n))
@@ -121,3 +125,6 @@ MK_THUNK(mk_gr_scale01, (uint64_t *out, const uint64_t *x, const uint64_t *r, si
 MK_THUNK(mk_gr_combine, (uint64_t *out, const uint64_t *x, const uint64_t *r, size_t m, size_t n), (out, x, r, m, n))
 MK_THUNK(mk_gr_combine_cols, (uint64_t *out, const uint64_t *x, const uint64_t *r, size_t m, size_t n),
          (out, x, r, m, n))
+MK_THUNK(mk_gr_cross,
+         (uint64_t *out, const uint64_t *x, const uint64_t *y, const uint64_t *r, size_t rows, size_t n),
+         (out, x, y, r, rows, n))

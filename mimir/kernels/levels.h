@@ -22,8 +22,9 @@
     X(mk_gf_scale)                                                                                                     \
     X(mk_gf_inner)                                                                                                     \
     X(mk_gf_fold)                                                                                                      \
-    X(mk_gf_select)                                                                                                    \
-    X(mk_gf_select_inner)                                                                                              \
+    X(mk_gf_cross)                                                                                                     \
+    X(mk_gf_combine)                                                                                                   \
+    X(mk_gf_blend)                                                                                                     \
     X(mk_gr_mul)                                                                                                       \
     X(mk_gr_inner)                                                                                                     \
     X(mk_gr_mul01)                                                                                                     \
@@ -31,7 +32,8 @@
     X(mk_gr_scale)                                                                                                     \
     X(mk_gr_scale01)                                                                                                   \
     X(mk_gr_combine)                                                                                                   \
-    X(mk_gr_combine_cols)
+    X(mk_gr_combine_cols)                                                                                              \
+    X(mk_gr_cross)
 
 #define MK_DECLARE(name)                                                                                               \
     __typeof__(name) name##_ref;                                                                                       \
