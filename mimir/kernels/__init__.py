@@ -448,6 +448,18 @@ def gr_fold(a: U64, xi: int) -> U64:
     return out
 
 
+def gr_halves(a0: U64, a1: U64, w0: U64, w1: U64) -> U64:
+    """A party's parts of <a, w> over lower halves, and over upper less lower halves: four (n, 48) -> (2, 48)."""
+    n, _ = _array("a0", a0, (None, GR_DEGREE))
+    for name, value in (("a1", a1), ("w0", w0), ("w1", w1)):
+        _array(name, value, (n, GR_DEGREE))
+    if n % 2:
+        raise LocalError(f"a0 must have an even length, not {n}")
+    out = np.empty((2, GR_DEGREE), np.uint64)
+    _lib.mk_gr_halves(_out(out), _in(a0), _in(a1), _in(w0), _in(w1), n // 2)
+    return out
+
+
 def gr_scale(x: U64, g: U64) -> U64:
     """x_j g_j: x (n,) ring words, g (n, 48) -> (n, 48)."""
     (n,) = _array("x", x, (None,))

@@ -90,6 +90,8 @@ void mk_gf_blend(uint64_t *out, const uint64_t *x, const uint64_t *w, size_t row
  * up are ignored. Names: x ring words, r and xi 01 elements, a, b, g full elements.
  * mul: a_j b_j.  inner: sum a_j b_j, one element.  mul01: a_j r_j.  scale: x_j g_j.  scale01: x_j r_j.
  * fold: out_j = a_j + xi (a_{half+j} - a_j), a has 2 half elements.
+ * halves: for replicated vectors of 2 half elements, given by component, out has two elements: with a.w short for
+ * sum (a0 + a1)_j w0_j + a0_j w1_j, the first is a.w over the lower halves, the second over upper less lower halves.
  * combine: x (m, n), out_i = sum_j x[i, j] r_j, m elements.  combine_cols: out_j = sum_i x[i, j] r_i, n elements.
  * cross: as over GF(2^64), of ring words: x and y (2, n, rows), out_t = sum_g r_g (x0 y0 + x0 y1 + x1 y0)[t, g].
  * Public: xi and all r. */
@@ -97,6 +99,8 @@ void mk_gr_mul(uint64_t *out, const uint64_t *a, const uint64_t *b, size_t n);
 void mk_gr_inner(uint64_t *out, const uint64_t *a, const uint64_t *b, size_t n);
 void mk_gr_mul01(uint64_t *out, const uint64_t *a, const uint64_t *r, size_t n);
 void mk_gr_fold(uint64_t *out, const uint64_t *a, uint64_t xi, size_t half);
+void mk_gr_halves(uint64_t *out, const uint64_t *a0, const uint64_t *a1, const uint64_t *w0, const uint64_t *w1,
+                  size_t half);
 void mk_gr_scale(uint64_t *out, const uint64_t *x, const uint64_t *g, size_t n);
 void mk_gr_scale01(uint64_t *out, const uint64_t *x, const uint64_t *r, size_t n);
 void mk_gr_combine(uint64_t *out, const uint64_t *x, const uint64_t *r, size_t m, size_t n);

@@ -29,6 +29,7 @@
     X(mk_gr_inner)                                                                                                     \
     X(mk_gr_mul01)                                                                                                     \
     X(mk_gr_fold)                                                                                                      \
+    X(mk_gr_halves)                                                                                                    \
     X(mk_gr_scale)                                                                                                     \
     X(mk_gr_scale01)                                                                                                   \
     X(mk_gr_combine)                                                                                                   \

@@ -375,6 +375,29 @@ void mk_gr_fold_ref(uint64_t *restrict out, const uint64_t *a, uint64_t xi, size
     }
 }
 
+void mk_gr_halves_ref(uint64_t *restrict out, const uint64_t *a0, const uint64_t *a1, const uint64_t *w0,
+                      const uint64_t *w1, size_t half)
+{
+    uint64_t low[2 * MK_GR] = {0}, slope[2 * MK_GR] = {0};
+    for (size_t j = 0; j < half; j++) {
+        size_t l = MK_GR * j, h = MK_GR * (half + j);
+        uint64_t both[MK_GR], a[MK_GR], d[MK_GR], u0[MK_GR], u1[MK_GR];
+        for (int i = 0; i < MK_GR; i++) {
+            both[i] = a0[l + i] + a1[l + i];
+            a[i] = a0[h + i] - a0[l + i];
+            d[i] = a[i] + a1[h + i] - a1[l + i];
+            u0[i] = w0[h + i] - w0[l + i];
+            u1[i] = w1[h + i] - w1[l + i];
+        }
+        gr_mul_add(low, both, w0 + l);
+        gr_mul_add(low, a0 + l, w1 + l);
+        gr_mul_add(slope, d, u0);
+        gr_mul_add(slope, a, u1);
+    }
+    gr_reduce(out, low);
+    gr_reduce(out + MK_GR, slope);
+}
+
 void mk_gr_scale_ref(uint64_t *restrict out, const uint64_t *x, const uint64_t *g, size_t n)
 {
     for (size_t j = 0; j < n; j++)

@@ -712,16 +712,51 @@ INLINE void inner_block(uint64_t *p, const uint64_t *a, const uint64_t *b, size_
     }
 }
 
+/* p += sum of a_j b_j over a run, without reduction; p has 2 MK_GR words. */
+static void inner_run(uint64_t *p, const uint64_t *a, const uint64_t *b, size_t n)
+{
+    for (size_t t = 0; t < MK_GR; t += MM_VECS * LANES)
+        for (size_t s = 0; s < MK_GR; s += MM_ROWS) inner_block(p + s + t, a + s, b + t, n);
+}
+
+static void inner_finish(uint64_t *out, const uint64_t *p)
+{
+    vec q[2 * GV];
+    UNROLL for (int v = 0; v < 2 * GV; v++) q[v] = load(p + LANES * v);
+    gr_reduce(out, q, NULL);
+}
+
 void MK(mk_gr_inner)(uint64_t *restrict out, const uint64_t *a, const uint64_t *b, size_t n)
 {
     uint64_t p[2 * MK_GR] __attribute__((aligned(64))) = {0};
-    vec q[2 * GV];
-    for (size_t j = 0; j < n; j += INNER_RUN)
-        for (size_t t = 0; t < MK_GR; t += MM_VECS * LANES)
-            for (size_t s = 0; s < MK_GR; s += MM_ROWS)
-                inner_block(p + s + t, a + MK_GR * j + s, b + MK_GR * j + t, least(n - j, INNER_RUN));
-    UNROLL for (int v = 0; v < 2 * GV; v++) q[v] = load(p + LANES * v);
-    gr_reduce(out, q, NULL);
+    for (size_t j = 0; j < n; j += INNER_RUN) inner_run(p, a + MK_GR * j, b + MK_GR * j, least(n - j, INNER_RUN));
+    inner_finish(out, p);
+}
+
+void MK(mk_gr_halves)(uint64_t *restrict out, const uint64_t *a0, const uint64_t *a1, const uint64_t *w0,
+                      const uint64_t *w1, size_t half)
+{
+    enum { RUN = INNER_RUN * MK_GR };
+    uint64_t p[2][2 * MK_GR] __attribute__((aligned(64))) = {{0}};
+    uint64_t both[RUN] __attribute__((aligned(64))), a[RUN] __attribute__((aligned(64)));
+    uint64_t u0[RUN] __attribute__((aligned(64))), u1[RUN] __attribute__((aligned(64)));
+    for (size_t j = 0; j < half; j += INNER_RUN) {
+        size_t l = MK_GR * j, h = MK_GR * (half + j), n = least(half - j, INNER_RUN);
+        for (size_t i = 0; i < MK_GR * n; i += LANES) store(both + i, load(a0 + l + i) + load(a1 + l + i));
+        inner_run(p[0], both, w0 + l, n);
+        inner_run(p[0], a0 + l, w1 + l, n);
+        for (size_t i = 0; i < MK_GR * n; i += LANES) {
+            vec d = load(a0 + h + i) - load(a0 + l + i);
+            store(a + i, d);
+            store(both + i, d + load(a1 + h + i) - load(a1 + l + i));
+            store(u0 + i, load(w0 + h + i) - load(w0 + l + i));
+            store(u1 + i, load(w1 + h + i) - load(w1 + l + i));
+        }
+        inner_run(p[1], both, u0, n);
+        inner_run(p[1], a, u1, n);
+    }
+    inner_finish(out, p[0]);
+    inner_finish(out + MK_GR, p[1]);
 }
 
 void MK(mk_gr_mul01)(uint64_t *restrict out, const uint64_t *a, const uint64_t *r, size_t n)

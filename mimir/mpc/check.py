@@ -39,9 +39,11 @@ _LOW48: Final = np.uint64((1 << DEGREE) - 1)
 OPEN_BELOW: Final = 32  # entries at which halving stops and the masked opening takes over
 FOLD_ROWS: Final = ((1 << 19, 64), (1 << 16, 32), (1 << 12, 16), (0, 8))  # from so many on, so many become one
 AT_ONCE: Final = 1 << 17  # products or words of gates folded at once (memory: 32 B each)
+NARROW: Final = 24  # a row of so many products is checked one by one
 WORK: Final = 64  # multiplications to fold one product, about
 WHOLE: Final = 1 << 30  # making claims always goes to a thread
-LEVELS: Final = 26  # halvings of a recursion at most, and the final opening
+ALIGNED: Final = 256  # rows of a long claim come in multiples of so many
+LEVELS: Final = 28  # halvings of a recursion at most, and the final opening
 
 
 class Draw:
@@ -124,11 +126,14 @@ class Product:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ScalarProduct:
-    """s_n * x_nm = z_nm: s (2, n), x and z (2, n, m). One claim a row."""
+    """s_n * x_nm = z_nm: s (2, n), x and z (2, n, m). One claim a row; narrow rows are cheaper as products."""
 
     s: Ring
     x: Ring
     z: Ring
+
+    def products(self) -> Product:
+        return Product(np.repeat(self.s, self.x.shape[2], axis=1), self.x, self.z)
 
     def claims(self, draw: Draw) -> Iterator[Claim]:
         n, m = self.x.shape[1:]
@@ -250,6 +255,9 @@ class _Galois:
     def sum(self, a: Ring) -> Ring:
         return a.sum(axis=0, dtype=np.uint64)
 
+    def halves(self, a: Pair, w: Pair) -> Ring:
+        return kernels.gr_halves(a[0], a[1], w[0], w[1])
+
     # folding: blocks of ring words (n, rows), coefficients of columns as 01 elements (n,)
 
     def coefficients(self, draw: Draw, columns: int) -> Ring:
@@ -294,6 +302,13 @@ class _Binary:
 
     def sum(self, a: Ring) -> Ring:
         return np.bitwise_xor.reduce(a, axis=0)
+
+    def halves(self, a: Pair, w: Pair) -> Ring:
+        half = len(a[0]) // 2
+        low = _summand(self, (a[0][:half], a[1][:half]), (w[0][:half], w[1][:half]))
+        da = a[0][half:] ^ a[0][:half], a[1][half:] ^ a[1][:half]
+        dw = w[0][half:] ^ w[0][:half], w[1][half:] ^ w[1][:half]
+        return np.stack([low, _summand(self, da, dw)])
 
     # folding: blocks of words of bits (n, rows), coefficients of the 64 lanes of columns as planes (64, n)
 
@@ -410,30 +425,45 @@ def _interleaved(*parts: Ring) -> Ring:
 
 
 class _Recursion:
-    """<a, w> = c, halved until at most OPEN_BELOW entries are left."""
+    """<a, w> = c, halved until at most OPEN_BELOW entries are left.
+
+    Long claims are halved each by itself, which copies nothing; their odd ends and the short ones go together.
+    """
 
     def __init__(self, ext: Extension, claims: Sequence[Claim]) -> None:
         self.ext = ext
-        self.a, self.w = _joined([c.a for c in claims]), _joined([c.w for c in claims])
         self.c = np.stack([ext.sum(np.stack([c.c[i] for c in claims])) for i in range(2)])
+        self._parts: list[tuple[Pair, Pair]] = []
+        short: list[tuple[Pair, Pair]] = []
+        for claim in claims:
+            whole = len(claim.a[0]) // ALIGNED * ALIGNED
+            for at, to in ((slice(0, whole), self._parts), (slice(whole, None), short)):
+                a, w = ((p[0][at], p[1][at]) for p in (claim.a, claim.w))
+                if len(a[0]):
+                    to.append((a, w))
+        if short:
+            self._parts.append((_joined([a for a, _ in short]), _joined([w for _, w in short])))
+        self._even()
+
+    def _even(self) -> None:
+        if not self.done and any(len(a[0]) % 2 for a, _ in self._parts):
+            self._parts = [(_joined([a for a, _ in self._parts]), _joined([w for _, w in self._parts]))]
+
+    @property
+    def length(self) -> int:
+        return sum(len(a[0]) for a, _ in self._parts)
 
     @property
     def done(self) -> bool:
-        return len(self.a[0]) <= OPEN_BELOW
+        return len(self._parts) == 1 and self.length <= OPEN_BELOW
 
     @property
     def cost(self) -> int:
-        return 2 * len(self.a[0]) * self.ext.work
+        return 2 * self.length * self.ext.work
 
     def halves(self) -> Ring:
         """This party's summands of h(0) and of h at infinity, for h(X) = <a_0 + X (a_1 - a_0), w_0 + ...>."""
-        sub, half = self.ext.sub, len(self.a[0]) // 2
-        low = _summand(
-            self.ext, (self.a[0][:half], self.a[1][:half]), (self.w[0][:half], self.w[1][:half])
-        )
-        da = sub(self.a[0][half:], self.a[0][:half]), sub(self.a[1][half:], self.a[1][:half])
-        dw = sub(self.w[0][half:], self.w[0][:half]), sub(self.w[1][half:], self.w[1][:half])
-        return np.stack([low, _summand(self.ext, da, dw)])
+        return self.ext.sum(np.stack([self.ext.halves(a, w) for a, w in self._parts]))
 
     def fold(self, told: Ring, draw: Draw) -> None:
         """Go on at a challenge tossed after `told` (2, 2, ...), the shares of h(0) and h(infinity), arrived."""
@@ -443,8 +473,19 @@ class _Recursion:
         h1 = ext.sub(self.c, h0)  # <a, w> = h(0) + h(1)
         # h(X) = h0 + (h1 - h0 - h2) X + h2 X^2
         self.c = ext.add(h0, ext.times(ext.add(ext.sub(ext.sub(h1, h0), h2), ext.times(h2, xi)), xi))
-        self.a = ext.fold(self.a[0], xi), ext.fold(self.a[1], xi)
-        self.w = ext.fold(self.w[0], xi), ext.fold(self.w[1], xi)
+        self._parts = [
+            ((ext.fold(a[0], xi), ext.fold(a[1], xi)), (ext.fold(w[0], xi), ext.fold(w[1], xi)))
+            for a, w in self._parts
+        ]
+        self._even()
+
+    @property
+    def a(self) -> Pair:
+        return self._parts[0][0]
+
+    @property
+    def w(self) -> Pair:
+        return self._parts[0][1]
 
     def mask(self, random: Ring) -> Ring:
         """Take a random share (2, n, ...) as the mask of a; this party's summand of <mask, w>."""
@@ -481,8 +522,9 @@ async def verify(
     coins = await doors.commit(f"{step}/coin", 2 + LEVELS)
     draw = Draw(await coins.toss())
     ring, bits = _Galois(), _Binary()
-    products = [r for r in relations if isinstance(r, Product)]
-    others = [r for r in relations if not isinstance(r, Product)]
+    narrow = [r for r in relations if isinstance(r, ScalarProduct) and r.x.shape[2] <= NARROW]
+    products = [r for r in relations if isinstance(r, Product)] + [r.products() for r in narrow]
+    others = [r for r in relations if not isinstance(r, Product) and r not in narrow]
     foldings = [_Folding(ring, products, draw)] if products else []
     foldings += [_Folding(bits, gates, draw)] if gates else []
 
