@@ -969,12 +969,17 @@ def relation(
             assert all((r >> np.uint64(low + rest + bits) == 0).all() for r in parts["r"])
             index = heights % (1 << (rest + bits)) >> rest
             assert np.array_equal(got["e"], np.eye(1 << bits, dtype=np.uint64)[index.astype(int)])
-            if rest:
-                assert np.array_equal(exact(got["v"]), heights % (1 << rest))
-            else:
+            if not steps:
                 assert "v" not in got
-            if rest and steps:
-                assert np.array_equal(got["prod"], got["mask"] * got["v"][:, None])
+                return
+            powers = [heights * 0 + 1]
+            for _ in range(steps):
+                powers.append(powers[-1] * (heights % (1 << rest)) % RING)
+            for t in range(1, steps + 1):
+                assert np.array_equal(exact(got["v"])[:, t - 1], powers[t])
+            masks = exact(got["mask"])
+            products = [masks[:, i] * powers[t] % RING for t in range(1, steps + 1) for i in range(t - 1, steps)]
+            assert np.array_equal(exact(got["prod"]), np.stack(products, axis=1))
         case prep.Zero(bits, low):
             index = sum(exact(r) >> low for r in parts["r"]) % (1 << bits)
             hot = np.stack([bits_of(p, n) for p in got["planes"]], axis=1)

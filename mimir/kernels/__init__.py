@@ -266,6 +266,27 @@ def ring_lsb(x: U64) -> U64:
 # ---- look-up ----
 
 
+def double_part(out: U64, e: U64, b: U64) -> None:
+    """out += e0 b0 + e0 b1 + e1 b0, row by row: out (n, have), the first `have` entries of e (2, n, size),
+    b (2, n).
+    """
+    n, have = _array("out", out, (None, None))
+    _, _, size = _array("e", e, (2, n, None))
+    _array("b", b, (2, n))
+    _count("have", have, 1, size)
+    _lib.mk_ring_double_part(_out(out), _in(e), _in(b), n, size, have)
+
+
+def double(e: U64, high: U64) -> None:
+    """In each row of e (n, size) the entries from `have` on become high (n, have), and the first lose it."""
+    n, size = _array("e", e, (None, None))
+    _, have = _array("high", high, (n, None))
+    _count("have", have, 1, size // 2)
+    if np.may_share_memory(e, high):
+        raise LocalError("e overlaps high")
+    _lib.mk_ring_double(_out(e), _in(high), n, size, have)
+
+
 def _turned(table: npt.NDArray[Any]) -> npt.NDArray[Any]:
     """(D, K) -> (D, 2K), column u holding column -u mod K: a look-up by c reads one run from -c mod K."""
     back = np.concatenate((table[:, :1], table[:, :0:-1]), axis=1)

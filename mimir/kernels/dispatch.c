@@ -95,6 +95,11 @@ MK_THUNK(mk_bits_slice, (uint64_t *planes, const uint64_t *x, size_t n, size_t n
 MK_THUNK(mk_bits_unslice, (uint64_t *x, const uint64_t *planes, size_t n, size_t nbits), (x, planes, n, nbits))
 MK_THUNK(mk_bits_to_ring, (uint64_t *out, const uint64_t *words, size_t n), (out, words, n))
 MK_THUNK(mk_ring_lsb, (uint64_t *words, const uint64_t *x, size_t n), (words, x, n))
+MK_THUNK(mk_ring_double_part,
+         (uint64_t *out, const uint64_t *e, const uint64_t *b, size_t n, size_t size, size_t have),
+         (out, e, b, n, size, have))
+MK_THUNK(mk_ring_double, (uint64_t *e, const uint64_t *high, size_t n, size_t size, size_t have),
+         (e, high, n, size, have))
 MK_THUNK(mk_ring_lookup,
          (uint64_t *out, const uint64_t *e, const uint64_t *c, const uint64_t *turned, size_t depth, size_t n,
           size_t size),

@@ -51,6 +51,13 @@ void mk_bits_unslice(uint64_t *x, const uint64_t *planes, size_t n, size_t nbits
 void mk_bits_to_ring(uint64_t *out, const uint64_t *words, size_t n);
 void mk_ring_lsb(uint64_t *words, const uint64_t *x, size_t n);
 
+/* Doubling one-hot vectors, rows of e (2, n, size) of which the first `have` entries are in use, by bits b (2, n).
+ * double_part: a party's term of e b, added to out (n, have): out += e0 b0 + e0 b1 + e1 b0.
+ * double: given one component e (n, size) and that of the product, high (n, have): the next `have` entries of each row
+ * become high, and the first lose it. Here e is read and written. */
+void mk_ring_double_part(uint64_t *out, const uint64_t *e, const uint64_t *b, size_t n, size_t size, size_t have);
+void mk_ring_double(uint64_t *e, const uint64_t *high, size_t n, size_t size, size_t have);
+
 /* Table look-up by a secret one-hot vector e_i that was shifted by a public amount c_i; size is a power of two.
  * Tables come turned round and doubled, so that each look-up reads one run: turned (depth, 2 size),
  * turned[d, u] = table[d, -u mod size].

@@ -15,6 +15,8 @@
     X(mk_bits_unslice)                                                                                                 \
     X(mk_bits_to_ring)                                                                                                 \
     X(mk_ring_lsb)                                                                                                     \
+    X(mk_ring_double_part)                                                                                             \
+    X(mk_ring_double)                                                                                                  \
     X(mk_ring_lookup)                                                                                                  \
     X(mk_ring_rotate)                                                                                                  \
     X(mk_bits_lookup)                                                                                                  \

@@ -121,6 +121,25 @@ void mk_ring_lsb_ref(uint64_t *restrict words, const uint64_t *x, size_t n)
 
 /* ---- look-up ---- */
 
+void mk_ring_double_part_ref(uint64_t *restrict out, const uint64_t *e, const uint64_t *b, size_t n, size_t size,
+                             size_t have)
+{
+    for (size_t i = 0; i < n; i++)
+        for (size_t j = 0; j < have; j++) {
+            uint64_t e0 = e[i * size + j], e1 = e[(n + i) * size + j];
+            out[i * have + j] += e0 * (b[i] + b[n + i]) + e1 * b[i];
+        }
+}
+
+void mk_ring_double_ref(uint64_t *restrict e, const uint64_t *high, size_t n, size_t size, size_t have)
+{
+    for (size_t i = 0; i < n; i++)
+        for (size_t j = 0; j < have; j++) {
+            e[i * size + have + j] = high[i * have + j];
+            e[i * size + j] -= high[i * have + j];
+        }
+}
+
 void mk_ring_lookup_ref(uint64_t *restrict out, const uint64_t *e, const uint64_t *c, const uint64_t *turned,
                         size_t depth, size_t n, size_t size)
 {

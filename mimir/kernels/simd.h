@@ -369,6 +369,32 @@ void MK(mk_ring_lsb)(uint64_t *restrict words, const uint64_t *x, size_t n)
 
 /* ---- look-up ---- */
 
+void MK(mk_ring_double_part)(uint64_t *restrict out, const uint64_t *e, const uint64_t *b, size_t n, size_t size,
+                             size_t have)
+{
+    const uint64_t *other = e + n * size;
+    for (size_t i = 0; i < n; i++, e += size, other += size, out += have) {
+        factor both = factor_of(splat(b[i] + b[n + i])), mine = factor_of(splat(b[i]));
+        for (size_t j = 0; j < have; j += LANES) {
+            size_t left = least(have - j, LANES);
+            sum s = sum_mul(sum_zero(), factor_of(load_first(e + j, left)), both);
+            s = sum_mul(s, factor_of(load_first(other + j, left)), mine);
+            store_first(out + j, left, load_first(out + j, left) + sum_value(s));
+        }
+    }
+}
+
+void MK(mk_ring_double)(uint64_t *restrict e, const uint64_t *high, size_t n, size_t size, size_t have)
+{
+    for (size_t i = 0; i < n; i++, e += size, high += have)
+        for (size_t j = 0; j < have; j += LANES) {
+            size_t left = least(have - j, LANES);
+            vec h = load_first(high + j, left);
+            store_first(e + have + j, left, h);
+            store_first(e + j, left, load_first(e + j, left) - h);
+        }
+}
+
 INLINE void look_up(uint64_t *out, const uint64_t *e, const uint64_t *run, size_t n, size_t size, const int depth)
 {
     sum s[4];

@@ -6,6 +6,7 @@ ended. Costs are stated per element; `rounds` counts lockstep rounds.
 
 from __future__ import annotations
 
+import math
 import os
 import types
 from collections.abc import Callable, Coroutine, Generator, Sequence
@@ -17,7 +18,7 @@ import numpy.typing as npt
 
 from mimir import kernels
 from mimir.mpc import prep
-from mimir.mpc.domain import RING_BITS, Ring, words
+from mimir.mpc.domain import RING_BITS, Ring, constant, words
 from mimir.mpc.doors import Masked
 from mimir.mpc.offload import offload
 from mimir.mpc.prep import Kind, Weights
@@ -302,8 +303,7 @@ class Piecewise:
     """A piecewise polynomial of an index of `bits` bits and a remainder of `rest` bits, above `low`
     dropped bits.
 
-    tables[d] holds the coefficient of remainder^d for every index; Horner needs degree rounds and the result
-    has `scale` fraction bits. Extra tables (flags) are looked up and returned as they are.
+    tables[d] holds the coefficient of remainder^d for every index; the result has `scale` fraction bits. Extra tables (flags) are looked up and returned as they are.
     """
 
     low: int
@@ -365,23 +365,35 @@ async def read_index(ctx: Context, step: str, *items: tuple[Share, Piecewise]) -
 
 
 async def evaluate(ctx: Context, step: str, reads: Sequence[Read]) -> list[Share]:
-    """Evaluate the pieces that were read, all of one degree, by Horner. degree rounds, 8 bytes each."""
-    degree = reads[0].coefs.shape[0] - 1
-    value = [r.coefs[degree] for r in reads]
-    for d in range(degree):
-        masks = [r.material["mask"][:, d] for r in reads]
-        deltas = await ctx.doors.open(
-            f"{step}/horner {d}", *(t + m for t, m in zip(value, masks, strict=True))
-        )
-        for i, (delta, r) in enumerate(zip(deltas, reads, strict=True)):
-            product = r.material["prod"][:, d] - r.material["v"] * delta - masks[i] * r.rest + delta * r.rest
-            value[i] = product + r.coefs[degree - 1 - d]
-    return [v.reshape(*r.shape) for v, r in zip(value, reads, strict=True)]
+    """Evaluate the pieces that were read. One round, 8 bytes a degree.
+
+    The remainder is t = rest - v with v in the material. Powers of t are known combinations of powers of v,
+    and so are their products with the masks m_i: with delta_i = open(c_i + m_i) for each coefficient but the
+    first, c_i t^i = delta_i t^i - m_i t^i.
+    """
+    masked = [r.coefs[1:] + r.material["mask"].swap(0, 1) for r in reads]
+    values = []
+    for deltas, r in zip(await ctx.doors.open(step, *masked), reads, strict=True):
+        degree = len(deltas)
+        v, m, prod = r.material["v"], r.material["mask"], r.material["prod"]
+        rest = [np.ones_like(r.rest)]
+        for _ in range(degree):
+            rest.append(rest[-1] * r.rest)
+        value = r.coefs[0]
+        for i in range(1, degree + 1):
+            power, product = v[:, 0] * 0 + rest[i], m[:, i - 1] * rest[i]
+            for t in range(1, i + 1):
+                c = rest[i - t] * constant(math.comb(i, t) * (-1) ** t)
+                at = sum(degree - u + 1 for u in range(1, t)) + i - t
+                power, product = power + v[:, t - 1] * c, product + prod[:, at] * c
+            value = value + power * deltas[i - 1] - product
+        values.append(value.reshape(*r.shape))
+    return values
 
 
 async def piecewise(ctx: Context, step: str, x: Share, piece: Piecewise) -> Share:
-    """The piecewise polynomial of x, at the scale of the piece. degree + 1 rounds."""
-    (value,) = await evaluate(ctx, step, await read_index(ctx, f"{step}/index", (x, piece)))
+    """The piecewise polynomial of x, at the scale of the piece. Two rounds."""
+    (value,) = await evaluate(ctx, f"{step}/evaluate", await read_index(ctx, f"{step}/index", (x, piece)))
     return value
 
 

@@ -7,7 +7,7 @@ known to two parties; carries come from an adder over GF(2); products are made b
 A *kind* names one sort of correlation, with everything that fixes its shape:
 
     Trunc(f)             truncation pair for ops.truncate
-    Lookup(g, b, k, d)   one-hot of k bits, remainder of b bits, d polynomial steps
+    Lookup(g, b, k, d)   one-hot of k bits, remainder of b bits and what a polynomial of degree d in it takes
     Zero(k, g)           zero and threshold tests of k-bit values, g lower bits dropped
     Compare(g, w)        sign of w-bit values, g lower bits dropped
     DaBit()              a random bit in both domains
@@ -24,6 +24,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Final, Protocol
 
 import numpy as np
@@ -52,7 +53,7 @@ class Lookup:
     low: int  # bits below the window, dropped: the value read is 0 to 3 units of 2^low above the floor
     rest: int  # bits of the remainder
     bits: int  # bits of the index
-    steps: int  # polynomial steps that follow
+    steps: int  # degree of the polynomial in the remainder that follows
 
 
 @dataclass(frozen=True, slots=True)
@@ -302,15 +303,25 @@ class Batch:
         """
         bk = self.doors.bk
         k, n = b.shape[1:]
-        one = np.ones(n, np.uint64)
-        e = np.stack([bk.add_public(np.zeros(1, np.uint64) - b[:, 0], one), b[:, 0]], axis=2)
+        e = np.empty((2, n, 1 << k), np.uint64)
+        e[:, :, 0] = bk.add_public(np.zeros(1, np.uint64) - b[:, 0], np.ones(n, np.uint64))
+        e[:, :, 1] = b[:, 0]
         for j in range(1, k):
-            (high,) = await self.mul(f"{step}/double {j}", (e, b[:, j, :, None]))
-            e = np.concatenate([e - high, high], axis=2)
-        e = np.ascontiguousarray(e)
+            part = bk.zero(n, 1 << j)
+            bit = np.ascontiguousarray(b[:, j])
+            await offload(4 * part.size, partial(kernels.double_part, part, e, bit))
+            (high,) = await self.doors.reshare(f"{step}/double {j}", part)
+            for i in range(2):
+                await offload(part.size, partial(kernels.double, e[i], high[i]))
         self.relations.append(check.OneHot(e))
         self.zeros.append(bk.add_public(e.sum(axis=2, dtype=np.uint64), np.full(n, 2**64 - 1, np.uint64)))
         return e
+
+    async def times(self, step: str, v: Ring, x: Ring) -> Ring:
+        """v (2, n) times each row of x (2, n, m), with its relation. One round."""
+        (z,) = await self.mul(step, (x, v[:, :, None]))
+        self.relations.append(check.ScalarProduct(v, x, z))
+        return z
 
 
 def _cut(kinds: Mapping[Kind, int], material: dict[str, Ring]) -> Made:
@@ -353,7 +364,7 @@ async def _lookups(b: Batch, kinds: Mapping[Kind, int]) -> Made:
     h = r >> lows
     bits = await b.add3(name, h, width, low=rest, last=False)
     stack = bits["sum"][:, rest:]
-    if rest:
+    if steps:  # the remainder is wanted as well
         stack = np.concatenate([stack, bits["carry_a"][:, None], bits["carry_b"][:, None]], axis=1)
     # The index bits need no proof of their own: they are re-read from the verified one-hot.
     got = await b.inject(f"{name}/inject", stack, n, prove=False)
@@ -365,19 +376,31 @@ async def _lookups(b: Batch, kinds: Mapping[Kind, int]) -> Made:
     )
     b.zeros.append(reread - got[:, :index_bits])
     out = {"r": r, "e": e}
-    if rest:
+    if steps:
         carries = np.ascontiguousarray(got[:, index_bits:])
         flat = carries.reshape(2, -1)
         b.relations.append(check.Product(flat, flat, flat))
         low = np.uint64((1 << rest) - 1)
         v = (h & low) - (carries[:, 0] + carries[:, 1]) * np.uint64(1 << rest)
-        out["v"] = v
-        if steps:
-            masks_t = bk.random(n, steps)
-            (prod,) = await b.mul(f"{name}/steps", (masks_t, v[:, :, None]))
-            b.relations.append(check.ScalarProduct(v, masks_t, prod))
-            out["mask"], out["prod"] = masks_t, prod
+        out |= await _powers(b, f"{name}/power", v, steps)
     return _cut(kinds, out)
+
+
+async def _powers(b: Batch, step: str, v: Ring, degree: int) -> dict[str, Ring]:
+    """Of v (2, n): powers v^t for t <= degree, masks m_i for i <= degree, and m_i v^t for t <= i, all t = 1
+    first. degree rounds.
+    """
+    mask = b.doors.bk.random(v.shape[1], degree)
+    powers, products = [v], []
+    at = np.concatenate([v[:, :, None], mask], axis=2)  # v^t, m_t v^(t-1), .., m_d v^(t-1)
+    for t in range(1, degree + 1):
+        z = await b.times(f"{step} {t}", v, at if t < degree else np.ascontiguousarray(at[:, :, 1:]))
+        if t < degree:
+            powers.append(z[:, :, 0])
+            z = z[:, :, 1:]
+            at = np.concatenate([powers[-1][:, :, None], z[:, :, 1:]], axis=2)
+        products.append(z)
+    return {"v": np.stack(powers, axis=2), "mask": mask, "prod": np.concatenate(products, axis=2)}
 
 
 async def _zero(b: Batch, kind: Zero, n: int) -> dict[str, Ring]:
@@ -505,10 +528,9 @@ def shapes(kind: Kind, n: int, weight_shape: tuple[int, int] | None = None) -> d
             return {"r": (n,), "high": (n,), "top": (n,), "over": (n,)}
         case Lookup():
             out: dict[str, tuple[int, ...]] = {"r": (n,), "e": (n, 1 << kind.bits)}
-            if kind.rest:
-                out["v"] = (n,)
-                if kind.steps:
-                    out["mask"] = out["prod"] = (n, kind.steps)
+            if kind.steps:
+                out["v"] = out["mask"] = (n, kind.steps)
+                out["prod"] = (n, kind.steps * (kind.steps + 1) // 2)
             return out
         case Zero():
             return {"r": (n,), "planes": (1 << kind.bits, words(n))}
