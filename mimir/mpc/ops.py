@@ -365,30 +365,33 @@ async def read_index(ctx: Context, step: str, *items: tuple[Share, Piecewise]) -
 
 
 async def evaluate(ctx: Context, step: str, reads: Sequence[Read]) -> list[Share]:
-    """Evaluate the pieces that were read. One round, 8 bytes a degree.
+    """Evaluate the pieces that were read, all of one degree. One round, 8 bytes a degree.
 
-    The remainder is t = rest - v with v in the material. Powers of t are known combinations of powers of v,
-    and so are their products with the masks m_i: with delta_i = open(c_i + m_i) for each coefficient but the
-    first, c_i t^i = delta_i t^i - m_i t^i.
+    The remainder is t = rest - v. Powers of t are public combinations of powers of v, and their products with
+    masks m_i are the same of m_i v^j; all of these are in the material. With delta_i = open(c_i + m_i) for
+    each coefficient but the first, c_i t^i = delta_i t^i - m_i t^i.
     """
-    masked = [r.coefs[1:] + r.material["mask"].swap(0, 1) for r in reads]
-    values = []
-    for deltas, r in zip(await ctx.doors.open(step, *masked), reads, strict=True):
-        degree = len(deltas)
-        v, m, prod = r.material["v"], r.material["mask"], r.material["prod"]
-        rest = [np.ones_like(r.rest)]
-        for _ in range(degree):
-            rest.append(rest[-1] * r.rest)
-        value = r.coefs[0]
-        for i in range(1, degree + 1):
-            power, product = v[:, 0] * 0 + rest[i], m[:, i - 1] * rest[i]
-            for t in range(1, i + 1):
-                c = rest[i - t] * constant(math.comb(i, t) * (-1) ** t)
-                at = sum(degree - u + 1 for u in range(1, t)) + i - t
-                power, product = power + v[:, t - 1] * c, product + prod[:, at] * c
-            value = value + power * deltas[i - 1] - product
-        values.append(value.reshape(*r.shape))
-    return values
+    degree = reads[0].coefs.shape[0] - 1
+    coefs = concat([r.coefs for r in reads], axis=1)  # (degree + 1, n)
+    poly = concat([r.material["poly"] for r in reads])  # (n, ..): see prep._powers
+    (delta,) = await ctx.doors.open(step, coefs[1:].swap(0, 1) + poly[:, degree : 2 * degree])
+    rest = np.concatenate([r.rest for r in reads])
+    powers = [np.ones_like(rest)]
+    for _ in range(degree):
+        powers.append(powers[-1] * rest)
+    at = {}  # t^i = sum over j of at[i, j] v^j
+    for i in range(1, degree + 1):
+        for j in range(i + 1):
+            at[i, j] = powers[i - j] * constant(math.comb(i, j) * (-1) ** j)
+    told = [sum(delta[:, i - 1] * at[i, j] for i in range(max(j, 1), degree + 1)) for j in range(degree + 1)]
+    minus = [-at[i, j] for j in range(degree + 1) for i in range(max(j, 1), degree + 1)]
+    value = coefs[0] + (poly * np.stack([*told[1:], *minus], axis=1)).sum(1) + told[0]
+    out, first = [], 0
+    for r in reads:
+        count = len(r.rest)
+        out.append(value[first : first + count].reshape(*r.shape))
+        first += count
+    return out
 
 
 async def piecewise(ctx: Context, step: str, x: Share, piece: Piecewise) -> Share:

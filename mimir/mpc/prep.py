@@ -382,25 +382,25 @@ async def _lookups(b: Batch, kinds: Mapping[Kind, int]) -> Made:
         b.relations.append(check.Product(flat, flat, flat))
         low = np.uint64((1 << rest) - 1)
         v = (h & low) - (carries[:, 0] + carries[:, 1]) * np.uint64(1 << rest)
-        out |= await _powers(b, f"{name}/power", v, steps)
+        out["poly"] = await _powers(b, f"{name}/power", v, steps)
     return _cut(kinds, out)
 
 
-async def _powers(b: Batch, step: str, v: Ring, degree: int) -> dict[str, Ring]:
-    """Of v (2, n): powers v^t for t <= degree, masks m_i for i <= degree, and m_i v^t for t <= i, all t = 1
-    first. degree rounds.
+async def _powers(b: Batch, step: str, v: Ring, degree: int) -> Ring:
+    """Of v (2, n), side by side (2, n, ..): powers v^t for t = 1 .. degree; masks m_i for i = 1 .. degree; then
+    for each t, m_i v^t for i = t .. degree. degree rounds.
     """
     mask = b.doors.bk.random(v.shape[1], degree)
-    powers, products = [v], []
-    at = np.concatenate([v[:, :, None], mask], axis=2)  # v^t, m_t v^(t-1), .., m_d v^(t-1)
+    powers, products = [v[:, :, None]], [mask]
+    at = np.concatenate([powers[0], mask], axis=2)  # v^t, m_t v^(t-1), .., m_d v^(t-1)
     for t in range(1, degree + 1):
         z = await b.times(f"{step} {t}", v, at if t < degree else np.ascontiguousarray(at[:, :, 1:]))
         if t < degree:
-            powers.append(z[:, :, 0])
+            powers.append(z[:, :, :1])
             z = z[:, :, 1:]
-            at = np.concatenate([powers[-1][:, :, None], z[:, :, 1:]], axis=2)
+            at = np.concatenate([powers[-1], z[:, :, 1:]], axis=2)
         products.append(z)
-    return {"v": np.stack(powers, axis=2), "mask": mask, "prod": np.concatenate(products, axis=2)}
+    return np.concatenate([*powers, *products], axis=2)
 
 
 async def _zero(b: Batch, kind: Zero, n: int) -> dict[str, Ring]:
@@ -529,8 +529,7 @@ def shapes(kind: Kind, n: int, weight_shape: tuple[int, int] | None = None) -> d
         case Lookup():
             out: dict[str, tuple[int, ...]] = {"r": (n,), "e": (n, 1 << kind.bits)}
             if kind.steps:
-                out["v"] = out["mask"] = (n, kind.steps)
-                out["prod"] = (n, kind.steps * (kind.steps + 1) // 2)
+                out["poly"] = (n, kind.steps * (kind.steps + 5) // 2)
             return out
         case Zero():
             return {"r": (n,), "planes": (1 << kind.bits, words(n))}
