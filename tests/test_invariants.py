@@ -51,7 +51,7 @@ DOORS: Counter[str] = Counter(
         "mimir/model/transformer:attention open": 1,
         "mimir/model/transformer:mix open": 1,
         "mimir/model/transformer:reenter open_all": 1,
-        "mimir/mpc/check:_inner_product open_extension": 1,
+        "mimir/mpc/check:verify open_extension": 1,
         "mimir/mpc/nonlinear:rms_norm open": 2,
         "mimir/mpc/ops:are_below open_low": 1,
         "mimir/mpc/ops:coarse_index open": 1,

@@ -24,7 +24,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain
 from typing import Final, Protocol
 
 import numpy as np
@@ -43,7 +42,7 @@ NARROW: Final = 24  # a row of so many products is checked one by one
 WORK: Final = 64  # multiplications to fold one product, about
 WHOLE: Final = 1 << 30  # making claims always goes to a thread
 ALIGNED: Final = 256  # rows of a long claim come in multiples of so many
-LEVELS: Final = 28  # halvings of a recursion at most, and the final opening
+LEVELS: Final = 28  # halvings of a recursion at most
 
 
 class Draw:
@@ -329,6 +328,8 @@ class _Binary:
 
 
 Extension = _Galois | _Binary
+RING: Final = _Galois()
+BITS: Final = _Binary()
 
 
 def _summand(ext: Extension, x: Pair, y: Pair) -> Ring:
@@ -505,6 +506,18 @@ class _Recursion:
         return self.ext.sub(self.ext.sub(at, self.ext.times(self.c, self._t)), product[:, 0])
 
 
+def _stated(
+    foldings: Sequence[_Folding], values: Sequence[Ring], others: Sequence[Relation], draw: Draw, xi: Draw
+) -> list[_Recursion]:
+    """All that a batch claims, over each extension one inner product."""
+    claims: dict[Extension, list[Claim]] = {RING: [], BITS: []}
+    for f, v in zip(foldings, values, strict=True):
+        claims[f.ext].append(f.claim(v, xi))
+    for r in others:
+        claims[RING].extend(r.claims(draw))
+    return [_Recursion(ext, c) for ext, c in claims.items() if c]
+
+
 async def verify(
     doors: Doors,
     step: str,
@@ -519,47 +532,34 @@ async def verify(
     the ring's products and 5 kB for gates.
     """
     bk = doors.bk
-    coins = await doors.commit(f"{step}/coin", 2 + LEVELS)
+    coins = await doors.commit(f"{step}/coin", 3 + LEVELS)
     draw = Draw(await coins.toss())
-    ring, bits = _Galois(), _Binary()
     narrow = [r for r in relations if isinstance(r, ScalarProduct) and r.x.shape[2] <= NARROW]
     products = [r for r in relations if isinstance(r, Product)] + [r.products() for r in narrow]
     others = [r for r in relations if not isinstance(r, Product) and r not in narrow]
-    foldings = [_Folding(ring, products, draw)] if products else []
-    foldings += [_Folding(bits, gates, draw)] if gates else []
-
-    def zero(ext: Extension, *shape: int) -> Ring:
-        return bk.zero(*shape) if isinstance(ext, _Galois) else bk.zero_bits(*shape)
+    foldings = [_Folding(e, p, draw) for e, p in ((RING, products), (BITS, gates)) if p]
 
     async def share(name: str, summands: Sequence[tuple[Extension, Ring]]) -> list[Ring]:
-        return await doors.reshare(f"{step}/{name}", *(e.add(v, zero(e, *v.shape)) for e, v in summands))
+        zeros = [bk.zero(*v.shape) if e is RING else bk.zero_bits(*v.shape) for e, v in summands]
+        return await doors.reshare(
+            f"{step}/{name}", *(e.add(v, z) for (e, v), z in zip(summands, zeros, strict=True))
+        )
 
-    crossed = [await offload(f.columns * f.rows * WORK, f.cross) for f in foldings]
-    values = await share("cross", [(f.ext, v) for f, v in zip(foldings, crossed, strict=True)])
+    crossed = [(f.ext, await offload(f.columns * f.rows * WORK, f.cross)) for f in foldings]
+    values = await share("cross", crossed)
     xi = Draw(await coins.toss())
-
-    def claims() -> dict[Extension, list[Claim]]:
-        out: dict[Extension, list[Claim]] = {ring: [], bits: []}
-        for f, v in zip(foldings, values, strict=True):
-            out[f.ext].append(f.claim(v, xi))
-        out[ring].extend(chain.from_iterable(r.claims(draw) for r in others))
-        return out
-
-    stated = await offload(WHOLE, claims)
-    recursions = [_Recursion(e, c) for e, c in stated.items() if c]
+    recursions = await offload(WHOLE, partial(_stated, foldings, values, others, draw, xi))
     level = 0
     while live := [r for r in recursions if not r.done]:
-        summands = [(r.ext, await offload(r.cost, r.halves)) for r in live]
-        told = await share(f"halve {level}", summands)
+        told = await share(f"halve {level}", [(r.ext, await offload(r.cost, r.halves)) for r in live])
         challenge = Draw(await coins.toss())
         for r, h in zip(live, told, strict=True):
             await offload(r.cost, partial(r.fold, h, challenge))
         level += 1
-    masks = [(r.ext, r.mask(bk.random(*r.a[0].shape))) for r in recursions]
-    shared = await share("mask", masks)
+    shared = await share("mask", [(r.ext, r.mask(bk.random(*r.a[0].shape))) for r in recursions])
     last = Draw(await coins.toss())
     opened = await doors.open_extension(f"{step}/open", [(r.masked(last), r.ext.add) for r in recursions])
-    residues: dict[Extension, list[Ring]] = {ring: [*zeros], bits: [*zero_bits]}
+    residues: dict[Extension, list[Ring]] = {RING: [*zeros], BITS: [*zero_bits]}
     for r, d, p in zip(recursions, opened, shared, strict=True):
         residues[r.ext].append(r.residue(d, p))
-    await doors.assert_zero(f"{step}/zero", residues[ring], residues[bits])
+    await doors.assert_zero(f"{step}/zero", residues[RING], residues[BITS])
