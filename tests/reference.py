@@ -377,7 +377,9 @@ class FixedModel:
 
     def _linear(self, name: str, x: Ints, scale: int | None = None) -> Ints:
         """x @ W + b at f more than the scale of x, which is f unless said otherwise."""
-        bias = self.weights[name + "_b"].astype(np.int64) << (self.fixed.scale_bits if scale is None else scale)
+        bias = self.weights[name + "_b"].astype(np.int64) << (
+            self.fixed.scale_bits if scale is None else scale
+        )
         return self._product(name, x, self.weights[name]) + bias
 
     def _lookup(self, step: str, x: Ints, p: Pieces) -> tuple[Ints, Ints]:

@@ -442,13 +442,16 @@ def sound(kind: prep.Kind, parts: Sequence[Made], cheater: int) -> bool:
                 and np.array_equal(v["over"], (r >> 64).astype(np.uint64))
                 and np.array_equal(v["top"], (r >> 63 & 1).astype(np.uint64))
             )
-        case prep.Lookup(low, rest, width, _):
-            h = whole(low)
+        case prep.Lookup(dropped, rest, width, steps):
+            h = whole(dropped)
             index = (h >> rest) % (1 << width)
             right = np.array_equal(v["e"], (index[:, None] == np.arange(1 << width)).astype(np.uint64))
-            if rest:
-                right &= np.array_equal(v["v"], (h % (1 << rest)).astype(np.uint64))
-                right &= np.array_equal(v["prod"], v["mask"] * v["v"][:, None])
+            if steps:
+                low = (h % (1 << rest)).astype(np.uint64)
+                masks = v["poly"][:, steps : 2 * steps]
+                want = [low**t for t in range(1, steps + 1)] + [*masks.T]
+                want += [masks[:, i] * low**t for t in range(1, steps + 1) for i in range(t - 1, steps)]
+                right &= np.array_equal(v["poly"], np.stack(want, axis=1))
             return bool(right)
         case prep.Zero(width, low):
             index = (whole(low) % (1 << width)).astype(np.int64)
@@ -543,7 +546,9 @@ def test_top_bit_errors_need_the_extension() -> None:
 
 
 def test_folding_needs_coins_nobody_foresees() -> None:
-    """A wrong product in a row that the coins were known to leave out passes; with real coins it never did."""
+    """A wrong product in a row that the coins were known to leave out passes; with real coins it never
+    did.
+    """
 
     def lie(summands: list[Ring]) -> None:
         summands[0][3] += np.uint64(1)  # row 3 of the cube, 0 at the corner where all coins are 0

@@ -494,9 +494,7 @@ def o_terms(rows: list[list[Any]], minus: Callable[[Any, Any], Any], slope: bool
     if len(rows) == 1:
         return [rows[0]] if slope else []
     low, high = rows[: len(rows) // 2], rows[len(rows) // 2 :]
-    difference = [
-        [minus(q, p) for p, q in zip(a, b, strict=True)] for a, b in zip(low, high, strict=True)
-    ]
+    difference = [[minus(q, p) for p, q in zip(a, b, strict=True)] for a, b in zip(low, high, strict=True)]
     return o_terms(low, minus, slope) + o_terms(high, minus, slope) + o_terms(difference, minus, True)
 
 

@@ -875,7 +875,10 @@ def test_reciprocal_over_its_whole_domain(llama_twin: FixedModel) -> None:
     fx = llama_twin.fixed
     x = np.geomspace(math.exp(-8), 2.0**10.9, 5000)
     at = np.rint(x * 2.0**fx.exp_scale).astype(np.int64)
-    got = llama_twin._climb("test", at << fx.sum_shift, llama_twin.reciprocal, fx.inverse_scale) / 2.0**fx.inverse_scale
+    got = (
+        llama_twin._climb("test", at << fx.sum_shift, llama_twin.reciprocal, fx.inverse_scale)
+        / 2.0**fx.inverse_scale
+    )
     assert np.abs(got * x - 1).max() < 2e-3
 
 

@@ -975,7 +975,9 @@ def relation(
             v = heights % (1 << rest)
             powers = [v**t % RING for t in range(steps + 1)]
             masks = exact(got["poly"])[:, steps : 2 * steps]
-            products = [masks[:, i] * powers[t] % RING for t in range(1, steps + 1) for i in range(t - 1, steps)]
+            products = [
+                masks[:, i] * powers[t] % RING for t in range(1, steps + 1) for i in range(t - 1, steps)
+            ]
             want = [*powers[1:], *masks.T, *products]
             assert np.array_equal(exact(got["poly"]), np.stack(want, axis=1))
         case prep.Zero(bits, low):

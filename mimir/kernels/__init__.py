@@ -396,7 +396,9 @@ def gf_cross(x: U64, y: U64, planes: U64) -> U64:
 
 
 def gf_combine(x: U64, planes: U64) -> U64:
-    """Sum over columns and lanes of the elements (see gf_cross) where the bit is set: x (n, rows) -> (rows,)."""
+    """Sum over columns and lanes of the elements (see gf_cross) where the bit is set: x (n, rows) ->
+    (rows,).
+    """
     n, rows = _array("x", x, (None, None))
     _count("rows", rows, 1, MAX_ROWS)
     _array("planes", planes, (WORD_BITS, n))
@@ -470,7 +472,9 @@ def gr_fold(a: U64, xi: int) -> U64:
 
 
 def gr_halves(a0: U64, a1: U64, w0: U64, w1: U64) -> U64:
-    """A party's parts of <a, w> over lower halves, and over upper less lower halves: four (n, 48) -> (2, 48)."""
+    """A party's parts of <a, w> over lower halves, and over upper less lower halves: four (n, 48) -> (2,
+    48).
+    """
     n, _ = _array("a0", a0, (None, GR_DEGREE))
     for name, value in (("a1", a1), ("w0", w0), ("w1", w1)):
         _array(name, value, (n, GR_DEGREE))

@@ -36,7 +36,12 @@ from mimir.mpc.offload import offload
 DEGREE: Final = 48
 _LOW48: Final = np.uint64((1 << DEGREE) - 1)
 OPEN_BELOW: Final = 32  # entries at which halving stops and the masked opening takes over
-FOLD_ROWS: Final = ((1 << 19, 64), (1 << 16, 32), (1 << 12, 16), (0, 8))  # from so many on, so many become one
+FOLD_ROWS: Final = (
+    (1 << 19, 64),
+    (1 << 16, 32),
+    (1 << 12, 16),
+    (0, 8),
+)  # from so many on, so many become one
 AT_ONCE: Final = 1 << 17  # products or words of gates folded at once (memory: 32 B each)
 NARROW: Final = 24  # a row of so many products is checked one by one
 WORK: Final = 64  # multiplications to fold one product, about
@@ -125,7 +130,9 @@ class Product:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ScalarProduct:
-    """s_n * x_nm = z_nm: s (2, n), x and z (2, n, m). One claim a row; narrow rows are cheaper as products."""
+    """s_n * x_nm = z_nm: s (2, n), x and z (2, n, m). One claim a row; narrow rows are cheaper as
+    products.
+    """
 
     s: Ring
     x: Ring
@@ -357,7 +364,9 @@ class _Folding:
         self._coefficients = ext.coefficients(draw, self.columns)
 
     def _blocks(self, *which: int) -> Iterator[tuple[slice, list[Ring]]]:
-        """x, y, z by number, as (2, n, rows), for a range of columns at a time; the last is padded with zeros."""
+        """x, y, z by number, as (2, n, rows), for a range of columns at a time; the last is padded with
+        zeros.
+        """
         step = max(1, AT_ONCE // self.rows)
         pieces = ([v[w] for w in which] for v in self._parts)
         current = next(pieces, None)
@@ -428,7 +437,8 @@ def _interleaved(*parts: Ring) -> Ring:
 class _Recursion:
     """<a, w> = c, halved until at most OPEN_BELOW entries are left.
 
-    Long claims are halved each by itself, which copies nothing; their odd ends and the short ones go together.
+    Long claims are halved each by itself, which copies nothing; their odd ends and the short ones go
+    together.
     """
 
     def __init__(self, ext: Extension, claims: Sequence[Claim]) -> None:
@@ -467,7 +477,9 @@ class _Recursion:
         return self.ext.sum(np.stack([self.ext.halves(a, w) for a, w in self._parts]))
 
     def fold(self, told: Ring, draw: Draw) -> None:
-        """Go on at a challenge tossed after `told` (2, 2, ...), the shares of h(0) and h(infinity), arrived."""
+        """Go on at a challenge tossed after `told` (2, 2, ...), the shares of h(0) and h(infinity),
+        arrived.
+        """
         ext = self.ext
         xi = ext.challenge(draw)
         h0, h2 = told[:, 0], told[:, 1]

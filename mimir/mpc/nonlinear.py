@@ -146,7 +146,9 @@ def activation_piece(name: str, s: Settings) -> Piecewise:
     )
 
 
-async def activation(ctx: Context, step: str, x: Share, name: str, s: Settings, *, wide: bool = False) -> Share:
+async def activation(
+    ctx: Context, step: str, x: Share, name: str, s: Settings, *, wide: bool = False
+) -> Share:
     """SiLU or GELU of x at scale 2f, |x| < ACTIVATION_BOUND, result at scale f, or 2f if `wide`, which is
     cheaper. Four rounds.
 

@@ -156,18 +156,20 @@ async def truncate(ctx: Context, step: str, *items: tuple[Share, int]) -> list[S
     floor((x' + v) / 2^f) = (c >> f) - U + 2^(64-f) (W + top(r) (1 - top(c))) exactly: no wrong value exists
     to be unlucky with. v is a public dither that centres the rounding.
     """
-    sums, parts = [], []
-    for x, f in items:
-        p = ctx.take(prep.Trunc(f), x.size)
-        sums.append(x.flat() + ((1 << 62) - (1 << f) + 1) + p["r"])
-        parts.append(p)
-    opened = await ctx.doors.open(step, *sums)
-    out = []
-    for (x, f), p, c in zip(items, parts, opened, strict=True):
-        not_top = np.uint64(1) - (c >> np.uint64(63))
-        wrapped = p["over"] + p["top"] * not_top
-        public = (c >> np.uint64(f)) - np.uint64(1 << (62 - f))
-        out.append((wrapped * (1 << (RING_BITS - f)) - p["high"] + public).reshape(*x.shape))
+    sizes = [x.size for x, _ in items]
+    shift = np.repeat(np.array([f for _, f in items], np.uint64), sizes)
+    taken = [ctx.take(prep.Trunc(f), n) for (_, f), n in zip(items, sizes, strict=True)]
+    r, high, top, over = (concat([p[name] for p in taken]) for name in ("r", "high", "top", "over"))
+    one = np.uint64(1)
+    offset = (one << np.uint64(62)) - (one << shift) + one
+    (c,) = await ctx.doors.open(step, concat([x.flat() for x, _ in items]) + r + offset)
+    wrapped = over + top * (one - (c >> np.uint64(63)))
+    public = (c >> shift) - (one << (np.uint64(62) - shift))
+    y = wrapped * (one << (np.uint64(RING_BITS) - shift)) - high + public
+    out, at = [], 0
+    for (x, _), n in zip(items, sizes, strict=True):
+        out.append(y[at : at + n].reshape(*x.shape))
+        at += n
     return out
 
 
@@ -303,7 +305,8 @@ class Piecewise:
     """A piecewise polynomial of an index of `bits` bits and a remainder of `rest` bits, above `low`
     dropped bits.
 
-    tables[d] holds the coefficient of remainder^d for every index; the result has `scale` fraction bits. Extra tables (flags) are looked up and returned as they are.
+    tables[d] holds the coefficient of remainder^d for every index; the result has `scale` fraction bits.
+    Extra tables (flags) are looked up and returned as they are.
     """
 
     low: int

@@ -387,8 +387,8 @@ async def _lookups(b: Batch, kinds: Mapping[Kind, int]) -> Made:
 
 
 async def _powers(b: Batch, step: str, v: Ring, degree: int) -> Ring:
-    """Of v (2, n), side by side (2, n, ..): powers v^t for t = 1 .. degree; masks m_i for i = 1 .. degree; then
-    for each t, m_i v^t for i = t .. degree. degree rounds.
+    """Of v (2, n), side by side (2, n, ..): powers v^t for t = 1 .. degree; masks m_i for i = 1 .. degree;
+    then for each t, m_i v^t for i = t .. degree. degree rounds.
     """
     mask = b.doors.bk.random(v.shape[1], degree)
     powers, products = [v[:, :, None]], [mask]

@@ -123,6 +123,8 @@ class Share:
 
 def concat(shares: Sequence[Share], axis: int = 0) -> Share:
     """Join along an axis of the value."""
+    if len(shares) == 1:
+        return shares[0]
     axis = axis + 1 if axis >= 0 else axis
     return Share(np.concatenate([s.v for s in shares], axis=axis), shares[0].bk)
 
