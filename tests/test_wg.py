@@ -30,7 +30,7 @@ import trio
 from wg import capture, device, relay, uapi
 from wg.device import find_userspace, parse_kernel
 from wg.errors import DeviceLost, KeyFileError, TunnelError
-from wg.keys import PrivateKey, PublicKey, generate, load_private, save_private
+from wg.keys import PresharedKey, PrivateKey, PublicKey, generate, load_private, save_private
 from wg.tunnel import (
     DOWN_SECONDS,
     RESTART_SECONDS,
@@ -226,17 +226,20 @@ def test_client_says_what_the_protocol_asks_for() -> None:
     async def use(client: UapiClient) -> list[PeerReading]:
         await client.configure(key, 51820)
         await client.put_peer(PublicKey(KEYS[0]), "10.0.0.1:5", [], 1)
+        await client.put_peer(PublicKey(KEYS[0]), None, [], 0, PresharedKey(KEYS[1]))
         await client.set_keepalive(PublicKey(KEYS[0]), 0)
         await client.remove_peer(PublicKey(KEYS[0]))
         return await client.readings()
 
-    readings, heard = talk([b"errno=0\n\n"] * 4 + [ANSWER], use)
+    readings, heard = talk([b"errno=0\n\n"] * 5 + [ANSWER], use)
     assert len(readings) == 2
     secret, name = key.hex().decode(), KEYS[0].hex()
     assert heard.decode().split("|")[:-1] == [
         f"set=1\nprivate_key={secret}\nlisten_port=51820\nreplace_peers=true\n\n",
         f"set=1\npublic_key={name}\nreplace_allowed_ips=true\nendpoint=10.0.0.1:5\n"
         "persistent_keepalive_interval=1\n\n",
+        f"set=1\npublic_key={name}\npreshared_key={KEYS[1].hex()}\nreplace_allowed_ips=true\n"
+        "persistent_keepalive_interval=0\n\n",
         f"set=1\npublic_key={name}\nupdate_only=true\npersistent_keepalive_interval=0\n\n",
         f"set=1\npublic_key={name}\nremove=true\n\n",
         "get=1\n\n",
@@ -327,6 +330,7 @@ def test_kernel_requests_say_what_is_meant(monkeypatch: pytest.MonkeyPatch) -> N
         kernel = device._KernelDevice("wg0")
         await kernel.configure(key, 51820)
         await kernel.put_peer(peer, (ip_address("10.0.0.1"), 5), [ip_network("10.1.0.2/32")], 1)
+        await kernel.put_peer(peer, None, [ip_network("10.1.0.2/32")], 0, PresharedKey(KEYS[1]))
         await kernel.set_keepalive(peer, 0)
         await kernel.remove_peer(peer)
 
@@ -337,7 +341,10 @@ def test_kernel_requests_say_what_is_meant(monkeypatch: pytest.MonkeyPatch) -> N
     )
     entries = [dict(message["WGDEVICE_A_PEERS"][0]["attrs"]) for message in sent[1:]]
     assert {entry["WGPEER_A_PUBLIC_KEY"] for entry in entries} == {peer.base64().encode()}
-    added, quiet, removed = entries
+    added, shared, quiet, removed = entries
+    secret = PresharedKey(KEYS[1]).base64()
+    assert shared["WGPEER_A_PRESHARED_KEY"] == bytes(secret) and "WGPEER_A_ENDPOINT" not in shared
+    assert "WGPEER_A_PRESHARED_KEY" not in added
     assert (added["WGPEER_A_ENDPOINT"]["addr"], added["WGPEER_A_ENDPOINT"]["port"]) == ("10.0.0.1", 5)
     assert [network["addr"] for network in added["WGPEER_A_ALLOWEDIPS"]] == ["10.1.0.2/32"]
     assert added["WGPEER_A_PERSISTENT_KEEPALIVE_INTERVAL"] == 1 and added["WGPEER_A_FLAGS"] == 2  # replace

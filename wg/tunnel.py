@@ -403,7 +403,7 @@ class _Generation:
     async def set_up(self, key: PrivateKey) -> None:
         """Identity, port, address, MTU and routes, each of which may be set already."""
         await self.device.configure(key, self.config.listen_port)
-        await self.device.bring_up(self.config.address, self.config.mtu)
+        await self.device.bring_up([self.config.address], self.config.mtu)
         for peer in self.config.peers:
             for network in peer.allowed:
                 await self.device.route(network, self.config.address)
