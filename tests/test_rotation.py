@@ -16,10 +16,11 @@ from functools import cache
 from typing import Any
 
 import pytest
+from cryptography.exceptions import UnsupportedAlgorithm
 
 from mimir.net.identity import BadSignature, Identity, verify
 from wg import rotation
-from wg.errors import KeyFileError
+from wg.errors import KeyFileError, NotPossibleHere
 from wg.exchange import OFFER_BYTES, REPLY_BYTES, ExchangeError, HybridExchange
 from wg.keys import ChainKey, PresharedKey
 from wg.rotation import (
@@ -79,6 +80,15 @@ def test_exchange_refuses_what_is_no_key() -> None:
     for answer in (b"", reply + b"x", bytes(32) + reply[32:]):
         with pytest.raises(ExchangeError):
             offer.finish(answer)
+
+
+def test_a_host_without_ml_kem_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse() -> None:
+        raise UnsupportedAlgorithm("not here")
+
+    monkeypatch.setattr("wg.exchange.MLKEM768PrivateKey.generate", refuse)
+    with pytest.raises(NotPossibleHere, match="cryptography lacks; install its wheel of version 48"):
+        HybridExchange().offer()
 
 
 @pytest.mark.parametrize("kind", [PresharedKey, ChainKey])

@@ -395,6 +395,12 @@ class Pair:
         elif what == "aborted":
             self.aborted += 1
         log.info("rotation " + what, peer=self.peer, epoch=epoch)
+        if what == "aborted" and self.machine.live is None:
+            log.warning(
+                "no generation of keys with this peer yet, so nothing passes; does it rotate as well, are "
+                "its UDP ports after the first open, and does the path carry packets of the tunnel's MTU?",
+                peer=self.peer,
+            )
         self.say(self.peer, what, epoch)
 
     async def _route(self, generation: Generation) -> None:

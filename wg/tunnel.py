@@ -19,6 +19,7 @@ import trio
 
 from wg.device import INTERFACE_NAME, MTU, Address, Device, Network, open_device
 from wg.errors import HandshakeTimeout, TunnelError
+from wg.exchange import HybridExchange
 from wg.generations import (
     FALLBACK_METRIC,
     Control,
@@ -49,15 +50,15 @@ class TunnelPeer:
 class RotationPlan:
     """Rotate every so many `seconds`, and on demand.
 
-    `sign` is by this node's identity; `verify` takes a peer's index, a message and its signature, and raises
-    one of `refusals`. All nodes of one mesh have the same 32 bytes of `context`. `record` is the file of the
-    epochs used, which outlives the process.
+    `sign` is by this node's identity; `authenticate` takes a peer's index, a message and its signature, and
+    raises one of `refusals`. All nodes of one mesh have the same 32 bytes of `context`. `record` is the file
+    of the epochs used, which outlives the process.
     """
 
     seconds: float
     record: Path
     sign: Callable[[bytes], bytes]
-    verify: Callable[[int, bytes, bytes], None]
+    authenticate: Callable[[int, bytes, bytes], None]
     refusals: tuple[type[Exception], ...]
     context: bytes
 
@@ -278,6 +279,7 @@ class Tunnel:
                 await self._bootstrap.set_up()
                 task_status.started()
                 await self._bootstrap.live()
+            HybridExchange().offer()  # a host that cannot do this says so now
             slots = [
                 [
                     await stack.enter_async_context(
@@ -346,7 +348,7 @@ class Tunnel:
             config.index,
             peer.index,
             plan.sign,
-            lambda message, signature: plan.verify(peer.index, message, signature),
+            lambda message, signature: plan.authenticate(peer.index, message, signature),
             plan.context,
             tuple(1 + SLOTS * place + slot for slot in range(SLOTS)),
             seen=record.seen.get(peer.index, 0),

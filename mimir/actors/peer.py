@@ -217,7 +217,7 @@ def rotation_plan(config: Config, identity: Identity) -> RotationPlan | None:
         seconds=config.tunnel.rotate_seconds,
         record=config.data_dir / EPOCHS_FILE,
         sign=identity.sign,
-        verify=lambda party, message, signature: verify(keys[party], message, signature),
+        authenticate=lambda party, message, signature: verify(keys[party], message, signature),
         refusals=(BadSignature,),
         context=hashlib.sha256(b"mimir tunnel rotation\0" + b"".join(keys)).digest(),
     )

@@ -647,6 +647,8 @@ class Mesh:
             self.nursery.start_soon(self._answer_call, stream)
 
     async def _answer_call(self, stream: trio.SocketStream) -> None:
+        if self._bind is not None:
+            self._bind(stream.socket)  # it may have come before the listener was tied
         sock = _bare(stream.socket)
         hand = self._handshake()
         try:
@@ -862,8 +864,8 @@ async def open_mesh(
 
     `listen` is an address inside the tunnel, or listeners already open. `protected=False` says that there is
     no tunnel: whoever carries the links can then read and change everything on them, and the log says so.
-    `bind` ties every socket to the tunnel's interface: the kernel would otherwise take packets for the inner
-    address from the underlay as well, where nothing protects them.
+    `bind` ties every socket to the tunnel, for as long as it lives: the kernel would otherwise take packets
+    for the inner address from the underlay as well, where nothing protects them.
     """
     if not protected:
         log.warning(
