@@ -157,6 +157,15 @@ class Lab:
         ip("netns", "add", name)
         self.made.append(name)
         ip("-n", name, "link", "set", "lo", "up")
+        # Strict, as on many hosts; only rotation would mind, and it has to see to that itself.
+        ip(
+            "netns",
+            "exec",
+            name,
+            "sysctl",
+            "-qw",
+            *(f"net.ipv4.conf.{i}.rp_filter=1" for i in ("all", "default")),
+        )
 
     def __exit__(self, *_: object) -> None:
         for node in self.nodes.values():

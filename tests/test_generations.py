@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,8 @@ from lab import Lab, Node, captured, ip, why_not
 
 from wg import capture
 from wg.errors import TunnelError
-from wg.generations import EpochRecord, control_address, tie
+from wg.generations import EpochRecord, Pair, control_address, tie
+from wg.rotation import Rotation
 from wg.tunnel import RotationPlan, TunnelConfig
 
 # --- parts -------------------------------------------------------------------------------------------------
@@ -68,6 +70,60 @@ def test_a_tied_socket_takes_packets_from_its_interfaces_only() -> None:
                 accepted.settimeout(0.2)
                 with pytest.raises(TimeoutError):
                     accepted.recv(1)
+
+
+class Disk(EpochRecord):
+    """Full."""
+
+    async def put(self, peer: int, epoch: int) -> None:
+        raise OSError("No space left on device")
+
+
+def unraised(index: int, record: EpochRecord, sent: list[bytes], up: bool = True) -> Pair:
+    """A pair without devices: any attempt to raise a generation would fail the test."""
+    machine = Rotation(index, 1 - index, lambda m: bytes(64), lambda m, s: None, bytes(32), (1, 2))
+    return Pair(
+        machine,
+        (),
+        record,
+        60.0,
+        51820,
+        ip_address("10.1.0.1"),
+        1420,
+        ("h", 51820),
+        (),
+        lambda peer, data: sent.append(data),
+        lambda peer: up,
+        lambda: None,
+        lambda peer, what, epoch: None,
+    )
+
+
+def test_what_cannot_be_recorded_is_not_begun(tmp_path: Path) -> None:
+    async def use() -> None:
+        sent: list[bytes] = []
+        leader = unraised(0, Disk(tmp_path / "a"), sent)
+        await leader._step(leader.machine.want)
+        assert sent == [] and not leader.machine.busy and leader.aborted == 1
+        good = unraised(0, EpochRecord(tmp_path / "b"), sent)
+        await good._step(good.machine.want)
+        offer = sent.pop()
+        follower = unraised(1, Disk(tmp_path / "c"), sent)
+        await follower._step(lambda: follower.machine.receive(offer))
+        assert sent == [] and not follower.machine.busy and follower.aborted == 1
+
+    trio.run(use)
+
+
+def test_a_follower_does_not_speak_first_on_the_bootstrap_interface(tmp_path: Path) -> None:
+    async def use() -> None:
+        for index, up, spoken in ((0, False, 1), (1, False, 0), (1, True, 1)):
+            sent: list[bytes] = []
+            pair = unraised(index, EpochRecord(tmp_path / "a"), sent, up)
+            await pair._step(pair.machine.want)
+            assert len(sent) == spoken
+
+    trio.run(use)
 
 
 def plan(**changes: Any) -> RotationPlan:

@@ -30,7 +30,7 @@ import structlog
 import trio
 
 from wg.device import Address, Device, Network
-from wg.errors import TunnelError, WgError
+from wg.errors import DeviceLost, TunnelError, WgError
 from wg.interface import Entry, Interface, PeerState, PeerWatch, Way
 from wg.probe import answer_probes, probe
 from wg.rotation import (
@@ -369,10 +369,14 @@ class Pair:
                     except OSError as problem:
                         log.error("the tunnel epoch cannot be recorded; not rotating", why=str(problem))
                         self._delay()
-                        await self._perform(self.machine.expire())
+                        given_up = self.machine.expire()
+                        await self._perform([each for each in given_up if not isinstance(each, Send)])
                         return
                 case Send(data):
-                    self.send(self.peer, data)
+                    # A follower's datagram must not start a handshake on the bootstrap interface: the leader
+                    # does, and two that cross cost five seconds.
+                    if self.machine.leads or self.bootstrap_up(self.peer):
+                        self.send(self.peer, data)
                 case Raise(generation, speak):
                     assert generation.slot not in self._lives
                     life = self._lives[generation.slot] = _Life(generation)
@@ -410,7 +414,10 @@ class Pair:
         self._lives[generation.slot].echo.cancel()  # both ends have proved it
 
     async def _drop(self, generation: Generation) -> None:
-        life = self._lives[generation.slot]
+        life = self._lives.get(generation.slot)
+        if life is None or life.generation is not generation:  # never raised
+            generation.wipe()
+            return
         life.scope.cancel()
         await life.over.wait()
         del self._lives[generation.slot]
@@ -435,11 +442,13 @@ class Pair:
                         life.nursery.start_soon(self._ping, life, inside)
                         self._post_surely(lambda: self.machine.raised(generation))
                 except* (WgError, OSError) as problems:
-                    if generation is not self.machine.candidate or self.machine.in_doubt:
-                        raise  # it may be in use at the other end
+                    machine = self.machine
+                    if generation is machine.live or (generation is machine.candidate and machine.in_doubt):
+                        raise  # it is in use, or may be at the other end
                     why = "; ".join(map(str, problems.exceptions))
                     log.warning("generation failed", peer=self.peer, epoch=generation.epoch, why=why)
-                    self._post_surely(lambda: self.machine.failed(generation))
+                    self._post_surely(lambda: machine.failed(generation))
+                    self._post_surely(lambda: machine.drained(generation))
         finally:
             with trio.CancelScope(shield=True):
                 if life.interface is not None:
@@ -520,7 +529,8 @@ class Pair:
     async def _drain(self, life: _Life) -> None:
         """Until nothing has arrived for a while."""
         assert life.interface is not None
-        await life.interface.fade()
+        with suppress(DeviceLost):  # nothing arrives then
+            await life.interface.fade()
         watch = life.interface.watches[self.peer]
         heard, since = watch.rx, trio.current_time()
         with trio.move_on_after(DRAIN_LIMIT):
