@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import time
+import tomllib
 from collections.abc import Iterator
 from ipaddress import ip_address
 from pathlib import Path
@@ -14,8 +15,11 @@ from typing import Any
 
 import pytest
 import trio
-from lab import Lab, Node, captured, ip, why_not
+from lab import ROOT, Lab, Node, captured, ip, why_not
 
+from mimir.actors.peer import rotation_plan
+from mimir.config import parse
+from mimir.net.identity import Identity
 from wg import capture
 from wg.errors import TunnelError
 from wg.generations import EpochRecord, Pair, control_address, tie
@@ -136,6 +140,27 @@ def plan(**changes: Any) -> RotationPlan:
         "context": bytes(32),
     }
     return RotationPlan(**{**told, **changes})
+
+
+def test_a_party_announces_as_its_identity_to_this_federation_only() -> None:
+    identities = [Identity.generate() for _ in range(3)]
+    with open(ROOT / "configs" / "three.toml", "rb") as file:
+        data = tomllib.load(file)
+    for entry, identity in zip(data["peers"], identities, strict=True):
+        entry["identity"] = identity.public_hex
+    config = parse(data, Path("three.toml"))
+    made = rotation_plan(config, identities[0])
+    assert made is not None and made.record == config.data_dir / "tunnel.epochs" and made.seconds == 3600.0
+    signature = made.sign(b"message")
+    made.authenticate(0, b"message", signature)
+    for party, message in ((1, b"message"), (0, b"another")):
+        with pytest.raises(made.refusals):
+            made.authenticate(party, message, signature)
+    data["peers"][2]["identity"] = "ab" * 32
+    other = rotation_plan(parse(data, Path("three.toml")), identities[0])
+    assert other is not None and other.context != made.context
+    data["tunnel"]["rotate_seconds"] = 0
+    assert rotation_plan(parse(data, Path("three.toml")), identities[0]) is None
 
 
 def test_configuration_refuses_what_rotation_cannot_do() -> None:

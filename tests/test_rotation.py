@@ -787,6 +787,7 @@ def explore(  # breadth first, so that the way to a failure is a shortest one
     return len(parents)
 
 
+@pytest.mark.slow
 def test_every_reachable_state_is_safe_and_heals() -> None:
     """In a rotation from one generation to the next, and from nothing; each end may crash once, anywhere."""
     assert explore(crashes=1, epochs=2, wants=1, established=True) > 1000
@@ -843,6 +844,7 @@ def _mixes_any_chain(self: Rotation, live: bytes) -> Any:
     return self.live.chain if self.live else None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "machine, why",
     [
