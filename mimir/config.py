@@ -227,6 +227,7 @@ class Deadlines:
     step: Annotated[float, seconds_rule(0.1, 86400)] = 600.0  # a batch of preprocessing, a prefill, a token
     client: Annotated[float, seconds_rule(0.1, 86400)] = 300.0  # a client to answer inside an open session
     handshake: Annotated[float, seconds_rule(0.05, 600)] = 10.0  # a new connection to say who it is
+    link: Annotated[float, seconds_rule(3, 600)] = 20.0  # a peer to be heard, at one ping a second
 
 
 @dataclass(frozen=True)

@@ -88,6 +88,7 @@ BAD = {
     "bool is no integer": (put("cheby.deg", True), "cheby.deg = true: must be an integer"),
     "float is no integer": (put("fixed_point.scale_bits", 16.0), "fixed_point.scale_bits = 16.0"),
     "text is no number": (put("deadlines.round", "1"), 'deadlines.round = "1": must be seconds'),
+    "link below the pings": (put("deadlines.link", 1), "deadlines.link = 1: must be seconds from 3"),
     "zero deadline": (put("deadlines.round", 0), "deadlines.round"),
     "infinite deadline": (put("deadlines.client", float("inf")), "deadlines.client"),
     "nan deadline": (put("deadlines.client", float("nan")), "deadlines.client"),
@@ -165,7 +166,8 @@ def test_the_tunnel_may_be_left_out_only_by_saying_so() -> None:
 OWN = {  # one's own business: the digest stays
     "party": 1, "identity_key": "k", "data_dir": "d", "clients": ["ab" * 32], "owners": ["ab" * 32],
     "control.listen": "h:1", "mesh.listen": "h:1", "deadlines.round": 1, "deadlines.step": 1,
-    "deadlines.client": 1, "deadlines.handshake": 1, "log.level": "debug", "metrics.listen": "h:1",
+    "deadlines.client": 1, "deadlines.handshake": 1, "deadlines.link": 5, "log.level": "debug",
+    "metrics.listen": "h:1",
     "scheduler.max_sessions": 2, "peers.1.host": "elsewhere", "tunnel.interface": "wg7",
     "tunnel.rotate_seconds": 60,
 }  # fmt: skip

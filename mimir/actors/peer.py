@@ -279,6 +279,7 @@ async def run_peer(config: Config, orders: trio.MemoryReceiveChannel[None] | Non
                 protected=tunnel is not None,
                 handshake_deadline=config.deadlines.handshake,
                 bind=tunnel.bind if tunnel is not None else None,
+                dead_after=config.deadlines.link,
             )
         )
         nursery = await stack.enter_async_context(trio.open_nursery())
