@@ -293,6 +293,8 @@ def test_a_stream_over_rotations_loses_nothing_and_nothing_crosses_outside(lab: 
         assert streamed["back"] == streamed["sent"] > 1000
         for node in nodes:
             assert set(node.states().values()) == {"up"}
+        while any(entry["state"] != "steady" for entry in rotations(nodes[0]).values()):
+            time.sleep(0.1)
         # One process for the bootstrap interface and one per peer: the old ones have gone with their keys.
         assert daemons(lab, 0) == 3
         # The application's ranges do not pass on the bootstrap interface; the live one shows the test works.
@@ -320,9 +322,18 @@ def test_a_stream_over_rotations_loses_nothing_and_nothing_crosses_outside(lab: 
 
 
 @pytest.mark.netns
-def test_a_crash_at_any_point_of_a_rotation_heals(lab: Lab) -> None:
+def test_a_crash_at_any_point_of_a_rotation_heals_and_a_leak_ends_the_node(lab: Lab) -> None:
     nodes = start_all(lab)
     wait_for(nodes, 1)
+    # A route past the tunnel, as a careless administrator may set it, ends the node rather than leak.
+    ip("-n", lab.namespace(2), "route", "add", "10.91.0.1", "via", "10.90.0.1")
+    error = nodes[2].hear()
+    assert error["event"] == "error" and "10.91.0.1 by eth0, past the tunnel" in error["why"]
+    assert nodes[2].child.wait(10) == 9
+    ip("-n", lab.namespace(2), "route", "del", "10.91.0.1", "via", "10.90.0.1")
+    nodes[2].clear()
+    nodes[2] = start(lab, 2)
+    assert nodes[2].hear()["event"] == "up"
     before = 1
     for index, point in ((1, "accepted"), (1, "committed"), (0, "committed")):
         assert nodes[index].ask(f"crash {point}")["event"] == "doomed"

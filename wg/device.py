@@ -63,6 +63,8 @@ OLDEST_FAST_VERSION = (0, 0, 20230223)
 _TUNSETIFF = 0x400454CA
 _TUN_FLAGS = 0x0001 | 0x1000 | 0x4000  # IFF_TUN, IFF_NO_PI, IFF_VNET_HDR
 INTERFACE_NAME = re.compile(r"[a-zA-Z][a-zA-Z0-9_-]{0,14}")
+#: A route that is missing or unreachable, a blackhole, one that is prohibited.
+_NO_WAY = (errno.ENETUNREACH, errno.EHOSTUNREACH, errno.EINVAL, errno.EACCES)
 _MARK = "wg-mesh pid {pid} started {start}"
 _MARK_PATTERN = re.compile(r"wg-mesh pid (\d+) started (\d+)")
 
@@ -632,6 +634,29 @@ async def _netlink(what: str, work: Callable[[Any], T]) -> T:
 def _index_of(ip: Any, name: str) -> int | None:
     found = ip.link_lookup(ifname=name)
     return int(found[0]) if found else None
+
+
+async def ways_out(addresses: Iterable[Address]) -> dict[Address, str]:
+    """By which interface this host would send to each address now; "nowhere" where it would refuse to."""
+    wanted = tuple(addresses)
+
+    def work(ip: Any) -> dict[Address, str]:
+        found = {}
+        for address in wanted:
+            try:
+                index = ip.route("get", dst=str(address))[0].get_attr("RTA_OIF")
+                found[address] = ip.get_links(index)[0].get_attr("IFLA_IFNAME")
+            except Exception as problem:
+                if getattr(problem, "code", None) not in (
+                    errno.ENETUNREACH,
+                    errno.EHOSTUNREACH,
+                    errno.EINVAL,
+                ):
+                    raise
+                found[address] = "nowhere"
+        return found
+
+    return await _netlink("asking for routes", work)
 
 
 def _mark(ip: Any, name: str) -> None:

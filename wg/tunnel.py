@@ -17,7 +17,7 @@ from pathlib import Path
 
 import trio
 
-from wg.device import INTERFACE_NAME, MTU, Address, Device, Network, open_device
+from wg.device import INTERFACE_NAME, MTU, Address, Device, Network, open_device, ways_out
 from wg.errors import HandshakeTimeout, TunnelError
 from wg.exchange import HybridExchange
 from wg.generations import (
@@ -34,6 +34,8 @@ from wg.keys import PrivateKey, PublicKey, load_private
 from wg.rotation import MAX_OFFSET, SLOTS, Rotation
 
 HANDSHAKE_SECONDS = 30.0
+#: How often to see that the host's routes lead into the tunnel; a look takes some milliseconds in a thread.
+GUARD_SECONDS = 2.0
 
 
 @dataclass(frozen=True)
@@ -287,7 +289,7 @@ class Tunnel:
                     )
                     for name in names
                 ]
-                for names in slot_names(config.interface, len(config.peers))
+                for names in self._names()
             ]
             self._ties = tuple([await slot.index() for pair in slots for slot in pair])
             await self._bootstrap.set_up()
@@ -299,12 +301,34 @@ class Tunnel:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._bootstrap.live)
                 nursery.start_soon(control.listen)
+                await self._see_that_nothing_leaves()
+                nursery.start_soon(self._guard)
                 for place, peer in enumerate(config.peers):
                     pair = self._pair(peer, place, tuple(slots[place]), plan, record, control)
                     self._pairs[peer.index] = pair
                     control.serve(pair)
                     nursery.start_soon(pair.run)
                 task_status.started()
+
+    async def _guard(self) -> None:
+        while True:
+            await trio.sleep(GUARD_SECONDS)
+            await self._see_that_nothing_leaves()
+
+    async def _see_that_nothing_leaves(self) -> None:
+        """Sockets that are tied for what they receive still send as the host routes: see that this is by an
+        interface of ours. A rule or a route by somebody else that leads past the tunnel ends it."""
+        ours = {self.interface, *(name for pair in self._names() for name in pair)}
+        hosts = [network.network_address for peer in self.config.peers for network in peer.allowed]
+        for address, name in (await ways_out(hosts)).items():
+            if name not in ours and name != "nowhere":
+                raise TunnelError(
+                    f"{self.interface}: this host sends what is for {address} by {name}, past the tunnel; "
+                    "remove the rule or route that says so"
+                )
+
+    def _names(self) -> list[list[str]]:
+        return slot_names(self.interface, len(self.config.peers))
 
     def _bootstrap_interface(self, device: Device, key: PrivateKey) -> Interface:
         config = self.config
