@@ -149,6 +149,33 @@ def test_tunnels_know_nothing_of_mimir() -> None:
         assert not any(f == "mimir" or f.startswith("mimir.") for f in imports(path)), path
 
 
+# Lowest first: a module of the tunnel imports what stands before it.
+WG_ORDER = (
+    "errors",
+    "keys",
+    "uapi",
+    "device",
+    "interface",
+    "probe",
+    "exchange",
+    "rotation",
+    "generations",
+    "tunnel",
+    "relay",
+    "capture",
+)
+
+
+def test_modules_of_the_tunnel_stand_in_one_order() -> None:
+    found = {path.stem: path for path in (ROOT / "wg").glob("*.py") if path.stem != "__init__"}
+    assert set(found) == set(WG_ORDER)
+    for name, path in found.items():
+        for imported in imports(path):
+            stem = imported.removeprefix("wg.").split(".")[0]
+            if imported.startswith("wg.") and stem in found:
+                assert WG_ORDER.index(stem) < WG_ORDER.index(name), f"wg/{name} imports {imported}"
+
+
 class _Calls(ast.NodeVisitor):
     """Calls of what opens or reveals, by enclosing function; and how often their names occur at all."""
 
