@@ -69,3 +69,15 @@ class ClientError(MimirError):
     """A client could not get an answer it may trust; the message says from whom and why."""
 
     exit_code = 8
+
+
+class AttestationError(MimirError):
+    """Evidence or a policy does not hold. `step` is a stable name, such as "snp.chain"."""
+
+    exit_code = 10
+
+    def __init__(self, step: str, expected: str, got: str) -> None:
+        super().__init__(f"{step}: expected {expected}; got {got}")
+        self.step = step
+        self.expected = expected
+        self.got = got
