@@ -6,6 +6,8 @@ wrong, `AbortError` ends a session without saying which check failed.
 
 from __future__ import annotations
 
+from typing import Any
+
 
 class MimirError(Exception):
     """Base of all errors that Mimir raises on purpose; `exit_code` is what the command line returns."""
@@ -76,8 +78,9 @@ class AttestationError(MimirError):
 
     exit_code = 10
 
-    def __init__(self, step: str, expected: str, got: str) -> None:
+    def __init__(self, step: str, expected: str, got: str, passed: tuple[Any, ...] = ()) -> None:
         super().__init__(f"{step}: expected {expected}; got {got}")
         self.step = step
         self.expected = expected
         self.got = got
+        self.passed = passed  # the steps before this one, for those who explain

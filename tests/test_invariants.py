@@ -110,7 +110,7 @@ ORDER = (
     ("mimir/config",),
     ("mimir/attest/__init__", "mimir/attest/trail"),
     ("mimir/attest/certs", "mimir/attest/rules"),
-    ("mimir/attest/snp", "mimir/attest/nitro"),
+    ("mimir/attest/snp", "mimir/attest/tdx", "mimir/attest/nitro", "mimir/attest/tpm"),
     ("mimir/model/checkpoint", "mimir/model/tokenizer", "mimir/model/__init__"),
     ("mimir/manifest",),
     ("mimir/store",),

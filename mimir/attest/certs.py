@@ -8,6 +8,7 @@ forbids and `cryptography` announces that it will refuse; for everything else th
 from __future__ import annotations
 
 import hashlib
+import warnings
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -63,33 +64,57 @@ def load_pem(trail: Trail, step: str, pem: bytes, *, exact: bool = False) -> lis
     return found
 
 
+def order(
+    trail: Trail, step: str, leaf: x509.Certificate, pool: Sequence[x509.Certificate]
+) -> list[x509.Certificate]:
+    """The chain from a leaf to a self-issued root, out of certificates in any order. Verifies nothing."""
+
+    # Names are compared as they are encoded; reading Google's would warn that they are too long.
+    walked = [walk(trail, step, each.public_bytes(Encoding.DER)) for each in (leaf, *pool)]
+    chain, last = [leaf], walked[0]
+    while last.issuer != last.subject:
+        at = next((n for n, each in enumerate(walked[1:]) if each.subject == last.issuer), None)
+        if at is None or len(chain) == MAX_CHAIN:
+            trail.refuse(step, "every certificate up to a root", f"{len(chain)} of the chain")
+        chain.append(pool[at])
+        last = walked[at + 1]
+    return chain
+
+
 def verify_chain(
-    trail: Trail, step: str, chain: Sequence[x509.Certificate], roots: Collection[str], now: datetime
+    trail: Trail,
+    step: str,
+    chain: Sequence[x509.Certificate],
+    roots: Collection[str],
+    now: datetime,
+    *,
+    leaf_is_ca: bool = False,
 ) -> datetime:
     """Verify a chain, leaf first and root last, at `now`; returns when its first certificate ends.
 
     Every link: names, signature over SHA-256 or better, dates; every issuer: CA, its path length, the right
-    to sign certificates. The root must be one of `roots` (SHA-256 of the certificate, hex). A leaf is no CA.
+    to sign certificates. The root must be one of `roots` (SHA-256 of the certificate, hex). A leaf is no CA,
+    unless it is asked for as one.
     """
     if not 2 <= len(chain) <= MAX_CHAIN:
         trail.refuse(step, f"a chain of 2 to {MAX_CHAIN} certificates", len(chain))
     root = fingerprint(chain[-1])
     trail.require(root in roots, f"{step}.root", "a pinned root: " + ", ".join(sorted(roots)), root)
     for depth, (certificate, issuer) in enumerate(zip(chain, [*chain[1:], chain[-1]], strict=True)):
-        name = _name(certificate)
+        name = subject_of(certificate)
         trail.guard(
             f"{step}.issuer",
-            f"{name} signed by {_name(issuer)}",
+            f"{name} signed by {subject_of(issuer)}",
             lambda c=certificate, i=issuer: c.verify_directly_issued_by(i),  # type: ignore[misc]
         )
-        _check_role(trail, step, certificate, depth)
+        _check_role(trail, step, certificate, depth + leaf_is_ca)
         trail.within(f"{step}.dates", certificate.not_valid_before_utc, now, certificate.not_valid_after_utc)
     return min(each.not_valid_after_utc for each in chain)
 
 
 def _check_role(trail: Trail, step: str, certificate: x509.Certificate, depth: int) -> None:
     """What the extensions allow this certificate to do at its place: 0 is the leaf."""
-    name = _name(certificate)
+    name = subject_of(certificate)
     found = trail.guard(f"{step}.role", "extensions that can be read", lambda: certificate.extensions)
     unknown = [e.oid.dotted_string for e in found if e.critical and e.oid not in UNDERSTOOD]
     if unknown:
@@ -103,7 +128,7 @@ def _check_role(trail: Trail, step: str, certificate: x509.Certificate, depth: i
             basic = each.value
         elif isinstance(each.value, x509.KeyUsage):
             usage = each.value
-    if depth == 0:
+    if depth == 0:  # else there are at least depth - 1 CAs below
         if basic is not None and basic.ca:
             trail.refuse(f"{step}.role", "a leaf that is no CA", name)
         return
@@ -113,11 +138,13 @@ def _check_role(trail: Trail, step: str, certificate: x509.Certificate, depth: i
         trail.refuse(f"{step}.role", f"room for {depth - 1} CAs below", f"{name}: {basic.path_length}")
 
 
-def _name(certificate: x509.Certificate) -> str:
-    try:
-        return certificate.subject.rfc4514_string()
-    except ValueError:
-        return "(a name that cannot be read)"
+def subject_of(certificate: x509.Certificate) -> str:
+    """The subject as a text for people."""
+    with warnings.catch_warnings(action="ignore"):
+        try:
+            return certificate.subject.rfc4514_string()
+        except ValueError:
+            return "(a name that cannot be read)"
 
 
 # --- revocation --------------------------------------------------------------------------------------------
@@ -162,7 +189,7 @@ def verify_crl(
         return listed, good and usage.crl_sign and listed.issuer == issuer.subject, critical
 
     listed, good, critical = trail.guard(step, "a DER revocation list", load)
-    name = _name(issuer)
+    name = subject_of(issuer)
     trail.require(
         good, f"{step}.signature", f"a list signed by {name}", "as expected" if good else "not signed by it"
     )
@@ -178,6 +205,7 @@ def verify_crl(
 # --- DER by hand -------------------------------------------------------------------------------------------
 
 SEQUENCE, INTEGER, BIT_STRING, OCTET_STRING, OID, BOOLEAN = 0x30, 0x02, 0x03, 0x04, 0x06, 0x01
+ENUMERATED = 0x0A
 IA5_STRING, UTC_TIME, GENERALIZED_TIME, VERSION, EXTENSIONS = 0x16, 0x17, 0x18, 0xA0, 0xA3
 
 

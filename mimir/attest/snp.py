@@ -425,6 +425,7 @@ class Facts:
         return " ".join(f"{name} {value}" for name, value in self.tcb().items())
 
     advisories: tuple[str, ...] = ()
+    made: None = None  # a report carries no time: the nonce makes it fresh
 
     def names(self) -> frozenset[tuple[str, str]]:
         """By what a deny list may call this evidence."""

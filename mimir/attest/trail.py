@@ -9,6 +9,7 @@ from __future__ import annotations
 import hmac
 import io
 import json
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -47,7 +48,9 @@ class Trail:
 
     def refuse(self, step: str, expected: Any, got: Any) -> NoReturn:
         """End the verification."""
-        raise AttestationError(f"{self.prefix}.{step}", shown(expected), shown(got)) from None
+        raise AttestationError(
+            f"{self.prefix}.{step}", shown(expected), shown(got), tuple(self.steps)
+        ) from None
 
     def same(self, step: str, expected: bytes, got: bytes) -> None:
         """Require equal bytes, compared in constant time."""
@@ -58,9 +61,13 @@ class Trail:
         self.require(got.hex() in allowed, step, "one of " + ", ".join(allowed), got)
 
     def guard(self, step: str, expected: str, work: Callable[[], T]) -> T:
-        """Run a library over untrusted input: whatever it raises becomes a refusal of this step."""
+        """Run a library over untrusted input: whatever it raises or warns of is a refusal of this step.
+
+        From one thread at a time: Python keeps what to do with warnings for the whole process.
+        """
         try:
-            return work()
+            with warnings.catch_warnings(action="error"):
+                return work()
         except AttestationError:
             raise
         except Exception as error:
