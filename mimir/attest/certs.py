@@ -22,6 +22,7 @@ from mimir.attest.trail import Reader, Trail
 
 MAX_CERTIFICATE = 8 << 10  # bytes; the longest seen is 2 kB
 MAX_CHAIN = 8
+MAX_POOL = 64  # certificates among which a chain is looked for
 MAX_CRL = 1 << 20
 NO_GRACE = timedelta(0)
 
@@ -52,13 +53,15 @@ def load_der(trail: Trail, step: str, der: bytes) -> x509.Certificate:
     return trail.guard(step, "a DER certificate", lambda: x509.load_der_x509_certificate(der))
 
 
-def load_pem(trail: Trail, step: str, pem: bytes, *, exact: bool = False) -> list[x509.Certificate]:
+def load_pem(
+    trail: Trail, step: str, pem: bytes, *, exact: bool = False, most: int = MAX_CHAIN
+) -> list[x509.Certificate]:
     """PEM certificates in their order. `exact` refuses any byte that the encoding does not need."""
-    if len(pem) > MAX_CHAIN * MAX_CERTIFICATE:
-        trail.refuse(step, f"at most {MAX_CHAIN * MAX_CERTIFICATE} bytes of PEM", f"{len(pem)} bytes")
+    if len(pem) > most * MAX_CERTIFICATE:
+        trail.refuse(step, f"at most {most * MAX_CERTIFICATE} bytes of PEM", f"{len(pem)} bytes")
     found = trail.guard(step, "PEM certificates", lambda: x509.load_pem_x509_certificates(pem))
-    if len(found) > MAX_CHAIN:
-        trail.refuse(step, f"at most {MAX_CHAIN} certificates", len(found))
+    if len(found) > most:
+        trail.refuse(step, f"at most {most} certificates", len(found))
     if exact and b"".join(each.public_bytes(Encoding.PEM) for each in found) != pem:
         trail.refuse(step, "PEM certificates in lines of 64 and nothing else", "other bytes among them")
     return found
