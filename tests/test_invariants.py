@@ -22,6 +22,14 @@ SOURCES = {p.relative_to(ROOT).with_suffix("").as_posix(): p for p in (ROOT / "m
 
 # What a module, or a folder, must never import. The arrows of DESIGN.md, read backwards.
 FORBIDDEN = {
+    "mimir/attest": (
+        "mimir.mpc",
+        "mimir.net",
+        "mimir.model",
+        "mimir.actors",
+        "mimir.client",
+        "mimir.kernels",
+    ),
     "mimir/kernels": ("mimir.mpc", "mimir.net", "mimir.model", "mimir.actors", "mimir.client"),
     "mimir/net": ("mimir.mpc", "mimir.actors", "mimir.client", "mimir.kernels"),
     "mimir/client": ("mimir.actors", "mimir.mpc.share", "mimir.mpc.doors", "mimir.mpc.prep", "mimir.mpc.ops"),
@@ -100,6 +108,12 @@ ORDER = (
     ("mimir/__init__", "mimir/errors"),
     ("mimir/secret", "mimir/kernels"),
     ("mimir/config",),
+    ("mimir/attest/__init__", "mimir/attest/trail"),
+    ("mimir/attest/certs", "mimir/attest/rules"),
+    ("mimir/attest/snp", "mimir/attest/tdx", "mimir/attest/nitro", "mimir/attest/tpm"),
+    ("mimir/attest/azure", "mimir/attest/evidence"),
+    ("mimir/attest/policy", "mimir/attest/collateral"),
+    ("mimir/attest/appraisal",),
     ("mimir/model/checkpoint", "mimir/model/tokenizer", "mimir/model/__init__"),
     ("mimir/manifest",),
     ("mimir/store",),
@@ -114,7 +128,7 @@ ORDER = (
     ("mimir/model",),
     ("mimir/actors",),
     ("mimir/client",),
-    ("mimir/doctor", "mimir/party"),
+    ("mimir/doctor", "mimir/party", "mimir/policy"),
     ("mimir/__main__",),
 )
 
@@ -136,6 +150,16 @@ def test_modules_stand_in_one_order() -> None:
             target = target if target in SOURCES else f"{target}/__init__"
             if target in SOURCES:  # else a name inside a module, and the module is found as well
                 assert line_of(target) <= line_of(name), f"{name} imports {found}"
+
+
+def test_verifiers_know_no_clock_and_no_network() -> None:
+    """Time and collateral are arguments: a verdict can be had again, later and elsewhere."""
+    for name, path in SOURCES.items():
+        if name.startswith("mimir/attest") and name != "mimir/attest/collateral":
+            assert not imports(path) & {"time", "socket", "ssl", "trio"}, name
+            assert not any(f.split(".")[0] in ("urllib", "http", "asyncio") for f in imports(path)), name
+            called = {n.attr for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Attribute)}
+            assert not called & {"now", "utcnow", "today"}, f"{name} asks a clock"
 
 
 def test_only_the_command_line_imports_actors() -> None:
@@ -353,6 +377,7 @@ def test_no_check_is_an_assertion() -> None:
         "mimir/mpc/check",
         "mimir/net/wire",
         "mimir/client/session",
+        *(name for name in SOURCES if name.startswith("mimir/attest")),
     ):
         assert not any(isinstance(n, ast.Assert) for n in ast.walk(ast.parse(SOURCES[name].read_text()))), (
             name
