@@ -118,6 +118,11 @@ static void ring_rotate(void)
     mk_ring_rotate(out, secret, public, 11, SIZE);
 }
 
+static void half_rotate(void)
+{
+    mk_half_rotate((uint16_t *)out, (uint16_t *)secret, public, 11, SIZE);
+}
+
 static void bits_lookup(void)
 {
     mk_bits_lookup(out, secret, public, public + N, DEPTH, N, SIZE);
@@ -248,6 +253,7 @@ static void bytes_equal(void)
     X(ring_lsb)                                                                                                        \
     X(ring_lookup)                                                                                                     \
     X(ring_rotate)                                                                                                     \
+    X(half_rotate)                                                                                                     \
     X(bits_lookup)                                                                                                     \
     X(gf_mul)                                                                                                          \
     X(gf_scale)                                                                                                        \

@@ -336,6 +336,7 @@ DEMANDS: dict[prep.Kind, int] = {
     prep.Trunc(16): 3,
     prep.Lookup(3, 4, 3, 2): 3,
     prep.Lookup(0, 0, 4, 0): 2,
+    prep.Lookup(2, 2, 3, 0, narrow=True): 3,
     prep.Zero(3, 2): 3,
     prep.Compare(2, 9): 3,
     prep.DaBit(): 3,
@@ -442,7 +443,7 @@ def sound(kind: prep.Kind, parts: Sequence[Made], cheater: int) -> bool:
                 and np.array_equal(v["over"], (r >> 64).astype(np.uint64))
                 and np.array_equal(v["top"], (r >> 63 & 1).astype(np.uint64))
             )
-        case prep.Lookup(dropped, rest, width, steps):
+        case prep.Lookup(dropped, rest, width, steps, _):
             h = whole(dropped)
             index = (h >> rest) % (1 << width)
             right = np.array_equal(v["e"], (index[:, None] == np.arange(1 << width)).astype(np.uint64))
@@ -1002,10 +1003,13 @@ CHECKS: dict[str, Check] = {
         spoiling(prep.DaBit(), "dabit/xor 2"),
     ),
     "one-hots: one entry, of 1": Check(
-        "mpc.prep:Batch.one_hot", "self.relations.append(check.OneHot(e))", cheat_two_entries
+        "mpc.prep:Batch.one_hot", "self.relations.append(check.OneHot(e, int(shift)))", cheat_two_entries
     ),
     "one-hots: at the mask's own place": Check(
-        "mpc.prep:_lookups", "b.zeros.append(reread - got[:, :index_bits])", cheat_other_entry, 40
+        "mpc.prep:_lookups",
+        "b.zeros.append(reread - got[:, :index_bits] << np.uint64(48 if first.narrow else 0))",
+        cheat_other_entry,
+        40,
     ),
     "lookups: carries are 0 or 1": Check(
         "mpc.prep:_lookups",
@@ -1118,8 +1122,7 @@ REDUNDANT: dict[str, Check] = {
     ),
     "one-hots: the sum is 1": Check(
         "mpc.prep:Batch.one_hot",
-        "self.zeros.append(bk.add_public(e.sum(axis=2, dtype=np.uint64), "
-        "np.full(n, 2 ** 64 - 1, np.uint64)))",
+        "self.zeros.append(bk.add_public(e.sum(axis=2, dtype=np.uint64), minus_one) << shift)",
         cheat_other_entry,
     ),
 }

@@ -387,7 +387,11 @@ def test_lookup(level: str, rng: np.random.Generator, size: int, n: int, depth: 
 @pytest.mark.parametrize("size", [1, 2, 4, 8, 16, 128])
 def test_rotate(level: str, rng: np.random.Generator, size: int) -> None:
     e, c = words(rng, 2 * size + 3, size), np.arange(2 * size + 3, dtype=np.uint64)
-    same(k.rotate(e, c), [[int(e[i, (int(c[i]) - j) % size]) for j in range(size)] for i in range(len(c))])
+    want = [[int(e[i, (int(c[i]) - j) % size]) for j in range(size)] for i in range(len(c))]
+    same(k.rotate(e, c), want)
+    half = k.rotate(e.astype(np.uint16), c)
+    assert half.dtype == np.uint16
+    same(half.astype(np.uint64), u64(want) % np.uint64(1 << 16))
 
 
 @pytest.mark.parametrize("size", [1, 2, 8, 32, 64, 128, 256])
@@ -794,6 +798,7 @@ def walk_fences() -> None:
             for size in (2, 64, 128):
                 k.lookup(w(n, size), w(n), w(5, size))
                 k.rotate(w(n, size), w(n))
+                k.rotate(fence.empty((n, size), np.uint16), w(n))
                 k.bit_lookup(w(n, max(1, size // 64)), size, w(n), np.ones((9, size), np.uint8))
             k.gf_mul(w(n), w(n))
             k.gf_scale(w(n), 5)

@@ -158,8 +158,8 @@ def bytes_of(demand: Demand, weights: Mapping[str, tuple[int, int]]) -> int:
     total = 0
     for kind, n in demand.items():
         shape = weights[kind.name] if isinstance(kind, prep.Weight) else None
-        for dims in prep.shapes(kind, n, shape).values():
-            size = 16
+        for name, dims in prep.shapes(kind, n, shape).items():
+            size = 4 if name == "e" and isinstance(kind, prep.Lookup) and kind.narrow else 16
             for d in dims:
                 size *= d
             total += size

@@ -87,11 +87,13 @@ _force_from_environment()
 # ---- checks ----
 
 
-def _array(name: str, value: Any, shape: Sequence[int | None]) -> tuple[int, ...]:
+def _array(
+    name: str, value: Any, shape: Sequence[int | None], dtype: type[np.unsignedinteger[Any]] = np.uint64
+) -> tuple[int, ...]:
     """Check type, layout and shape (None: any length); return the shape."""
-    if not isinstance(value, np.ndarray) or value.dtype != np.uint64:
+    if not isinstance(value, np.ndarray) or value.dtype != dtype:
         kind = value.dtype if isinstance(value, np.ndarray) else type(value).__name__
-        raise LocalError(f"{name} must be a uint64 array, not {kind}")
+        raise LocalError(f"{name} must be a {dtype.__name__} array, not {kind}")
     if not value.flags.c_contiguous or not value.flags.aligned:
         raise LocalError(f"{name} must be contiguous in C order and aligned")
     found: tuple[int, ...] = value.shape
@@ -309,13 +311,18 @@ def lookup(e: U64, c: U64, tables: U64) -> U64:
     return out
 
 
-def rotate(e: U64, c: U64) -> U64:
-    """out[i, j] = e[i, (c[i] - j) mod K]: e (n, K), c (n,) public -> (n, K). K is a power of two."""
-    n, size = _array("e", e, (None, None))
+def rotate(e: npt.NDArray[Any], c: U64) -> npt.NDArray[Any]:
+    """out[i, j] = e[i, (c[i] - j) mod K]: e (n, K) of 64 or 16 bits, c (n,) public. K is a power of two."""
+    half = isinstance(e, np.ndarray) and e.dtype == np.uint16
+    n, size = _array("e", e, (None, None), np.uint16 if half else np.uint64)
     _power_of_two("the second dimension of e", size)
     _array("c", c, (n,))
-    out = np.empty((n, size), np.uint64)
-    _lib.mk_ring_rotate(_out(out), _in(e), _in(c), n, size)
+    out = np.empty((n, size), e.dtype)
+    if half:
+        to = _ffi.from_buffer("uint16_t[]", out, require_writable=True)
+        _lib.mk_half_rotate(to, _ffi.from_buffer("uint16_t[]", e), _in(c), n, size)
+    else:
+        _lib.mk_ring_rotate(_out(out), _in(e), _in(c), n, size)
     return out
 
 

@@ -106,6 +106,8 @@ MK_THUNK(mk_ring_lookup,
          (out, e, c, turned, depth, n, size))
 MK_THUNK(mk_ring_rotate, (uint64_t *out, const uint64_t *e, const uint64_t *c, size_t n, size_t size),
          (out, e, c, n, size))
+MK_THUNK(mk_half_rotate, (uint16_t *out, const uint16_t *e, const uint64_t *c, size_t n, size_t size),
+         (out, e, c, n, size))
 MK_THUNK(mk_bits_lookup,
          (uint64_t *out, const uint64_t *e, const uint64_t *c, const uint64_t *turned, size_t depth, size_t n,
           size_t size),

@@ -63,6 +63,7 @@ void mk_ring_double(uint64_t *e, const uint64_t *high, size_t n, size_t size, si
  * turned[d, u] = table[d, -u mod size].
  * lookup: out (depth, n), out[d, i] = sum_j table[d, (c_i - j) mod size] e[i, j].
  * rotate: out (n, size), out[i, j] = e[i, (c_i - j) mod size].
+ * half_rotate: the same as rotate for entries of 16 bits.
  * bits:   the same sum over GF(2). e is (n, max(1, size/64)) words, out (depth, ceil(n/64)) words, and turned is
  *         packed and lies word by word: (max(1, size/32) + 1, depth), bit l of turned[w, d] being bit 64 w + l of
  *         table d turned round and doubled; the last words are zero.
@@ -70,6 +71,7 @@ void mk_ring_double(uint64_t *e, const uint64_t *high, size_t n, size_t size, si
 void mk_ring_lookup(uint64_t *out, const uint64_t *e, const uint64_t *c, const uint64_t *turned, size_t depth,
                     size_t n, size_t size);
 void mk_ring_rotate(uint64_t *out, const uint64_t *e, const uint64_t *c, size_t n, size_t size);
+void mk_half_rotate(uint16_t *out, const uint16_t *e, const uint64_t *c, size_t n, size_t size);
 void mk_bits_lookup(uint64_t *out, const uint64_t *e, const uint64_t *c, const uint64_t *turned, size_t depth,
                     size_t n, size_t size);
 

@@ -19,6 +19,7 @@
     X(mk_ring_double)                                                                                                  \
     X(mk_ring_lookup)                                                                                                  \
     X(mk_ring_rotate)                                                                                                  \
+    X(mk_half_rotate)                                                                                                  \
     X(mk_bits_lookup)                                                                                                  \
     X(mk_gf_mul)                                                                                                       \
     X(mk_gf_scale)                                                                                                     \

@@ -166,6 +166,12 @@ static uint64_t parity(uint64_t x)
     return x & 1;
 }
 
+void mk_half_rotate_ref(uint16_t *restrict out, const uint16_t *e, const uint64_t *c, size_t n, size_t size)
+{
+    for (size_t i = 0; i < n; i++)
+        for (size_t j = 0; j < size; j++) out[i * size + j] = e[i * size + (c[i] - j) % size];
+}
+
 void mk_bits_lookup_ref(uint64_t *restrict out, const uint64_t *e, const uint64_t *c, const uint64_t *turned,
                         size_t depth, size_t n, size_t size)
 {

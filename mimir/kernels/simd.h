@@ -428,6 +428,15 @@ void MK(mk_ring_rotate)(uint64_t *restrict out, const uint64_t *e, const uint64_
     }
 }
 
+void MK(mk_half_rotate)(uint16_t *restrict out, const uint16_t *e, const uint64_t *c, size_t n, size_t size)
+{
+    for (size_t i = 0; i < n; i++, out += size, e += size) {
+        size_t turn = c[i] % size;
+        for (size_t j = 0; j <= turn; j++) out[j] = e[turn - j];
+        for (size_t j = turn + 1; j < size; j++) out[j] = e[size + turn - j];
+    }
+}
+
 void MK(mk_bits_lookup)(uint64_t *restrict out, const uint64_t *e, const uint64_t *c, const uint64_t *turned,
                         size_t depth, size_t n, size_t size)
 {

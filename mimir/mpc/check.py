@@ -24,9 +24,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Final, Protocol
+from typing import Any, Final, Protocol
 
 import numpy as np
+import numpy.typing as npt
 
 from mimir import kernels
 from mimir.mpc.domain import RING_BITS, Ring
@@ -189,20 +190,24 @@ class MatrixProduct:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class OneHot:
-    """Each row of e (2, n, K) has one entry 1 and the rest 0, given that the caller also checks its sum.
+    """Each row of e (2, n, K) has one entry 1 and the rest 0, given that the caller also checks its sum; with
+    a shift, modulo 2^(64 - shift).
 
     <p, e> <q, e> = <p q, e> for random p, q says e_i e_j = 0 (i != j) and e_i^2 = e_i. One claim a row.
     """
 
-    e: Ring
+    e: npt.NDArray[Any]
+    shift: int = 0
 
     def claims(self, draw: Draw) -> Iterator[Claim]:
         n, k = self.e.shape[1:]
         p, q, down = draw.exceptional(k), draw.exceptional(k), draw.exceptional(n)
         pq = kernels.gr_mul01(kernels.gr_scale01(np.ones(k, np.uint64), p), q)  # (k, 48), general elements
-        columns = _each(lambda v: kernels.gr_combine_cols(v, down), self.e)  # (k, 48)
+        e = self.e.astype(np.uint64, copy=False)
+        high = e << np.uint64(self.shift) if self.shift else e  # high e_i e_j depends on the low bits alone
+        columns = _each(lambda v: kernels.gr_combine_cols(v, down), high)  # (k, 48)
         c = np.stack([kernels.gr_inner(v, pq) for v in columns])
-        yield Claim(_mixed(_summed(self.e, p), down), _summed(self.e, q), c)
+        yield Claim(_mixed(_summed(high, p), down), _summed(e, q), c)
 
 
 def _joined(parts: Sequence[Pair]) -> Pair:

@@ -348,7 +348,8 @@ async def exponentials(
     one_hot = await ops.coarse_index(
         ctx, f"{step}/coarse", shown, scale + COARSE_BIN - COARSE_REST, COARSE_REST, COARSE_BITS
     )  # (heads, rows, keys, bins)
-    per_row = (one_hot * allowed[None, :, :, None]).sum(2)  # (heads, rows, bins): how many scores in each bin
+    # (heads, rows, bins): how many scores in each bin, modulo 2^16
+    per_row = (one_hot * allowed.astype(np.uint16)[None, :, :, None]).sum(2)
     at_least = ctx.share(np.cumsum(per_row.v[..., ::-1], axis=-1, dtype=np.uint64)[..., ::-1])[..., 1:]
     count = at_least.size
     padded = _whole_words(at_least.flat())

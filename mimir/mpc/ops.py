@@ -413,9 +413,10 @@ def one_hot(ctx: Context, c: dict[str, Share], opened: Ring, bits: int) -> Share
 
 async def coarse_index(ctx: Context, step: str, x: Share, low: int, rest: int, bits: int) -> Share:
     """One-hot (*shape, 2^bits) of j, x / 2^(low + rest) within (j - 1 - 3 / 2^rest, j + 1), for x >= 0.
-    One round.
+
+    Its components are meant modulo 2^16: sums of up to 2^16 - 1 of them count. One round.
     """
-    c = ctx.take(prep.Lookup(low, rest, bits, 0), x.size)
+    c = ctx.take(prep.Lookup(low, rest, bits, 0, narrow=True), x.size)
     total = low + rest + bits
     (o,) = await ctx.doors.open(step, (x.flat() + c["r"]) * (1 << (RING_BITS - total)))
     return one_hot(ctx, c, o >> np.uint64(RING_BITS - bits), bits).reshape(*x.shape, 1 << bits)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
+import numpy.typing as npt
 
 from mimir.mpc.domain import Ring, constant
 
@@ -89,7 +90,7 @@ class Share:
     def __neg__(self) -> Share:
         return Share(np.zeros(1, np.uint64) - self.v, self.bk)
 
-    def __mul__(self, public: Ring | _NUMBER) -> Share:
+    def __mul__(self, public: npt.NDArray[Any] | _NUMBER) -> Share:
         return Share(self.v * _ring(public), self.bk)
 
     __rmul__ = __mul__
