@@ -7,7 +7,7 @@ known to two parties; carries come from an adder over GF(2); products are made b
 A *kind* names one sort of correlation, with everything that fixes its shape:
 
     Trunc(f)             truncation pair for ops.truncate
-    Lookup(g, b, k, d, ..)  one-hot of k bits, remainder of b bits and what a polynomial of degree d in it takes
+    Lookup(g, b, k, d)   one-hot of k bits, remainder of b bits, what a polynomial of degree d in it takes
     Zero(k, g)           zero and threshold tests of k-bit values, g lower bits dropped
     Compare(g, w)        sign of w-bit values, g lower bits dropped
     DaBit()              a random bit in both domains
