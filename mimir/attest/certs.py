@@ -22,6 +22,7 @@ from mimir.attest.trail import Reader, Trail
 
 MAX_CERTIFICATE = 8 << 10  # bytes; the longest seen is 2 kB
 MAX_CHAIN = 8
+MAX_POOL = 64  # certificates among which a chain is looked for
 MAX_CRL = 1 << 20
 NO_GRACE = timedelta(0)
 
@@ -52,13 +53,15 @@ def load_der(trail: Trail, step: str, der: bytes) -> x509.Certificate:
     return trail.guard(step, "a DER certificate", lambda: x509.load_der_x509_certificate(der))
 
 
-def load_pem(trail: Trail, step: str, pem: bytes, *, exact: bool = False) -> list[x509.Certificate]:
+def load_pem(
+    trail: Trail, step: str, pem: bytes, *, exact: bool = False, most: int = MAX_CHAIN
+) -> list[x509.Certificate]:
     """PEM certificates in their order. `exact` refuses any byte that the encoding does not need."""
-    if len(pem) > MAX_CHAIN * MAX_CERTIFICATE:
-        trail.refuse(step, f"at most {MAX_CHAIN * MAX_CERTIFICATE} bytes of PEM", f"{len(pem)} bytes")
+    if len(pem) > most * MAX_CERTIFICATE:
+        trail.refuse(step, f"at most {most * MAX_CERTIFICATE} bytes of PEM", f"{len(pem)} bytes")
     found = trail.guard(step, "PEM certificates", lambda: x509.load_pem_x509_certificates(pem))
-    if len(found) > MAX_CHAIN:
-        trail.refuse(step, f"at most {MAX_CHAIN} certificates", len(found))
+    if len(found) > most:
+        trail.refuse(step, f"at most {most} certificates", len(found))
     if exact and b"".join(each.public_bytes(Encoding.PEM) for each in found) != pem:
         trail.refuse(step, "PEM certificates in lines of 64 and nothing else", "other bytes among them")
     return found
@@ -108,18 +111,27 @@ def verify_chain(
             lambda c=certificate, i=issuer: c.verify_directly_issued_by(i),  # type: ignore[misc]
         )
         _check_role(trail, step, certificate, depth + leaf_is_ca)
-        trail.within(f"{step}.dates", certificate.not_valid_before_utc, now, certificate.not_valid_after_utc)
+
+        def dates(read: x509.Certificate = certificate) -> tuple[datetime, datetime]:
+            return read.not_valid_before_utc, read.not_valid_after_utc
+
+        first, last = trail.guard(f"{step}.dates", "dates that can be read", dates)
+        trail.within(f"{step}.dates", first, now, last)
     return min(each.not_valid_after_utc for each in chain)
 
 
 def _check_role(trail: Trail, step: str, certificate: x509.Certificate, depth: int) -> None:
     """What the extensions allow this certificate to do at its place: 0 is the leaf."""
     name = subject_of(certificate)
-    found = trail.guard(f"{step}.role", "extensions that can be read", lambda: certificate.extensions)
+    found, algorithm = trail.guard(
+        f"{step}.role",
+        "extensions and an algorithm that can be read",
+        lambda: (certificate.extensions, certificate.signature_hash_algorithm),
+    )
     unknown = [e.oid.dotted_string for e in found if e.critical and e.oid not in UNDERSTOOD]
     if unknown:
         trail.refuse(f"{step}.role", "no critical extension that is not understood", unknown)
-    good = isinstance(certificate.signature_hash_algorithm, GOOD_HASHES)
+    good = isinstance(algorithm, GOOD_HASHES)
     if not good:
         trail.refuse(f"{step}.hash", "SHA-256 or better", f"{name}: {certificate.signature_algorithm_oid}")
     basic = usage = None
@@ -143,7 +155,7 @@ def subject_of(certificate: x509.Certificate) -> str:
     with warnings.catch_warnings(action="ignore"):
         try:
             return certificate.subject.rfc4514_string()
-        except ValueError:
+        except Exception:  # whatever reading a stranger's name raises, it is only for a message
             return "(a name that cannot be read)"
 
 

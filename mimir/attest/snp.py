@@ -202,16 +202,16 @@ def _firmware(raw: bytes) -> str:
     return f"{major}.{minor}.{build}"
 
 
-def _product_of(cpuid: tuple[int, int, int]) -> str:
-    """The product by CPU family and model; "" for one whose root is not pinned, such as Venice."""
-    family, model, _ = cpuid
+def product_of(report: Report, trail: Trail) -> str:
+    """The product by CPU family and model, from version 3; one whose root is not pinned is refused."""
+    family, model, _ = report.cpuid or (0, 0, 0)
     if family == 0x19 and model >> 4 == 0:
         return "milan"
     if family == 0x19 and model >> 4 in (0x1, 0xA):
         return "genoa"
     if family == 0x1A and model <= 0x11:
         return "turin"
-    return ""
+    trail.refuse("product", "Milan, Genoa or Turin by CPUID", f"family {family:#x}, model {model:#x}")
 
 
 # --- the chip's certificate --------------------------------------------------------------------------------
@@ -325,18 +325,8 @@ def verify_vek(
 
     `chain` is the PEM that AMD's key server gives: ASK (or ASVK), then ARK. `crl` is the ARK's list, DER.
     """
-    found = certs.load_pem(trail, "chain", chain)
-    trail.require(len(found) == 2, "chain", "ASK or ASVK, then ARK", f"{len(found)} certificates")
-    signer, root = found
-    _check_authority(trail, root, root, now)
-    want, got = roots.get(vek.product, "none is trusted"), certs.fingerprint(root)
-    trail.require(want == got, "chain.root", f"AMD's root for {vek.product}: {want}", got)
-    _check_authority(trail, signer, root, now)
-    # The key that signs VCEKs must not vouch for VLEKs, nor the other way round.
-    names = [str(a.value) for a in signer.subject.get_attributes_for_oid(NameOID.COMMON_NAME)]
-    family = vek.product.capitalize()
-    expected = f"SEV-{family}" if vek.kind == "vcek" else f"SEV-VLEK-{family}"
-    trail.require(names == [expected], "chain.signer", expected, ", ".join(names))
+    signer, root = verify_authorities(chain, vek.product, vek.kind, now, trail, roots)
+    expected = certs.subject_of(signer)
     walked = vek.walked
     public = signer.public_key()
     if walked.algorithm not in _PSS_SHA384 or not isinstance(public, rsa.RSAPublicKey):
@@ -360,6 +350,25 @@ def verify_vek(
         revocations.require_absent(trail, "crl.signer", signer.serial_number, expected)
         revocations.require_absent(trail, "crl.vek", walked.serial, vek.kind.upper())
     return min(walked.not_after, signer.not_valid_after_utc, root.not_valid_after_utc), revocations
+
+
+def verify_authorities(
+    chain: bytes, product: str, kind: str, now: datetime, trail: Trail, roots: Mapping[str, str] = ROOTS
+) -> tuple[x509.Certificate, x509.Certificate]:
+    """(ASK or ASVK, ARK) out of PEM: the pinned root of the product, and the signer of this kind of key."""
+    found = certs.load_pem(trail, "chain", chain)
+    trail.require(len(found) == 2, "chain", "ASK or ASVK, then ARK", f"{len(found)} certificates")
+    signer, root = found
+    _check_authority(trail, root, root, now)
+    want, got = roots.get(product, "none is trusted"), certs.fingerprint(root)
+    trail.require(want == got, "chain.root", f"AMD's root for {product}: {want}", got)
+    _check_authority(trail, signer, root, now)
+    # The key that signs VCEKs must not vouch for VLEKs, nor the other way round.
+    names = [str(a.value) for a in signer.subject.get_attributes_for_oid(NameOID.COMMON_NAME)]
+    family = product.capitalize()
+    expected = f"SEV-{family}" if kind == "vcek" else f"SEV-VLEK-{family}"
+    trail.require(names == [expected], "chain.signer", expected, ", ".join(names))
+    return signer, root
 
 
 def _check_authority(
@@ -459,10 +468,8 @@ def verify(
     key = parse_vek(vek, trail)
     trail.require(parsed.signing_key == key.kind, "signing_key", parsed.signing_key, key.kind)
     if parsed.cpuid is not None:
-        by_cpu = _product_of(parsed.cpuid)
-        trail.require(
-            by_cpu == key.product, "product", f"{by_cpu or 'a known product'} by CPUID", key.product
-        )
+        by_cpu = product_of(parsed, trail)
+        trail.require(by_cpu == key.product, "product", f"{by_cpu} by CPUID", key.product)
     else:
         trail.require(
             key.product in ("milan", "genoa"), "product", "Milan or Genoa in version 2", key.product

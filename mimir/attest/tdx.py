@@ -223,6 +223,14 @@ def parse_platform(certificate: x509.Certificate, trail: Trail) -> Platform:
     return Platform(octets("1", 16), svns, whole(nested, "2.17"), octets("3", 2), octets("4", 6))
 
 
+def peek_fmspc(quote: Quote, trail: Trail) -> str:
+    """The platform family that an unverified quote names: says which collateral to take, and nothing else."""
+    chain = certs.load_pem(trail, "chain", quote.pck_chain, exact=True)
+    if not chain:
+        trail.refuse("chain", "a PCK certificate", "none")
+    return parse_platform(chain[0], trail).fmspc.hex()
+
+
 def _pairs(outer: certs.Der, what: str, trail: Trail) -> dict[bytes, bytes]:
     """A SEQUENCE of (OID, value) pairs: OID contents to the value's DER."""
     found: dict[bytes, bytes] = {}

@@ -461,10 +461,9 @@ def verify_key(
     """Follow the key's certificate to a root; returns the root's SHA-256 and when the chain ends."""
     step = "ak_chain"
     leaf = load_certificate(certificate, trail, step)
-    public = trail.guard(step, "a public key", leaf.public_key)
-    check_strength(public, trail)
-    trail.same(f"{step}.key", _spki(public), _spki(key.public))  # type: ignore[arg-type]
-    pool = certs.load_pem(trail, step, authorities)
+    own = certified_key(certificate, trail)
+    trail.same(f"{step}.key", _spki(own.public), _spki(key.public))
+    pool = certs.load_pem(trail, step, authorities, most=certs.MAX_POOL)
     chain = certs.order(trail, step, leaf, pool)
     until = certs.verify_chain(trail, step, chain, set(roots), now)
     found = certs.fingerprint(chain[-1])
@@ -476,6 +475,14 @@ def verify_key(
     good = not root.purpose_needed if purposes is None else bool(root.purposes & set(purposes))
     trail.require(good, f"{step}.purpose", f"an attestation key of {root.name}", _dotted(purposes))
     return found, until
+
+
+def certified_key(certificate: bytes, trail: Trail) -> AttestationKey:
+    """The key of a certificate, which is yet to be verified. Its name is not known, only its public half."""
+    leaf = load_certificate(certificate, trail, "ak_chain")
+    public = trail.guard("ak_chain", "a public key", leaf.public_key)
+    check_strength(public, trail)
+    return AttestationKey(public, b"")  # type: ignore[arg-type]
 
 
 def _dotted(purposes: Collection[ObjectIdentifier] | None) -> str:
