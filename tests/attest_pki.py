@@ -155,11 +155,12 @@ class Amd:
     hwid: bytes = bytes(range(64))
 
     @classmethod
-    def make(cls) -> Amd:
+    def make(cls, **changes: Any) -> Amd:
+        """`changes` are of the ASK."""
         ark = certificate("ARK-Genoa", rsa_key("ark"), None, rsa_key("ark"), ca=True)
-        low = {"ca": True, "path_length": 0}
-        ask = certificate("SEV-Genoa", rsa_key("ask"), ark, rsa_key("ark"), serial=7, **low)  # type: ignore[arg-type]
-        asvk = certificate("SEV-VLEK-Genoa", rsa_key("ask"), ark, rsa_key("ark"), serial=8, **low)  # type: ignore[arg-type]
+        low: dict[str, Any] = {"ca": True, "path_length": 0}
+        ask = certificate("SEV-Genoa", rsa_key("ask"), ark, rsa_key("ark"), serial=7, **low | changes)
+        asvk = certificate("SEV-VLEK-Genoa", rsa_key("ask"), ark, rsa_key("ark"), serial=8, **low)
         return cls(ark, ask, asvk)
 
     @property
@@ -178,6 +179,7 @@ class Amd:
         kind: str = "vcek",
         changes: Mapping[str, bytes | None] | None = None,
         serial: int = 0,
+        issuer: x509.Name | None = None,
     ) -> bytes:
         """A chip's certificate. `changes` replaces extensions by the end of their OID; None drops one."""
         ends = {"bl": "3.1", "tee": "3.2", "snp": "3.3", "ucode": "3.8"}
@@ -190,11 +192,11 @@ class Amd:
             for end, value in values.items()
             if value is not None
         ]
-        issuer = self.ask if kind == "vcek" else self.asvk
+        signer = self.ask if kind == "vcek" else self.asvk
         builder = (
             x509.CertificateBuilder()
             .subject_name(named("SEV-VCEK" if kind == "vcek" else "SEV-VLEK"))
-            .issuer_name(issuer.subject)
+            .issuer_name(issuer or signer.subject)
             .public_key(ec_key("vek", "p384").public_key())
             .serial_number(1)
             .not_valid_before(NOW - DAY)

@@ -834,6 +834,18 @@ def test_a_chip_certificate_is_read_strictly(amd: pki.Amd) -> None:
     assert (
         refused(lambda: own_snp(amd, vek=amd.vek(changes={"2": pki.tlv(0x16, b"Venice")}))) == "snp.product"
     )
+    stranger = amd.vek(issuer=pki.named("SEV-Milan"))  # by the right key, in another's name
+    assert refused(lambda: own_snp(amd, vek=stranger)) == "snp.chain.vek"
+    for chain in (pki.pem(amd.ask), pki.pem(amd.ask, amd.ark, amd.ark), b""):
+        assert refused(lambda c=chain: own_snp(amd, chain=c)) == "snp.chain"  # type: ignore[misc]
+    for changes, step in (
+        ({"key_cert_sign": False}, "authority"),
+        ({"ca": False, "path_length": None}, "authority"),
+        ({"days": (-9, -1)}, "dates"),
+        ({"days": (1, 9)}, "dates"),
+    ):
+        other = pki.Amd.make(**changes)  # type: ignore[arg-type]
+        assert refused(lambda o=other: own_snp(o)) == f"snp.chain.{step}"  # type: ignore[misc]
     # A version above 127 takes two bytes; the last of three is not the number.
     high = pki.TCB | {"ucode": 217}
     assert own_snp(amd, vek=amd.vek(tcb=high), report=amd.report(reported=high)).tcb()["ucode"] == 217

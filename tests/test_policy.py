@@ -301,9 +301,13 @@ def test_an_envelope_has_one_encoding() -> None:
     with pytest.raises(LocalError, match="limit"):
         replace(envelope, log=bytes(MAX_ENVELOPE)).encode()
     parts = cbor2.loads(envelope.evidence)
-    for change in ({"more": b""}, {"quote": 1}, {"pcrs": []}, {"pcrs": {"sha256": {24: bytes(32)}}}):
+    for change in ({"more": b"x"}, {"quote": 1}, {"pcrs": []}, {"pcrs": {"sha256": {24: bytes(32)}}}):
         bad = replace(envelope, evidence=cbor2.dumps(parts | change, canonical=True))
         assert refused(bad.parts) in ("envelope.parts", "envelope.format")
+    for missing in ("quote", "signature", "pcrs"):
+        fewer = {name: value for name, value in parts.items() if name != missing}
+        bad = replace(envelope, evidence=cbor2.dumps(fewer, canonical=True))
+        assert refused(bad.parts) == "envelope.parts"
 
 
 ENVELOPES = {kind: evidence_for(kind, claims_for(policy_for(kind))).encode() for kind in KINDS}
