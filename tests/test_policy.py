@@ -26,7 +26,7 @@ from hypothesis import strategies as st
 from mimir import policy as commands
 from mimir.__main__ import main
 from mimir.attest import collateral, policy, snp, tdx, tpm
-from mimir.attest.appraisal import Anchors, Verdict, appraise, examine
+from mimir.attest.appraisal import Anchors, Verdict, appraise, examine, verify
 from mimir.attest.collateral import Answer, Collateral, Item, Store
 from mimir.attest.evidence import KINDS, MAX_ENVELOPE, TAG, Claims, Envelope, expect
 from mimir.attest.policy import Policy
@@ -401,6 +401,19 @@ def test_azure_needs_both_parts(kind: str) -> None:
     assert refused(lambda: admit(kind, raw=raw)) == f"{kind}.runtime_data"
     wanted = policy_of(entry(kind).replace("07" * 32, "08" * 32))
     assert refused(lambda: admit(kind, wanted)) == "policy.pcr7"
+
+
+def test_rules_judge_facts_of_their_own_kind() -> None:
+    """Policy.judge picks entries by kind; a rule that is handed others refuses, and does not crash."""
+    facts = {}
+    for kind in ("az-snp-vtpm", "az-tdx-vtpm"):
+        envelope = evidence_for(kind, claims_for(policy_for(kind)))
+        facts[kind], _ = verify(envelope, stored(), NOW, timedelta(0), ANCHORS)
+    for kind, other in (("az-snp-vtpm", "az-tdx-vtpm"), ("az-tdx-vtpm", "az-snp-vtpm")):
+        rule: Any = policy_for(kind).allow[0].rule
+        assert refused(lambda r=rule, f=facts[other]: r.judge(f, Trail("policy"))) == "policy.hardware"  # type: ignore[misc]
+    wanted = policy_for("az-snp-vtpm")
+    assert refused(lambda: wanted.judge(facts["az-snp-vtpm"], NOW, None)) == "policy.crl.age"
 
 
 def test_an_azure_blob_is_of_the_hardware_that_it_says() -> None:
