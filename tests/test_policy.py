@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import tomllib
 import urllib.parse
 from collections.abc import Callable
@@ -556,6 +557,41 @@ def test_the_head_of_a_policy_is_read_strictly(change: tuple[str, str]) -> None:
         policy.parse(
             tomllib.loads(HEAD.format(environment="production").replace(*change, 1)), Path("p").absolute()
         )
+
+
+def test_the_example_has_every_key() -> None:
+    """configs/policy.toml can be read, names every real kind, and leaves no key of any table out."""
+    file = Path(__file__).parent.parent / "configs" / "policy.toml"
+    found, text = policy.load(file), file.read_text()
+    assert {each.kind for each in found.allow} == set(KINDS) - {"swtpm"}
+    written = {line.split("=")[0].strip() for line in text.splitlines() if "=" in line}
+    for table in (
+        Policy,
+        policy.Crl,
+        policy.Freshness,
+        policy.Deny,
+        snp.Rule,
+        snp.Product,
+        tdx.Rule,
+        tpm.Rule,
+    ):
+        keys = {each.name for each in fields(table)} - {
+            "source",
+            "allow",
+            "crl",
+            "freshness",
+            "deny",
+            "product",
+        }
+        assert keys <= written, table
+
+
+def test_the_template_s_entry_works_once_it_is_filled_in() -> None:
+    text = policy.TEMPLATE.format(name="mesh", environment="production", not_after=stamp(NOW + pki.DAY))
+    head, entry_ = text.split("# [[allow]]\n")
+    entry_ = "[[allow]]\n" + re.sub(r"(?m)^# ", "", entry_).replace("<96 hexadecimal digits>", "11" * 48)
+    wanted = policy.parse(tomllib.loads(head + entry_), Path("p").absolute())
+    assert admit("snp", wanted).entry == "peers-on-genoa"
 
 
 def test_a_policy_for_simulation_names_nothing_real() -> None:
