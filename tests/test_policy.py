@@ -688,6 +688,18 @@ def test_a_store_keeps_what_it_was_given(tmp_path: Path) -> None:
             store.read()
 
 
+def test_authorities_of_vtpms_are_put_there_by_hand(tmp_path: Path) -> None:
+    _, root = TPM.certified()
+    (tmp_path / "tpm").mkdir()
+    (tmp_path / "tpm/authorities.pem").write_bytes(pki.pem(root))
+    (tmp_path / "tpm/other.pem").write_bytes(b"not looked at")
+    ((name, item),) = Store(tmp_path).read().items.items()
+    assert name == collateral.AUTHORITIES and item.data == pki.pem(root)
+    (tmp_path / "tpm/authorities.pem").write_bytes(bytes(collateral.MAX_ITEM + 1))
+    with pytest.raises(BadInput, match="larger than"):
+        Store(tmp_path).read()
+
+
 class Server:
     """Recorded answers by URL; any other URL is a failure of the test."""
 
