@@ -1453,6 +1453,18 @@ def test_chains_of_another_form(aws: pki.Aws) -> None:
         assert refused(lambda d=der: certs.load_der(Trail("test"), "der", d)) == "test.der"  # type: ignore[misc]
 
 
+def test_a_name_that_cannot_be_read_is_refused_like_any_other(aws: pki.Aws) -> None:
+    """cryptography raises TypeError for such a name, and only once it is looked at."""
+    for which in (aws.leaf, aws.middle):
+        der = which.public_bytes(Encoding.DER)
+        at = der.rindex(b"\x0c", 0, der.index(b"\x30\x76"))  # before the public key
+        odd = certs.load_der(Trail("test"), "der", put(der, at, b"\x03"))
+        assert "cannot be read" in certs.subject_of(odd)
+        chain = [odd, aws.middle, aws.root] if which is aws.leaf else [aws.leaf, odd, aws.root]
+        work = functools.partial(certs.verify_chain, Trail("test"), "chain", chain, aws.roots, pki.NOW)
+        assert refused(work) == "test.chain.issuer"
+
+
 def test_revocation_lists_of_another_form(intel: pki.Intel) -> None:
     key = pki.ec_key("pck ca")
     point = pki.x509.IssuingDistributionPoint(None, None, True, False, None, False, False)
