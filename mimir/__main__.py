@@ -313,7 +313,7 @@ def _parser(program: str) -> argparse.ArgumentParser:
         "policy",
         None,
         "say by which evidence peers are admitted",
-        "A policy is a TOML file that owners sign. Empty, it admits nobody. README.md has an example.",
+        "A TOML file that owners sign. Empty, it admits nobody. configs/policy.toml has every key.",
     )
     _policy_commands(policy)
     return parser

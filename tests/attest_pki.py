@@ -54,6 +54,7 @@ def certificate(
     days: tuple[float, float] = (-10, 10),
     extensions: Sequence[tuple[x509.ExtensionType, bool]] = (),
     key_cert_sign: bool = True,
+    algorithm: Any = None,
 ) -> x509.Certificate:
     """One certificate; `signer` an RSA key signs as AMD does."""
     builder = (
@@ -73,7 +74,8 @@ def certificate(
         builder = builder.add_extension(value, critical)
     if isinstance(signer, rsa.RSAPrivateKey):
         return builder.sign(signer, hashes.SHA384(), rsa_padding=PSS)
-    return builder.sign(signer, hashes.SHA384() if signer.curve.name == "secp384r1" else hashes.SHA256())
+    usual = hashes.SHA384() if signer.curve.name == "secp384r1" else hashes.SHA256()
+    return builder.sign(signer, algorithm or usual)
 
 
 def revocations(
@@ -81,7 +83,11 @@ def revocations(
     signer: Any,
     serials: Sequence[int] = (),
     days: tuple[float, float] = (-1, 1),
+    *,
+    extension: x509.ExtensionType | None = None,
+    algorithm: hashes.HashAlgorithm | None = None,
 ) -> bytes:
+    """A list in DER; `extension` is made critical."""
     builder = (
         x509.CertificateRevocationListBuilder()
         .issuer_name(issuer.subject)
@@ -93,10 +99,12 @@ def revocations(
     for serial in serials:
         entry = x509.RevokedCertificateBuilder().serial_number(serial).revocation_date(NOW + days[0] * DAY)
         builder = builder.add_revoked_certificate(entry.build())
+    if extension is not None:
+        builder = builder.add_extension(extension, True)
     if isinstance(signer, rsa.RSAPrivateKey):
         made = builder.sign(signer, hashes.SHA384(), rsa_padding=PSS)
     else:
-        made = builder.sign(signer, hashes.SHA256())
+        made = builder.sign(signer, algorithm or hashes.SHA256())  # type: ignore[arg-type]
     return made.public_bytes(Encoding.DER)
 
 
@@ -180,6 +188,9 @@ class Amd:
         changes: Mapping[str, bytes | None] | None = None,
         serial: int = 0,
         issuer: x509.Name | None = None,
+        subject: str = "",
+        curve: str = "p384",
+        critical: bool = False,
     ) -> bytes:
         """A chip's certificate. `changes` replaces extensions by the end of their OID; None drops one."""
         ends = {"bl": "3.1", "tee": "3.2", "snp": "3.3", "ucode": "3.8"}
@@ -188,22 +199,22 @@ class Amd:
         values |= {"4": self.hwid} if kind == "vcek" else {"5": tlv(0x16, b"CN=cloud.example")}
         values |= changes or {}
         extensions = [
-            (x509.UnrecognizedExtension(ObjectIdentifier(AMD_ARC + end), value), False)
+            (x509.UnrecognizedExtension(ObjectIdentifier(AMD_ARC + end), value), critical)
             for end, value in values.items()
             if value is not None
         ]
         signer = self.ask if kind == "vcek" else self.asvk
         builder = (
             x509.CertificateBuilder()
-            .subject_name(named("SEV-VCEK" if kind == "vcek" else "SEV-VLEK"))
+            .subject_name(named(subject or ("SEV-VCEK" if kind == "vcek" else "SEV-VLEK")))
             .issuer_name(issuer or signer.subject)
-            .public_key(ec_key("vek", "p384").public_key())
+            .public_key(ec_key("vek", curve).public_key())
             .serial_number(1)
             .not_valid_before(NOW - DAY)
             .not_valid_after(NOW + 300 * DAY)
         )
-        for value, critical in extensions:
-            builder = builder.add_extension(value, critical)
+        for value, must in extensions:
+            builder = builder.add_extension(value, must)
         made = builder.sign(rsa_key("ask"), hashes.SHA384(), rsa_padding=PSS)
         # cryptography makes no serial number 0, and AMD no other: the byte is changed and signed over.
         signed = made.tbs_certificate_bytes
@@ -386,7 +397,7 @@ class Intel:
             found[f"{name}_signature"] = raw_signature(ec_key("tcb"), text.encode(), 32).hex()
         return json.dumps(found).encode()
 
-    def quote(self, **changes: Any) -> bytes:
+    def quote(self, chain: bytes | None = None, **changes: Any) -> bytes:
         """A version-4 quote by the enclave's fresh attestation key."""
         values: dict[str, Any] = {
             "svn": b"\2\0" + bytes(14),
@@ -414,7 +425,7 @@ class Intel:
         qe[256:258] = b"\2\0"
         qe[258:260] = values["qe_svn"].to_bytes(2, "little")
         qe[320:352] = values["qe_data"] or hashlib.sha256(public + auth).digest()
-        chain = pem(self.pck, self.authority, self.root)
+        chain = pem(self.pck, self.authority, self.root) if chain is None else chain
 
         def sized(data: bytes, size: int = 4) -> bytes:
             return len(data).to_bytes(size, "little") + data

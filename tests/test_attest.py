@@ -19,7 +19,7 @@ import attest_pki as pki
 import cbor2
 import pytest
 from conftest import SHARED_VARIABLE, find_shared
-from cryptography.hazmat.primitives.serialization import Encoding
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -706,7 +706,7 @@ def small_targets() -> list[tuple[bytes, Callable[[bytes], Any]]]:
     ]
 
 
-@settings(max_examples=600, deadline=None)
+@settings(max_examples=300, deadline=None)
 @given(st.data())
 def test_only_our_own_error_leaves_a_verifier(data: st.DataObject) -> None:
     """Bytes overwritten, cut out and put in, lengths inflated: no crash and no other error."""
@@ -1267,3 +1267,334 @@ def test_the_log_of_a_real_trust_domain_replays(shared_dir: Path) -> None:
     quote = tdx.parse(tdx_inputs(case)[0], Trail("tdx"))
     assert held[3] == quote.rtmr[3]
     assert tpm.replay(events[:-1], "sha384", Trail("tdx"))[3] != quote.rtmr[3]
+
+
+# --- one thing wrong at a time -----------------------------------------------------------------------------
+
+
+def put(raw: bytes, at: int, value: bytes) -> bytes:
+    """Bytes overwritten; a negative place counts from the end."""
+    at = at if at >= 0 else len(raw) + at
+    return raw[:at] + value + raw[at + len(value) :]
+
+
+def test_chip_certificates_of_another_form(amd: pki.Amd, shared_dir: Path) -> None:
+    for vek in (
+        amd.vek(subject="SEV-VXEK"),
+        amd.vek(critical=True),
+        amd.vek(curve="p256"),
+        amd.vek(changes={"4": pki.tlv(4, amd.hwid[:63])}),
+        amd.vek() + b"\0",
+        put(amd.vek(), 0, b"\x31"),
+        b"-----BEGIN CERTIFICATE-----\n!!!\n-----END CERTIFICATE-----\n",
+        pki.pem(amd.ask, amd.ark),
+        bytes(certs.MAX_CERTIFICATE + 1),
+    ):
+        assert refused(lambda v=vek: own_snp(amd, vek=v)) == "snp.vek"  # type: ignore[misc]
+    pem = (
+        b"-----BEGIN CERTIFICATE-----\n" + pki.base64.encodebytes(amd.vek()) + b"-----END CERTIFICATE-----\n"
+    )
+    assert own_snp(amd, vek=pem).tcb() == pki.TCB
+    for start in (0x2A0, 0x2A0 + 72):
+        for value in (bytes(72), b"\xff" * 48 + bytes(24)):
+            report = put(amd.report(), start, value)
+            assert refused(lambda r=report: own_snp(amd, report=r)) == "snp.signature"  # type: ignore[misc]
+    given = inputs("snp", CASES["snp"]["milan-v2"])
+    turin = inputs("snp", CASES["snp"]["azure-turin-v5"])["vek"]
+    now = moment("2026-07-01T00:00:00Z")
+    assert refused(lambda: snp.verify(given["report"], turin, given["ca_chain"], now)) == "snp.product"
+
+
+def test_providers_and_authors_are_named(amd: pki.Amd) -> None:
+    vlek = own_snp(amd, vek=amd.vek(kind="vlek"), chain=amd.chain("vlek"), report=amd.report(key_info=4))
+    rule_for(vlek).judge(vlek, Trail("policy"))
+    assert judged(rule_for(vlek, csp_ids=("CN=other",)), vlek) == "policy.csp_id"
+    authored = own_snp(amd, report=amd.report(key_info=1, author_key=b"\x11" * 48))
+    assert judged(rule_for(authored, author_key_digests=("12" * 48,)), authored) == "policy.author_key"
+
+
+def test_quotes_of_another_form(intel: pki.Intel) -> None:
+    good = intel.quote()
+    pem = good.index(b"-----BEGIN")
+    version5 = b"\5" + good[1:48]
+    for raw, step in (
+        (b"", "length"),
+        (bytes(tdx.MAX_QUOTE + 1), "length"),
+        (put(good, 2, b"\3"), "algorithm"),
+        (put(good, 4, b"\0"), "tee"),
+        (put(good, 12, b"\0"), "vendor"),
+        (put(good, 48 + 584 + 4 + 128, b"\7"), "certification"),
+        (put(good, pem - 6, b"\4"), "certification"),
+        (version5 + b"\2\0" + (583).to_bytes(4, "little") + good[48:], "body"),
+        (version5 + b"\4\0" + (584).to_bytes(4, "little") + good[48:], "body"),
+        (put(good, 48 + 584, b"\xff" * 4), "format"),
+        (put(good, pem - 4, b"\xff" * 4), "format"),
+        (intel.quote(pki.pem(intel.pck, intel.root)), "chain"),
+        (intel.quote(pki.pem(intel.pck, intel.authority, intel.root).replace(b"\n", b"\r\n")), "chain"),
+        (intel.quote(b"\n" + pki.pem(intel.pck, intel.authority, intel.root)), "chain"),
+        (intel.quote(b""), "chain"),
+        (intel.quote(pki.pem(intel.signer, intel.authority, intel.root)), "chain.issuer"),
+        (intel.quote(pki.pem(intel.signer, intel.root, intel.root)), "qe.signature"),
+    ):
+        assert refused(lambda r=raw: own_tdx(intel, raw=r)) == f"tdx.{step}"  # type: ignore[misc]
+
+
+def test_a_platform_is_named_by_its_certificate(intel: pki.Intel) -> None:
+    quote = tdx.parse(intel.quote(), Trail("tdx"))
+    assert tdx.peek_fmspc(quote, Trail("tdx")) == pki.FMSPC.hex()
+    other = tdx.parse(intel.quote(pki.pem(intel.signer, intel.root)), Trail("tdx"))
+    assert refused(lambda: tdx.peek_fmspc(other, Trail("tdx"))) == "tdx.pck"
+
+
+def test_collateral_of_another_form(intel: pki.Intel) -> None:
+    good = json.loads(intel.collateral())
+    chain = pki.pem(intel.pck, intel.authority, intel.root).decode()
+    for changes, step in (
+        ({"more": ""}, "collateral"),
+        ({"tcb_info": 1}, "collateral"),
+        ({"tcb_info_signature": "xy"}, "tcb_info"),
+        ({"tcb_info_signature": "00" * 63}, "tcb_info.signature"),
+        ({"tcb_info_signature": good["qe_identity_signature"]}, "tcb_info.signature"),
+        ({"tcb_info_issuer_chain": chain}, "tcb_info.signature"),  # certified, but not the signer
+        ({"tcb_info_issuer_chain": ""}, "tcb_info.chain"),
+        ({"pck_crl": "xy"}, "crl.pck"),
+        ({"pck_crl": ""}, "crl.pck"),
+        ({"pck_crl": good["root_ca_crl"]}, "crl.pck.signature"),
+    ):
+        raw = json.dumps(good | changes).encode()
+        assert refused(lambda r=raw: own_tdx(intel, collateral=r)) == f"tdx.{step}"  # type: ignore[misc]
+    module = {"mrsigner": "00" * 48, "attributes": "00" * 8, "attributesMask": "FF" * 8}
+    parts = json.loads(good["tcb_info"])["tcbLevels"][0]
+    for info, identity, step in (
+        ({"issueDate": "yesterday"}, {}, "tcb_info"),
+        ({"nextUpdate": None}, {}, "tcb_info"),
+        ({"tcbLevels": [parts | {"tcbStatus": "Fine"}]}, {}, "tcb_info.levels"),
+        ({"tcbLevels": [parts | {"tcb": parts["tcb"] | {"pcesvn": -1}}]}, {}, "tcb_info.levels"),
+        ({"tcbLevels": None}, {}, "tcb_info.levels"),
+        ({"tdxModule": 3}, {}, "tdx_module"),
+        ({"tdxModule": module | {"attributes": "01" + "00" * 7}}, {}, "tdx_module.attributes"),
+        ({"tdxModule": module | {"attributesMask": "FF"}}, {}, "tdx_module"),
+        ({}, {"tcbLevels": 3}, "qe"),
+        ({}, {"tcbLevels": [{"tcb": {"isvsvn": 1}, "tcbStatus": "Fine"}]}, "qe"),
+        ({}, {"mrsigner": "33"}, "qe"),
+        ({}, {"mrsigner": 3}, "qe"),
+    ):
+        raw = intel.collateral(info=info, identity=identity)
+        assert refused(lambda r=raw: own_tdx(intel, collateral=r)) == f"tdx.{step}", (info, identity)  # type: ignore[misc]
+
+
+def test_a_module_is_judged_by_its_own_identity(intel: pki.Intel) -> None:
+    """With a version in byte 1 the SVN in byte 0 is the module's, and its status counts."""
+
+    def facts(svn: int, version: int = 1) -> tdx.Facts:
+        levels = [
+            {"tcb": {"isvsvn": 5}, "tcbStatus": "UpToDate", "tcbDate": "2026-01-01T00:00:00Z"},
+            {"tcb": {"isvsvn": 2}, "tcbStatus": "OutOfDate", "tcbDate": "2025-01-01T00:00:00Z"},
+        ]
+        module = {
+            "mrsigner": "00" * 48,
+            "attributes": "00" * 8,
+            "attributesMask": "FF" * 8,
+            "tcbLevels": levels,
+        }
+        collateral = intel.collateral(info={"tdxModuleIdentities": [{"id": "TDX_01", **module}]})
+        raw = intel.quote(svn=bytes((svn, version)) + bytes(14))
+        return own_tdx(intel, raw=raw, collateral=collateral)
+
+    assert facts(5).status == facts(5).second == "UpToDate"
+    assert facts(4).status == facts(4).second == "OutOfDate"
+    assert facts(1).status == "NotSupported"
+    assert refused(lambda: facts(5, 2)) == "tdx.tdx_module"
+
+
+def test_nitro_frames_of_another_form(aws: pki.Aws) -> None:
+    protected, _, payload, signature = cbor2.loads(aws.document())
+    for raw, step in (
+        (b"", "length"),
+        (bytes(nitro.MAX_DOCUMENT + 1), "length"),
+        (cbor2.dumps([protected, {}, payload]), "format"),
+        (cbor2.dumps({1: protected}), "format"),
+        (cbor2.dumps([b"\xa1\x01\x26", {}, payload, signature]), "algorithm"),
+        (cbor2.dumps([protected, {4: b""}, payload, signature]), "format"),
+        (cbor2.dumps([protected, {}, payload, signature[:95]]), "format"),
+        (cbor2.dumps([protected, {}, "text", signature]), "format"),
+    ):
+        assert refused(lambda r=raw: nitro.verify(r, pki.NOW, roots=aws.roots)) == f"nitro.{step}"  # type: ignore[misc]
+    short = pki.certificate(
+        "enclave", pki.ec_key("short"), aws.middle, pki.ec_key("aws zone", "p384"), ca=False
+    )
+    other = aws.document(certificate=short.public_bytes(Encoding.DER))
+    assert refused(lambda: nitro.verify(other, pki.NOW, roots=aws.roots)) == "nitro.signature"
+
+
+def test_chains_of_another_form(aws: pki.Aws) -> None:
+    key, zone = pki.ec_key("aws leaf", "p384"), pki.ec_key("aws zone", "p384")
+    authority = pki.certificate("leaf", key, aws.middle, zone, ca=True)
+    weak = pki.certificate("leaf", key, aws.middle, zone, ca=False, algorithm=pki.hashes.SHA224())
+    for chain, step in (
+        ([authority, aws.middle, aws.root], "chain.role"),
+        ([weak, aws.middle, aws.root], "chain.hash"),
+        ([aws.leaf, aws.root], "chain.issuer"),
+        ([aws.root], "chain"),
+        ([aws.leaf, *[aws.middle] * 8, aws.root], "chain"),
+    ):
+        work = functools.partial(certs.verify_chain, Trail("test"), "chain", chain, aws.roots, pki.NOW)
+        assert refused(work) == f"test.{step}"
+    assert refused(lambda: certs.order(Trail("test"), "chain", aws.leaf, [aws.root])) == "test.chain"
+    assert certs.order(Trail("test"), "chain", aws.leaf, [aws.root, aws.middle])[1:] == [aws.middle, aws.root]
+    many = pki.pem(*[aws.root] * 9)
+    for pem, exact in (
+        (many, False),
+        (bytes(certs.MAX_CHAIN * certs.MAX_CERTIFICATE + 1), False),
+        (pki.pem(aws.root) + b"\n", True),
+    ):
+        assert refused(lambda p=pem, e=exact: certs.load_pem(Trail("test"), "pem", p, exact=e)) == "test.pem"  # type: ignore[misc]
+    for der in (b"", bytes(certs.MAX_CERTIFICATE + 1), aws.root.public_bytes(Encoding.DER) + b"\0"):
+        assert refused(lambda d=der: certs.load_der(Trail("test"), "der", d)) == "test.der"  # type: ignore[misc]
+
+
+def test_a_name_that_cannot_be_read_is_refused_like_any_other(aws: pki.Aws) -> None:
+    """cryptography raises TypeError for such a name, and only once it is looked at."""
+    for which in (aws.leaf, aws.middle):
+        der = which.public_bytes(Encoding.DER)
+        at = der.rindex(b"\x0c", 0, der.index(b"\x30\x76"))  # before the public key
+        odd = certs.load_der(Trail("test"), "der", put(der, at, b"\x03"))
+        assert "cannot be read" in certs.subject_of(odd)
+        chain = [odd, aws.middle, aws.root] if which is aws.leaf else [aws.leaf, odd, aws.root]
+        work = functools.partial(certs.verify_chain, Trail("test"), "chain", chain, aws.roots, pki.NOW)
+        assert refused(work) == "test.chain.issuer"
+
+
+def test_revocation_lists_of_another_form(intel: pki.Intel) -> None:
+    key = pki.ec_key("pck ca")
+    point = pki.x509.IssuingDistributionPoint(None, None, True, False, None, False, False)
+    for raw in (
+        b"",
+        bytes(certs.MAX_CRL + 1),
+        pki.revocations(intel.authority, key, extension=point),  # of some certificates only
+        pki.revocations(intel.authority, key, algorithm=pki.hashes.SHA224()),
+    ):
+        assert (
+            refused(lambda r=raw: certs.verify_crl(Trail("test"), "crl", r, intel.authority, pki.NOW))
+            == "test.crl"
+        )  # type: ignore[misc]
+    by_leaf = pki.revocations(intel.signer, pki.ec_key("tcb"))
+    assert (
+        refused(lambda: certs.verify_crl(Trail("test"), "crl", by_leaf, intel.signer, pki.NOW)) == "test.crl"
+    )
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        b"\x30",
+        b"\x30\x01",
+        b"\x30\x80\0\0",  # indefinite
+        b"\x30\x81\x01\0",  # not the shortest length
+        b"\x30\x82\0\x80" + bytes(128),
+        b"\x30\x84\0\0\0\1\0",
+        b"\x31\0",
+        b"\x30\x03\x02\x01",
+        b"\x30\x02\x02\0",  # an empty number
+        b"\x30\x03\x02\x01\xff",  # a negative one
+        b"\x30\x04\x02\x02\0\x01",  # a padded one
+    ],
+)
+def test_der_is_read_strictly(raw: bytes) -> None:
+    def read() -> None:
+        inner = certs.Der(raw, Trail("test"), "der").enter("a sequence", certs.SEQUENCE)
+        inner.whole("a number")
+        inner.end("the sequence")
+
+    assert refused(read) == "test.der"
+
+
+def test_tpm_structures_of_another_form() -> None:
+    own, other = pki.Tpm(), pki.Tpm(kind="rsa")
+    ecc, rsa = own.public(), other.public()
+    for raw, step in (
+        (b"", "ak"),
+        (bytes(tpm.MAX_PUBLIC + 1), "ak"),
+        (put(ecc, 2, b"\0\4"), "ak.hash"),  # a name by SHA-1
+        (put(ecc, 14, b"\0\4"), "ak.hash"),  # signatures by SHA-1
+        (put(ecc, 10, b"\0\6"), "ak"),  # a storage key
+        (put(ecc, 16, b"\0\x10"), "ak"),  # another curve
+        (put(ecc, 18, b"\0\7"), "ak"),
+        (put(ecc, -1, bytes((ecc[-1] ^ 1,))), "ak"),  # off the curve
+        (put(ecc, 0, b"\0\x08"), "ak"),
+        (ecc + b"\0", "ak"),
+        (put(rsa, 16, b"\x10\0"), "ak"),  # says 4096 bits
+        (put(rsa, 18, b"\0\0\0\2"), "ak"),  # an even exponent
+    ):
+        assert refused(lambda r=raw: tpm.parse_public(r, Trail("tpm"))) == f"tpm.{step}", raw.hex()  # type: ignore[misc]
+    quote, signature = own.quote(NONCE)
+    at = quote.index(b"\0\0\0\1\0\x0b\3")  # the selection
+    twice = quote[: at + 3] + b"\2" + quote[at + 4 : at + 10] * 2 + quote[at + 10 :]
+    for raw, step in (
+        (bytes(tpm.MAX_QUOTE + 1), "length"),
+        (put(quote, at, b"\0\0\0\0"), "selection"),
+        (put(quote, at, b"\0\0\0\4"), "selection"),
+        (put(quote, at + 7, bytes(3)), "selection"),
+        (put(quote, at + 6, b"\4"), "selection"),  # takes a byte of the digest's length: PCR 24 and beyond
+        (twice, "selection"),
+        (put(quote, 5, b"\x17"), "type"),
+        (quote + b"\0", "format"),
+    ):
+        assert refused(lambda r=raw: tpm.parse_attest(r, Trail("tpm"))) in (f"tpm.{step}", "tpm.format"), step  # type: ignore[misc]
+    for raw in (b"", bytes(tpm.MAX_SIGNATURE + 1), put(signature, 0, b"\0\x17"), signature + b"\0"):
+        assert refused(lambda r=raw: tpm.parse_signature(r, Trail("tpm"))) == "tpm.signature"  # type: ignore[misc]
+    for key in (pki.rsa.generate_private_key(65537, 1024), pki.ec.generate_private_key(pki.ec.SECP521R1())):
+        pem = key.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
+        assert refused(lambda p=pem: tpm.load_key(p, Trail("tpm"))) == "tpm.ak.strength"  # type: ignore[misc]
+    assert refused(lambda: tpm.load_key(b"no key", Trail("tpm"))) == "tpm.ak"
+
+
+def test_event_logs_of_another_form() -> None:
+    good = pki.event_log([(4, 13, bytes(32))])
+    spec = 32  # where the specification begins
+    for raw in (
+        bytes(tpm.MAX_LOG + 1),
+        put(good, 4, b"\4"),  # its first event is of another type
+        put(good, spec, b"s"),
+        put(good, spec + 24, bytes(4)),  # no algorithm
+        put(good, spec + 24, b"\x09"),
+        put(good, spec + 30, b"\x14"),  # SHA-256 of 20 bytes
+        put(good, spec + 32, b"\1"),  # vendor data that is not there
+        put(good, spec + 33 + 8, b"\2"),  # two digests
+        put(good, spec + 33 + 12, b"\x0c"),  # of another bank
+        put(good, len(good) - 8, b"\xff" * 4),  # an event without end
+        good[:-1],
+    ):
+        assert refused(lambda r=raw: tpm.parse_log(r, Trail("tpm"))) == "tpm.log"  # type: ignore[misc]
+    events = tpm.parse_log(good, Trail("tpm")).events
+    assert refused(lambda: tpm.replay(events, "sha384", Trail("tpm"))) == "tpm.log"
+
+
+def test_hcl_reports_of_another_form() -> None:
+    own = pki.Tpm(kind="rsa")
+    good = pki.hcl(bytes(1184), 2, own)
+    assert tpm.parse_hcl(good, Trail("tpm")).digest == pki.hcl_digest(own)
+    for raw in (
+        put(good, 0, b"X"),
+        put(good, 4, b"\3"),
+        put(good, 12, b"\1"),
+        put(good, 20, b"\1"),
+        put(good, 8, b"\0"),
+        put(good, 1216 + 8, b"\3"),  # neither SNP nor TDX
+        put(good, 1216 + 12, b"\2"),  # another hash
+        put(good, -1, b"\1"),
+        bytes(tpm.MAX_HCL + 1),
+        good.replace(b'"00000000', b'"0000000x'),
+    ):
+        assert refused(lambda r=raw: tpm.parse_hcl(r, Trail("tpm"))) == "tpm.hcl"  # type: ignore[misc]
+    for old, new in ((b"HCLAkPub", b"HCLEkPub"), (b'"RSA"', b'"oct"'), (b'"sign"', b'"wrap"')):
+        changed = good.replace(old, new)
+        assert refused(lambda c=changed: tpm.parse_hcl(c, Trail("tpm"))) == "tpm.hcl.key"  # type: ignore[misc]
+
+
+def test_a_certificate_of_the_key_is_one(aws: pki.Aws) -> None:
+    own = pki.Tpm()
+    certificate, root = own.certified()
+    both = pki.pem(certificate, root)
+    key = tpm.parse_public(own.public(), Trail("tpm"))
+    assert refused(lambda: tpm.verify_key(key, both, b"", pki.NOW, Trail("tpm"))) == "tpm.ak_chain"

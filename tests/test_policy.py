@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import tomllib
 import urllib.parse
 from collections.abc import Callable
@@ -26,7 +27,7 @@ from hypothesis import strategies as st
 from mimir import policy as commands
 from mimir.__main__ import main
 from mimir.attest import collateral, policy, snp, tdx, tpm
-from mimir.attest.appraisal import Anchors, Verdict, appraise, examine
+from mimir.attest.appraisal import Anchors, Verdict, appraise, examine, verify
 from mimir.attest.collateral import Answer, Collateral, Item, Store
 from mimir.attest.evidence import KINDS, MAX_ENVELOPE, TAG, Claims, Envelope, expect
 from mimir.attest.policy import Policy
@@ -403,6 +404,19 @@ def test_azure_needs_both_parts(kind: str) -> None:
     assert refused(lambda: admit(kind, wanted)) == "policy.pcr7"
 
 
+def test_rules_judge_facts_of_their_own_kind() -> None:
+    """Policy.judge picks entries by kind; a rule that is handed others refuses, and does not crash."""
+    facts = {}
+    for kind in ("az-snp-vtpm", "az-tdx-vtpm"):
+        envelope = evidence_for(kind, claims_for(policy_for(kind)))
+        facts[kind], _ = verify(envelope, stored(), NOW, timedelta(0), ANCHORS)
+    for kind, other in (("az-snp-vtpm", "az-tdx-vtpm"), ("az-tdx-vtpm", "az-snp-vtpm")):
+        rule: Any = policy_for(kind).allow[0].rule
+        assert refused(lambda r=rule, f=facts[other]: r.judge(f, Trail("policy"))) == "policy.hardware"  # type: ignore[misc]
+    wanted = policy_for("az-snp-vtpm")
+    assert refused(lambda: wanted.judge(facts["az-snp-vtpm"], NOW, None)) == "policy.crl.age"
+
+
 def test_an_azure_blob_is_of_the_hardware_that_it_says() -> None:
     claims = claims_for(policy_for("az-snp-vtpm"))
     envelope = evidence_for("az-snp-vtpm", claims)
@@ -545,6 +559,41 @@ def test_the_head_of_a_policy_is_read_strictly(change: tuple[str, str]) -> None:
         )
 
 
+def test_the_example_has_every_key() -> None:
+    """configs/policy.toml can be read, names every real kind, and leaves no key of any table out."""
+    file = Path(__file__).parent.parent / "configs" / "policy.toml"
+    found, text = policy.load(file), file.read_text()
+    assert {each.kind for each in found.allow} == set(KINDS) - {"swtpm"}
+    written = {line.split("=")[0].strip() for line in text.splitlines() if "=" in line}
+    for table in (
+        Policy,
+        policy.Crl,
+        policy.Freshness,
+        policy.Deny,
+        snp.Rule,
+        snp.Product,
+        tdx.Rule,
+        tpm.Rule,
+    ):
+        keys = {each.name for each in fields(table)} - {
+            "source",
+            "allow",
+            "crl",
+            "freshness",
+            "deny",
+            "product",
+        }
+        assert keys <= written, table
+
+
+def test_the_template_s_entry_works_once_it_is_filled_in() -> None:
+    text = policy.TEMPLATE.format(name="mesh", environment="production", not_after=stamp(NOW + pki.DAY))
+    head, entry_ = text.split("# [[allow]]\n")
+    entry_ = "[[allow]]\n" + re.sub(r"(?m)^# ", "", entry_).replace("<96 hexadecimal digits>", "11" * 48)
+    wanted = policy.parse(tomllib.loads(head + entry_), Path("p").absolute())
+    assert admit("snp", wanted).entry == "peers-on-genoa"
+
+
 def test_a_policy_for_simulation_names_nothing_real() -> None:
     with pytest.raises(ConfigError, match="a policy for simulation cannot name it"):
         policy_of(entry("snp"), environment="simulation")
@@ -637,6 +686,18 @@ def test_a_store_keeps_what_it_was_given(tmp_path: Path) -> None:
         (tmp_path / "store/index.json").write_text(text)
         with pytest.raises(BadInput, match="damaged"):
             store.read()
+
+
+def test_authorities_of_vtpms_are_put_there_by_hand(tmp_path: Path) -> None:
+    _, root = TPM.certified()
+    (tmp_path / "tpm").mkdir()
+    (tmp_path / "tpm/authorities.pem").write_bytes(pki.pem(root))
+    (tmp_path / "tpm/other.pem").write_bytes(b"not looked at")
+    ((name, item),) = Store(tmp_path).read().items.items()
+    assert name == collateral.AUTHORITIES and item.data == pki.pem(root)
+    (tmp_path / "tpm/authorities.pem").write_bytes(bytes(collateral.MAX_ITEM + 1))
+    with pytest.raises(BadInput, match="larger than"):
+        Store(tmp_path).read()
 
 
 class Server:

@@ -44,10 +44,10 @@ log = structlog.get_logger("mimir.session")
 PROMPT_ROWS: Final = 16  # prompt rows of one step at most
 DECODE_BATCH: Final = 8  # decode steps whose material is made together at most
 BATCH_BYTES: Final = (
-    80 << 20
+    64 << 20
 )  # material made at once; making and checking it takes three times as much memory
 CHECK_ROWS: Final = 1 << 15  # inner dimensions of matrices checked together (memory: 1.5 kB each)
-POOL_BYTES: Final = 256 << 20  # material a session keeps ready at most, whatever triple_pool.min_size asks
+POOL_BYTES: Final = 192 << 20  # material a session keeps ready at most, whatever triple_pool.min_size asks
 NONCE: Final = 32
 END_SECONDS: Final = 2.0  # to tell the peers that a session has ended
 VALID_BITS: Final = 64

@@ -13,7 +13,7 @@ from datetime import datetime, timedelta
 from typing import Any
 
 from mimir.attest import azure, nitro, snp, tdx, tpm
-from mimir.attest.collateral import Collateral, Item, vek_name
+from mimir.attest.collateral import AUTHORITIES, Collateral, Item, vek_name
 from mimir.attest.evidence import Claims, Envelope, expect
 from mimir.attest.policy import Facts, Policy
 from mimir.attest.trail import Step, Trail, stamp
@@ -201,7 +201,7 @@ def _parts(
 ) -> tpm.Facts | azure.Facts:
     parts, trail = envelope.parts(), Trail(envelope.kind)
     certificate = envelope.endorsements.get("ak_certificate", b"")
-    authorities = envelope.endorsements.get("ak_authorities", b"") + (used.take("tpm/authorities.pem") or b"")
+    authorities = envelope.endorsements.get("ak_authorities", b"") + (used.take(AUTHORITIES) or b"")
     hcl = None
     if "hcl" in parts:
         hcl = tpm.parse_hcl(parts["hcl"], trail)

@@ -111,18 +111,27 @@ def verify_chain(
             lambda c=certificate, i=issuer: c.verify_directly_issued_by(i),  # type: ignore[misc]
         )
         _check_role(trail, step, certificate, depth + leaf_is_ca)
-        trail.within(f"{step}.dates", certificate.not_valid_before_utc, now, certificate.not_valid_after_utc)
+
+        def dates(read: x509.Certificate = certificate) -> tuple[datetime, datetime]:
+            return read.not_valid_before_utc, read.not_valid_after_utc
+
+        first, last = trail.guard(f"{step}.dates", "dates that can be read", dates)
+        trail.within(f"{step}.dates", first, now, last)
     return min(each.not_valid_after_utc for each in chain)
 
 
 def _check_role(trail: Trail, step: str, certificate: x509.Certificate, depth: int) -> None:
     """What the extensions allow this certificate to do at its place: 0 is the leaf."""
     name = subject_of(certificate)
-    found = trail.guard(f"{step}.role", "extensions that can be read", lambda: certificate.extensions)
+    found, algorithm = trail.guard(
+        f"{step}.role",
+        "extensions and an algorithm that can be read",
+        lambda: (certificate.extensions, certificate.signature_hash_algorithm),
+    )
     unknown = [e.oid.dotted_string for e in found if e.critical and e.oid not in UNDERSTOOD]
     if unknown:
         trail.refuse(f"{step}.role", "no critical extension that is not understood", unknown)
-    good = isinstance(certificate.signature_hash_algorithm, GOOD_HASHES)
+    good = isinstance(algorithm, GOOD_HASHES)
     if not good:
         trail.refuse(f"{step}.hash", "SHA-256 or better", f"{name}: {certificate.signature_algorithm_oid}")
     basic = usage = None
@@ -146,7 +155,7 @@ def subject_of(certificate: x509.Certificate) -> str:
     with warnings.catch_warnings(action="ignore"):
         try:
             return certificate.subject.rfc4514_string()
-        except ValueError:
+        except Exception:  # whatever reading a stranger's name raises, it is only for a message
             return "(a name that cannot be read)"
 
 

@@ -41,6 +41,7 @@ HOSTS = frozenset(
     {"kdsintf.amd.com", "api.trustedservices.intel.com", "certificates.trustedservices.intel.com"}
 )
 INDEX = "index.json"
+AUTHORITIES = "tpm/authorities.pem"
 _NAME = re.compile(r"(?:[a-z0-9][a-z0-9_-]{0,199}/){1,2}[a-z0-9][a-z0-9_-]{0,199}\.(?:pem|der|json)")
 
 
@@ -83,7 +84,21 @@ class Store:
                     f"collateral {path}: not what was stored; remove the directory and fetch again"
                 )
             items[name] = Item(data, fetched)
+        if AUTHORITIES not in items and (self.directory / AUTHORITIES).exists():
+            items[AUTHORITIES] = self._by_hand(self.directory / AUTHORITIES)
         return Collateral(items)
+
+    @staticmethod
+    def _by_hand(path: Path) -> Item:
+        """A file that a person put there: certificates, which are believed only under a pinned root."""
+        try:
+            with open(path, "rb") as file:
+                data, changed = file.read(MAX_ITEM + 1), os.fstat(file.fileno()).st_mtime
+        except OSError as error:
+            raise BadInput(f"collateral {path}: {error.strerror}") from None
+        if len(data) > MAX_ITEM:
+            raise BadInput(f"collateral {path}: larger than {MAX_ITEM} bytes")
+        return Item(data, datetime.fromtimestamp(changed, UTC))
 
     def put(self, name: str, data: bytes, fetched: datetime) -> None:
         """Store one item; the old one stays if anything fails."""

@@ -29,7 +29,7 @@ from mimir.attest.trail import Reader, Step, Trail, read_json
 from mimir.config import choice_rule
 
 MAX_QUOTE, MAX_SIGNATURE, MAX_PUBLIC = 1024, 1024, 1024
-MAX_LOG, MAX_EVENTS, MAX_EVENT = 128 << 10, 4096, 64 << 10
+MAX_LOG, MAX_EVENT = 128 << 10, 64 << 10
 MAX_HCL, HCL_HEAD, HCL_REPORT = 8 << 10, 32, 1184
 MAX_PCR = 23
 MIN_NONCE = 16  # bytes; less can be guessed or repeats
@@ -304,8 +304,6 @@ def parse_log(raw: bytes, trail: Trail) -> Log:
     events: list[Event] = []
     locality = 0
     while r.rest:
-        if len(events) == MAX_EVENTS:
-            trail.refuse(step, f"at most {MAX_EVENTS} events", "more")
         register, kind = r.little(4, "register"), r.little(4, "event type")
         digests = {}
         for _ in range(_digest_count(r, len(sizes), trail)):

@@ -336,7 +336,7 @@ async def exponentials(
     scores (heads, rows, keys) at scale 2f within +-SCORE_BOUND; allowed (rows, keys) of 0 and 1; valid
     (keys,) bits. The shift is the row's maximum, rounded up by at most two coarse bins: it is found by
     counting, for every threshold, the valid scores above it, and by testing those counts for zero. What lies
-    more than EXP_REACH below the shift has weight 0; a second, coarse reading tells. Rounds: 9, one fewer if
+    more than EXP_REACH below the shift has weight 0; a second, coarse reading tells. Rounds: 8, one fewer if
     all are valid.
     """
     scale = 2 * s.scale_bits
@@ -364,7 +364,9 @@ async def exponentials(
     async def value(ctx: Context) -> Share:
         start = EXP_TOP - 2.0 ** (EXP_BITS + EXP_BIN)
         p = _piece("exp", np.exp, start, EXP_BIN, EXP_BITS, scale, s.degree, s.rest, 1)
-        return await ops.piecewise(ctx, f"{step}/exp", below - int(start * 2**scale), p)
+        y = await ops.piecewise(ctx, f"{step}/exp", below - int(start * 2**scale), p)
+        # Beyond the table this is garbage, even for truncation; it is multiplied by 0 then.
+        return (await ops.truncate(ctx, f"{step}/truncate", (y, HEADROOM - 1 - EXP_SCALE)))[0]
 
     async def counts(ctx: Context) -> Share:
         """1 where the weight counts: within reach of the maximum, and valid."""
@@ -380,7 +382,6 @@ async def exponentials(
 
     e, keep = await ops.together(ctx, value, counts)
     (e,) = await ops.mul(ctx, f"{step}/keep", (e, keep))
-    (e,) = await ops.truncate(ctx, f"{step}/truncate", (e, HEADROOM - 1 - EXP_SCALE))
     e = e * allowed[None]
     return e, e.sum(2)
 
