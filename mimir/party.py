@@ -29,7 +29,7 @@ def run(config: Config) -> int:
     # Keys and shares are in this process's memory: no core dumps, no files for others.
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     os.umask(0o077)
-    # What is loaded by now stays: looking through it again and again for garbage takes some hundredth of the time.
+    # What is loaded by now stays; looking through it for garbage again and again takes time for nothing.
     gc.freeze()
     gc.set_threshold(GARBAGE)
 
