@@ -75,6 +75,8 @@ def examine(config: Config | None, role: str) -> Iterator[Finding]:
         checks += [_memory, _secrecy]
         if config is None or config.tunnel.mode == "wireguard":
             checks += [_privilege, _wireguard]
+            if config is None or config.tunnel.rotates:
+                checks.append(_exchange)
         if config is not None:
             checks += [lambda: _files(config), lambda: _ports(config)]
     for check in checks:
@@ -200,6 +202,25 @@ def _privilege() -> Iterator[Finding]:
         f"CAP_NET_ADMIN {'held' if able else 'not held'} (user {os.geteuid()})",
         "run the party as root, or: setpriv --ambient-caps +net_admin --inh-caps +net_admin ...; "
         'or AmbientCapabilities=CAP_NET_ADMIN in its systemd unit; tests may use tunnel.mode = "none"',
+    )
+
+
+def _exchange() -> Iterator[Finding]:
+    """The post-quantum half of the exchange that renews tunnel keys."""
+    from wg.errors import NotPossibleHere
+    from wg.exchange import HybridExchange
+
+    try:
+        HybridExchange().offer()
+        able = True
+    except NotPossibleHere:
+        able = False
+    yield Finding(
+        "ml-kem",
+        able,
+        "needed",
+        f"the Python package cryptography {'has' if able else 'lacks'} ML-KEM-768, which renewing keys needs",
+        "pip install 'cryptography>=48', whose wheels have it; or tunnel.rotate_seconds = 0 at all parties",
     )
 
 

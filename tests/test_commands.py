@@ -28,6 +28,8 @@ from mimir.client.commands import _tunnel_line
 from mimir.client.terminal import Terminal, visible
 from mimir.errors import AbortError
 from mimir.net.identity import Identity
+from wg.errors import NotPossibleHere
+from wg.exchange import HybridExchange
 
 END = 0  # the model's end token
 
@@ -533,6 +535,21 @@ def test_doctor_says_what_is_missing_and_how_to_get_it(
     out = capsys.readouterr().out
     assert code == (5 if "MISSING" in out else 0)
     assert main(["doctor", "--role", "client"]) == 0
+
+
+def test_doctor_names_a_missing_post_quantum_exchange(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(self: object) -> None:
+        raise NotPossibleHere("not here")
+
+    for able in (True, False):
+        if not able:
+            monkeypatch.setattr(HybridExchange, "offer", refuse)
+        main(["doctor", "--json"])
+        found = {each["name"]: each for each in json.loads(capsys.readouterr().out)["findings"]}
+        assert found["ml-kem"]["fine"] is able and found["ml-kem"]["need"] == "needed"
+    assert "rotate_seconds = 0" in found["ml-kem"]["remedy"]
 
 
 def test_every_command_explains_itself_and_the_exit_codes_are_those_of_the_errors(

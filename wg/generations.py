@@ -456,9 +456,11 @@ class Pair:
                     self._traffic[1] += life.interface.watches[self.peer].tx
                     self.restarts += life.interface.restarts
                     life.interface = None
-                await device.rest()
-                generation.wipe()
-                life.over.set()
+                try:
+                    await device.rest()
+                finally:
+                    generation.wipe()
+                    life.over.set()
 
     def _interface(self, generation: Generation, device: Device, speak: bool) -> Interface:
         host, port = self.endpoint
@@ -478,9 +480,8 @@ class Pair:
             generation.private,
             self.base_port + self.machine.offsets[generation.slot],
             self.mtu,
-            (
-                control,
-            ),  # an interface without any is dropped by the reverse-path filter, also where it is loose
+            # To an interface without an address the reverse-path filter is strict even where it is loose.
+            (control,),
             (Way(peer_control, control, STAGING_METRIC),),
             (entry,),
             self.note,
