@@ -325,7 +325,7 @@ class Part:
         return asdict(self) | {"seconds": self.seconds, "floor": self.floor}
 
 
-def _part(lane: str, c: Counts, rates: Rates, link: Link, per: int = 1, extra: float = 0.0) -> Part:
+def part(lane: str, c: Counts, rates: Rates, link: Link, per: int = 1, extra: float = 0.0) -> Part:
     """`extra` are processor seconds beside what was counted."""
     crowd = max(1.0, link.parties_here / rates.cores)
     return Part(
@@ -402,7 +402,7 @@ def predict(
     spec: PlanSpec, settings: Settings, *, bucket: int, context: int, ahead: int, rates: Rates, link: Link
 ) -> Prediction:
     """Everything `mimir cost` tells. `context` is scheduler.max_context, `ahead` triple_pool.min_size."""
-    process = _resident()
+    process = resident()
     start = dryrun.run(spec, settings, bucket=bucket, tokens=1, max_context=context, ahead=ahead)
     end = dryrun.run_last(spec, settings, max_context=context, ahead=ahead)
     online, made, together = last_token(end)
@@ -415,12 +415,12 @@ def predict(
         min(context, spec.context),
         together,
         {
-            ONLINE: _part(ONLINE, first, rates, link),
-            PREP: _part(PREP, first_made, rates, link, extra=planning * steps),
+            ONLINE: part(ONLINE, first, rates, link),
+            PREP: part(PREP, first_made, rates, link, extra=planning * steps),
         },
         {
-            ONLINE: _part(ONLINE, online, rates, link),
-            PREP: _part(PREP, made, rates, link, together, planning * together),
+            ONLINE: part(ONLINE, online, rates, link),
+            PREP: part(PREP, made, rates, link, together, planning * together),
         },
         Memory(process, max(start.peak, end.peak), end.pool, shares),
     )
@@ -440,7 +440,7 @@ def _seconds_to_plan(spec: PlanSpec, settings: Settings, context: int) -> float:
     return times[-1]
 
 
-def _resident() -> int:
+def resident() -> int:
     """Bytes that this process has in memory now: about what a party has when it starts."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("VmRSS:"):

@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from parties import Party, reconstruct, run_parties
 from reference import Fixed, FixedModel, FloatModel, nats_per_token
-from session_fixture import GPT2, LLAMA, tiny_plan
+from session_fixture import GPT2, LLAMA, SETTINGS, tiny_plan
 
+from mimir import cost, dryrun
+from mimir.mpc.domain import decode, encode
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "bench" / "peers"))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "bench"))
+import blocks
+import compare
+import mimir_blocks
 import perplexity
+import run
+import scaling
 
 WINDOW = 8
 IDS = np.random.default_rng(5).integers(0, 16, 5 * WINDOW + 1).tolist()
@@ -56,3 +68,108 @@ def test_windows_that_leave_the_range_are_counted_and_left_out(monkeypatch: pyte
     assert got["tokens"] == 4 * WINDOW and got["windows_outside"] == 1
     assert got["outside"] == ["3.softmax: too far"]
     assert got["float64"] == pytest.approx(np.exp(np.mean(kept)))
+
+
+# --- beside others ------------------------------------------------------------------------------------------
+
+SMALL = {
+    "GELU 64x3072": (lambda g: 2 * g.standard_normal((2, 9)), blocks.gelu),
+    "softmax 768 rows of 64": (lambda g: 2 * g.standard_normal((2, 3, 8)), None),
+    "argmax of 50257": (lambda g: 4 * g.standard_normal(21), lambda x: np.array([x.argmax()])),
+}
+
+
+def softmax(x: Any) -> Any:
+    e = np.exp(x - x.max(-1, keepdims=True))
+    return (e / e.sum(-1, keepdims=True)).reshape(-1, x.shape[-1])
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_blocks_compute_what_they_are_called(name: str) -> None:
+    """The blocks that are timed are the functions that stand in the table, here on a few values."""
+    draw, want = SMALL[name]
+    value = draw(np.random.default_rng(2))
+    block = mimir_blocks.TABLE[name]
+
+    async def work(p: Party) -> Any:
+        ctx = await p.context(mimir_blocks.demand_of(block, value.shape, {}))
+        y = await block.run(ctx, p.share(encode(value, block.scale)), None)
+        assert not ctx.store.left()  # type: ignore[attr-defined]
+        return y.v
+
+    got = decode(reconstruct(run_parties(work)), block.out_scale)
+    assert np.abs(got - (want or softmax)(value)).max() < 2e-3
+
+
+def test_blocks_have_inputs_and_answers() -> None:
+    assert set(mimir_blocks.TABLE) == set(blocks.NAMES)
+    for name in blocks.NAMES:
+        want = blocks.expected(name)
+        assert (want is None) == (name == "block decode at 64")
+        assert want is None or blocks.error(name, want + 0.25) == pytest.approx(0.25)
+
+
+def test_ratios_are_ours_over_theirs() -> None:
+    ours: dict[str, Any] = {
+        lane: {"seconds": s, "processor": 2 * s, "sent": 1e6, "rounds": 3}
+        for lane, s in (("online", 3.0), ("prep", 6.0))
+    }
+    theirs = {"seconds": 2.0, "processor": 8.0, "sent": 4e6, "error": None}
+    rows = {name: {"spu": theirs, "mimir": ours | {"error": 0.01}} for name in blocks.NAMES}
+    machine = {"cores": 2, "processor": "P", "kernels": "ref"}
+    result = {
+        "date": "2026-01-01",
+        "commit": "c",
+        "machine": machine,
+        "spu": "1",
+        "load": [0.0],
+        "rows": rows,
+    }
+    line = compare.tables(result).splitlines()[-1]
+    figures = "2.00 3.00 1.50 6.0 4.5 8.00 6.00 0.75 12.0 4.00 1.00 0.25 1.0 - 0.01".split()
+    assert line == f"| {blocks.NAMES[-1]} | {' | '.join(figures)} |"
+
+
+# --- the cost model in the tables ---------------------------------------------------------------------------
+
+
+def test_a_line_is_found_with_its_bend() -> None:
+    xs = [64, 128, 256]
+    told = scaling.fit(xs, [100 + 2 * x for x in xs])
+    assert told["constant"] == pytest.approx(100) and told["slope"] == pytest.approx(2)
+    assert told["bend"] == pytest.approx(50) and told["worst"] == pytest.approx(0, abs=1e-9)
+    assert scaling.fit(xs, [7, 7, 7])["bend"] is None
+
+
+def test_predictions_are_those_of_the_session_that_is_measured() -> None:
+    """In the figures that run.py takes from progress messages."""
+    seconds = dict.fromkeys(cost._keys(), 0.0) | {"round online": 0.5, "round prep": 0.25}
+    rates = cost.Rates(seconds, "ref", cores=3)
+    row = {"ready": {"bucket": 2, "tokens": 4}, "wan": "20:8"}
+    got = run.predicted(LLAMA, SETTINGS, row, LLAMA.context, rates)
+    whole = dryrun.run(LLAMA, SETTINGS, bucket=2, tokens=4, max_context=LLAMA.context, ahead=run.POOL)
+    last, before = (m.lanes[dryrun.ONLINE] for m in (whole.of("token")[-1], whole.of("token")[-2]))
+    rounds = last.rounds - before.rounds
+    assert got["token"]["rounds"] == rounds
+    link = (last.busiest - before.busiest) * 1e-6
+    assert got["token"]["seconds"] == pytest.approx(rounds * (0.5 + 0.01) + link, rel=0.02)
+    made = whole.of("made")
+    assert made[-1].positions - made[-2].positions == 3  # one batch of answers
+    assert got["preprocessing"]["rounds"] * 3 == (
+        made[-1].lanes[dryrun.PREP].rounds - made[-2].lanes[dryrun.PREP].rounds
+    )
+
+
+def test_charts_are_drawn_and_small(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="the extra `bench` is not installed")
+    import charts
+
+    (tmp_path / "scaling").mkdir()
+    points = [dict.fromkeys(scaling.FIGURES, float(x)) for x in (1, 2)]
+    fits = {f: scaling.fit([1, 2], [1, 2]) for f in scaling.FIGURES}
+    sizes = {size: {"x": [1, 2], "points": points, "fits": fits} for size in scaling.SIZES}
+    (tmp_path / "scaling" / "1.json").write_text(json.dumps({"sizes": sizes}))
+    assert charts.main(["--results", str(tmp_path)]) == 0
+    drawn = sorted(tmp_path.glob("*.png"))
+    assert [f.name for f in drawn] == ["scaling.png"]
+    assert drawn[0].read_bytes().startswith(b"\x89PNG") and drawn[0].stat().st_size < charts.LARGEST

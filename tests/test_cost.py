@@ -264,9 +264,9 @@ def test_seconds_are_what_the_model_says() -> None:
     counts.work["matmul"] = 5
     seconds = {"matmul": 0.1, "hash": 0.01, "round online": 0.2, "round prep": 0.3}
     rates = cost.Rates(seconds, "ref", cores=2)
-    near = cost._part(ONLINE, counts, rates, cost.Link())
+    near = cost.part(ONLINE, counts, rates, cost.Link())
     assert near == cost.Part(10, 3e6, pytest.approx(0.5 + 0.07 + 2.0), 0, 0)
-    away = cost._part(PREP, counts, rates, cost.Link(20, 8, parties_here=3), per=2, extra=1.0)
+    away = cost.part(PREP, counts, rates, cost.Link(20, 8, parties_here=3), per=2, extra=1.0)
     assert away == cost.Part(5, 1.5e6, pytest.approx(1.5 * 4.57 / 2), pytest.approx(1.0), pytest.approx(0.05))
 
 
