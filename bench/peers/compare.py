@@ -106,7 +106,7 @@ def tables(result: dict[str, Any]) -> str:
     out = [
         f"Measured {result['date'][:10]} at commit {result['commit']} by `bench/peers/compare.py`, on "
         f"{m['cores']} cores of {m['processor']} ({m['kernels']} kernels), SPU {result['spu']}; load before, "
-        f"between and after: {', '.join(f'{x:.1f}' for x in result['load'])}. Three processes each, loopback, "
+        f"between, after: {', '.join(f'{x:.1f}' for x in result['load'])}. Three processes each, loopback, "
         "no tunnel. CPU seconds are of all three together. Ratios are Mimir's figure over SPU's.",
         "",
         "| block | SPU s (semi-honest) | Mimir online s (malicious) | ratio | Mimir prep. s "
