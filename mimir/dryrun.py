@@ -7,9 +7,10 @@ which step names and sizes, which kernels over how many elements, and which arra
 rounds and bytes are exact by construction, framing included, and follow every change of the engine; a kernel
 or an array function that is not known here is really run, over zeros.
 
-For planning in a process of its own: `run` replaces what the engine's modules call `kernels`, `np`, `offload`
-and a few words of `doors` while it runs, and puts all back. No party may be served meanwhile. It holds no
-secret: every key is zero, and nothing is sent.
+For planning, in a process that is no party: `run` replaces what the engine's modules call `kernels`, `np` and
+`offload`, and what `doors` compares, while it runs, and puts all back. It would take a party's checks away:
+only the cost model imports this module, and tests hold that. It has no secret; every key is zero, nothing is
+sent.
 """
 
 from __future__ import annotations
@@ -607,9 +608,11 @@ class _Session(SessionActor):
         self.pool = size * max(0, self._ahead - self._group)
         if self.until is None:
             return
-        self.terms = replace(self.terms, max_new=self._group + 1)
-        self.seeded = self.until - 1 - sum(self.terms.buckets) - self._group
-        if self.seeded < 0:
+        room = self.until - 1 - sum(self.terms.buckets)
+        tokens = min(self._group, room)
+        self.terms = replace(self.terms, max_new=tokens + 1)
+        self.seeded = room - tokens
+        if tokens < 1:
             raise BadInput(f"a context of {self.until} positions is too short to tell a token's cost")
 
     def turn(self, number: int, buckets: Sequence[int], max_new: int, used: int, chunk: int) -> Turn:

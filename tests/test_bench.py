@@ -145,17 +145,17 @@ def test_predictions_are_those_of_the_session_that_is_measured() -> None:
     """In the figures that run.py takes from progress messages."""
     seconds = dict.fromkeys(cost._keys(), 0.0) | {"round online": 0.5, "round prep": 0.25}
     rates = cost.Rates(seconds, "ref", cores=3)
-    row = {"ready": {"bucket": 2, "tokens": 4}, "wan": "20:8"}
+    row = {"ready": {"bucket": 2, "tokens": 3}, "wan": "20:8"}
     got = run.predicted(LLAMA, SETTINGS, row, LLAMA.context, rates)
-    whole = dryrun.run(LLAMA, SETTINGS, bucket=2, tokens=4, max_context=LLAMA.context, ahead=run.POOL)
+    whole = dryrun.run(LLAMA, SETTINGS, bucket=2, tokens=3, max_context=LLAMA.context, ahead=run.POOL)
     last, before = (m.lanes[dryrun.ONLINE] for m in (whole.of("token")[-1], whole.of("token")[-2]))
     rounds = last.rounds - before.rounds
     assert got["token"]["rounds"] == rounds
     link = (last.busiest - before.busiest) * 1e-6
     assert got["token"]["seconds"] == pytest.approx(rounds * (0.5 + 0.01) + link, rel=0.02)
     made = whole.of("made")
-    assert made[-1].positions - made[-2].positions == 3  # one batch of answers
-    assert got["preprocessing"]["rounds"] * 3 == (
+    assert made[-1].positions - made[-2].positions == 2  # one batch of answers
+    assert got["preprocessing"]["rounds"] * 2 == (
         made[-1].lanes[dryrun.PREP].rounds - made[-2].lanes[dryrun.PREP].rounds
     )
 

@@ -112,7 +112,7 @@ def test_what_was_replaced_is_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
     before = {(m, n): getattr(m, n) for m in modules for n in names if hasattr(m, n)}
     counted(STORIES["llama"])
     with pytest.raises(BadInput, match="too short"):
-        dryrun.run_last(LLAMA, SETTINGS, max_context=3, ahead=64)
+        dryrun.run_last(LLAMA, SETTINGS, max_context=2, ahead=64)
 
     def broken(*_: Any) -> Any:
         raise LocalError("broken")
