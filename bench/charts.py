@@ -6,7 +6,7 @@
 
     measured.png   seconds and megabytes of a token, online and preprocessing, of run.py's latest file
     scaling.png    rounds, megabytes and memory of a token against context, width and layers
-    peers.png      the blocks under SPU and under Mimir, seconds
+    peers.png      the blocks under SPU and under Mimir, processor seconds
 
 A chart whose results are not there is left out, and said so. Needs the extra `bench`.
 """
@@ -92,19 +92,19 @@ def scaling(result: dict[str, Any]) -> Any:
 
 
 def peers(result: dict[str, Any]) -> Any:
-    """Seconds of every block, on a logarithmic axis."""
+    """Processor seconds of every block, which do not wait for other work, on a logarithmic axis."""
     rows = result["rows"]
     series = (
-        ("SPU, semi-honest", OTHER, [r["spu"]["seconds"] for r in rows.values()]),
-        ("Mimir online, malicious", ONLINE, [r["mimir"]["online"]["seconds"] for r in rows.values()]),
-        ("Mimir preprocessing, malicious", MADE, [r["mimir"]["prep"]["seconds"] for r in rows.values()]),
+        ("SPU, semi-honest", OTHER, [r["spu"]["processor"] for r in rows.values()]),
+        ("Mimir online, malicious", ONLINE, [r["mimir"]["online"]["processor"] for r in rows.values()]),
+        ("Mimir preprocessing, malicious", MADE, [r["mimir"]["prep"]["processor"] for r in rows.values()]),
     )
     figure, axis = plt.subplots(figsize=(10, 3.6))
     for i, (label, colour, values) in enumerate(series):
         axis.bar([x + 0.27 * (i - 1) for x in range(len(rows))], values, 0.25, color=colour, label=label)
     axis.set_xticks(range(len(rows)), list(rows), fontsize=8)
     axis.set_yscale("log")
-    axis.set_ylabel("seconds")
+    axis.set_ylabel("processor seconds, all three parties")
     axis.legend(frameon=False, fontsize=8)
     axis.set_title(f"Measured {result['date'][:10]}, three processes each, loopback", fontsize=10)
     return figure

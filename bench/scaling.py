@@ -111,7 +111,10 @@ def tables(result: dict[str, Any]) -> str:
         for f in FIGURES:
             t = told["fits"][f]
             bend = f", bends at {t['bend']:.0f}" if t["bend"] else ""
-            cells.append(f"{t['constant']:.3g} + {t['slope']:.3g} x{bend}")
+            grows = abs(t["slope"]) > 1e-9
+            cells.append(
+                f"{t['constant']:.3g} + {t['slope']:.3g} x{bend}" if grows else f"{t['constant']:.3g}"
+            )
         out += ["| line | " + " | ".join(cells) + " |", ""]
     return "\n".join(out)
 
