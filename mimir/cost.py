@@ -230,7 +230,7 @@ async def _loopback_round() -> float:
 
 def _seconds_a_round(known: Mapping[str, float]) -> dict[str, float]:
     """By lane: what is left of a tiny real session's processor time when its kernels are taken off."""
-    settings, bucket, tokens = Settings(), 2, 3
+    settings, bucket, tokens = Settings(), 2, 2
     counted = dryrun.run(
         TINY, settings, bucket=bucket, tokens=tokens, max_context=TINY.context, ahead=TINY.context
     )
