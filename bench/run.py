@@ -542,7 +542,7 @@ def predicted(
     )
     tokens = [
         cost.part(dryrun.ONLINE, b.lanes[dryrun.ONLINE].minus(a.lanes[dryrun.ONLINE]), rates, link)
-        for a, b in pairwise(told.of("token"))
+        for a, b in pairwise(told.of("token")[1:])  # as `_online` does: between decoded ones
     ]
     made = [
         (b.positions - a.positions, b.lanes[dryrun.PREP].minus(a.lanes[dryrun.PREP]))
