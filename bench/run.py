@@ -20,7 +20,8 @@ says, and there is no `wan`. Then come up to three sessions of a client, in a na
     cold     The client gives its prompt at once, with nothing prepared: what a user waits for.
 
 Figures. Seconds of a token are the median between tokens as they reach the client. Preprocessing is per token
-position, in full batches of the producer. Their sum is the price of a token when nothing was prepared and
+position, in full batches of the producer and with its part of the products with weights, which are made for
+many positions together. Their sum is the price of a token when nothing was prepared and
 nothing overlaps. Bytes are what one party hands to its links, framing included, of the party that sends most.
 Memory is the peak resident set of a party's process (VmHWM) over the whole life of the mesh, provisioning
 included; the part of it that maps files, at the end, is the weights' shares, which the kernel can drop and
@@ -40,7 +41,9 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import json
+import operator
 import os
 import platform
 import queue
@@ -334,31 +337,37 @@ def _online(parts: list[list[Heard]], given: Usage, marks: list[Usage]) -> dict[
 
 
 def _preprocessing(parts: list[list[Heard]], bucket: int) -> dict[str, Any]:
-    """Per token position, of prompt and of answer, in full batches."""
+    """Per token position, of prompt and of answer, in full batches, with a position's part of the products
+    with weights, which are made for many positions of both. Processor seconds are of all positions alike.
+    """
     out: dict[str, Any] = {}
     for name in ("prompt", "answer"):
         batches: list[list[dict[str, float]]] = []
         spent: dict[str, Any] = {}
         for party, heard in enumerate(parts):
+            made = _of(heard, "preprocessing")
+            positions = made[-1].message["done"]
+            weights = [(a, b) for a, b in pairwise(made) if not _grown(a, b, "done")]
             pairs = [
                 (a, b)
-                for made in [_of(heard, "preprocessing")]
                 for a, b in pairwise(made)
-                if (b.message["done"] <= bucket) == (name == "prompt")
+                if (b.message["done"] <= bucket) == (name == "prompt") and _grown(a, b, "done")
             ]
             if not pairs:
                 return out
             full = max(_grown(a, b, "done") for a, b in pairs)
             pairs = [(a, b) for a, b in pairs if _grown(a, b, "done") == full]
-            batches.append([{w: _grown(a, b, w) for w in ("seconds", "rounds", "sent")} for a, b in pairs])
+            figures = ("seconds", "rounds", "sent")
+            each = {w: sum(_grown(a, b, w) for a, b in weights) / positions for w in figures}
+            batches.append([{w: _grown(a, b, w) / full + each[w] for w in figures} for a, b in pairs])
             if party == 0:
-                spent = _spent(pairs[0][0].usage, pairs[-1][1].usage, int(full) * len(pairs))
+                spent = _spent(made[0].usage, made[-1].usage, positions)
         out[name] = {
             "batch": int(full),
             "batches": len(batches[0]),
-            "seconds": statistics.median(b["seconds"] for p in batches for b in p) / full,
-            "rounds_a_batch": int(statistics.median(b["rounds"] for p in batches for b in p)),
-            "sent": int(max(statistics.median(b["sent"] for b in p) for p in batches) / full),
+            "seconds": statistics.median(b["seconds"] for p in batches for b in p),
+            "rounds_a_batch": statistics.median(b["rounds"] for p in batches for b in p) * full,
+            "sent": int(max(statistics.median(b["sent"] for b in p) for p in batches)),
             **spent,
         }
     return out
@@ -545,12 +554,17 @@ def predicted(
         for a, b in pairwise(told.of("token")[1:])  # as `_online` does: between decoded ones
     ]
     made = [
-        (b.positions - a.positions, b.lanes[dryrun.PREP].minus(a.lanes[dryrun.PREP]))
+        (b.positions, b.positions - a.positions, b.lanes[dryrun.PREP].minus(a.lanes[dryrun.PREP]))
         for a, b in pairwise(told.of("made"))
-        if b.positions > ready["bucket"]
     ]
-    full = max(n for n, _ in made)
-    batches = [cost.part(dryrun.PREP, c, rates, link, full) for n, c in made if n == full]
+    positions = made[-1][0]
+    weights = [cost.part(dryrun.PREP, c, rates, link, positions) for _, n, c in made if not n]
+    full = max(n for at, n, _ in made if at > ready["bucket"])
+    batches = [
+        functools.reduce(operator.add, weights, cost.part(dryrun.PREP, c, rates, link, full))
+        for at, n, c in made
+        if at > ready["bucket"] and n == full
+    ]
 
     def middle(parts: list[cost.Part]) -> dict[str, float]:
         return {

@@ -78,12 +78,12 @@ def shaped(size: str, x: int) -> tuple[PlanSpec, int]:
 def point(spec: PlanSpec, context: int) -> dict[str, float]:
     """Figures of the last token of a context, per party."""
     run = dryrun.run_last(spec, Settings(), max_context=context, ahead=TriplePool().min_size)
-    online, made, together = cost.last_token(run)
+    online, made = cost.last_token(run)
     values = (
         online.rounds,
-        made.rounds / together,
+        cost.each(made, "rounds"),
         online.sent / 1e6,
-        made.sent / together / 1e6,
+        cost.each(made, "sent") / 1e6,
         (run.peak + run.pool) / 2**20,
     )
     return dict(zip(FIGURES, values, strict=True))

@@ -6,6 +6,7 @@ import argparse
 import sys
 import traceback
 from collections.abc import Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ exit codes:
   7    the session was aborted; nothing more was delivered
   8    a client could not get an answer that it may trust
   9    the tunnel between the parties cannot be raised or kept
+  10   evidence, or a policy, does not hold; the message names the step, what was expected and what was got
   70   a bug of ours
   130  interrupted (Ctrl-C)
 """
@@ -153,6 +155,17 @@ def _cost(options: argparse.Namespace) -> int:
     return command(options)
 
 
+def _policy(name: str) -> Any:
+    def call(options: argparse.Namespace) -> int:
+        from mimir import policy
+        from mimir.attest.collateral import https_get
+
+        options.get = https_get
+        return policy.run(getattr(policy, name), options)
+
+    return call
+
+
 def _client(name: str) -> Any:
     def call(options: argparse.Namespace) -> int:
         from mimir.client import commands
@@ -183,7 +196,8 @@ def _parser(program: str) -> argparse.ArgumentParser:
             epilog=EXIT_CODES,
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
-        command.set_defaults(call=call)
+        if call is not None:
+            command.set_defaults(call=call)
         return command
 
     run = add(
@@ -333,7 +347,86 @@ def _parser(program: str) -> argparse.ArgumentParser:
     doctor.add_argument("--config", metavar="FILE", help="check also what this party's file needs")
     doctor.add_argument("--role", choices=("party", "client"), default="party", help="default: party")
     doctor.add_argument("--json", action="store_true", help="one JSON object")
+
+    policy = add(
+        "policy",
+        None,
+        "say by which evidence peers are admitted",
+        "A policy is a TOML file that owners sign. Empty, it admits nobody. README.md has an example.",
+    )
+    _policy_commands(policy)
     return parser
+
+
+def _policy_commands(parser: argparse.ArgumentParser) -> None:
+    commands = parser.add_subparsers(metavar="ACTION", required=True)
+
+    def add(name: str, text: str, *files: tuple[str, str]) -> argparse.ArgumentParser:
+        action = commands.add_parser(
+            name,
+            help=text,
+            description=f"{text[0].upper()}{text[1:]}.",
+            epilog=EXIT_CODES,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        for file, what in files:
+            action.add_argument(file, metavar=file.upper(), help=what)
+        action.add_argument("--json", action="store_true", help="one JSON object")
+        action.set_defaults(call=_policy(name))
+        return action
+
+    new = add(
+        "new", "write a commented policy that admits nobody yet", ("file", "to make; never overwritten")
+    )
+    new.add_argument("--name", help="default: the file's")
+    new.add_argument(
+        "--environment",
+        choices=("production", "simulation"),
+        default="production",
+        help='"simulation" names software TPMs and nothing else (default: production)',
+    )
+    new.add_argument("--days", type=_positive, default=90, metavar="N", help="until it expires (default: 90)")
+
+    sign = add("sign", "sign a policy as one of its owners, into FILE.sig", ("file", "the policy"))
+    sign.add_argument("--key", required=True, metavar="FILE", help="the owner's identity (`mimir keygen`)")
+
+    check = add("check", "say whether enough owners signed a policy that may be used", ("file", "the policy"))
+    check.add_argument(
+        "--owners", type=_keys, required=True, metavar="KEY,KEY", help="public keys that may sign"
+    )
+    check.add_argument("--threshold", type=_positive, required=True, metavar="K", help="how many must have")
+    check.add_argument(
+        "--at-least", type=_positive, default=1, metavar="N", help="lowest version to take (default: 1)"
+    )
+
+    explain = add(
+        "explain",
+        "say what evidence is, step by step, and how each entry takes it; admits nobody",
+        ("evidence", "an envelope, as a peer sends it"),
+    )
+    explain.add_argument("--policy", required=True, metavar="FILE", help="its signatures are not looked at")
+    explain.add_argument("--collateral", metavar="DIR", help="filled by `mimir policy fetch`")
+
+    fetch = add("fetch", "ask AMD and Intel for revocation lists and collateral, and keep what verifies")
+    fetch.add_argument("--collateral", required=True, metavar="DIR", help="where to keep it")
+    fetch.add_argument(
+        "--amd",
+        action="append",
+        default=[],
+        choices=("milan", "genoa", "turin"),
+        help="a product; repeatable",
+    )
+    fetch.add_argument(
+        "--intel", action="append", default=[], type=_fmspc, metavar="FMSPC", help="a platform; repeatable"
+    )
+    fetch.add_argument(
+        "--authority", choices=("platform", "processor"), default="platform", help="CA of the platforms"
+    )
+    fetch.add_argument("--evidence", metavar="FILE", help="what this envelope needs")
+    for action in (check, explain):
+        action.add_argument(
+            "--at", type=_moment, metavar="TIME", help="judge as of then, such as 2026-07-01T00:00:00Z"
+        )
 
 
 def _client_options(parser: argparse.ArgumentParser) -> None:
@@ -394,6 +487,22 @@ def _keys(text: str) -> list[str]:
         if len(key) != 64 or any(digit not in "0123456789abcdef" for digit in key):
             raise argparse.ArgumentTypeError(f"{key[:20]!r} is no public key: 64 hexadecimal digits")
     return keys
+
+
+def _fmspc(text: str) -> str:
+    if len(text) != 12 or any(digit not in "0123456789abcdefABCDEF" for digit in text):
+        raise argparse.ArgumentTypeError("an FMSPC is 12 hexadecimal digits")
+    return text.lower()
+
+
+def _moment(text: str) -> datetime:
+    try:
+        moment = datetime.fromisoformat(text)
+    except ValueError:
+        moment = datetime.min
+    if moment.tzinfo is None:
+        raise argparse.ArgumentTypeError("a time with its zone, such as 2026-07-01T00:00:00Z")
+    return moment
 
 
 def _lengths(text: str) -> list[int]:

@@ -28,6 +28,9 @@ MAX_CONFIG_BYTES = 1 << 20
 MAX_BUCKETS = 16
 MAX_KEYS = 1024
 MIN_MTU, MAX_MTU = 1280, 8920
+MAX_INTERFACE = 15  # characters of a name, says Linux
+MIN_ROTATION, MAX_ROTATION = 5, 7 * 86400  # seconds; draining alone takes two
+ROTATION_PORTS = 4  # UDP, after tunnel.listen_port: two generations for each peer
 
 Parser = Callable[[Any, Path], Any]
 T = TypeVar("T")
@@ -51,6 +54,18 @@ def seconds_rule(low: float, high: float) -> Parser:
     def parse(value: Any, folder: Path) -> float:
         if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
             raise ValueError(f"seconds from {low:g} to {high:g}")
+        return float(value)
+
+    return parse
+
+
+def interval_rule(low: float, high: float) -> Parser:
+    """Seconds between two of something; 0 for never."""
+
+    def parse(value: Any, folder: Path) -> float:
+        known = not isinstance(value, bool) and isinstance(value, int | float)
+        if not known or not (value == 0 or low <= value <= high):
+            raise ValueError(f"0 for never, or seconds from {low:g} to {high:g}")
         return float(value)
 
     return parse
@@ -212,6 +227,7 @@ class Deadlines:
     step: Annotated[float, seconds_rule(0.1, 86400)] = 600.0  # a batch of preprocessing, a prefill, a token
     client: Annotated[float, seconds_rule(0.1, 86400)] = 300.0  # a client to answer inside an open session
     handshake: Annotated[float, seconds_rule(0.05, 600)] = 10.0  # a new connection to say who it is
+    link: Annotated[float, seconds_rule(3, 600)] = 20.0  # a peer to be heard, at one ping a second
 
 
 @dataclass(frozen=True)
@@ -249,11 +265,17 @@ class Tunnel:
     """[tunnel] WireGuard between the parties. Mode "none" leaves the links readable: tests only."""
 
     mode: Annotated[str, choice_rule("wireguard", "none")] = "wireguard"
-    interface: Annotated[str | None, text_rule(15)] = None  # Linux allows 15 characters
+    interface: Annotated[str | None, text_rule(MAX_INTERFACE)] = None
     address: Annotated[str | None, network_rule] = None  # own address inside the tunnel, with prefix length
     private_key: Annotated[Path | None, path_rule] = None  # file, mode 0600
     listen_port: Annotated[int | None, integer_rule(1, 65535)] = None  # UDP
     mtu: Annotated[int, integer_rule(MIN_MTU, MAX_MTU)] = 1420
+    rotate_seconds: Annotated[float, interval_rule(MIN_ROTATION, MAX_ROTATION)] = 3600.0  # 0: never
+
+    @property
+    def rotates(self) -> bool:
+        """Whether the application runs on generations of fresh keys; the interval is everybody's own."""
+        return self.mode == "wireguard" and self.rotate_seconds > 0
 
 
 @dataclass(frozen=True)
@@ -309,6 +331,7 @@ class Config:
             "protocol": PROTOCOL,
             "parties": [peer.identity for peer in self.peers],
             "tunnel.mode": self.tunnel.mode,
+            "tunnel.rotates": self.tunnel.rotates,
             "fixed_point.scale_bits": self.fixed_point.scale_bits,
             "cheby.deg": self.cheby.deg,
             "cheby.bins": self.cheby.bins,
@@ -435,6 +458,22 @@ def _cross_check(config: Config) -> None:
         for name in ("interface", "address", "private_key", "listen_port"):
             if getattr(tunnel, name) is None:
                 refuse(f"tunnel.{name}", 'missing; WireGuard needs it (tests may say tunnel.mode = "none")')
+        if tunnel.rotates:
+            assert tunnel.interface is not None and tunnel.listen_port is not None
+            if len(tunnel.interface) > MAX_INTERFACE - 1:
+                refuse(
+                    "tunnel.interface", f"at most {MAX_INTERFACE - 1} characters, as rotation adds a letter"
+                )
+            for key, port in (
+                ("tunnel.listen_port", tunnel.listen_port),
+                *(
+                    (f"peers[{peer.party}].tunnel_endpoint", peer.tunnel_endpoint.port)
+                    for peer in config.peers
+                    if peer.tunnel_endpoint is not None
+                ),
+            ):
+                if port + ROTATION_PORTS > 65535:
+                    refuse(key, f"rotation needs the {ROTATION_PORTS} ports after {port} as well")
         for peer in config.peers:
             mine = peer.party == config.party
             for name in ("tunnel_public_key", "tunnel_endpoint", "tunnel_allowed"):

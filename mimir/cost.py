@@ -16,6 +16,9 @@ the largest of the three, below which overlapping could not bring it. The online
 run side by side; `together` is their sum, as if nothing had been prepared and nothing overlapped. With more
 parties on this machine than it has cores, processor seconds grow by their ratio.
 
+Material is made in batches: a token's preprocessing is its part of a batch of tokens, and its part of a block
+of rows whose products with weights are made together.
+
 Rates come from a calibration of some ten seconds on this machine, in one thread: every kernel at one size,
 array functions in and out of the caches, SHA-256, and for each lane the seconds of a round, nearly all
 Python: what a tiny session of three real parties takes beyond its kernels, and two small frames each way over
@@ -37,10 +40,13 @@ import json
 import os
 import socket
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import reduce
+from itertools import pairwise
+from operator import add
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 from unittest import mock
 
 import numpy as np
@@ -60,7 +66,7 @@ from mimir.mpc.nonlinear import Settings
 from mimir.net.memory import MemoryNet
 from mimir.net.messages import Open, Sampler
 
-FORMAT: Final = 1  # of a file of rates
+FORMAT: Final = 2  # of a file of rates
 SHARES: Final = 2  # components of the weights that a party holds
 WORD: Final = 8
 BEST_OF: Final = 3
@@ -161,7 +167,7 @@ def _examples() -> dict[str, tuple[Any, ...]]:
     def w(*shape: int) -> Any:
         return g.integers(0, 1 << 64, shape, dtype=np.uint64)
 
-    n, m, few = 1 << 14, 1 << 11, 256
+    n, m, few, rows = 1 << 14, 1 << 11, 256, 16
     degree = kernels.GR_DEGREE
     xi = 0x123456789ABC
     return {
@@ -171,22 +177,28 @@ def _examples() -> dict[str, tuple[Any, ...]]:
         "rss_mul": (w(2, n), w(2, n), w(n)),
         "rss_and": (w(2, n), w(2, n), w(n)),
         "bit_slice": (w(n), 64),
+        "bit_unslice": (w(64, n // 64), n),
         "bits_to_ring": (w(n // 64), n),
         "ring_lsb": (w(n),),
         "lookup": (w(few * 2, 128), w(few * 2), w(4, 128)),
         "rotate": (w(few * 2, 128), w(few * 2)),
+        "double_part": (w(few * 2, 64), w(2, few * 2, 128), w(2, few * 2)),
+        "double": (w(few * 2, 128), w(few * 2, 64)),
+        "gf_mul": (w(n), w(n)),
         "gf_scale": (w(n), xi),
         "gf_inner": (w(n), w(n)),
         "gf_fold": (w(n), xi),
-        "gf_select": (w(n // 64), w(n)),
-        "gf_select_inner": (w(n // 64), w(n // 64), w(n)),
-        "gr_mul": (w(few, degree), w(few, degree)),
+        "gf_cross": (w(2, few, rows), w(2, few, rows), w(64, few)),
+        "gf_combine": (w(few, rows), w(64, few)),
+        "gf_blend": (w(few, rows), w(rows)),
         "gr_inner": (w(m, degree), w(m, degree)),
         "gr_mul01": (w(m, degree), w(m)),
         "gr_fold": (w(m, degree), xi),
+        "gr_halves": (w(m, degree), w(m, degree), w(m, degree), w(m, degree)),
         "gr_scale01": (w(m), w(m)),
         "gr_combine": (w(few, few * 4), w(few * 4)),
         "gr_combine_cols": (w(few, few * 4), w(few)),
+        "gr_cross": (w(2, few, rows), w(2, few, rows), w(few)),
     }
 
 
@@ -354,11 +366,12 @@ class Memory:
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
-    """Per party. A token's preprocessing is its part of a batch of `together` tokens."""
+    """Per party. A token's preprocessing is its part of a batch of `together` tokens and of a block of rows."""
 
     bucket: int
     context: int
     together: int
+    block: int  # rows whose products with weights are made together
     prefill: dict[str, Part]  # by lane: until the first token has been delivered
     token: dict[str, Part]  # by lane: the last token that fits into the context
     memory: Memory
@@ -373,21 +386,37 @@ class Prediction:
             "prompt_bucket": self.bucket,
             "context": self.context,
             "tokens_prepared_together": self.together,
+            "rows_of_weights_together": self.block,
             "prefill": parts(self.prefill),
             "token": parts(self.token),
             "memory": asdict(self.memory) | {"resident": self.memory.resident},
         }
 
 
-def last_token(run: dryrun.Run) -> tuple[Counts, Counts, int]:
-    """Online counts of the last token of a run, preprocessing counts of its last batch, and its tokens."""
+class Shared(NamedTuple):
+    """Counts of what serves several positions alike."""
+
+    counts: Counts
+    positions: int
+
+
+def each(shares: Sequence[Shared], figure: str) -> float:
+    """A position's part of a figure of preprocessing."""
+    return float(sum(getattr(s.counts, figure) / s.positions for s in shares))
+
+
+def last_token(run: dryrun.Run) -> tuple[Counts, tuple[Shared, Shared]]:
+    """Online counts of the last token of a run; and of preprocessing its last batch, and the block of
+    products with weights that belongs to it.
+    """
     before, after = run.of("token")[-2:]
     made = run.of("made")
-    first, last = made[-2:]
-    return (
-        after.lanes[ONLINE].minus(before.lanes[ONLINE]),
-        last.lanes[PREP].minus(first.lanes[PREP]),
-        last.positions - first.positions,
+    grown = [b.positions - a.positions for a, b in pairwise(made)]
+    to = max(i for i, n in enumerate(grown) if not n)  # a batch of no positions is part of a block
+    at = max((i for i, n in enumerate(grown[:to]) if n), default=-1) + 1
+    return after.lanes[ONLINE].minus(before.lanes[ONLINE]), (
+        Shared(made[-1].lanes[PREP].minus(made[-2].lanes[PREP]), grown[-1]),
+        Shared(made[to + 1].lanes[PREP].minus(made[at].lanes[PREP]), run.block),
     )
 
 
@@ -405,24 +434,23 @@ def predict(
     process = resident()
     start = dryrun.run(spec, settings, bucket=bucket, tokens=1, max_context=context, ahead=ahead)
     end = dryrun.run_last(spec, settings, max_context=context, ahead=ahead)
-    online, made, together = last_token(end)
+    online, made = last_token(end)
     first, first_made = first_token(start)
     planning = _seconds_to_plan(spec, settings, context)
-    steps = len([m for m in start.of("made") if m.positions])
-    shares = SHARES * WORD * spec.parameters()
     return Prediction(
         bucket,
         min(context, spec.context),
-        together,
+        made[0].positions,
+        made[1].positions,
         {
             ONLINE: part(ONLINE, first, rates, link),
-            PREP: part(PREP, first_made, rates, link, extra=planning * steps),
+            PREP: part(PREP, first_made, rates, link, extra=planning * first_made.plans),
         },
         {
             ONLINE: part(ONLINE, online, rates, link),
-            PREP: part(PREP, made, rates, link, together, planning * together),
+            PREP: reduce(add, (part(PREP, c, rates, link, n, extra=planning * c.plans) for c, n in made)),
         },
-        Memory(process, max(start.peak, end.peak), end.pool, shares),
+        Memory(process, max(start.peak, end.peak), end.pool, SHARES * WORD * spec.parameters()),
     )
 
 
@@ -512,7 +540,8 @@ def _text(spec: PlanSpec, told: Prediction, link: Link, rates: Rates) -> str:
     mib = 2.0**20
     out += [
         "",
-        f"Tokens prepared together: {told.together}. Rounds and bytes are exact, seconds a model.",
+        f"Tokens prepared together: {told.together}, for products with weights {told.block}. "
+        "Rounds and bytes are exact, seconds a model.",
         f"Memory: {m.resident / mib:.0f} MiB (process {m.process / mib:.0f}, arrays {m.arrays / mib:.0f}, "
         f"material ready {m.ready / mib:.0f}), and {m.weights / mib:.0f} MiB of mapped weights.",
     ]

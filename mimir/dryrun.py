@@ -8,9 +8,10 @@ rounds and bytes are exact by construction, framing included, and follow every c
 or an array function that is not known here is really run, over zeros.
 
 For planning, in a process that is no party: `run` replaces what the engine's modules call `kernels`, `np` and
-`offload`, and what `doors` compares, while it runs, and puts all back. It would take a party's checks away:
-only the cost model imports this module, and tests hold that. It has no secret; every key is zero, nothing is
-sent.
+`offload`, and what `doors` compares, while it runs, and puts all back. It would take a party's checks away.
+So it raises `LocalError`, before anything is replaced, in a process that is or could be a party: one that has
+imported anything of PARTY_MODULES, without which nobody can be a peer. And only the cost model imports this
+module; tests hold both. It has no secret; every key is zero, nothing is sent.
 """
 
 from __future__ import annotations
@@ -32,10 +33,11 @@ import trio
 import mimir.actors.session as session_module
 from mimir import kernels
 from mimir.actors.session import Limits, SessionActor, Step, Turn, plan_turn
-from mimir.actors.triples import bytes_of
+from mimir.actors.triples import Batch, bytes_of
 from mimir.errors import BadInput, LocalError
 from mimir.model.checkpoint import PlanSpec
 from mimir.mpc import doors as doors_module
+from mimir.mpc import prep
 from mimir.mpc.nonlinear import Settings
 from mimir.mpc.share import Share
 from mimir.net import Payload, wire
@@ -51,6 +53,7 @@ ONE_ROW: Final = "matmul of one row"  # counted apart: bound by memory, not by m
 ARRAY, LARGE_ARRAY = "array", "large array"  # bytes read and written by functions of numpy
 CACHED: Final = 1 << 20  # bytes of an array that may still lie in a cache, and that costs no fresh pages
 _ENGINE: Final = ("mimir.mpc.", "mimir.model.", "mimir.actors.")  # modules whose names are replaced
+PARTY_MODULES: Final = ("mimir.net.mesh", "mimir.actors.peer", "mimir.party")  # none is a party without them
 
 _lane: ContextVar[str] = ContextVar("lane", default="")  # of the running task; "" is not counted
 
@@ -67,10 +70,11 @@ class Counts:
     busiest: int = 0  # of these, bytes to the previous peer, who gets the larger part
     payload: int = 0  # of these, without framing
     hashed: int = 0  # bytes through SHA-256
+    plans: int = 0  # how often a step was planned
     work: Counter[str] = field(default_factory=Counter)  # units by kernel; bytes of array functions
 
     def copy(self) -> Counts:
-        out = Counts(self.rounds, self.sent, self.busiest, self.payload, self.hashed)
+        out = Counts(self.rounds, self.sent, self.busiest, self.payload, self.hashed, self.plans)
         out.work = Counter(self.work)
         return out
 
@@ -81,6 +85,7 @@ class Counts:
             self.busiest - o.busiest,
             self.payload - o.payload,
             self.hashed - o.hashed,
+            self.plans - o.plans,
         )
         out.work = Counter({k: v - o.work[k] for k, v in self.work.items() if v != o.work[k]})
         return out
@@ -144,6 +149,8 @@ class Stretched(np.ndarray[Any, Any]):
         return _result(self.shape, self.dtype)
 
     def astype(self, dtype: Any, *args: Any, **kwargs: Any) -> Any:
+        if np.dtype(dtype) == self.dtype and not kwargs.get("copy", True):
+            return self
         return _result(self.shape, np.dtype(dtype))
 
     def view(self, *args: Any, **kwargs: Any) -> Any:
@@ -308,6 +315,7 @@ _FUNCTIONS: Final[dict[Any, Callable[..., Any]]] = {
     np.repeat: _repeat,
     np.cumsum: lambda x, axis=None, dtype=None: _result(x.shape, np.dtype(dtype or x.dtype), x),
     np.zeros_like: lambda x, dtype=None: _result(x.shape, np.dtype(dtype or x.dtype)),
+    np.ones_like: lambda x, dtype=None: _result(x.shape, np.dtype(dtype or x.dtype)),
     np.empty_like: lambda x, dtype=None: _result(x.shape, np.dtype(dtype or x.dtype)),
     np.broadcast_to: lambda x, shape: _broadcast(x, tuple(shape)),
     np.broadcast_arrays: lambda *xs: [_broadcast(x, np.broadcast_shapes(*(x.shape for x in xs))) for x in xs],
@@ -359,29 +367,41 @@ def _product(n: int, a: Array, b: Array) -> tuple[tuple[int, ...], float]:
     return shape, math.prod(shape) * a.shape[-1]
 
 
-# Result shape and units of work of each kernel, from its arguments. Units are what its rate is stated in.
+def _crossed(x: Array) -> int:
+    """Products that folding (2, n, rows) takes."""
+    return int(x.shape[1] * kernels.crosses(x.shape[2]))
+
+
+# Result shape (None: no array, or in place) and units of work of each kernel, from its arguments. Units are
+# what its rate is stated in.
 RULES: Final[dict[str, Callable[..., tuple[tuple[int, ...] | None, float]]]] = {
     "matmul": lambda a, b: _product(b.shape[-1], a, b),
     "matmul_nt": lambda a, b: _product(b.shape[-2], a, b),
     "rss_mul": lambda x, y, alpha: (alpha.shape, alpha.size),
     "rss_and": lambda x, y, alpha: (alpha.shape, alpha.size),
     "bit_slice": lambda x, nbits: ((nbits, _words(len(x))), len(x)),
+    "bit_unslice": lambda planes, n: ((n,), n),
     "bits_to_ring": lambda words, n: ((n,), n),
     "ring_lsb": lambda x: ((_words(len(x)),), len(x)),
     "lookup": lambda e, c, tables: ((len(tables), len(e)), len(tables) * e.size),
-    "rotate": lambda e, c: (e.shape, e.size),
+    "rotate": lambda e, c: (e.shape, e.nbytes),
+    "double_part": lambda out, e, b: (None, out.size),
+    "double": lambda e, high: (None, high.size),
+    "gf_mul": lambda a, b: (a.shape, len(a)),
     "gf_scale": lambda a, s: (a.shape, len(a)),
     "gf_inner": lambda a, b: (None, len(a)),
     "gf_fold": lambda a, xi: ((len(a) // 2,), len(a)),
-    "gf_select": lambda bits, rho: (rho.shape, len(rho)),
-    "gf_select_inner": lambda x, y, rho: (None, len(rho)),
-    "gr_mul": lambda a, b: (a.shape, len(a)),
+    "gf_cross": lambda x, y, planes: ((kernels.crosses(x.shape[2]),), _crossed(x)),
+    "gf_combine": lambda x, planes: ((x.shape[1],), x.size),
+    "gf_blend": lambda x, w: ((64 * len(x),), x.size),
     "gr_inner": lambda a, b: ((DEGREE,), len(a)),
     "gr_mul01": lambda a, r: (a.shape, len(a)),
     "gr_fold": lambda a, xi: ((len(a) // 2, DEGREE), len(a)),
+    "gr_halves": lambda a0, a1, w0, w1: ((2, DEGREE), len(a0)),
     "gr_scale01": lambda x, r: ((len(x), DEGREE), len(x)),
     "gr_combine": lambda x, r: ((len(x), DEGREE), x.size),
     "gr_combine_cols": lambda x, r: ((x.shape[1], DEGREE), x.size),
+    "gr_cross": lambda x, y, r: ((kernels.crosses(x.shape[2]), DEGREE), _crossed(x)),
 }
 
 
@@ -407,13 +427,14 @@ class _Kernels:
                 _tally.add(name, units)
             if shape is None:
                 return 0
+            dtype = args[0].dtype if name == "rotate" else np.dtype(np.uint64)
             if out is not None:
                 if out.shape != shape:
                     raise LocalError(f"{name}: out must have shape {shape}, not {out.shape}")
                 return out
             size = math.prod(shape)
             assert not add
-            return stretched(shape) if size > SMALL else np.zeros(shape, np.uint64)
+            return stretched(shape, dtype) if size > SMALL else np.zeros(shape, dtype)
 
         return call
 
@@ -428,6 +449,8 @@ def _timed(name: str, real: Callable[..., Any]) -> Callable[..., Any]:
         def solid(x: Any) -> Any:
             return np.zeros(x.shape, x.dtype) if isinstance(x, np.ndarray) else x
 
+        if not any(isinstance(x, np.ndarray) for x in (*args, *kw.values())):
+            return real(*args, **kw)
         began = time.perf_counter()
         out = real(*(solid(x) for x in args), **{k: solid(v) for k, v in kw.items()})
         _tally.add("nanoseconds", 1e9 * (time.perf_counter() - began))
@@ -542,8 +565,17 @@ async def _inline(work: int, fn: Callable[[], Any]) -> Any:
 
 @contextmanager
 def _nothing_real(tally: Tally) -> Iterator[None]:
-    """Replace, in the engine's modules, what computes, allocates and sends; put all back at the end."""
+    """Replace, in the engine's modules, what computes, allocates and sends; put all back at the end.
+
+    Raises `LocalError` where a party could be.
+    """
     global _tally
+    for name in PARTY_MODULES:
+        if name in sys.modules:
+            raise LocalError(
+                f"{name} has been imported: this process may be a party, and a dry run would take its checks "
+                "away; ask for the cost in a process of its own"
+            )
     before, _tally = _tally, tally
     modules = [m for name, m in sys.modules.items() if name.startswith(_ENGINE)]
     with ExitStack() as undo:
@@ -592,19 +624,28 @@ class _Session(SessionActor):
 
     until: int | None = None  # answer one batch of preprocessing's worth of tokens, the last at this position
     seeded = 0
+    rows = 0  # of the last block of products with weights
     pool = 0  # bytes of material that may be ready besides the batch in use
 
     def _demand(self, step: Step) -> Any:
-        token = _lane.set("")  # planning is not what is counted
-        try:
-            return super()._demand(step)
-        finally:
-            _lane.reset(token)
+        """What the engine plans, of which only the number of times is counted; alike steps are alike."""
+        _tally.lanes[PREP].plans += 1
+        alike = replace(step, name="")
+        if alike not in self._demands:
+            token = _lane.set("")
+            try:
+                self._demands[alike] = super()._demand(step)
+            finally:
+                _lane.reset(token)
+        return dict(self._demands[alike])
 
     async def _sizes(self) -> None:
+        self._demands: dict[Step, prep.Demand] = {}
         await super()._sizes()
         slots = min(self.limits.max_context, self.spec.context)
-        size = bytes_of(self._demand(Step("plan", slots - 1, 1, False, True)), self._shapes)
+        last = self._demand(Step("plan", slots - 1, 1, False, True))
+        weights = session_module._weights_of(last)
+        size = bytes_of(last, self._shapes) - bytes_of(weights, self._shapes)
         self.pool = size * max(0, self._ahead - self._group)
         if self.until is None:
             return
@@ -614,6 +655,31 @@ class _Session(SessionActor):
         self.seeded = room - tokens
         if tokens < 1:
             raise BadInput(f"a context of {self.until} positions is too short to tell a token's cost")
+
+    async def _prepare(self, turn: Turn) -> int:
+        """As the engine does. At the end of a context also the tokens before that share a block of products
+        with weights, but of them only these products.
+
+        The block is a whole one, and the one before it goes with the prompt, if the context has room.
+        """
+        if self.until is None:
+            return await super()._prepare(turn)
+        group, first = len(turn.decode), turn.decode[0]
+        groups = (self._block - 1) // group + max(1, self._block // group) - 1
+        count = min(groups, self.seeded // group) * group
+        before = tuple(replace(first, name=f"{first.name}/before {i}") for i in range(count))
+        names = {step.name for step in before}
+        prepare = self.triples.prepare
+
+        async def needed(batches: Sequence[Batch]) -> None:
+            self.rows = len(next(b for b in reversed(batches) if not b.last).steps)  # each of one row
+            await prepare([b for b in batches if not (b.last and names.issuperset(b.steps))])
+
+        self.triples.prepare = needed  # type: ignore[method-assign]
+        try:
+            return await super()._prepare(replace(turn, decode=(*before, *turn.decode)))
+        finally:
+            del self.triples.prepare
 
     def turn(self, number: int, buckets: Sequence[int], max_new: int, used: int, chunk: int) -> Turn:
         """`plan_turn`, after the positions that are there; puts them there."""
@@ -686,6 +752,7 @@ class Run:
     tokens: int
     marks: tuple[Mark, ...]
     lanes: dict[str, Counts]  # of the whole session
+    block: int  # rows for which products with weights were last made together; 0 but at the end of a context
     peak: int  # bytes of arrays alive at once, the weights' shares apart
     pool: int  # bytes of material that a longer session keeps ready besides a batch of tokens
 
@@ -723,7 +790,9 @@ def run_last(
     """The end of a session that fills `max_context`: its last full batch of decoded tokens.
 
     A prompt of one position, then as many tokens as the engine prepares together, behind a cache that is
-    there from the start. What is before the first token is not to be used.
+    there from the start. Products with weights are those of a whole block of tokens. What is before the first
+    token is not to be used. A frame carries smaller numbers than at the end of a real session, and so may
+    have a few bytes less.
     """
     return _run(spec, settings, 1, 1, max_context, ahead, session, sampler, min(max_context, spec.context))
 
@@ -745,17 +814,17 @@ def _run(
     limits = Limits((bucket,), (tokens,), max_context, ahead, 1.0, math.inf, math.inf)
     transport: Any = _Transport()
 
-    async def main() -> int:
+    async def main() -> _Session:
         actor = _Session(transport, terms, [client], spec, _Model(spec), settings, limits)
         actor.until = until
         session_module.plan_turn = actor.turn
         await actor.run()
-        return actor.pool
+        return actor
 
     with _nothing_real(tally):
         try:
-            pool = trio.run(main)
+            actor = trio.run(main)
         finally:
             session_module.plan_turn = plan_turn
     told = sum(m.kind == "token" for m in client.marks)
-    return Run(bucket, told, tuple(client.marks), tally.lanes, tally.peak, pool)
+    return Run(bucket, told, tuple(client.marks), tally.lanes, actor.rows, tally.peak, actor.pool)

@@ -6,6 +6,8 @@ wrong, `AbortError` ends a session without saying which check failed.
 
 from __future__ import annotations
 
+from typing import Any
+
 
 class MimirError(Exception):
     """Base of all errors that Mimir raises on purpose; `exit_code` is what the command line returns."""
@@ -69,3 +71,16 @@ class ClientError(MimirError):
     """A client could not get an answer it may trust; the message says from whom and why."""
 
     exit_code = 8
+
+
+class AttestationError(MimirError):
+    """Evidence or a policy does not hold. `step` is a stable name, such as "snp.chain"."""
+
+    exit_code = 10
+
+    def __init__(self, step: str, expected: str, got: str, passed: tuple[Any, ...] = ()) -> None:
+        super().__init__(f"{step}: expected {expected}; got {got}")
+        self.step = step
+        self.expected = expected
+        self.got = got
+        self.passed = passed  # the steps before this one, for those who explain

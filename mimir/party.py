@@ -7,11 +7,12 @@ import os
 import resource
 import signal
 import sys
+from contextlib import suppress
 
 import structlog
 import trio
 
-from mimir.config import Config, Log
+from mimir.config import ROTATION_PORTS, Config, Log
 from mimir.errors import BadInput, ConfigError
 from mimir.net.identity import Identity
 
@@ -19,7 +20,7 @@ STOP_SECONDS = 10.0  # for tunnel and connections to be taken down
 
 
 def run(config: Config) -> int:
-    """Run the party until SIGTERM or Ctrl-C; returns 0 after a clean stop."""
+    """Run the party until SIGTERM or Ctrl-C; returns 0 after a clean stop. SIGUSR1 rotates keys."""
     from mimir.actors.peer import run_peer
 
     start_log(config.log)
@@ -28,15 +29,20 @@ def run(config: Config) -> int:
     os.umask(0o077)
 
     async def until_told() -> None:
+        rotate, orders = trio.open_memory_channel[None](1)
         async with trio.open_nursery() as nursery:
 
             async def party() -> None:
-                await run_peer(config)
+                await run_peer(config, orders)
                 nursery.cancel_scope.cancel()
 
             nursery.start_soon(party)
-            with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+            with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGUSR1) as signals:
                 async for number in signals:
+                    if number == signal.SIGUSR1:
+                        with suppress(trio.WouldBlock):  # one is waiting already
+                            rotate.send_nowait(None)
+                        continue
                     structlog.get_logger("mimir.party").info("stopping", signal=signal.Signals(number).name)
                     nursery.cancel_scope.deadline = trio.current_time()
                     break
@@ -60,7 +66,7 @@ def check(config: Config) -> int:
     if tunnel.mode == "wireguard":
         from wg import keys
 
-        assert tunnel.private_key is not None
+        assert tunnel.private_key is not None and tunnel.listen_port is not None
         private = keys.load_private(tunnel.private_key)
         public = private.public().hex()
         private.wipe()
@@ -69,7 +75,11 @@ def check(config: Config) -> int:
                 f"{config.source}: peers[{config.party}].tunnel_public_key is not the public half of "
                 f"{tunnel.private_key}"
             )
-        print(f"WireGuard on {tunnel.interface}, {tunnel.address}, UDP port {tunnel.listen_port}")
+        ports = f"port {tunnel.listen_port}"
+        if tunnel.rotates:
+            ports = f"ports {tunnel.listen_port} to {tunnel.listen_port + ROTATION_PORTS}"
+        print(f"WireGuard on {tunnel.interface}, {tunnel.address}, UDP {ports}")
+        print(f"new keys every {tunnel.rotate_seconds:g} s" if tunnel.rotates else "keys are never rotated")
     else:
         print("NO tunnel: the links between the parties are readable by anybody on the way")
     for peer in config.others:

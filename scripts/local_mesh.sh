@@ -149,7 +149,7 @@ drop_space() { # a namespace of ours: end what still runs in it, by pid, and del
 
 drop_sockets() { # of wireguard-go that had no time to remove them; the number is that of the run
     local socket
-    for socket in /var/run/wireguard/mm"$1"-?.sock; do
+    for socket in /var/run/wireguard/mm"$1"-?{,[a-d]}.sock; do
         if [[ -S $socket ]]; then privileged rm -f -- "$socket"; fi
     done
 }
@@ -309,8 +309,15 @@ if [[ -n $wan ]]; then
     relay=("$workdir/relay" --fifo --shape "$shape")
     for pair in "0 1" "0 2" "1 2"; do
         read -r a b <<<"$pair"
-        relay+=(--pair "10.90.0.254:$((base_port + 30 + 3 * a + b))" "10.90.0.$((a + 1)):$((base_port + 20 + a))"
-            "10.90.0.254:$((base_port + 30 + 3 * b + a))" "10.90.0.$((b + 1)):$((base_port + 20 + b))")
+        to_b=$((base_port + 30 + 8 * (3 * a + b))) to_a=$((base_port + 30 + 8 * (3 * b + a)))
+        relay+=(--pair "10.90.0.254:$to_b" "10.90.0.$((a + 1)):$((base_port + 20 + a))"
+            "10.90.0.254:$to_a" "10.90.0.$((b + 1)):$((base_port + 20 + b))")
+        # Further generations: b waits at one of two ports, whichever a calls from (see wg/rotation.py).
+        for slot in 1 2; do
+            offset=$((a == (b + 1) % 3 ? slot : slot + 2))
+            relay+=(--pair "10.90.0.254:$((to_b + offset))" "10.90.0.$((a + 1)):0"
+                "10.90.0.254:$((to_a + offset))" "10.90.0.$((b + 1)):$((base_port + 20 + b + offset))")
+        done
     done
     launch "$workdir/relay.log" ip netns exec "$hub" "${relay[@]}"
     say "between the parties: $shape"

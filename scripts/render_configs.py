@@ -37,8 +37,8 @@ def tunnel_port(base: int, party: int) -> int:
 
 
 def relay_port(base: int, party: int, other: int) -> int:
-    """Where the relay hears what `party` sends to `other`."""
-    return base + 30 + PARTIES * party + other
+    """Where the relay hears what `party` sends to `other`; the ports after it are for rotation."""
+    return base + 30 + 8 * (PARTIES * party + other)
 
 
 def dump(table: dict[str, Any]) -> str:

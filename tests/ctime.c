@@ -118,6 +118,11 @@ static void ring_rotate(void)
     mk_ring_rotate(out, secret, public, 11, SIZE);
 }
 
+static void half_rotate(void)
+{
+    mk_half_rotate((uint16_t *)out, (uint16_t *)secret, public, 11, SIZE);
+}
+
 static void bits_lookup(void)
 {
     mk_bits_lookup(out, secret, public, public + N, DEPTH, N, SIZE);
@@ -143,14 +148,30 @@ static void gf_fold(void)
     mk_gf_fold(out, secret, more[0], N);
 }
 
-static void gf_select(void)
+static void gf_cross(void)
 {
-    mk_gf_select(out, secret, more, N);
+    mk_gf_cross(out, secret, more, public, 8, 3);
 }
 
-static void gf_select_inner(void)
+static void gf_combine(void)
 {
-    mk_gf_select_inner(out, secret, secret + PACKED, more, N);
+    mk_gf_combine(out, secret, public, 8, 3);
+}
+
+static void gf_blend(void)
+{
+    mk_gf_blend(out, secret, public, 8, 3);
+}
+
+static void ring_double_part(void)
+{
+    mk_ring_double_part(out, secret, more, 7, 16, 8);
+}
+
+static void ring_double(void)
+{
+    memcpy(out, secret, 7 * 16 * sizeof *out);
+    mk_ring_double(out, more, 7, 16, 8);
 }
 
 static void gr_mul(void)
@@ -170,7 +191,7 @@ static void gr_mul01(void)
 
 static void gr_fold(void)
 {
-    mk_gr_fold(out, secret, more[0], 5);
+    mk_gr_fold(out, secret, public[0], 5);
 }
 
 static void gr_scale(void)
@@ -191,6 +212,16 @@ static void gr_combine(void)
 static void gr_combine_cols(void)
 {
     mk_gr_combine_cols(out, secret, more, 9, 7);
+}
+
+static void gr_cross(void)
+{
+    mk_gr_cross(out, secret, more, public, 8, 3);
+}
+
+static void gr_halves(void)
+{
+    mk_gr_halves(out, secret, secret + 2 * GR, more, more + 2 * GR, 1);
 }
 
 static void bytes_wipe(void)
@@ -222,13 +253,17 @@ static void bytes_equal(void)
     X(ring_lsb)                                                                                                        \
     X(ring_lookup)                                                                                                     \
     X(ring_rotate)                                                                                                     \
+    X(half_rotate)                                                                                                     \
     X(bits_lookup)                                                                                                     \
     X(gf_mul)                                                                                                          \
     X(gf_scale)                                                                                                        \
     X(gf_inner)                                                                                                        \
     X(gf_fold)                                                                                                         \
-    X(gf_select)                                                                                                       \
-    X(gf_select_inner)                                                                                                 \
+    X(gf_cross)                                                                                                        \
+    X(gf_combine)                                                                                                      \
+    X(gf_blend)                                                                                                        \
+    X(ring_double_part)                                                                                                \
+    X(ring_double)                                                                                                     \
     X(gr_mul)                                                                                                          \
     X(gr_inner)                                                                                                        \
     X(gr_mul01)                                                                                                        \
@@ -237,6 +272,8 @@ static void bytes_equal(void)
     X(gr_scale01)                                                                                                      \
     X(gr_combine)                                                                                                      \
     X(gr_combine_cols)                                                                                                 \
+    X(gr_cross)                                                                                                        \
+    X(gr_halves)                                                                                                       \
     X(bytes_wipe)                                                                                                      \
     X(bytes_equal)
 

@@ -198,6 +198,7 @@ class Fixed:
     exp_scale: int = nonlinear.EXP_SCALE
     mix_scale: int = nonlinear.MIX_SCALE
     inverse_scale: int = nonlinear.INVERSE_SCALE
+    norm_scale: int = nonlinear.NORM_SCALE
     window_bits: int = nonlinear.WINDOW_BITS
     window_step: int = nonlinear.WINDOW_STEP
     window_first: int = nonlinear.WINDOW_FIRST
@@ -297,8 +298,8 @@ class FixedModel:
         )
         self.act: Pieces | None = None
         if plan.act != "relu":
-            reach = fx.bins * 2.0**fx.activation_bin / 2
-            bits, magnitude = fx.bins.bit_length() - 1, math.ceil(math.log2(reach)) + 1
+            reach = self.activation_bins * 2.0**fx.activation_bin / 2
+            bits, magnitude = self.activation_bins.bit_length() - 1, math.ceil(math.log2(reach)) + 1
             self.act = self._table(ACTIVATIONS[plan.act], -reach, fx.activation_bin, bits, magnitude)
         self.reciprocal = self._ladder(
             lambda x: 2.0 ** (fx.exp_scale + fx.sum_shift) / np.maximum(x, 2.0 ** (fx.sum_base - 1)),
@@ -370,9 +371,15 @@ class FixedModel:
         self._fits(step, float(np.abs(a.astype(np.float64) * b.astype(np.float64)).max()))
         return a * b
 
-    def _linear(self, name: str, x: Ints) -> Ints:
-        """x @ W + b at twice the scale."""
-        bias = self.weights[name + "_b"].astype(np.int64) << self.fixed.scale_bits
+    @property
+    def activation_bins(self) -> int:
+        return self.fixed.bins if self.plan.act == "silu_glu" else self.fixed.bins // 2
+
+    def _linear(self, name: str, x: Ints, scale: int | None = None) -> Ints:
+        """x @ W + b at f more than the scale of x, which is f unless said otherwise."""
+        bias = self.weights[name + "_b"].astype(np.int64) << (
+            self.fixed.scale_bits if scale is None else scale
+        )
         return self._product(name, x, self.weights[name]) + bias
 
     def _lookup(self, step: str, x: Ints, p: Pieces) -> tuple[Ints, Ints]:
@@ -391,30 +398,32 @@ class FixedModel:
         if outside.any():
             raise OverflowError(f"{step}: {int(outside.sum())} of {j.size} values lie outside the table")
 
-    def _climb(self, step: str, x: Ints, ladder: list[Pieces]) -> Ints:
-        """The value of the highest window that is not empty, at inverse_scale."""
+    def _climb(self, step: str, x: Ints, ladder: list[Pieces], scale: int) -> Ints:
+        """The value of the highest window that is not empty."""
         fx = self.fixed
         out = np.zeros_like(x)
         for level, p in enumerate(ladder):
             j, value = self._lookup(step, x, p)
-            value = self._truncate(value, p.scale - fx.inverse_scale)
+            value = self._truncate(value, p.scale - scale)
             out = value if level == 0 else np.where(j % (1 << p.bits) >= fx.window_first, value, out)
         self._inside(step, j, ladder[-1].bits)
         return out
 
     # Layers.
 
-    def _norm(self, step: str, h: Ints) -> Ints:
+    def _norm(self, step: str, h: Ints, wide: bool = False) -> Ints:
+        """At scale f, or f + norm_scale."""
         fx = self.fixed
         self._fits(step, float((h.astype(np.float64) ** 2).sum(axis=-1).max()))
-        r = self._climb(step, (h * h).sum(axis=-1), self.rsqrt)
-        return self._truncate(self._times(step, h, r[:, None]), fx.inverse_scale)
+        r = self._climb(step, (h * h).sum(axis=-1), self.rsqrt, fx.norm_scale if wide else fx.inverse_scale)
+        y = self._times(step, h, r[:, None])
+        return y if wide else self._truncate(y, fx.inverse_scale)
 
     def _rotate(self, step: str, x: Ints, positions: Ints) -> Ints:
-        """x at 2f -> f."""
+        """x at 2f, without a rotation at 2f + norm_scale -> f."""
         fx = self.fixed
         if self.plan.positions != "rope":
-            return self._truncate(x, fx.scale_bits)
+            return self._truncate(x, fx.scale_bits + fx.norm_scale)
         bits = fx.rotary_scale
         cos, sin = (np.rint(part * 2.0**bits).astype(np.int64) for part in _rotary(self.plan, positions))
         a, b = np.split(x, 2, axis=-1)
@@ -442,21 +451,23 @@ class FixedModel:
         return np.where(near, self._truncate(e, self.exp.scale - fx.exp_scale), 0)
 
     def _activate(self, step: str, x: Ints) -> Ints:
-        """Activation of x at 2f, result at f."""
+        """Activation of x at 2f, result at 2f, or at f where it gates."""
         fx = self.fixed
         if self.act is None:  # relu: the sign is that of the truncated value
-            y = self._truncate(x, fx.scale_bits)
-            return np.where(self._truncate(x, fx.scale_bits) < 0, 0, y)
+            return np.where(self._truncate(x, fx.scale_bits) < 0, 0, x)
         half = 1 << (2 * fx.scale_bits + fx.activation_bin + self.act.bits - 1)
         j, y = self._lookup(step, x + half, self.act)
         if not np.abs(x).max() < nonlinear.ACTIVATION_BOUND * 4.0**fx.scale_bits:
             raise OverflowError(f"{step}: an activation's input is not within {nonlinear.ACTIVATION_BOUND}")
         reading, _ = _mask_reading(x, 2 * fx.scale_bits, 0, self.rng)
-        r = fx.bins >> (1 - fx.activation_bin)
+        r = self.activation_bins >> (1 - fx.activation_bin)
         left, right = reading < nonlinear.REACH_MARGIN - r, reading >= r - 1
         self._inside(step, j, self.act.bits, ~(left | right))
-        y = self._truncate(y, self.act.scale - fx.scale_bits)
-        return np.where(left, 0, np.where(right, self._truncate(x, fx.scale_bits), y))
+        if self.plan.act == "silu_glu":
+            y, x = self._truncate(y, self.act.scale - fx.scale_bits), self._truncate(x, fx.scale_bits)
+        else:
+            y = self._truncate(y, self.act.scale - 2 * fx.scale_bits)
+        return np.where(left, 0, np.where(right, x, y))
 
     def forward(self, ids: Sequence[int], tap: Tap | None = None, pad: int = 0) -> Floats:
         """Logits (rows, vocab) of every id, appended to the cache."""
@@ -473,11 +484,12 @@ class FixedModel:
             h = h + self.weights["pos"][positions].astype(np.int64)
         note("embed", h, f)
         for i in range(plan.layers):
-            u = self._norm(f"{i}.norm1", h)
-            note(f"{i}.norm1", u, f)
-            q, k, v = _split_heads(plan, self._linear(f"{i}.qkv", u))
+            above = fx.norm_scale if plan.positions == "learned" else 0
+            u = self._norm(f"{i}.norm1", h, wide=above > 0)
+            note(f"{i}.norm1", u, f + above)
+            q, k, v = _split_heads(plan, self._linear(f"{i}.qkv", u, f + above))
             q, k = self._rotate(f"{i}.q", q, positions), self._rotate(f"{i}.k", k, positions)
-            v = self._truncate(v, f)
+            v = self._truncate(v, f + above)
             if self.keys[i] is not None:
                 k, v = np.concatenate([self.keys[i], k], axis=1), np.concatenate([self.values[i], v], axis=1)
             self.keys[i], self.values[i] = k, v
@@ -490,7 +502,7 @@ class FixedModel:
                 tap(f"{i}.softmax", e / np.maximum(total, 1)[..., None])
             z = self._product(f"{i}.attention", e, np.repeat(v, group, axis=0))
             z = self._truncate(z, fx.exp_scale + f - fx.mix_scale)
-            r = self._climb(f"{i}.reciprocal", total << fx.sum_shift, self.reciprocal)
+            r = self._climb(f"{i}.reciprocal", total << fx.sum_shift, self.reciprocal, fx.inverse_scale)
             z = self._times(f"{i}.attention", z, r[..., None])
             z = self._truncate(z, fx.mix_scale + fx.inverse_scale - f)
             z = z.transpose(1, 0, 2).reshape(rows, -1)
@@ -505,8 +517,9 @@ class FixedModel:
             if plan.act == "silu_glu":
                 up = self._truncate(hidden[:, plan.hidden :], f)
                 a = self._truncate(self._times(f"{i}.gate", a, up), f)
-            note(f"{i}.activation", a, f)
-            h = h + self._truncate(self._linear(f"{i}.out", a), f)
+            scale = f if plan.act == "silu_glu" else 2 * f
+            note(f"{i}.activation", a, scale)
+            h = h + self._truncate(self._linear(f"{i}.out", a, scale), scale)
             note(f"{i}.residual2", h, f)
         u = self._norm("final norm", h)
         note("final norm", u, f)

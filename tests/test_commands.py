@@ -24,6 +24,7 @@ from tokenizers import decoders, models, pre_tokenizers
 
 from mimir import errors
 from mimir.__main__ import EXIT_CODES, INTERRUPTED, main, peer_main
+from mimir.client.commands import _tunnel_line
 from mimir.client.terminal import Terminal, visible
 from mimir.errors import AbortError
 from mimir.net.identity import Identity
@@ -376,6 +377,17 @@ def test_status_tells_of_each_party_and_warns_of_missing_tunnels(
     assert [event["status"]["party"] for event in events(capsys.readouterr().out)] == [0, 1, 2]
 
 
+def test_a_tunnel_is_one_line_of_the_status() -> None:
+    entry = {"party": 1, "state": "up", "received": 7, "sent": 9}
+    assert _tunnel_line(entry) == "party 1: up, 7 bytes in, 9 out"
+    entry |= {"epoch": 3, "epoch_age": 61.7, "rotation": "steady"}
+    assert _tunnel_line(entry) == "party 1: up, keys of epoch 3 for 62 s, steady, 7 bytes in, 9 out"
+    entry |= {"epoch": None, "epoch_age": None, "rotation": "none"}
+    assert _tunnel_line(entry) == "party 1: up, keys of epoch None, none, 7 bytes in, 9 out"
+    for odd in (None, 3, {}, {"rotation": 1}, {"epoch_age": "x"}):  # a party may send anything
+        assert isinstance(_tunnel_line(odd), str)
+
+
 def test_a_real_checkpoint_is_provisioned_and_then_spoken_with(
     start: Callable[..., Running],
     tmp_path: Path,
@@ -462,6 +474,8 @@ def test_a_party_stops_cleanly_when_told(tmp_path: Path, number: signal.Signals)
     for line in process.stderr:
         lines.append(line)
         if "listening for clients" in line:
+            process.send_signal(signal.SIGUSR1)  # asks for new tunnel keys: here there are none to change
+        if "told to rotate keys, but" in line:
             break
     process.send_signal(number)
     rest = process.communicate(timeout=20)[1]

@@ -46,7 +46,8 @@ def test_the_example_is_valid_and_shows_every_key_with_its_default() -> None:
         del data[name]
     for name in ("clients", "owners"):
         del data[name]
-    del data["tunnel"]["mode"], data["tunnel"]["mtu"], data["control"]["max_connections"]
+    del data["tunnel"]["mode"], data["tunnel"]["mtu"], data["tunnel"]["rotate_seconds"]
+    del data["control"]["max_connections"]
     assert parse(data, EXAMPLE) == config
 
 
@@ -87,6 +88,7 @@ BAD = {
     "bool is no integer": (put("cheby.deg", True), "cheby.deg = true: must be an integer"),
     "float is no integer": (put("fixed_point.scale_bits", 16.0), "fixed_point.scale_bits = 16.0"),
     "text is no number": (put("deadlines.round", "1"), 'deadlines.round = "1": must be seconds'),
+    "link below the pings": (put("deadlines.link", 1), "deadlines.link = 1: must be seconds from 3"),
     "zero deadline": (put("deadlines.round", 0), "deadlines.round"),
     "infinite deadline": (put("deadlines.client", float("inf")), "deadlines.client"),
     "nan deadline": (put("deadlines.client", float("nan")), "deadlines.client"),
@@ -112,6 +114,18 @@ BAD = {
     "bad tunnel key": (put("peers.2.tunnel_public_key", "abc"), "a WireGuard public key"),
     "bad network": (put("tunnel.address", "10.77.0.1"), "tunnel.address"),
     "mtu too large": (put("tunnel.mtu", 9000), "tunnel.mtu"),
+    "rotation too often": (
+        put("tunnel.rotate_seconds", 1),
+        "0 for never, or seconds from 5 to 604800",
+    ),
+    "rotation of a bool": (put("tunnel.rotate_seconds", False), "tunnel.rotate_seconds = false"),
+    "rotation of a nan": (put("tunnel.rotate_seconds", float("nan")), "tunnel.rotate_seconds"),
+    "no room for a letter": (put("tunnel.interface", "x" * 15), "tunnel.interface: at most 14 characters"),
+    "no room for ports": (put("tunnel.listen_port", 65532), "tunnel.listen_port: rotation needs the 4 ports"),
+    "no ports at a peer": (
+        put("peers.1.tunnel_endpoint", "h:65532"),
+        "peers[1].tunnel_endpoint: rotation needs the 4 ports after 65532",
+    ),
 }
 
 
@@ -152,13 +166,15 @@ def test_the_tunnel_may_be_left_out_only_by_saying_so() -> None:
 OWN = {  # one's own business: the digest stays
     "party": 1, "identity_key": "k", "data_dir": "d", "clients": ["ab" * 32], "owners": ["ab" * 32],
     "control.listen": "h:1", "mesh.listen": "h:1", "deadlines.round": 1, "deadlines.step": 1,
-    "deadlines.client": 1, "deadlines.handshake": 1, "log.level": "debug", "metrics.listen": "h:1",
+    "deadlines.client": 1, "deadlines.handshake": 1, "deadlines.link": 5, "log.level": "debug",
+    "metrics.listen": "h:1",
     "scheduler.max_sessions": 2, "peers.1.host": "elsewhere", "tunnel.interface": "wg7",
+    "tunnel.rotate_seconds": 60,
 }  # fmt: skip
 SAME = {  # common: the digest changes
     "fixed_point.scale_bits": 12, "cheby.deg": 2, "cheby.bins": 256, "scheduler.max_context": 512,
     "scheduler.prompt_buckets": [16], "scheduler.output_buckets": [16], "triple_pool.min_size": 1,
-    "topk": 8, "tunnel.mode": "none", "peers.1.identity": "cd" * 32,
+    "topk": 8, "tunnel.mode": "none", "tunnel.rotate_seconds": 0, "peers.1.identity": "cd" * 32,
 }  # fmt: skip
 
 

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,12 +27,20 @@ from mimir.model import load_checkpoint, read_spec
 from mimir.mpc import check, doors, nonlinear, ops, prep
 
 WIDE = replace(LLAMA, width=48, heads=4, kv_heads=2, head_dim=12, hidden=96, vocab=100)
+PLAIN = Story(LLAMA)
 STORIES = {
-    "llama": Story(LLAMA),
     "gpt2": Story(GPT2),
     "wide": Story(WIDE),
     "sampled": Story(LLAMA, sampler=Sampler("sample", 0.8, 3)),
 }
+
+
+@pytest.fixture(autouse=True, scope="module")
+def no_party_here() -> Iterator[None]:
+    """Other tests of this process import what only a party needs."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dryrun, "PARTY_MODULES", ())
+        yield
 
 
 def exchanged(story: Story) -> list[dict[str, tuple[int, int]]]:
@@ -64,7 +76,7 @@ def test_rounds_and_bytes_are_what_three_parties_exchange(name: str) -> None:
 
 def test_the_model_follows_a_change_of_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
     """Another end of the check's recursion, and one more round online: both are predicted without a word."""
-    story = STORIES["llama"]
+    story = PLAIN
     before = counted(story)
     monkeypatch.setattr(check, "OPEN_BELOW", 4 * check.OPEN_BELOW)
     truncate = ops.truncate
@@ -79,32 +91,84 @@ def test_the_model_follows_a_change_of_the_engine(monkeypatch: pytest.MonkeyPatc
     assert exchanged(story) == [after] * 3
 
 
-def test_the_end_of_a_context_costs_the_same_however_it_was_reached() -> None:
-    """A cache that is there from the start, and one that was filled: the same last token and last batch."""
+def test_the_end_of_a_context_costs_the_same_however_it_was_reached(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cache that is there from the start, and one that was filled: the same last token, last batch, and
+    last block of products with weights. Framing apart: frames carry their number.
+    """
     spec, ahead = replace(LLAMA, context=12), 64
+    sizes = SessionActor._sizes
+
+    async def small(self: SessionActor) -> None:
+        await sizes(self)
+        self._group, self._block = 2, 4
+
+    monkeypatch.setattr(SessionActor, "_sizes", small)
+
+    def figures(run: dryrun.Run) -> list[tuple[int, ...]]:
+        online, made = cost.last_token(run)
+        return [(c.rounds, c.payload, n) for c, n in (cost.Shared(online, 1), *made)]
+
     end = dryrun.run_last(spec, SETTINGS, max_context=spec.context, ahead=ahead)
-    together = end.tokens - 1
-    assert together > 1
-    bucket = spec.context - 1 - together
-    whole = dryrun.run(
-        spec, SETTINGS, bucket=bucket, tokens=together + 1, max_context=spec.context, ahead=ahead
-    )
-    online, made, tokens = cost.last_token(end)
-    # Step names carry the numbers of tokens, so framing may differ by a digit: payloads may not.
-    same_online, same_made, same_tokens = cost.last_token(whole)
-    assert (online.rounds, online.payload) == (same_online.rounds, same_online.payload)
-    assert (made.rounds, made.payload, tokens) == (same_made.rounds, same_made.payload, same_tokens)
-    assert tokens == together
+    whole = dryrun.run(spec, SETTINGS, bucket=1, tokens=11, max_context=spec.context, ahead=ahead)
+    assert (end.tokens, end.block, whole.tokens) == (3, 4, 11)
+    assert figures(end) == figures(replace(whole, block=4))
     # The cache that is there from the start is looked at: with less of it the same rounds carry less.
-    short, _, _ = cost.last_token(dryrun.run_last(spec, SETTINGS, max_context=8, ahead=ahead))
-    assert short.rounds == online.rounds and short.payload < online.payload
+    short = dryrun.run_last(spec, SETTINGS, max_context=6, ahead=ahead)
+    assert short.block == 2  # there is no room for more
+    (rounds, sent, _), (other, less, _) = figures(end)[0], figures(short)[0]
+    assert rounds == other and sent > less
+
+
+def test_no_dry_run_where_a_party_could_be() -> None:
+    """In a process of its own: once it holds what a party needs, a dry run is refused, with all in place."""
+    program = """
+import sys
+from importlib import import_module
+from session_fixture import LLAMA, SETTINGS
+from mimir import dryrun, kernels
+from mimir.errors import LocalError
+from mimir.mpc import check, doors
+
+before = {name: getattr(doors, name) for name in ("np", "_digest", "_pack", "_split", "_commitment")}
+needed = {"mimir.net.mesh", "mimir.actors.peer", "mimir.party"}
+assert not needed & set(sys.modules), "the cost model imports a party"
+calls = [
+    lambda: dryrun.run(LLAMA, SETTINGS, bucket=1, tokens=1, max_context=LLAMA.context, ahead=4),
+    lambda: dryrun.run_last(LLAMA, SETTINGS, max_context=LLAMA.context, ahead=4),
+]
+assert calls[0]().tokens == 1
+for name in needed:
+    import_module(name)
+held = {name: sys.modules.pop(name) for name in needed}
+for name in needed:  # each is enough
+    sys.modules[name] = held[name]
+    for call in calls:
+        try:
+            call()
+        except LocalError as error:
+            assert name in str(error) and "may be a party" in str(error)
+        else:
+            sys.exit(f"a dry run beside {name}")
+    del sys.modules[name]
+assert check.kernels is kernels
+assert before == {name: getattr(doors, name) for name in before}
+"""
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}
+    told = subprocess.run(
+        [sys.executable, "-c", program],
+        env=environment,
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parent.parent,
+    )
+    assert told.returncode == 0, told.stderr
 
 
 def test_what_was_replaced_is_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
     modules = (prep, check, ops, nonlinear, doors, session_module)
     names = ("kernels", "np", "offload", "log", "_pack", "_digest", "_split", "_commitment", "plan_turn")
     before = {(m, n): getattr(m, n) for m in modules for n in names if hasattr(m, n)}
-    counted(STORIES["llama"])
+    counted(PLAIN)
     with pytest.raises(BadInput, match="too short"):
         dryrun.run_last(LLAMA, SETTINGS, max_context=2, ahead=64)
 
@@ -113,7 +177,7 @@ def test_what_was_replaced_is_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
 
     with monkeypatch.context() as patch, pytest.raises(LocalError, match="broken"):
         patch.setattr(prep, "produce", broken)
-        counted(STORIES["llama"])
+        counted(PLAIN)
     assert {at: getattr(*at) for at in before} == before
     assert not isinstance(nonlinear.activation_piece("silu", SETTINGS).tables, dryrun.Stretched)
 
@@ -121,23 +185,25 @@ def test_what_was_replaced_is_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_kernel_rules_agree_with_the_kernels() -> None:
     examples = cost._examples()
     assert set(examples) == {*dryrun.RULES, dryrun.ONE_ROW}
+    narrow = (np.ones((8, 16), np.uint16), np.zeros(8, np.uint64))
+    assert dryrun._Kernels().rotate(*narrow).dtype == kernels.rotate(*narrow).dtype == np.uint16
     for name, arguments in examples.items():
         name = "matmul" if name == dryrun.ONE_ROW else name
         shape, units = dryrun.RULES[name](*arguments)
         out = getattr(kernels, name)(*arguments)
-        assert (None if isinstance(out, int) else out.shape) == shape, name
+        assert (out.shape if isinstance(out, np.ndarray) else None) == shape, name
         assert units > 0, name
 
 
 def test_a_kernel_without_a_rule_is_really_run() -> None:
-    assert "gf_mul" not in dryrun.RULES
+    assert "gr_mul" not in dryrun.RULES
     tally = dryrun.Tally()
     with dryrun._nothing_real(tally):
-        x = dryrun.stretched((4096,))
+        x = dryrun.stretched((64, kernels.GR_DEGREE))
         token = dryrun._lane.set(PREP)
-        out = dryrun._Kernels().gf_mul(x, x)
+        out = dryrun._Kernels().gr_mul(x, x)
         dryrun._lane.reset(token)
-        assert out.shape == (4096,) and isinstance(out, dryrun.Stretched)
+        assert out.shape == x.shape and isinstance(out, dryrun.Stretched)
     assert tally.lanes[PREP].work["nanoseconds"] > 0
 
 
@@ -164,6 +230,9 @@ def stretch(x: np.ndarray) -> dryrun.Stretched:
         lambda x, y: x[np.array([1, 0, 1])],
         lambda x, y: x[:, np.array([True, False] * (x.shape[1] // 2))],
         lambda x, y: x.astype(np.uint32).view(np.uint64),
+        lambda x, y: x.view(np.uint16)[:, :200] * y.astype(np.uint16)[:, :1],
+        lambda x, y: x.astype(np.uint64, copy=False),
+        lambda x, y: np.ones_like(x),
         lambda x, y: np.broadcast_to(x, (5, *x.shape)),
         lambda x, y: np.tile(x, (2, 1)),
         lambda x, y: np.where(x > y, x, y),
@@ -207,7 +276,9 @@ def test_memory_is_given_back() -> None:
 def rates(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Of this machine, measured once by the command's own calibration."""
     file = tmp_path_factory.mktemp("rates") / "rates.json"
-    measured = cost.calibrate()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cost, "MIN_SECONDS", 0.001)
+        measured = cost.calibrate()
     assert set(measured.seconds) == cost._keys() and min(measured.seconds.values()) > 0
     measured.write(file)
     return file

@@ -22,6 +22,14 @@ SOURCES = {p.relative_to(ROOT).with_suffix("").as_posix(): p for p in (ROOT / "m
 
 # What a module, or a folder, must never import. The arrows of DESIGN.md, read backwards.
 FORBIDDEN = {
+    "mimir/attest": (
+        "mimir.mpc",
+        "mimir.net",
+        "mimir.model",
+        "mimir.actors",
+        "mimir.client",
+        "mimir.kernels",
+    ),
     "mimir/kernels": ("mimir.mpc", "mimir.net", "mimir.model", "mimir.actors", "mimir.client"),
     "mimir/net": ("mimir.mpc", "mimir.actors", "mimir.client", "mimir.kernels"),
     "mimir/client": ("mimir.actors", "mimir.mpc.share", "mimir.mpc.doors", "mimir.mpc.prep", "mimir.mpc.ops"),
@@ -51,7 +59,7 @@ DOORS: Counter[str] = Counter(
         "mimir/model/transformer:attention open": 1,
         "mimir/model/transformer:mix open": 1,
         "mimir/model/transformer:reenter open_all": 1,
-        "mimir/mpc/check:_inner_product open_extension": 1,
+        "mimir/mpc/check:verify open_extension": 1,
         "mimir/mpc/nonlinear:rms_norm open": 2,
         "mimir/mpc/ops:are_below open_low": 1,
         "mimir/mpc/ops:coarse_index open": 1,
@@ -100,6 +108,12 @@ ORDER = (
     ("mimir/__init__", "mimir/errors"),
     ("mimir/secret", "mimir/kernels"),
     ("mimir/config",),
+    ("mimir/attest/__init__", "mimir/attest/trail"),
+    ("mimir/attest/certs", "mimir/attest/rules"),
+    ("mimir/attest/snp", "mimir/attest/tdx", "mimir/attest/nitro", "mimir/attest/tpm"),
+    ("mimir/attest/azure", "mimir/attest/evidence"),
+    ("mimir/attest/policy", "mimir/attest/collateral"),
+    ("mimir/attest/appraisal",),
     ("mimir/model/checkpoint", "mimir/model/tokenizer", "mimir/model/__init__"),
     ("mimir/manifest",),
     ("mimir/store",),
@@ -116,7 +130,7 @@ ORDER = (
     ("mimir/client",),
     ("mimir/dryrun",),
     ("mimir/cost",),
-    ("mimir/doctor", "mimir/party"),
+    ("mimir/doctor", "mimir/party", "mimir/policy"),
     ("mimir/__main__",),
 )
 
@@ -140,6 +154,16 @@ def test_modules_stand_in_one_order() -> None:
                 assert line_of(target) <= line_of(name), f"{name} imports {found}"
 
 
+def test_verifiers_know_no_clock_and_no_network() -> None:
+    """Time and collateral are arguments: a verdict can be had again, later and elsewhere."""
+    for name, path in SOURCES.items():
+        if name.startswith("mimir/attest") and name != "mimir/attest/collateral":
+            assert not imports(path) & {"time", "socket", "ssl", "trio"}, name
+            assert not any(f.split(".")[0] in ("urllib", "http", "asyncio") for f in imports(path)), name
+            called = {n.attr for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Attribute)}
+            assert not called & {"now", "utcnow", "today"}, f"{name} asks a clock"
+
+
 def test_only_the_command_line_and_the_cost_model_import_actors() -> None:
     for name, path in SOURCES.items():
         known = ("mimir/__main__", "mimir/party", "mimir/dryrun", "mimir/cost")
@@ -159,6 +183,33 @@ def test_no_party_can_run_over_shapes() -> None:
 def test_tunnels_know_nothing_of_mimir() -> None:
     for path in (ROOT / "wg").rglob("*.py"):
         assert not any(f == "mimir" or f.startswith("mimir.") for f in imports(path)), path
+
+
+# Lowest first: a module of the tunnel imports what stands before it.
+WG_ORDER = (
+    "errors",
+    "keys",
+    "uapi",
+    "device",
+    "interface",
+    "probe",
+    "exchange",
+    "rotation",
+    "generations",
+    "tunnel",
+    "relay",
+    "capture",
+)
+
+
+def test_modules_of_the_tunnel_stand_in_one_order() -> None:
+    found = {path.stem: path for path in (ROOT / "wg").glob("*.py") if path.stem != "__init__"}
+    assert set(found) == set(WG_ORDER)
+    for name, path in found.items():
+        for imported in imports(path):
+            stem = imported.removeprefix("wg.").split(".")[0]
+            if imported.startswith("wg.") and stem in found:
+                assert WG_ORDER.index(stem) < WG_ORDER.index(name), f"wg/{name} imports {imported}"
 
 
 class _Calls(ast.NodeVisitor):
@@ -345,6 +396,7 @@ def test_no_check_is_an_assertion() -> None:
         "mimir/mpc/check",
         "mimir/net/wire",
         "mimir/client/session",
+        *(name for name in SOURCES if name.startswith("mimir/attest")),
     ):
         assert not any(isinstance(n, ast.Assert) for n in ast.walk(ast.parse(SOURCES[name].read_text()))), (
             name

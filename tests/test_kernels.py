@@ -387,7 +387,11 @@ def test_lookup(level: str, rng: np.random.Generator, size: int, n: int, depth: 
 @pytest.mark.parametrize("size", [1, 2, 4, 8, 16, 128])
 def test_rotate(level: str, rng: np.random.Generator, size: int) -> None:
     e, c = words(rng, 2 * size + 3, size), np.arange(2 * size + 3, dtype=np.uint64)
-    same(k.rotate(e, c), [[int(e[i, (int(c[i]) - j) % size]) for j in range(size)] for i in range(len(c))])
+    want = [[int(e[i, (int(c[i]) - j) % size]) for j in range(size)] for i in range(len(c))]
+    same(k.rotate(e, c), want)
+    half = k.rotate(e.astype(np.uint16), c)
+    assert half.dtype == np.uint16
+    same(half.astype(np.uint64), u64(want) % np.uint64(1 << 16))
 
 
 @pytest.mark.parametrize("size", [1, 2, 8, 32, 64, 128, 256])
@@ -449,12 +453,6 @@ def test_gf(level: str, rng: np.random.Generator, n: int) -> None:
     assert k.gf_inner(a, b) == total
     for s in (0, 1, 1 << 63, ONES, int(rng.integers(0, M, dtype=np.uint64))):
         same(k.gf_scale(a, s), [o_gf_mul(x, s) for x in ints(a)])
-    bits, more = words(rng, (n + 63) // 64), words(rng, (n + 63) // 64)
-    same(k.gf_select(bits, a), [int(a[j]) * bit(bits, j) for j in range(n)])
-    total = 0
-    for j in range(n):
-        total ^= int(a[j]) * (bit(bits, j) & bit(more, j))
-    assert k.gf_select_inner(bits, more, a) == total
 
 
 @pytest.mark.parametrize("half", [0, 1, 3, 8, 17, 65])
@@ -485,9 +483,87 @@ def test_gf_misuse(rng: np.random.Generator) -> None:
         lambda: k.gf_fold(a, 1),
         lambda: k.gf_scale(a, M),
         lambda: k.gf_scale(a, -1),
-        lambda: k.gf_select(a, a),
-        lambda: k.gf_select_inner(a[:1], a, a),
         lambda: k.gf_inner(a, a.astype(np.int64)),
+        lambda: k.gf_cross(words(rng, 2, 3, 6), words(rng, 2, 3, 6), words(rng, 64, 3)),
+        lambda: k.gf_cross(words(rng, 2, 1, 128), words(rng, 2, 1, 128), words(rng, 64, 1)),
+        lambda: k.gf_cross(words(rng, 2, 3, 4), words(rng, 2, 3, 8), words(rng, 64, 3)),
+        lambda: k.gf_cross(words(rng, 2, 3, 4), words(rng, 2, 3, 4), words(rng, 64, 2)),
+        lambda: k.gf_combine(words(rng, 3, 4), words(rng, 63, 3)),
+        lambda: k.gf_blend(words(rng, 3, 4), words(rng, 5)),
+    )
+
+
+def o_terms(rows: list[list[Any]], minus: Callable[[Any, Any], Any], slope: bool = False) -> list[list[Any]]:
+    """The vectors that took a difference when rows are halved into low, high and difference; see gf_cross."""
+    if len(rows) == 1:
+        return [rows[0]] if slope else []
+    low, high = rows[: len(rows) // 2], rows[len(rows) // 2 :]
+    difference = [[minus(q, p) for p, q in zip(a, b, strict=True)] for a, b in zip(low, high, strict=True)]
+    return o_terms(low, minus, slope) + o_terms(high, minus, slope) + o_terms(difference, minus, True)
+
+
+CROSSES = [(1, 3), (2, 1), (4, 5), (8, 33), (16, 2)]
+
+
+@pytest.mark.parametrize(("rows", "n"), CROSSES)
+def test_gf_cross(level: str, rng: np.random.Generator, rows: int, n: int) -> None:
+    """Each value is a sum over columns and lanes of the element whose bits stand in the planes."""
+    x, y, planes = words(rng, 2, n, rows), words(rng, 2, n, rows), words(rng, 64, n)
+    rho = k.bit_unslice(planes, 64 * n)
+    pairs = [
+        [tuple(int(v) for v in (x[0, g, i], x[1, g, i], y[0, g, i], y[1, g, i])) for g in range(n)]
+        for i in range(rows)
+    ]
+    want = []
+    for term in o_terms(pairs, lambda q, p: tuple(a ^ b for a, b in zip(q, p, strict=True))):
+        total = 0
+        for g, (x0, x1, y0, y1) in enumerate(term):
+            product = (x0 & (y0 ^ y1)) ^ (x1 & y0)
+            for lane in range(64):
+                total ^= int(rho[64 * g + lane]) * (product >> lane & 1)
+        want.append(total)
+    assert len(want) == k.crosses(rows)
+    same(k.gf_cross(x, y, planes), want)
+    combined = np.zeros(rows, np.uint64)
+    for g, i, lane in itertools.product(range(n), range(rows), range(64)):
+        combined[i] ^= rho[64 * g + lane] * (x[0, g, i] >> np.uint64(lane) & np.uint64(1))
+    same(k.gf_combine(x[0], planes), combined)
+
+
+@pytest.mark.parametrize(("rows", "n"), [(1, 3), (3, 2), (8, 5), (64, 2)])
+def test_gf_blend(level: str, rng: np.random.Generator, rows: int, n: int) -> None:
+    x, w = words(rng, n, rows), words(rng, rows)
+    want = np.zeros(64 * n, np.uint64)
+    for g, i, lane in itertools.product(range(n), range(rows), range(64)):
+        want[64 * g + lane] ^= w[i] * (x[g, i] >> np.uint64(lane) & np.uint64(1))
+    same(k.gf_blend(x, w), want)
+
+
+# ---- doubling one-hots ----
+
+
+@pytest.mark.parametrize(("n", "size", "have"), [(1, 2, 1), (3, 16, 4), (5, 64, 32), (2, 8, 2)])
+def test_double(level: str, rng: np.random.Generator, n: int, size: int, have: int) -> None:
+    e, b, out = words(rng, 2, n, size), words(rng, 2, n), words(rng, n, have)
+    want = out + e[0, :, :have] * (b[0] + b[1])[:, None] + e[1, :, :have] * b[0][:, None]
+    k.double_part(out, e, b)
+    same(out, want)
+    grown, high = e[0].copy(), words(rng, n, have)
+    k.double(grown, high)
+    same(grown[:, have : 2 * have], high)
+    same(grown[:, :have], e[0, :, :have] - high)
+    same(grown[:, 2 * have :], e[0, :, 2 * have :])
+
+
+def test_double_misuse(rng: np.random.Generator) -> None:
+    e, b = words(rng, 2, 3, 8), words(rng, 2, 3)
+    refuses(
+        lambda: k.double_part(words(rng, 3, 9), e, b),
+        lambda: k.double_part(words(rng, 2, 4), e, b),
+        lambda: k.double_part(words(rng, 3, 4), e, b[:, :2].copy()),
+        lambda: k.double(e[0], words(rng, 3, 5)),
+        lambda: k.double(e[0], words(rng, 2, 4)),
+        lambda: k.double(e[0], e[0].reshape(6, 4)[:3]),
     )
 
 
@@ -536,6 +612,37 @@ def test_gr_combine(level: str, rng: np.random.Generator, shape: tuple[int, int]
 
     same(k.gr_combine(x, r), [combined(row, r) for row in x])
     same(k.gr_combine_cols(x, s), [combined(column, s) for column in x.T])
+
+
+@pytest.mark.parametrize(("rows", "n"), CROSSES)
+def test_gr_cross(level: str, rng: np.random.Generator, rows: int, n: int) -> None:
+    x, y, r = words(rng, 2, n, rows), words(rng, 2, n, rows), words(rng, n)
+    pairs = [
+        [tuple(int(v) for v in (x[0, g, i], x[1, g, i], y[0, g, i], y[1, g, i])) for g in range(n)]
+        for i in range(rows)
+    ]
+    want = []
+    for term in o_terms(pairs, lambda q, p: tuple(a - b for a, b in zip(q, p, strict=True))):
+        products = [(x0 * (y0 + y1) + x1 * y0) % M for x0, x1, y0, y1 in term]
+        want.append(
+            [sum(p * (int(q) >> t & 1) for p, q in zip(products, r, strict=True)) % M for t in range(48)]
+        )
+    got = k.gr_cross(x, y, r)
+    assert got.shape == (k.crosses(rows), 48)
+    if want:
+        same(got, want)
+
+
+@pytest.mark.parametrize("half", [0, 1, 2, 33])
+def test_gr_halves(level: str, rng: np.random.Generator, half: int) -> None:
+    a0, a1, w0, w1 = (words(rng, 2 * half, 48) for _ in range(4))
+
+    def part(a: U64, b: U64, u: U64, v: U64) -> U64:
+        return k.gr_inner(np.ascontiguousarray(a + b), u.copy()) + k.gr_inner(a.copy(), v.copy())
+
+    low = part(a0[:half], a1[:half], w0[:half], w1[:half])
+    slope = part(*(v[half:] - v[:half] for v in (a0, a1, w0, w1)))
+    same(k.gr_halves(a0, a1, w0, w1), np.stack([low, slope]))
 
 
 def test_gr_all_ones(level: str) -> None:
@@ -589,6 +696,10 @@ def test_gr_misuse(rng: np.random.Generator) -> None:
         lambda: k.gr_combine(x, r[:2]),
         lambda: k.gr_combine_cols(x, r),
         lambda: k.gr_combine(x.T, r[:2]),
+        lambda: k.gr_cross(words(rng, 2, 3, 6), words(rng, 2, 3, 6), r),
+        lambda: k.gr_cross(words(rng, 2, 3, 4), words(rng, 2, 3, 4), r[:2]),
+        lambda: k.gr_halves(a, a, a, a),
+        lambda: k.gr_halves(a[:2], a[:2], a[:2], a),
     )
 
 
@@ -603,7 +714,11 @@ WIDE: dict[str, Callable[[np.random.Generator], Any]] = {
         words(g, 301, 4), 256, words(g, 301), g.integers(0, 2, (21, 256), dtype=np.uint8)
     ),
     "gf_inner": lambda g: u64(k.gf_inner(words(g, 4099), words(g, 4099))),
-    "gf_select_inner": lambda g: u64(k.gf_select_inner(words(g, 65), words(g, 65), words(g, 4099))),
+    "gf_cross": lambda g: k.gf_cross(words(g, 2, 77, 64), words(g, 2, 77, 64), words(g, 64, 77)),
+    "gf_combine": lambda g: k.gf_combine(words(g, 77, 64), words(g, 64, 77)),
+    "gf_blend": lambda g: k.gf_blend(words(g, 77, 64), words(g, 64)),
+    "gr_cross": lambda g: k.gr_cross(words(g, 2, 77, 64), words(g, 2, 77, 64), words(g, 77)),
+    "gr_halves": lambda g: k.gr_halves(*(words(g, 302, 48) for _ in range(4))),
     "gr_inner": lambda g: k.gr_inner(words(g, 301, 48), words(g, 301, 48)),
     "gr_mul01": lambda g: k.gr_mul01(words(g, 301, 48), words(g, 301)),
     "gr_combine": lambda g: k.gr_combine(words(g, 13, 1001), words(g, 1001)),
@@ -683,13 +798,21 @@ def walk_fences() -> None:
             for size in (2, 64, 128):
                 k.lookup(w(n, size), w(n), w(5, size))
                 k.rotate(w(n, size), w(n))
+                k.rotate(fence.empty((n, size), np.uint16), w(n))
                 k.bit_lookup(w(n, max(1, size // 64)), size, w(n), np.ones((9, size), np.uint8))
             k.gf_mul(w(n), w(n))
             k.gf_scale(w(n), 5)
             k.gf_inner(w(n), w(n))
             k.gf_fold(w(2 * n), 5)
-            k.gf_select(w(packed), w(n))
-            k.gf_select_inner(w(packed), w(packed), w(n))
+            for rows in (1, 8, 64):
+                k.gf_cross(w(2, n, rows), w(2, n, rows), w(64, n))
+                k.gf_combine(w(n, rows), w(64, n))
+                k.gf_blend(w(n, rows), w(rows))
+                k.gr_cross(w(2, n, rows), w(2, n, rows), w(n))
+            k.gr_halves(w(2 * n, 48), w(2 * n, 48), w(2 * n, 48), w(2 * n, 48))
+            for have in (1, 4):
+                k.double_part(w(n, have), w(2, n, 8), w(2, n))
+                k.double(w(n, 8), w(n, have))
             k.gr_mul(w(n, 48), w(n, 48))
             k.gr_inner(w(n, 48), w(n, 48))
             k.gr_mul01(w(n, 48), w(n))

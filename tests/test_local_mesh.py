@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_wg import why_not
+from lab import why_not
 
 from wg.capture import HARMLESS
 
@@ -106,16 +106,27 @@ def events(text: str) -> list[dict[str, Any]]:
 
 def test_it_answers_and_leaves_nothing_and_does_so_again(tmp_path: Path) -> None:
     answers = []
-    for _ in range(2):
-        with running("--json", "--workdir", str(tmp_path)) as child:
+    for settings in ((), ("--set", "tunnel.rotate_seconds=5")):  # the second one under ever new tunnel keys
+        with running("--json", "--workdir", str(tmp_path), *settings) as child:
             out, err = child.communicate(timeout=PATIENCE)
             assert child.returncode == 0, err
             assert left_of(child.pid) == []
         done = [event for event in events(out) if event["event"] == "done"]
         answers.append(done[0]["ids"])
     assert len(answers[0]) == 4 and answers[0] == answers[1]  # greedy
+    committed = (tmp_path / "party0" / "log").read_text().count("rotation committed")
+    assert committed >= 4  # with both peers, more than the first
     assert (tmp_path / "party0" / "identity.key").stat().st_mode & 0o777 == 0o600
     assert "ip netns add" in (tmp_path / "commands.log").read_text()
+
+
+def epochs(mesh: dict[str, Any], party: int) -> dict[int, int]:
+    """Which generation of keys the party uses with each peer, as `mimir status` says."""
+    words = [*mesh["prefix"], f"{sys.prefix}/bin/mimir", "status", "--json"]
+    words += ["--federation", f"{mesh['workdir']}/client.toml"]
+    said = events(subprocess.run(words, capture_output=True, text=True, check=True).stdout)
+    status = next(event["status"] for event in said if event["status"]["party"] == party)
+    return {entry["party"]: entry["epoch"] for entry in status["service"]["tunnel"]}
 
 
 def test_only_wireguard_passes_between_the_parties() -> None:
@@ -143,6 +154,12 @@ def test_only_wireguard_passes_between_the_parties() -> None:
         for line in child.stdout:
             if json.loads(line)["event"] == "done":
                 break
+        before = epochs(first, 2)
+        os.kill(int(first["pids"][2]), signal.SIGUSR1)  # both its peers lead: it asks them for new keys
+        deadline = time.monotonic() + PATIENCE
+        while any(epochs(first, 2)[peer] <= before[peer] for peer in (0, 1)):
+            assert time.monotonic() < deadline
+            time.sleep(0.2)
         report = json.loads(sniffer.communicate(timeout=60)[0])
         assert set(report["kinds"]) <= HARMLESS, report["foreign"]
         assert report["kinds"]["wireguard"] > 1000

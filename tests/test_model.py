@@ -817,16 +817,17 @@ def test_activation_over_its_whole_domain(act: str, llama_twin: FixedModel, plai
         twin = FixedModel(load_checkpoint(plain_gpt2))
         assert twin.plan.act == "gelu_tanh"
         if act == "gelu":
-            reach = twin.fixed.bins / 8
-            bits, magnitude = twin.fixed.bins.bit_length() - 1, math.ceil(math.log2(reach)) + 1
+            reach = twin.activation_bins / 8
+            bits, magnitude = twin.activation_bins.bit_length() - 1, math.ceil(math.log2(reach)) + 1
             twin.act = twin._table(gelu, -reach, twin.fixed.activation_bin, bits, magnitude)
-    edge = twin.fixed.bins / 8 - 2.0**twin.fixed.activation_bin
+    edge = twin.activation_bins / 8 - 2.0**twin.fixed.activation_bin
     x = np.linspace(-edge, edge, 40001)[1:-1]
     f = twin.fixed.scale_bits
-    got = twin._activate("test", np.rint(x * 4.0**f).astype(np.int64)) / 2.0**f
+    scale = f if act == "silu_glu" else 2 * f
+    got = twin._activate("test", np.rint(x * 4.0**f).astype(np.int64)) / 2.0**scale
     assert np.abs(got - ACTIVATIONS[act](x)).max() < 3.5e-4
     for outside in (-200.0, -edge - 1, edge + 1, 200.0):  # there it is x or 0
-        far = twin._activate("test", np.asarray([int(outside * 4.0**f)])) / 2.0**f
+        far = twin._activate("test", np.asarray([int(outside * 4.0**f)])) / 2.0**scale
         assert abs(far[0] - max(outside, 0.0)) < 3.5e-4
     for outside in (-260.0, 260.0):
         with pytest.raises(OverflowError, match="test: an activation's input"):
@@ -837,7 +838,7 @@ def test_relu_is_exact_to_two_units(a_gpt2: Path) -> None:
     edit(a_gpt2, activation_function="relu")
     twin = FixedModel(load_checkpoint(a_gpt2))
     x = np.linspace(-40, 40, 10001)
-    got = twin._activate("test", np.rint(x * 4.0**16).astype(np.int64)) / 2.0**16
+    got = twin._activate("test", np.rint(x * 4.0**16).astype(np.int64)) / 2.0**32
     assert np.abs(got - np.maximum(x, 0)).max() < 2.0**-14
 
 
@@ -874,7 +875,10 @@ def test_reciprocal_over_its_whole_domain(llama_twin: FixedModel) -> None:
     fx = llama_twin.fixed
     x = np.geomspace(math.exp(-8), 2.0**10.9, 5000)
     at = np.rint(x * 2.0**fx.exp_scale).astype(np.int64)
-    got = llama_twin._climb("test", at << fx.sum_shift, llama_twin.reciprocal) / 2.0**fx.inverse_scale
+    got = (
+        llama_twin._climb("test", at << fx.sum_shift, llama_twin.reciprocal, fx.inverse_scale)
+        / 2.0**fx.inverse_scale
+    )
     assert np.abs(got * x - 1).max() < 2e-3
 
 

@@ -1537,10 +1537,9 @@ def test_too_many_requests_at_once_are_refused(monkeypatch: pytest.MonkeyPatch) 
 
 def test_a_program_that_hangs_is_noticed_although_its_kernel_lives(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(mesh, "HEARTBEAT", 0.05)
-    monkeypatch.setattr(mesh, "DEAD_AFTER", 0.4)
 
     async def test() -> None:
-        async with lone_mesh() as (made, places, _):
+        async with lone_mesh(dead_after=0.4) as (made, places, _):
             streams = await call_all_lanes(places[1])
             while not made.up(0):
                 await trio.sleep(0.01)
@@ -1551,6 +1550,8 @@ def test_a_program_that_hangs_is_noticed_although_its_kernel_lives(monkeypatch: 
             with trio.fail_after(5):
                 while made.up(0):
                     await trio.sleep(0.05)
+            with pytest.raises(PeerError, match="there is no link"):
+                made.link_secret(0, bytes(16), "x")
 
     run(test)
 

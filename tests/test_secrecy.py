@@ -216,7 +216,7 @@ def mask_width(kind: prep.Kind, name: str) -> int | None:
     match kind:
         case prep.Trunc():
             return 64 if name == "r" else None
-        case prep.Lookup(low, rest, bits, _):
+        case prep.Lookup(low, rest, bits, _, _):
             return {"r": low + rest + bits, "mask": 64}.get(name)
         case prep.Zero(bits, low):
             return low + bits if name == "r" else None

@@ -13,6 +13,7 @@ and closed inside that call (3-7 ms for address, MTU and state together).
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import errno
 import fcntl
@@ -35,7 +36,7 @@ import structlog
 import trio
 
 from wg.errors import DeviceLost, NotPossibleHere, TunnelError
-from wg.keys import PrivateKey, PublicKey
+from wg.keys import KEY_BYTES, PresharedKey, PrivateKey, PublicKey
 from wg.uapi import PeerReading, UapiClient, socket_path
 
 log = structlog.get_logger("wg.device")
@@ -62,6 +63,8 @@ OLDEST_FAST_VERSION = (0, 0, 20230223)
 _TUNSETIFF = 0x400454CA
 _TUN_FLAGS = 0x0001 | 0x1000 | 0x4000  # IFF_TUN, IFF_NO_PI, IFF_VNET_HDR
 INTERFACE_NAME = re.compile(r"[a-zA-Z][a-zA-Z0-9_-]{0,14}")
+#: A route that is missing or unreachable, a blackhole, one that is prohibited.
+_NO_WAY = (errno.ENETUNREACH, errno.EHOSTUNREACH, errno.EINVAL, errno.EACCES)
 _MARK = "wg-mesh pid {pid} started {start}"
 _MARK_PATTERN = re.compile(r"wg-mesh pid (\d+) started (\d+)")
 
@@ -122,11 +125,13 @@ class Device(ABC):
     async def put_peer(
         self,
         public_key: PublicKey,
-        endpoint: tuple[Address, int],
+        endpoint: tuple[Address, int] | None,
         allowed: Iterable[Network],
         keepalive: int,
+        preshared: PresharedKey | None = None,
     ) -> None:
-        """Add a peer. A keepalive above 0 starts a handshake at once."""
+        """Add a peer. A keepalive above 0 starts a handshake at once; without an endpoint the peer speaks
+        first."""
 
     @abstractmethod
     async def set_keepalive(self, public_key: PublicKey, seconds: int) -> None: ...
@@ -139,23 +144,72 @@ class Device(ABC):
         raise TunnelError(f"{self.name}: the interface was removed by somebody else")
 
     @abstractmethod
+    async def rest(self) -> None:
+        """Forget key and peers and go down, which also drops the routes; the interface and its index stay."""
+
+    @abstractmethod
+    async def wake(self) -> None:
+        """Make a resting device usable again, unconfigured."""
+
+    @abstractmethod
     async def readings(self) -> list[PeerReading]: ...
 
-    async def bring_up(self, address: Address, mtu: int) -> None:
-        """Set MTU and address (as a single host: the routes to peers are separate) and bring it up."""
+    async def index(self) -> int:
+        """The kernel's number of this interface: the same for as long as the interface exists."""
+
+        def work(ip: Any) -> int:
+            index = _index_of(ip, self.name)
+            if index is None:
+                raise DeviceLost(f"{self.name}: the interface vanished")
+            return index
+
+        return await _netlink(f"{self.name}: looking up its index", work)
+
+    async def bring_up(self, addresses: Iterable[Address], mtu: int) -> None:
+        """Set MTU and addresses (as single hosts: the routes to peers are separate) and bring it up."""
+        own = tuple(addresses)
 
         def work(ip: Any) -> None:
             index = _index_of(ip, self.name)
             if index is None:
                 raise DeviceLost(f"{self.name}: the interface vanished")
             ip.link("set", index=index, mtu=mtu)
-            ip.addr("replace", index=index, address=str(address), prefixlen=address.max_prefixlen)
+            for address in own:
+                ip.addr("replace", index=index, address=str(address), prefixlen=address.max_prefixlen)
             ip.link("set", index=index, state="up")
 
-        await _netlink(f"{self.name}: address {address}", work)
+        await _netlink(f"{self.name}: {', '.join(map(str, own)) or 'no address'}", work)
 
-    async def route(self, destination: Network, source: Address) -> None:
-        """Send what goes to `destination` through this interface, from `source`."""
+    async def bring_down(self) -> None:
+        def work(ip: Any) -> None:
+            index = _index_of(ip, self.name)
+            if index is not None:
+                ip.link("set", index=index, state="down")
+
+        await _netlink(f"{self.name}: going down", work)
+
+    async def accept_from_other_routes(self) -> None:
+        """Let packets in whose way back leads through another interface, as it does while two generations
+        exist. Raises `NotPossibleHere` where a strict reverse-path filter cannot be set aside."""
+
+        def work() -> None:
+            # The larger of this and `all` counts, and 2 is loose. IPv6 has no such filter.
+            at = Path(f"/proc/sys/net/ipv4/conf/{self.name}/rp_filter")
+            try:
+                at.write_text("2")
+            except OSError as problem:
+                every = at.parent.parent / "all" / "rp_filter"
+                if "1" in (at.read_text().strip(), every.read_text().strip()):
+                    raise NotPossibleHere(
+                        f"{self.name}: {at} cannot be set to 2 ({problem.strerror}), and the reverse-path "
+                        "filter would drop what two generations of the tunnel share; set it to 0 or 2 for all"
+                    ) from None
+
+        await trio.to_thread.run_sync(work)
+
+    async def route(self, destination: Network, source: Address, metric: int | None = None) -> None:
+        """Send what goes to `destination` through this interface, from `source`. A route of the same metric
+        is replaced at once, so that no packet finds none."""
 
         def work(ip: Any) -> None:
             index = _index_of(ip, self.name)
@@ -170,6 +224,7 @@ class Device(ABC):
                         oif=index,
                         prefsrc=str(source),
                         metrics={**metrics, **extra},
+                        **({} if metric is None else {"priority": metric}),
                     )
                     return
                 except Exception as problem:
@@ -194,20 +249,24 @@ class _KernelDevice(Device):
     async def put_peer(
         self,
         public_key: PublicKey,
-        endpoint: tuple[Address, int],
+        endpoint: tuple[Address, int] | None,
         allowed: Iterable[Network],
         keepalive: int,
+        preshared: PresharedKey | None = None,
     ) -> None:
-        await self._set(
-            peer={
-                "public_key": public_key.base64(),
-                "endpoint_addr": str(endpoint[0]),
-                "endpoint_port": endpoint[1],
-                "persistent_keepalive": keepalive,
-                "replace_allowed_ips": True,
-                "allowed_ips": [str(network) for network in allowed],
-            }
-        )
+        peer: dict[str, Any] = {
+            "public_key": public_key.base64(),
+            "persistent_keepalive": keepalive,
+            "replace_allowed_ips": True,
+            "allowed_ips": [str(network) for network in allowed],
+        }
+        if endpoint is not None:
+            peer |= {"endpoint_addr": str(endpoint[0]), "endpoint_port": endpoint[1]}
+        if preshared is not None:
+            text = preshared.base64()
+            peer["preshared_key"] = text.decode()
+            text[:] = bytes(len(text))
+        await self._set(peer=peer)
 
     async def set_keepalive(self, public_key: PublicKey, seconds: int) -> None:
         await self._set(
@@ -230,6 +289,16 @@ class _KernelDevice(Device):
                 wireguard.close()
 
         return await self._call("reading peers", work)
+
+    async def rest(self) -> None:
+        await self.bring_down()
+        for reading in await self.readings():
+            await self.remove_peer(reading.public_key)
+        # All zeros is how the kernel is told to have no key.
+        await self._set(private_key=base64.b64encode(bytes(KEY_BYTES)).decode())
+
+    async def wake(self) -> None:
+        pass
 
     async def _set(self, **what: Any) -> None:
         def work() -> None:
@@ -354,6 +423,13 @@ class _UserspaceDevice(Device):
         self.lost = trio.Event()
         await self.start()
 
+    async def rest(self) -> None:
+        await self.stop()  # its keys end with the process
+        await self.bring_down()
+
+    async def wake(self) -> None:
+        await self.revive()
+
     async def stop(self) -> None:
         """End the program by its pid: ask, then insist. Not waited for yet, the pid is still its own."""
         child, self._child = self._child, None
@@ -381,14 +457,17 @@ class _UserspaceDevice(Device):
     async def put_peer(
         self,
         public_key: PublicKey,
-        endpoint: tuple[Address, int],
+        endpoint: tuple[Address, int] | None,
         allowed: Iterable[Network],
         keepalive: int,
+        preshared: PresharedKey | None = None,
     ) -> None:
-        host, port = endpoint
-        text = f"[{host}]:{port}" if host.version == 6 else f"{host}:{port}"
+        text = None
+        if endpoint is not None:
+            host, port = endpoint
+            text = f"[{host}]:{port}" if host.version == 6 else f"{host}:{port}"
         async with self._busy:
-            await self._client.put_peer(public_key, text, allowed, keepalive)
+            await self._client.put_peer(public_key, text, allowed, keepalive, preshared)
 
     async def set_keepalive(self, public_key: PublicKey, seconds: int) -> None:
         async with self._busy:
@@ -405,13 +484,13 @@ class _UserspaceDevice(Device):
 
 @asynccontextmanager
 async def open_device(
-    name: str, implementation: str = "auto", userspace_path: str | None = None
+    name: str, implementation: str = "auto", userspace_path: str | None = None, awake: bool = True
 ) -> AsyncIterator[Device]:
     """Make the interface `name`, without address or peers; remove it on exit.
 
-    `implementation` is "auto" (the kernel where it knows WireGuard, else wireguard-go), "kernel" or
-    "userspace". Raises `NotPossibleHere` without the right, the device or the program, and `TunnelError` when
-    the name is taken.
+    Unless `awake`, it rests until `wake`: no process, no keys, down. `implementation` is "auto" (the kernel
+    where it knows WireGuard, else wireguard-go), "kernel" or "userspace". Raises `NotPossibleHere` without
+    the right, the device or the program, and `TunnelError` when the name is taken.
     """
     if not INTERFACE_NAME.fullmatch(name):
         raise TunnelError(f"{name!r} is no interface name: at most 15 letters, digits, '_' and '-'")
@@ -431,12 +510,12 @@ async def open_device(
             )
     elif implementation != "userspace":
         raise TunnelError(f"{name}: implementation is auto, kernel or userspace, not {implementation!r}")
-    async with _run_userspace(name, userspace_path) as device:
+    async with _run_userspace(name, userspace_path, awake) as device:
         yield device
 
 
 @asynccontextmanager
-async def _run_userspace(name: str, path: str | None) -> AsyncIterator[Device]:
+async def _run_userspace(name: str, path: str | None, awake: bool) -> AsyncIterator[Device]:
     program = await trio.to_thread.run_sync(find_userspace, path)
     if program is None:
         raise NotPossibleHere(
@@ -454,7 +533,8 @@ async def _run_userspace(name: str, path: str | None) -> AsyncIterator[Device]:
         async with trio.open_nursery() as nursery:
             device = _UserspaceDevice(name, program, tun, nursery)
             try:
-                await device.start()
+                if awake:
+                    await device.start()
                 yield device
             finally:
                 nursery.cancel_scope.cancel()
@@ -554,6 +634,29 @@ async def _netlink(what: str, work: Callable[[Any], T]) -> T:
 def _index_of(ip: Any, name: str) -> int | None:
     found = ip.link_lookup(ifname=name)
     return int(found[0]) if found else None
+
+
+async def ways_out(addresses: Iterable[Address]) -> dict[Address, str]:
+    """By which interface this host would send to each address now; "nowhere" where it would refuse to."""
+    wanted = tuple(addresses)
+
+    def work(ip: Any) -> dict[Address, str]:
+        found = {}
+        for address in wanted:
+            try:
+                index = ip.route("get", dst=str(address))[0].get_attr("RTA_OIF")
+                found[address] = ip.get_links(index)[0].get_attr("IFLA_IFNAME")
+            except Exception as problem:
+                if getattr(problem, "code", None) not in (
+                    errno.ENETUNREACH,
+                    errno.EHOSTUNREACH,
+                    errno.EINVAL,
+                ):
+                    raise
+                found[address] = "nowhere"
+        return found
+
+    return await _netlink("asking for routes", work)
 
 
 def _mark(ip: Any, name: str) -> None:

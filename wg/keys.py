@@ -1,8 +1,8 @@
-"""X25519 keys of the tunnel: made here, written to owner-only files, read back only from such files.
+"""Keys of the tunnel: X25519 private keys, in owner-only files or in memory alone, and pre-shared keys.
 
-The file format is that of `wg genkey`: one line of base64. A `PrivateKey` owns its bytes and can be wiped;
-Python may still hold copies that the cryptography library or the netlink library made on the way, so wiping
-shortens the life of a key in memory and does not promise its absence.
+The file format is that of `wg genkey`: one line of base64. A key owns its bytes and can be wiped; Python may
+still hold copies that the cryptography library or the netlink library made on the way, so wiping shortens the
+life of a key in memory and does not promise its absence.
 """
 
 from __future__ import annotations
@@ -60,23 +60,19 @@ class PublicKey:
         return self.base64()[:8] + "…"
 
 
-class PrivateKey:
-    """An X25519 private key. Never prints, compares, copies or pickles its bytes; `wipe()` zeroes them."""
+class _KeyMaterial:
+    """32 secret bytes. Never prints, compares, copies or pickles them; `wipe()` zeroes them."""
 
     __slots__ = ("_bytes",)
 
     def __init__(self, raw: bytes | bytearray) -> None:
         if len(raw) != KEY_BYTES:
-            raise KeyFileError(f"a private key has {KEY_BYTES} bytes, not {len(raw)}")
-        clamped = bytearray(raw)
-        # Clamped once here (RFC 7748, section 5), so that every consumer shows the same public key and text.
-        clamped[0] &= 248
-        clamped[31] = (clamped[31] & 127) | 64
-        self._bytes = clamped
+            raise KeyFileError(f"a {self._what()} has {KEY_BYTES} bytes, not {len(raw)}")
+        self._bytes = bytearray(raw)
 
-    def public(self) -> PublicKey:
-        self._alive()
-        return PublicKey(X25519PrivateKey.from_private_bytes(self._bytes).public_key().public_bytes_raw())
+    @classmethod
+    def _what(cls) -> str:
+        return "key"
 
     def hex(self) -> bytearray:
         """The key as lowercase hexadecimal, in a buffer that the caller wipes."""
@@ -95,13 +91,13 @@ class PrivateKey:
 
     def _alive(self) -> None:
         if not self._bytes:
-            raise KeyFileError("this private key has been wiped")
+            raise KeyFileError(f"this {self._what()} has been wiped")
 
     def __repr__(self) -> str:
-        return "PrivateKey(wiped)" if not self._bytes else "PrivateKey(32 bytes)"
+        return f"{type(self).__name__}({'wiped' if not self._bytes else f'{KEY_BYTES} bytes'})"
 
     def _refuse(self, *_: object) -> NoReturn:
-        raise TypeError("a private key cannot be compared, hashed, copied, formatted or pickled")
+        raise TypeError(f"a {self._what()} cannot be compared, hashed, copied, formatted or pickled")
 
     __eq__ = _refuse
     __ne__ = _refuse
@@ -114,6 +110,51 @@ class PrivateKey:
     __format__ = _refuse
     __iter__ = _refuse
     __bool__ = _refuse
+
+
+class PrivateKey(_KeyMaterial):
+    """An X25519 private key."""
+
+    __slots__ = ()
+
+    def __init__(self, raw: bytes | bytearray) -> None:
+        super().__init__(raw)
+        # Clamped once here (RFC 7748, section 5), so that every consumer shows the same public key and text.
+        self._bytes[0] &= 248
+        self._bytes[31] = (self._bytes[31] & 127) | 64
+
+    @classmethod
+    def _what(cls) -> str:
+        return "private key"
+
+    def public(self) -> PublicKey:
+        self._alive()
+        return PublicKey(X25519PrivateKey.from_private_bytes(self._bytes).public_key().public_bytes_raw())
+
+
+class PresharedKey(_KeyMaterial):
+    """What WireGuard mixes into a handshake beside the two key pairs; the same 32 bytes at both ends."""
+
+    __slots__ = ()
+
+    @classmethod
+    def _what(cls) -> str:
+        return "pre-shared key"
+
+
+class ChainKey(_KeyMaterial):
+    """What one exchange of keys leaves for the next, so that the next depends on it (see `wg.exchange`)."""
+
+    __slots__ = ()
+
+    @classmethod
+    def _what(cls) -> str:
+        return "chain key"
+
+    def copy_into(self, buffer: bytearray) -> None:
+        """Overwrite `buffer`, which the caller wipes."""
+        self._alive()
+        buffer[:] = self._bytes
 
 
 def generate() -> PrivateKey:

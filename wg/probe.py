@@ -9,12 +9,12 @@ from __future__ import annotations
 import hashlib
 import os
 import socket
+from typing import Protocol
 
 import trio
 
 from wg.device import Address
 from wg.errors import TunnelError
-from wg.tunnel import Tunnel
 
 #: More than any first window, so that full-size segments have to be acknowledged on the way.
 PROBE_BYTES = 256 * 1024
@@ -22,8 +22,23 @@ PROBE_SECONDS = 10.0
 _PIECE = 64 * 1024
 
 
+class Inside(Protocol):
+    """The inside of a tunnel: an address of ours, and what ties a socket to it."""
+
+    @property
+    def interface(self) -> str: ...
+
+    @property
+    def address(self) -> Address: ...
+
+    @property
+    def mtu(self) -> int: ...
+
+    def bind(self, sock: trio.socket.SocketType) -> None: ...
+
+
 async def answer_probes(
-    tunnel: Tunnel, port: int, task_status: trio.TaskStatus[int] = trio.TASK_STATUS_IGNORED
+    tunnel: Inside, port: int, task_status: trio.TaskStatus[int] = trio.TASK_STATUS_IGNORED
 ) -> None:
     """Listen inside the tunnel and send back what arrives, until cancelled. Reports the port it got."""
     family = socket.AF_INET6 if tunnel.address.version == 6 else socket.AF_INET
@@ -51,7 +66,7 @@ async def _answer(stream: trio.SocketStream) -> None:
 
 
 async def probe(
-    tunnel: Tunnel, host: Address, port: int, size: int = PROBE_BYTES, seconds: float = PROBE_SECONDS
+    tunnel: Inside, host: Address, port: int, size: int = PROBE_BYTES, seconds: float = PROBE_SECONDS
 ) -> float:
     """Send `size` random bytes to a peer's `answer_probes` and read them back; the seconds it took.
 
@@ -65,14 +80,14 @@ async def probe(
     except trio.TooSlowError:
         raise TunnelError(
             f"{tunnel.interface}: {size} bytes did not pass to {host} and back within {seconds:.0f} s though "
-            f"the tunnel is up; is an MTU of {tunnel.config.mtu} too large for the path?"
+            f"the tunnel is up; is an MTU of {tunnel.mtu} too large for the path?"
         ) from None
     if digest != hashlib.sha256(sent).digest():
         raise TunnelError(f"{tunnel.interface}: bulk probe to {host} came back changed")
     return trio.current_time() - start
 
 
-async def _exchange(tunnel: Tunnel, host: Address, port: int, sent: bytes) -> bytes:
+async def _exchange(tunnel: Inside, host: Address, port: int, sent: bytes) -> bytes:
     received = hashlib.sha256()
     family = socket.AF_INET6 if host.version == 6 else socket.AF_INET
     connection = trio.socket.socket(family, socket.SOCK_STREAM)

@@ -3,7 +3,8 @@
  *   relay [--fifo] [--seed N] [--shape SHAPE] --pair LISTEN_A PEER_A LISTEN_B PEER_B [--ab SHAPE] [--ba SHAPE] ...
  *
  * Each address is IPv4:PORT. A sends to LISTEN_A what is meant for B, and hears B from there; likewise B. So
- * each end sees the relay where it would see the other, and the datagrams pass unread.
+ * each end sees the relay where it would see the other, and the datagrams pass unread. Port 0 of a PEER stands
+ * for the one it last sent from.
  *
  * SHAPE is a list such as delay=10,jitter=0.5,rate=100,loss=0.1,queue=50: one-way delay and jitter in ms, rate
  * in Mbit/s counted at the IP layer (0: none), loss in percent, and how much the queue before the rate may
@@ -68,6 +69,7 @@ struct direction {
 struct side {
     int socket;
     struct sockaddr_in listen, peer;
+    int learns; /* the port of its peer */
     struct direction out; /* what this side's peer sends, on its way to the other side */
     struct side *other;
 };
@@ -110,7 +112,7 @@ static double uniform(void)
     return (double)((random_state * 0x2545f4914f6cdd1du) >> 11) / 9007199254740992.0;
 }
 
-static struct sockaddr_in read_address(const char *text)
+static struct sockaddr_in read_address(const char *text, long least)
 {
     struct sockaddr_in address = {.sin_family = AF_INET};
     char host[64];
@@ -122,7 +124,7 @@ static struct sockaddr_in read_address(const char *text)
     memcpy(host, text, (size_t)(colon - text));
     host[colon - text] = 0;
     long port = strtol(colon + 1, &end, 10);
-    if (inet_pton(AF_INET, host, &address.sin_addr) != 1 || end == colon + 1 || *end || port < 1 || port > 65535)
+    if (inet_pton(AF_INET, host, &address.sin_addr) != 1 || end == colon + 1 || *end || port < least || port > 65535)
         fail("must be IPv4:PORT", text);
     address.sin_port = htons((uint16_t)port);
     return address;
@@ -164,8 +166,9 @@ static void read_shape(const char *text, struct shape *shape)
 static void add_side(struct side *side, struct side *other, const char *listen, const char *peer, struct shape shape)
 {
     int yes = 1, size = SOCKET_BUFFER;
-    side->listen = read_address(listen);
-    side->peer = read_address(peer);
+    side->listen = read_address(listen, 1);
+    side->peer = read_address(peer, 0);
+    side->learns = side->peer.sin_port == 0;
     side->other = other;
     side->out.shape = shape;
     errno = 0;
@@ -279,6 +282,8 @@ static void take_in(struct side *side)
             d->strangers++;
             continue;
         }
+        if (side->learns)
+            side->peer.sin_port = senders[i].sin_port;
         struct record *record = admit(d, now, messages[i].msg_len);
         if (record)
             memcpy(record + 1, buffers[i], messages[i].msg_len);

@@ -18,7 +18,7 @@ from ipaddress import IPv4Network, IPv6Network
 import trio
 
 from wg.errors import DeviceLost, KeyFileError, TunnelError
-from wg.keys import PrivateKey, PublicKey
+from wg.keys import PresharedKey, PrivateKey, PublicKey
 
 #: Where wireguard-go puts its sockets (`ipc/uapi_linux.go`). Network namespaces do not isolate this path.
 SOCKET_DIRECTORY = "/var/run/wireguard"
@@ -162,21 +162,29 @@ class UapiClient:
     async def put_peer(
         self,
         public_key: PublicKey,
-        endpoint: str,
+        endpoint: str | None,
         allowed: Iterable[IPv4Network | IPv6Network],
         keepalive: int,
+        preshared: PresharedKey | None = None,
     ) -> None:
         """Add the peer, or change it. A keepalive above 0 makes the device send to it at once."""
-        lines = [
-            "set=1",
-            f"public_key={public_key.hex()}",
-            "replace_allowed_ips=true",
-            *(f"allowed_ip={network}" for network in allowed),
-            f"endpoint={endpoint}",
-            # Last, since it starts the handshake, and lines take effect one by one.
-            f"persistent_keepalive_interval={keepalive}",
-        ]
-        await self._set(bytearray(("\n".join(lines) + "\n\n").encode()), f"peer {public_key}")
+        request = bytearray(f"set=1\npublic_key={public_key.hex()}\n".encode())
+        try:
+            if preshared is not None:
+                secret = preshared.hex()
+                request += b"preshared_key=" + secret + b"\n"
+                secret[:] = bytes(len(secret))
+            lines = [
+                "replace_allowed_ips=true",
+                *(f"allowed_ip={network}" for network in allowed),
+                *([f"endpoint={endpoint}"] if endpoint is not None else []),
+                # Last, since it starts the handshake, and lines take effect one by one.
+                f"persistent_keepalive_interval={keepalive}",
+            ]
+            request += ("\n".join(lines) + "\n\n").encode()
+            await self._set(request, f"peer {public_key}")
+        finally:
+            request[:] = bytes(len(request))
 
     async def set_keepalive(self, public_key: PublicKey, seconds: int) -> None:
         text = (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import ipaddress
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
@@ -9,7 +10,7 @@ from typing import Any, Final
 
 import structlog
 import trio
-from prometheus_client import Counter, Gauge, start_http_server
+from prometheus_client import Counter, Enum, Gauge, start_http_server
 
 from mimir import kernels
 from mimir.actors.session import Limits, SessionActor
@@ -20,16 +21,25 @@ from mimir.mpc.domain import Ring
 from mimir.mpc.nonlinear import Settings
 from mimir.net import Transport
 from mimir.net.control import ClientHandle, serve_control
-from mimir.net.identity import Identity, parse_public
+from mimir.net.identity import BadSignature, Identity, parse_public, verify
 from mimir.net.mesh import PeerAt, open_mesh
 from mimir.net.messages import Open
 from mimir.store import ComponentsDiffer, ModelStore, SharedModel
-from wg import Tunnel, TunnelConfig, raise_tunnel
+from wg import PeerState, RotationPlan, Tunnel, TunnelConfig, raise_tunnel
 
 log = structlog.get_logger("mimir.peer")
 
 SESSIONS = Gauge("mimir_sessions", "Sessions open")
 ENDED = Counter("mimir_sessions_ended_total", "Sessions ended", ["how"])
+TUNNEL_STATE = Enum(
+    "mimir_tunnel_state", "State of the tunnel", ["party"], states=[state.value for state in PeerState]
+)
+HANDSHAKE_AGE = Gauge("mimir_tunnel_handshake_age_seconds", "Since WireGuard's last handshake", ["party"])
+EPOCH = Gauge("mimir_tunnel_epoch", "Generation of keys in use; 0 for none", ["party"])
+EPOCH_AGE = Gauge("mimir_tunnel_epoch_age_seconds", "Age of that generation", ["party"])
+ROTATIONS = Counter("mimir_tunnel_rotations_total", "Steps of rotations", ["party", "what"])
+EPOCHS_FILE: Final = "tunnel.epochs"  # in data_dir: the highest number used with each peer
+MEASURE_SECONDS: Final = 1.0
 DIGEST_ASK: Final = "component digest"
 ASK_SECONDS: Final = 30.0
 ASK_AGAIN_SECONDS: Final = 0.5
@@ -180,6 +190,10 @@ class PartyService:
             "peers": {str(p): self.transport.up(p) for p in self.transport.peers},
         }
         if self.tunnel is not None:
+            rotations = {
+                r.index: {"epoch": r.epoch, "epoch_age": r.age, "rotation": r.state}
+                for r in self.tunnel.rotations()
+            }
             out["tunnel"] = [
                 {
                     "party": s.index,
@@ -187,13 +201,29 @@ class PartyService:
                     "handshake_age": s.handshake_age,
                     "received": s.rx,
                     "sent": s.tx,
+                    **rotations.get(s.index, {}),
                 }
                 for s in self.tunnel.status()
             ]
         return out
 
 
-def _tunnel_config(config: Config) -> TunnelConfig:
+def rotation_plan(config: Config, identity: Identity) -> RotationPlan | None:
+    """How the tunnel's keys are renewed: announced by the identities of exactly these three parties."""
+    if not config.tunnel.rotates:
+        return None
+    keys = [parse_public(peer.identity) for peer in config.peers]
+    return RotationPlan(
+        seconds=config.tunnel.rotate_seconds,
+        record=config.data_dir / EPOCHS_FILE,
+        sign=identity.sign,
+        authenticate=lambda party, message, signature: verify(keys[party], message, signature),
+        refusals=(BadSignature,),
+        context=hashlib.sha256(b"mimir tunnel rotation\0" + b"".join(keys)).digest(),
+    )
+
+
+def _tunnel_config(config: Config, identity: Identity) -> TunnelConfig:
     t = config.tunnel
     for name in ("interface", "address", "private_key", "listen_port"):
         if getattr(t, name) is None:
@@ -216,11 +246,12 @@ def _tunnel_config(config: Config) -> TunnelConfig:
         address=t.address,
         peers=peers,
         mtu=t.mtu,
+        rotation=rotation_plan(config, identity),
     )
 
 
-async def run_peer(config: Config) -> None:
-    """Run this party until cancelled."""
+async def run_peer(config: Config, orders: trio.MemoryReceiveChannel[None] | None = None) -> None:
+    """Run this party until cancelled. What comes on `orders` asks for new tunnel keys now."""
     identity = Identity.load(config.identity_key)
     if identity.public_hex != config.me.identity:
         raise ConfigError(
@@ -235,7 +266,9 @@ async def run_peer(config: Config) -> None:
         stack.callback(store.close)
         tunnel: Tunnel | None = None
         if config.tunnel.mode == "wireguard":
-            tunnel = await stack.enter_async_context(raise_tunnel(_tunnel_config(config), wait=None))
+            tunnel = await stack.enter_async_context(
+                raise_tunnel(_tunnel_config(config, identity), wait=None, said=_count_rotation)
+            )
         mesh = await stack.enter_async_context(
             open_mesh(
                 party=config.party,
@@ -246,6 +279,7 @@ async def run_peer(config: Config) -> None:
                 protected=tunnel is not None,
                 handshake_deadline=config.deadlines.handshake,
                 bind=tunnel.bind if tunnel is not None else None,
+                dead_after=config.deadlines.link,
             )
         )
         nursery = await stack.enter_async_context(trio.open_nursery())
@@ -253,6 +287,10 @@ async def run_peer(config: Config) -> None:
         service.tunnel = tunnel
         await nursery.start(serve_control, config, identity, service)
         nursery.start_soon(_say_when_up, mesh, config)
+        if orders is not None:
+            nursery.start_soon(_rotate_when_told, tunnel, orders)
+        if tunnel is not None:
+            nursery.start_soon(_measure, tunnel)
         await trio.sleep_forever()
 
 
@@ -265,3 +303,29 @@ async def _say_when_up(mesh: Any, config: Config) -> None:
         else:
             log.info("mesh is up: ready for clients")
             return
+
+
+async def _rotate_when_told(tunnel: Tunnel | None, orders: trio.MemoryReceiveChannel[None]) -> None:
+    async for _ in orders:
+        if tunnel is None or not tunnel.rotations():
+            log.warning("told to rotate keys, but tunnel.rotate_seconds = 0 or there is no tunnel")
+        else:
+            log.info("rotating keys as told")
+            tunnel.rotate()
+
+
+def _count_rotation(party: int, what: str, epoch: int | None) -> None:
+    ROTATIONS.labels(party, what).inc()
+
+
+async def _measure(tunnel: Tunnel) -> None:
+    """Keep the figures of the tunnel; its transitions are in the log (`wg`)."""
+    while True:
+        for status in tunnel.status():
+            TUNNEL_STATE.labels(status.index).state(status.state.value)
+            if status.handshake_age is not None:
+                HANDSHAKE_AGE.labels(status.index).set(status.handshake_age)
+        for rotation in tunnel.rotations():
+            EPOCH.labels(rotation.index).set(rotation.epoch or 0)
+            EPOCH_AGE.labels(rotation.index).set(rotation.age or 0)
+        await trio.sleep(MEASURE_SECONDS)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Final, Protocol
@@ -46,6 +46,7 @@ DECODE_BATCH: Final = 8  # decode steps whose material is made together at most
 BATCH_BYTES: Final = (
     80 << 20
 )  # material made at once; making and checking it takes three times as much memory
+CHECK_ROWS: Final = 1 << 15  # inner dimensions of matrices checked together (memory: 1.5 kB each)
 POOL_BYTES: Final = 256 << 20  # material a session keeps ready at most, whatever triple_pool.min_size asks
 NONCE: Final = 32
 END_SECONDS: Final = 2.0  # to tell the peers that a session has ended
@@ -290,26 +291,48 @@ class SessionActor(Actor[Any]):
         """How much to make at once and to keep ready, by what a position takes at the end of the context."""
         slots = min(self.limits.max_context, self.spec.context)
         last = await trio.to_thread.run_sync(self._demand, Step("plan", slots - 1, 1, False, True))
-        size = max(1, bytes_of(last, self._shapes))
-        self._chunk = max(1, min(PROMPT_ROWS, BATCH_BYTES // size))
-        self._group = max(1, min(DECODE_BATCH, BATCH_BYTES // size))
-        self._ahead = max(1, min(self.limits.ahead, POOL_BYTES // size))
+        size, weights = (max(1, bytes_of(part, self._shapes)) for part in (last, _weights_of(last)))
+        rest = max(1, size - weights)
+        self._chunk = max(1, min(PROMPT_ROWS, BATCH_BYTES // rest))
+        self._group = max(1, min(DECODE_BATCH, BATCH_BYTES // rest))
+        self._block = max(self._chunk, BATCH_BYTES // weights)
+        self._ahead = max(1, min(self.limits.ahead, POOL_BYTES // rest))
 
     async def _prepare(self, turn: Turn) -> int:
-        """Queue all material of a turn. Returns its token positions."""
+        """Queue all material of a turn. Returns its token positions.
+
+        Products with weights are made for many rows at once, because checking them costs a pass over all
+        weights however few the rows.
+        """
 
         def batch(*steps: Step) -> Batch:
-            names = tuple(step.name for step in steps)
-            return Batch(
-                names[0], names, lambda: [self._demand(s) for s in steps], sum(s.rows for s in steps)
-            )
+            def plan() -> list[Demand]:
+                demands = [self._demand(step) for step in steps]
+                return [{k: n for k, n in d.items() if not isinstance(k, prep.Weight)} for d in demands]
 
-        batches = [batch(turn.resume)] if turn.resume else []
+            names = tuple(step.name for step in steps)
+            return Batch(names[0], names, plan, sum(step.rows for step in steps))
+
+        def weights(steps: Sequence[Step]) -> Iterator[Batch]:
+            names = tuple(step.name for step in steps)
+            for number, group in enumerate(_weight_groups(self._shapes)):
+
+                def plan(group: frozenset[str] = group) -> list[Demand]:
+                    return [_weights_of(self._demand(step), group) for step in steps]
+
+                yield Batch(f"{names[0]}/weights {number}", names, plan, 0, last=False)
+
         name, rows = f"turn {turn.number}/entry", sum(turn.buckets)
-        batches.append(Batch(name, (name,), lambda: [transformer.entry_demand(self.spec, rows)], 0))
-        batches += [batch(step) for step in turn.prompt]
-        for at in range(0, len(turn.decode), self._group):
-            batches.append(batch(*turn.decode[at : at + self._group]))
+        batches = [Batch(name, (name,), lambda: [transformer.entry_demand(self.spec, rows)], 0)]
+        whole = [*([turn.resume] if turn.resume else []), *turn.prompt, *turn.decode]
+        pieces = [[step] for step in whole[: len(whole) - len(turn.decode)]]
+        pieces += [list(turn.decode[at : at + self._group]) for at in range(0, len(turn.decode), self._group)]
+        while pieces:
+            block = [pieces.pop(0)]
+            while pieces and sum(step.rows for piece in (*block, pieces[0]) for step in piece) <= self._block:
+                block.append(pieces.pop(0))
+            batches += weights([step for piece in block for step in piece])
+            batches += [batch(*piece) for piece in block]
         await self.triples.prepare(batches)
         return sum(b.positions for b in batches)
 
@@ -474,6 +497,29 @@ class SessionActor(Actor[Any]):
             "sent_preprocessing": making.sent,
             "seconds": time.monotonic() - self._began,
         }
+
+
+def _weights_of(demand: Demand, names: frozenset[str] | None = None) -> Demand:
+    """The part of a demand that is products with weights, all or some of them."""
+    return {
+        k: n for k, n in demand.items() if isinstance(k, prep.Weight) and (names is None or k.name in names)
+    }
+
+
+def _weight_groups(shapes: Mapping[str, tuple[int, int]]) -> list[frozenset[str]]:
+    """Weight matrices whose products are checked together: CHECK_ROWS of inner dimension, or one matrix."""
+    groups: list[frozenset[str]] = []
+    group: set[str] = set()
+    size = 0
+    for name, (inner, _) in shapes.items():
+        if inner == 1:  # a bias, which no product takes
+            continue
+        if group and size + inner > CHECK_ROWS:
+            groups.append(frozenset(group))
+            group, size = set(), 0
+        group.add(name)
+        size += inner
+    return [*groups, frozenset(group)]
 
 
 def _first(error: BaseException) -> BaseException:

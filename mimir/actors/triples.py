@@ -34,12 +34,16 @@ SENT = Counter("mimir_triple_sent_bytes_total", "Bytes sent to make material")
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Steps made together: names, what each takes (planned in its turn), and their token positions."""
+    """Steps made together: names, what each takes (planned in its turn), and their token positions.
+
+    A step may be made in several batches; the one that names its positions comes last.
+    """
 
     name: str
     steps: tuple[str, ...]
     plan: Callable[[], list[Demand]]
     positions: int
+    last: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +74,7 @@ class TripleProducer(Actor[Prepare | Need]):
         self._progress = progress
         self._caches: dict[tuple[str, int], list[Ring]] = {}
         self._todo: deque[Batch] = deque()
+        self._begun: dict[str, Store] = {}  # steps of which more is to come
         self._ready: dict[str, _Ready] = {}
         self._waiting: dict[str, Reply[Store]] = {}
         self._made = 0
@@ -98,9 +103,10 @@ class TripleProducer(Actor[Prepare | Need]):
                     self._accept(await self._receive.receive())
         finally:
             READY.dec(sum(r.positions for r in self._ready.values()))
-            for ready in self._ready.values():
-                ready.store.wipe()
+            for store in (*(r.store for r in self._ready.values()), *self._begun.values()):
+                store.wipe()
             self._ready.clear()
+            self._begun.clear()
 
     def _may_start(self) -> bool:
         stock = sum(r.positions for r in self._ready.values())
@@ -130,7 +136,12 @@ class TripleProducer(Actor[Prepare | Need]):
         work = prep.Batch(self._doors, self._weights, self._caches)
         material = await prep.produce(work, f"prep/{batch.name}", total)
         for step, store in zip(batch.steps, prep.split(material, demands), strict=True):
-            self._ready[step] = _Ready(store, batch.positions / len(batch.steps))
+            if step in self._begun:
+                store.material |= self._begun.pop(step).material
+            if batch.last:
+                self._ready[step] = _Ready(store, batch.positions / len(batch.steps))
+            else:
+                self._begun[step] = store
         self._made += batch.positions
         seconds = time.monotonic() - began
         READY.inc(batch.positions)
@@ -147,8 +158,8 @@ def bytes_of(demand: Demand, weights: Mapping[str, tuple[int, int]]) -> int:
     total = 0
     for kind, n in demand.items():
         shape = weights[kind.name] if isinstance(kind, prep.Weight) else None
-        for dims in prep.shapes(kind, n, shape).values():
-            size = 16
+        for name, dims in prep.shapes(kind, n, shape).items():
+            size = 4 if name == "e" and isinstance(kind, prep.Lookup) and kind.narrow else 16
             for d in dims:
                 size *= d
             total += size

@@ -311,6 +311,10 @@ async def _status(options: argparse.Namespace, terminal: Terminal) -> int:
             terminal.text(f"  model {model.get('name')}  {digest[:16]}\n")
         details = answer.get("service")
         for name, value in details.items() if isinstance(details, dict) else ():
+            if name == "tunnel" and isinstance(value, list):
+                for entry in value:
+                    terminal.text(f"  tunnel to {_tunnel_line(entry)}\n")
+                continue
             terminal.text(f"  {name}: {value}\n")
     if good:
         agreed = {answer.get("terms") for answer in answers if isinstance(answer, dict)}
@@ -318,6 +322,19 @@ async def _status(options: argparse.Namespace, terminal: Terminal) -> int:
             terminal.note("The parties' shared terms differ: compare their configuration files.")
             return ClientError.exit_code
     return 0 if good else ClientError.exit_code
+
+
+def _tunnel_line(entry: object) -> str:
+    """One tunnel of a party, as it reports it; nothing in it is trusted."""
+    if not isinstance(entry, dict):
+        return str(entry)
+    age = entry.get("epoch_age")
+    since = f" for {age:.0f} s" if isinstance(age, int | float) else ""
+    keys = f", keys of epoch {entry.get('epoch')}{since}, {entry['rotation']}" if "rotation" in entry else ""
+    return (
+        f"party {entry.get('party')}: {entry.get('state')}{keys}, "
+        f"{entry.get('received')} bytes in, {entry.get('sent')} out"
+    )
 
 
 # --- provision ---------------------------------------------------------------------------------------------

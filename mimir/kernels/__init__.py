@@ -28,6 +28,7 @@ LEVEL_VARIABLE = "MIMIR_KERNEL_LEVEL"
 GR_DEGREE = 48
 WORD_BITS = 64
 KEY_BYTES = 32
+MAX_ROWS = 64  # MK_ROWS
 
 
 class _Missing:
@@ -86,11 +87,13 @@ _force_from_environment()
 # ---- checks ----
 
 
-def _array(name: str, value: Any, shape: Sequence[int | None]) -> tuple[int, ...]:
+def _array(
+    name: str, value: Any, shape: Sequence[int | None], dtype: type[np.unsignedinteger[Any]] = np.uint64
+) -> tuple[int, ...]:
     """Check type, layout and shape (None: any length); return the shape."""
-    if not isinstance(value, np.ndarray) or value.dtype != np.uint64:
+    if not isinstance(value, np.ndarray) or value.dtype != dtype:
         kind = value.dtype if isinstance(value, np.ndarray) else type(value).__name__
-        raise LocalError(f"{name} must be a uint64 array, not {kind}")
+        raise LocalError(f"{name} must be a {dtype.__name__} array, not {kind}")
     if not value.flags.c_contiguous or not value.flags.aligned:
         raise LocalError(f"{name} must be contiguous in C order and aligned")
     found: tuple[int, ...] = value.shape
@@ -265,6 +268,27 @@ def ring_lsb(x: U64) -> U64:
 # ---- look-up ----
 
 
+def double_part(out: U64, e: U64, b: U64) -> None:
+    """out += e0 b0 + e0 b1 + e1 b0, row by row: out (n, have), the first `have` entries of e (2, n, size),
+    b (2, n).
+    """
+    n, have = _array("out", out, (None, None))
+    _, _, size = _array("e", e, (2, n, None))
+    _array("b", b, (2, n))
+    _count("have", have, 1, size)
+    _lib.mk_ring_double_part(_out(out), _in(e), _in(b), n, size, have)
+
+
+def double(e: U64, high: U64) -> None:
+    """In each row of e (n, size) the entries from `have` on become high (n, have), and the first lose it."""
+    n, size = _array("e", e, (None, None))
+    _, have = _array("high", high, (n, None))
+    _count("have", have, 1, size // 2)
+    if np.may_share_memory(e, high):
+        raise LocalError("e overlaps high")
+    _lib.mk_ring_double(_out(e), _in(high), n, size, have)
+
+
 def _turned(table: npt.NDArray[Any]) -> npt.NDArray[Any]:
     """(D, K) -> (D, 2K), column u holding column -u mod K: a look-up by c reads one run from -c mod K."""
     back = np.concatenate((table[:, :1], table[:, :0:-1]), axis=1)
@@ -287,13 +311,18 @@ def lookup(e: U64, c: U64, tables: U64) -> U64:
     return out
 
 
-def rotate(e: U64, c: U64) -> U64:
-    """out[i, j] = e[i, (c[i] - j) mod K]: e (n, K), c (n,) public -> (n, K). K is a power of two."""
-    n, size = _array("e", e, (None, None))
+def rotate(e: npt.NDArray[Any], c: U64) -> npt.NDArray[Any]:
+    """out[i, j] = e[i, (c[i] - j) mod K]: e (n, K) of 64 or 16 bits, c (n,) public. K is a power of two."""
+    half = isinstance(e, np.ndarray) and e.dtype == np.uint16
+    n, size = _array("e", e, (None, None), np.uint16 if half else np.uint64)
     _power_of_two("the second dimension of e", size)
     _array("c", c, (n,))
-    out = np.empty((n, size), np.uint64)
-    _lib.mk_ring_rotate(_out(out), _in(e), _in(c), n, size)
+    out = np.empty((n, size), e.dtype)
+    if half:
+        to = _ffi.from_buffer("uint16_t[]", out, require_writable=True)
+        _lib.mk_half_rotate(to, _ffi.from_buffer("uint16_t[]", e), _in(c), n, size)
+    else:
+        _lib.mk_ring_rotate(_out(out), _in(e), _in(c), n, size)
     return out
 
 
@@ -359,23 +388,52 @@ def gf_fold(a: U64, xi: int) -> U64:
     return out
 
 
-def gf_select(bits: U64, rho: U64) -> U64:
-    """rho_j where bit j is set, else 0: bits (ceil(n/64),), rho (n,) -> (n,)."""
-    (n,) = _array("rho", rho, (None,))
-    _array("bits", bits, (_words(n),))
-    out = np.empty(n, np.uint64)
-    _lib.mk_gf_select(_out(out), _in(bits), _in(rho), n)
+def gf_cross(x: U64, y: U64, planes: U64) -> U64:
+    """Folded products of replicated bits: x, y (2, n, rows) words, planes (64, n) public -> (crosses(rows),).
+
+    Halve the rows again and again, into low half, high half and their difference: out has one element for
+    each of the 3^levels results that took a difference, the sum over lanes of the products' bit times the
+    element whose bit s is the lane of plane s.
+    """
+    _, n, rows = _cross_arrays(x, y)
+    _array("planes", planes, (WORD_BITS, n))
+    out = np.empty(crosses(rows), np.uint64)
+    _lib.mk_gf_cross(_out(out), _in(x), _in(y), _in(planes), rows, n)
     return out
 
 
-def gf_select_inner(x: U64, y: U64, rho: U64) -> int:
-    """Sum of rho_j where bit j of both x and y is set: x, y (ceil(n/64),), rho (n,)."""
-    (n,) = _array("rho", rho, (None,))
-    _array("x", x, (_words(n),))
-    _array("y", y, (_words(n),))
-    out = _ffi.new("uint64_t *")
-    _lib.mk_gf_select_inner(out, _in(x), _in(y), _in(rho), n)
-    return int(out[0])
+def gf_combine(x: U64, planes: U64) -> U64:
+    """Sum over columns and lanes of the elements (see gf_cross) where the bit is set: x (n, rows) ->
+    (rows,).
+    """
+    n, rows = _array("x", x, (None, None))
+    _count("rows", rows, 1, MAX_ROWS)
+    _array("planes", planes, (WORD_BITS, n))
+    out = np.empty(rows, np.uint64)
+    _lib.mk_gf_combine(_out(out), _in(x), _in(planes), rows, n)
+    return out
+
+
+def gf_blend(x: U64, w: U64) -> U64:
+    """Sum of w_i over the set bits of each lane: x (n, rows) words, w (rows,) public -> (64 n,)."""
+    n, rows = _array("x", x, (None, None))
+    _count("rows", rows, 1, MAX_ROWS)
+    _array("w", w, (rows,))
+    out = np.empty(WORD_BITS * n, np.uint64)
+    _lib.mk_gf_blend(_out(out), _in(x), _in(w), rows, n)
+    return out
+
+
+def crosses(rows: int) -> int:
+    """Results of gf_cross and gr_cross for 2^levels rows: 3^levels - 2^levels."""
+    return int(3 ** (rows.bit_length() - 1) - rows)
+
+
+def _cross_arrays(x: U64, y: U64) -> tuple[int, ...]:
+    shape = _array("x", x, (2, None, None))
+    _power_of_two("rows", _count("rows", shape[2], 1, MAX_ROWS))
+    _array("y", y, shape)
+    return shape
 
 
 # ---- GR(2^64, 48) = Z_2^64[X] / (X^48 + X^5 + X^3 + X^2 + 1) ----
@@ -420,6 +478,20 @@ def gr_fold(a: U64, xi: int) -> U64:
     return out
 
 
+def gr_halves(a0: U64, a1: U64, w0: U64, w1: U64) -> U64:
+    """A party's parts of <a, w> over lower halves, and over upper less lower halves: four (n, 48) -> (2,
+    48).
+    """
+    n, _ = _array("a0", a0, (None, GR_DEGREE))
+    for name, value in (("a1", a1), ("w0", w0), ("w1", w1)):
+        _array(name, value, (n, GR_DEGREE))
+    if n % 2:
+        raise LocalError(f"a0 must have an even length, not {n}")
+    out = np.empty((2, GR_DEGREE), np.uint64)
+    _lib.mk_gr_halves(_out(out), _in(a0), _in(a1), _in(w0), _in(w1), n // 2)
+    return out
+
+
 def gr_scale(x: U64, g: U64) -> U64:
     """x_j g_j: x (n,) ring words, g (n, 48) -> (n, 48)."""
     (n,) = _array("x", x, (None,))
@@ -453,6 +525,18 @@ def gr_combine_cols(x: U64, r: U64) -> U64:
     _array("r", r, (m,))
     out = np.empty((n, GR_DEGREE), np.uint64)
     _lib.mk_gr_combine_cols(_out(out), _in(x), _in(r), m, n)
+    return out
+
+
+def gr_cross(x: U64, y: U64, r: U64) -> U64:
+    """Folded products of replicated ring words: x, y (2, n, rows), r (n,) 01 elements -> (crosses(rows), 48).
+
+    As gf_cross: sums over n of r_g times x0 y0 + x0 y1 + x1 y0 of each result that took a difference.
+    """
+    _, n, rows = _cross_arrays(x, y)
+    _array("r", r, (n,))
+    out = np.empty((crosses(rows), GR_DEGREE), np.uint64)
+    _lib.mk_gr_cross(_out(out), _in(x), _in(y), _in(r), rows, n)
     return out
 
 

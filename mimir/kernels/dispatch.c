@@ -95,11 +95,18 @@ MK_THUNK(mk_bits_slice, (uint64_t *planes, const uint64_t *x, size_t n, size_t n
 MK_THUNK(mk_bits_unslice, (uint64_t *x, const uint64_t *planes, size_t n, size_t nbits), (x, planes, n, nbits))
 MK_THUNK(mk_bits_to_ring, (uint64_t *out, const uint64_t *words, size_t n), (out, words, n))
 MK_THUNK(mk_ring_lsb, (uint64_t *words, const uint64_t *x, size_t n), (words, x, n))
+MK_THUNK(mk_ring_double_part,
+         (uint64_t *out, const uint64_t *e, const uint64_t *b, size_t n, size_t size, size_t have),
+         (out, e, b, n, size, have))
+MK_THUNK(mk_ring_double, (uint64_t *e, const uint64_t *high, size_t n, size_t size, size_t have),
+         (e, high, n, size, have))
 MK_THUNK(mk_ring_lookup,
          (uint64_t *out, const uint64_t *e, const uint64_t *c, const uint64_t *turned, size_t depth, size_t n,
           size_t size),
          (out, e, c, turned, depth, n, size))
 MK_THUNK(mk_ring_rotate, (uint64_t *out, const uint64_t *e, const uint64_t *c, size_t n, size_t size),
+         (out, e, c, n, size))
+MK_THUNK(mk_half_rotate, (uint16_t *out, const uint16_t *e, const uint64_t *c, size_t n, size_t size),
          (out, e, c, n, size))
 MK_THUNK(mk_bits_lookup,
          (uint64_t *out, const uint64_t *e, const uint64_t *c, const uint64_t *turned, size_t depth, size_t n,
@@ -109,15 +116,25 @@ MK_THUNK(mk_gf_mul, (uint64_t *out, const uint64_t *a, const uint64_t *b, size_t
 MK_THUNK(mk_gf_scale, (uint64_t *out, const uint64_t *a, uint64_t s, size_t n), (out, a, s, n))
 MK_THUNK(mk_gf_inner, (uint64_t *out, const uint64_t *a, const uint64_t *b, size_t n), (out, a, b, n))
 MK_THUNK(mk_gf_fold, (uint64_t *out, const uint64_t *a, uint64_t xi, size_t half), (out, a, xi, half))
-MK_THUNK(mk_gf_select, (uint64_t *out, const uint64_t *bits, const uint64_t *rho, size_t n), (out, bits, rho, n))
-MK_THUNK(mk_gf_select_inner,
-         (uint64_t *out, const uint64_t *x, const uint64_t *y, const uint64_t *rho, size_t n), (out, x, y, rho, n))
+MK_THUNK(mk_gf_cross,
+         (uint64_t *out, const uint64_t *x, const uint64_t *y, const uint64_t *planes, size_t rows, size_t n),
+         (out, x, y, planes, rows, n))
+MK_THUNK(mk_gf_combine, (uint64_t *out, const uint64_t *x, const uint64_t *planes, size_t rows, size_t n),
+         (out, x, planes, rows, n))
+MK_THUNK(mk_gf_blend, (uint64_t *out, const uint64_t *x, const uint64_t *w, size_t rows, size_t n),
+         (out, x, w, rows, n))
 MK_THUNK(mk_gr_mul, (uint64_t *out, const uint64_t *a, const uint64_t *b, size_t n), (out, a, b, n))
 MK_THUNK(mk_gr_inner, (uint64_t *out, const uint64_t *a, const uint64_t *b, size_t n), (out, a, b, n))
 MK_THUNK(mk_gr_mul01, (uint64_t *out, const uint64_t *a, const uint64_t *r, size_t n), (out, a, r, n))
 MK_THUNK(mk_gr_fold, (uint64_t *out, const uint64_t *a, uint64_t xi, size_t half), (out, a, xi, half))
+MK_THUNK(mk_gr_halves,
+         (uint64_t *out, const uint64_t *a0, const uint64_t *a1, const uint64_t *w0, const uint64_t *w1, size_t half),
+         (out, a0, a1, w0, w1, half))
 MK_THUNK(mk_gr_scale, (uint64_t *out, const uint64_t *x, const uint64_t *g, size_t n), (out, x, g, n))
 MK_THUNK(mk_gr_scale01, (uint64_t *out, const uint64_t *x, const uint64_t *r, size_t n), (out, x, r, n))
 MK_THUNK(mk_gr_combine, (uint64_t *out, const uint64_t *x, const uint64_t *r, size_t m, size_t n), (out, x, r, m, n))
 MK_THUNK(mk_gr_combine_cols, (uint64_t *out, const uint64_t *x, const uint64_t *r, size_t m, size_t n),
          (out, x, r, m, n))
+MK_THUNK(mk_gr_cross,
+         (uint64_t *out, const uint64_t *x, const uint64_t *y, const uint64_t *r, size_t rows, size_t n),
+         (out, x, y, r, rows, n))

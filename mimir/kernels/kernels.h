@@ -51,11 +51,19 @@ void mk_bits_unslice(uint64_t *x, const uint64_t *planes, size_t n, size_t nbits
 void mk_bits_to_ring(uint64_t *out, const uint64_t *words, size_t n);
 void mk_ring_lsb(uint64_t *words, const uint64_t *x, size_t n);
 
+/* Doubling one-hot vectors, rows of e (2, n, size) of which the first `have` entries are in use, by bits b (2, n).
+ * double_part: a party's term of e b, added to out (n, have): out += e0 b0 + e0 b1 + e1 b0.
+ * double: given one component e (n, size) and that of the product, high (n, have): the next `have` entries of each row
+ * become high, and the first lose it. Here e is read and written. */
+void mk_ring_double_part(uint64_t *out, const uint64_t *e, const uint64_t *b, size_t n, size_t size, size_t have);
+void mk_ring_double(uint64_t *e, const uint64_t *high, size_t n, size_t size, size_t have);
+
 /* Table look-up by a secret one-hot vector e_i that was shifted by a public amount c_i; size is a power of two.
  * Tables come turned round and doubled, so that each look-up reads one run: turned (depth, 2 size),
  * turned[d, u] = table[d, -u mod size].
  * lookup: out (depth, n), out[d, i] = sum_j table[d, (c_i - j) mod size] e[i, j].
  * rotate: out (n, size), out[i, j] = e[i, (c_i - j) mod size].
+ * half_rotate: the same as rotate for entries of 16 bits.
  * bits:   the same sum over GF(2). e is (n, max(1, size/64)) words, out (depth, ceil(n/64)) words, and turned is
  *         packed and lies word by word: (max(1, size/32) + 1, depth), bit l of turned[w, d] being bit 64 w + l of
  *         table d turned round and doubled; the last words are zero.
@@ -63,34 +71,50 @@ void mk_ring_lsb(uint64_t *words, const uint64_t *x, size_t n);
 void mk_ring_lookup(uint64_t *out, const uint64_t *e, const uint64_t *c, const uint64_t *turned, size_t depth,
                     size_t n, size_t size);
 void mk_ring_rotate(uint64_t *out, const uint64_t *e, const uint64_t *c, size_t n, size_t size);
+void mk_half_rotate(uint16_t *out, const uint16_t *e, const uint64_t *c, size_t n, size_t size);
 void mk_bits_lookup(uint64_t *out, const uint64_t *e, const uint64_t *c, const uint64_t *turned, size_t depth,
                     size_t n, size_t size);
 
 /* GF(2^64) modulo x^64 + x^4 + x^3 + x + 1; bit i of a word is the coefficient of x^i.
  * scale: out_j = a_j s.  inner: *out = sum a_j b_j.  fold: out has `half` elements, a has 2 half:
- * out_j = a_j + xi (a_j + a_{half+j}).  select: out_j = rho_j where bit j is set, else 0.
- * select_inner: *out = sum of rho_j where bit j of x and of y is set. */
+ * out_j = a_j + xi (a_j + a_{half+j}).
+ * cross: the products of bits that tie rows to their folding (see check.py). x and y are (2, n, rows), word [g, i] of
+ * block i holding 64 lanes; rows is a power of two, at most MK_ROWS. Halving the blocks again and again, into the low
+ * half, the high half and their difference, gives 3^levels vectors of words (n); out has one element for each that took
+ * a difference, in that order: sum over g, l of rho[g, l] times lane l of x0 y0 + x0 y1 + x1 y0, rho[g, l] having bit s
+ * of planes[s, g] lane l as its bit s. planes is (64, n). Public: planes.
+ * combine: out_i = sum over g, l of rho[g, l] where lane l of x[g, i] is set; x (n, rows), planes as for cross, public.
+ * blend: out[64 g + l] = sum over i of w_i where lane l of x[g, i] is set; x (n, rows). Public: w. */
+#define MK_ROWS 64
 void mk_gf_mul(uint64_t *out, const uint64_t *a, const uint64_t *b, size_t n);
 void mk_gf_scale(uint64_t *out, const uint64_t *a, uint64_t s, size_t n);
 void mk_gf_inner(uint64_t *out, const uint64_t *a, const uint64_t *b, size_t n);
 void mk_gf_fold(uint64_t *out, const uint64_t *a, uint64_t xi, size_t half);
-void mk_gf_select(uint64_t *out, const uint64_t *bits, const uint64_t *rho, size_t n);
-void mk_gf_select_inner(uint64_t *out, const uint64_t *x, const uint64_t *y, const uint64_t *rho, size_t n);
+void mk_gf_cross(uint64_t *out, const uint64_t *x, const uint64_t *y, const uint64_t *planes, size_t rows, size_t n);
+void mk_gf_combine(uint64_t *out, const uint64_t *x, const uint64_t *planes, size_t rows, size_t n);
+void mk_gf_blend(uint64_t *out, const uint64_t *x, const uint64_t *w, size_t rows, size_t n);
 
 /* The Galois ring GR(2^64, 48) = Z_2^64[X] / (X^48 + X^5 + X^3 + X^2 + 1); an element is 48 words, word i the
  * coefficient of X^i. A "01" element has coefficients 0 and 1 and is packed in one word, bit i for X^i; bits 48 and
  * up are ignored. Names: x ring words, r and xi 01 elements, a, b, g full elements.
  * mul: a_j b_j.  inner: sum a_j b_j, one element.  mul01: a_j r_j.  scale: x_j g_j.  scale01: x_j r_j.
  * fold: out_j = a_j + xi (a_{half+j} - a_j), a has 2 half elements.
- * combine: x (m, n), out_i = sum_j x[i, j] r_j, m elements.  combine_cols: out_j = sum_i x[i, j] r_i, n elements. */
+ * halves: for replicated vectors of 2 half elements, given by component, out has two elements: with a.w short for
+ * sum (a0 + a1)_j w0_j + a0_j w1_j, the first is a.w over the lower halves, the second over upper less lower halves.
+ * combine: x (m, n), out_i = sum_j x[i, j] r_j, m elements.  combine_cols: out_j = sum_i x[i, j] r_i, n elements.
+ * cross: as over GF(2^64), of ring words: x and y (2, n, rows), out_t = sum_g r_g (x0 y0 + x0 y1 + x1 y0)[t, g].
+ * Public: xi and all r. */
 void mk_gr_mul(uint64_t *out, const uint64_t *a, const uint64_t *b, size_t n);
 void mk_gr_inner(uint64_t *out, const uint64_t *a, const uint64_t *b, size_t n);
 void mk_gr_mul01(uint64_t *out, const uint64_t *a, const uint64_t *r, size_t n);
 void mk_gr_fold(uint64_t *out, const uint64_t *a, uint64_t xi, size_t half);
+void mk_gr_halves(uint64_t *out, const uint64_t *a0, const uint64_t *a1, const uint64_t *w0, const uint64_t *w1,
+                  size_t half);
 void mk_gr_scale(uint64_t *out, const uint64_t *x, const uint64_t *g, size_t n);
 void mk_gr_scale01(uint64_t *out, const uint64_t *x, const uint64_t *r, size_t n);
 void mk_gr_combine(uint64_t *out, const uint64_t *x, const uint64_t *r, size_t m, size_t n);
 void mk_gr_combine_cols(uint64_t *out, const uint64_t *x, const uint64_t *r, size_t m, size_t n);
+void mk_gr_cross(uint64_t *out, const uint64_t *x, const uint64_t *y, const uint64_t *r, size_t rows, size_t n);
 
 /* Zero n bytes in a way no compiler drops. equal: 0 if all n bytes agree, else -1; the result alone is public.
  * One level only: both are bound by memory. */

@@ -15,23 +15,29 @@
     X(mk_bits_unslice)                                                                                                 \
     X(mk_bits_to_ring)                                                                                                 \
     X(mk_ring_lsb)                                                                                                     \
+    X(mk_ring_double_part)                                                                                             \
+    X(mk_ring_double)                                                                                                  \
     X(mk_ring_lookup)                                                                                                  \
     X(mk_ring_rotate)                                                                                                  \
+    X(mk_half_rotate)                                                                                                  \
     X(mk_bits_lookup)                                                                                                  \
     X(mk_gf_mul)                                                                                                       \
     X(mk_gf_scale)                                                                                                     \
     X(mk_gf_inner)                                                                                                     \
     X(mk_gf_fold)                                                                                                      \
-    X(mk_gf_select)                                                                                                    \
-    X(mk_gf_select_inner)                                                                                              \
+    X(mk_gf_cross)                                                                                                     \
+    X(mk_gf_combine)                                                                                                   \
+    X(mk_gf_blend)                                                                                                     \
     X(mk_gr_mul)                                                                                                       \
     X(mk_gr_inner)                                                                                                     \
     X(mk_gr_mul01)                                                                                                     \
     X(mk_gr_fold)                                                                                                      \
+    X(mk_gr_halves)                                                                                                    \
     X(mk_gr_scale)                                                                                                     \
     X(mk_gr_scale01)                                                                                                   \
     X(mk_gr_combine)                                                                                                   \
-    X(mk_gr_combine_cols)
+    X(mk_gr_combine_cols)                                                                                              \
+    X(mk_gr_cross)
 
 #define MK_DECLARE(name)                                                                                               \
     __typeof__(name) name##_ref;                                                                                       \

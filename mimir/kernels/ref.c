@@ -121,6 +121,25 @@ void mk_ring_lsb_ref(uint64_t *restrict words, const uint64_t *x, size_t n)
 
 /* ---- look-up ---- */
 
+void mk_ring_double_part_ref(uint64_t *restrict out, const uint64_t *e, const uint64_t *b, size_t n, size_t size,
+                             size_t have)
+{
+    for (size_t i = 0; i < n; i++)
+        for (size_t j = 0; j < have; j++) {
+            uint64_t e0 = e[i * size + j], e1 = e[(n + i) * size + j];
+            out[i * have + j] += e0 * (b[i] + b[n + i]) + e1 * b[i];
+        }
+}
+
+void mk_ring_double_ref(uint64_t *restrict e, const uint64_t *high, size_t n, size_t size, size_t have)
+{
+    for (size_t i = 0; i < n; i++)
+        for (size_t j = 0; j < have; j++) {
+            e[i * size + have + j] = high[i * have + j];
+            e[i * size + j] -= high[i * have + j];
+        }
+}
+
 void mk_ring_lookup_ref(uint64_t *restrict out, const uint64_t *e, const uint64_t *c, const uint64_t *turned,
                         size_t depth, size_t n, size_t size)
 {
@@ -145,6 +164,12 @@ static uint64_t parity(uint64_t x)
 {
     for (int s = 32; s > 0; s /= 2) x ^= x >> s;
     return x & 1;
+}
+
+void mk_half_rotate_ref(uint16_t *restrict out, const uint16_t *e, const uint64_t *c, size_t n, size_t size)
+{
+    for (size_t i = 0; i < n; i++)
+        for (size_t j = 0; j < size; j++) out[i * size + j] = e[i * size + (c[i] - j) % size];
 }
 
 void mk_bits_lookup_ref(uint64_t *restrict out, const uint64_t *e, const uint64_t *c, const uint64_t *turned,
@@ -218,18 +243,92 @@ void mk_gf_fold_ref(uint64_t *restrict out, const uint64_t *a, uint64_t xi, size
     for (size_t j = 0; j < half; j++) out[j] = a[j] ^ gf_product(a[j] ^ a[half + j], xi);
 }
 
-void mk_gf_select_ref(uint64_t *restrict out, const uint64_t *bits, const uint64_t *rho, size_t n)
+/* Terms of a cross: node holds x0, x1, y0, y1, `stride` apart, each of `rows` words; `room` takes the differences. A
+ * term that took none is not wanted: it is a sum of the products themselves, which the caller has. */
+typedef void take_term(uint64_t *out, const uint64_t term[4], const uint64_t *coefficient);
+
+static uint64_t *cross_terms(uint64_t *out, size_t step, const uint64_t *node, size_t stride, size_t rows, int slope,
+                             int binary, uint64_t *room, take_term *take, const uint64_t *coefficient)
 {
-    uint64_t one = ct_one();
-    for (size_t j = 0; j < n; j++) out[j] = rho[j] & ct_mask(bits[j / 64], j % 64, one);
+    if (rows == 1) {
+        const uint64_t term[4] = {node[0], node[stride], node[2 * stride], node[3 * stride]};
+        if (!slope) return out;
+        take(out, term, coefficient);
+        return out + step;
+    }
+    size_t half = rows / 2;
+    out = cross_terms(out, step, node, stride, half, slope, binary, room, take, coefficient);
+    out = cross_terms(out, step, node + half, stride, half, slope, binary, room, take, coefficient);
+    for (size_t c = 0; c < 4; c++)
+        for (size_t i = 0; i < half; i++) {
+            uint64_t low = node[c * stride + i], high = node[c * stride + half + i];
+            room[c * half + i] = binary ? high ^ low : high - low;
+        }
+    return cross_terms(out, step, room, half, half, 1, binary, room + 4 * half, take, coefficient);
 }
 
-void mk_gf_select_inner_ref(uint64_t *restrict out, const uint64_t *x, const uint64_t *y, const uint64_t *rho,
-                            size_t n)
+/* 3^levels - 2^levels for rows = 2^levels. */
+static size_t cross_count(size_t rows)
 {
-    uint64_t one = ct_one(), sum = 0;
-    for (size_t j = 0; j < n; j++) sum ^= rho[j] & ct_mask(x[j / 64] & y[j / 64], j % 64, one);
-    *out = sum;
+    size_t all = 1;
+    for (size_t left = rows; left > 1; left /= 2) all *= 3;
+    return all - rows;
+}
+
+static void cross_column(uint64_t *node, const uint64_t *x, const uint64_t *y, size_t rows, size_t n, size_t g)
+{
+    memcpy(node, x + g * rows, rows * sizeof *x);
+    memcpy(node + rows, x + (n + g) * rows, rows * sizeof *x);
+    memcpy(node + 2 * rows, y + g * rows, rows * sizeof *x);
+    memcpy(node + 3 * rows, y + (n + g) * rows, rows * sizeof *x);
+}
+
+static void take_gf(uint64_t *out, const uint64_t t[4], const uint64_t *rho)
+{
+    uint64_t one = ct_one(), word = (t[0] & (t[2] ^ t[3])) ^ (t[1] & t[2]);
+    for (unsigned l = 0; l < 64; l++) *out ^= rho[l] & ct_mask(word, l, one);
+}
+
+/* The 64 elements of column g. */
+static void elements(uint64_t rho[64], const uint64_t *planes, size_t n, size_t g)
+{
+    memset(rho, 0, 64 * sizeof *rho);
+    for (unsigned s = 0; s < 64; s++)
+        for (unsigned l = 0; l < 64; l++) rho[l] |= (planes[s * n + g] >> l & 1) << s;
+}
+
+void mk_gf_cross_ref(uint64_t *restrict out, const uint64_t *x, const uint64_t *y, const uint64_t *planes,
+                     size_t rows, size_t n)
+{
+    uint64_t node[4 * MK_ROWS], room[4 * MK_ROWS], rho[64];
+    memset(out, 0, cross_count(rows) * sizeof *out);
+    for (size_t g = 0; g < n; g++) {
+        elements(rho, planes, n, g);
+        cross_column(node, x, y, rows, n, g);
+        cross_terms(out, 1, node, rows, rows, 0, 1, room, take_gf, rho);
+    }
+}
+
+void mk_gf_combine_ref(uint64_t *restrict out, const uint64_t *x, const uint64_t *planes, size_t rows, size_t n)
+{
+    uint64_t one = ct_one(), rho[64];
+    memset(out, 0, rows * sizeof *out);
+    for (size_t g = 0; g < n; g++) {
+        elements(rho, planes, n, g);
+        for (size_t i = 0; i < rows; i++)
+            for (unsigned l = 0; l < 64; l++) out[i] ^= rho[l] & ct_mask(x[g * rows + i], l, one);
+    }
+}
+
+void mk_gf_blend_ref(uint64_t *restrict out, const uint64_t *x, const uint64_t *w, size_t rows, size_t n)
+{
+    uint64_t one = ct_one();
+    for (size_t g = 0; g < n; g++)
+        for (unsigned l = 0; l < 64; l++) {
+            uint64_t sum = 0;
+            for (size_t i = 0; i < rows; i++) sum ^= w[i] & ct_mask(x[g * rows + i], l, one);
+            out[64 * g + l] = sum;
+        }
 }
 
 /* ---- GR(2^64, 48) ---- */
@@ -301,6 +400,29 @@ void mk_gr_fold_ref(uint64_t *restrict out, const uint64_t *a, uint64_t xi, size
     }
 }
 
+void mk_gr_halves_ref(uint64_t *restrict out, const uint64_t *a0, const uint64_t *a1, const uint64_t *w0,
+                      const uint64_t *w1, size_t half)
+{
+    uint64_t low[2 * MK_GR] = {0}, slope[2 * MK_GR] = {0};
+    for (size_t j = 0; j < half; j++) {
+        size_t l = MK_GR * j, h = MK_GR * (half + j);
+        uint64_t both[MK_GR], a[MK_GR], d[MK_GR], u0[MK_GR], u1[MK_GR];
+        for (int i = 0; i < MK_GR; i++) {
+            both[i] = a0[l + i] + a1[l + i];
+            a[i] = a0[h + i] - a0[l + i];
+            d[i] = a[i] + a1[h + i] - a1[l + i];
+            u0[i] = w0[h + i] - w0[l + i];
+            u1[i] = w1[h + i] - w1[l + i];
+        }
+        gr_mul_add(low, both, w0 + l);
+        gr_mul_add(low, a0 + l, w1 + l);
+        gr_mul_add(slope, d, u0);
+        gr_mul_add(slope, a, u1);
+    }
+    gr_reduce(out, low);
+    gr_reduce(out + MK_GR, slope);
+}
+
 void mk_gr_scale_ref(uint64_t *restrict out, const uint64_t *x, const uint64_t *g, size_t n)
 {
     for (size_t j = 0; j < n; j++)
@@ -333,5 +455,22 @@ void mk_gr_combine_cols_ref(uint64_t *restrict out, const uint64_t *x, const uin
         for (size_t i = 0; i < m; i++)
             for (int t = 0; t < MK_GR; t++) sum[t] += x[i * n + j] & ct_mask(r[i], t, one);
         memcpy(out + MK_GR * j, sum, sizeof sum);
+    }
+}
+
+static void take_gr(uint64_t *out, const uint64_t t[4], const uint64_t *r)
+{
+    uint64_t one = ct_one(), word = t[0] * (t[2] + t[3]) + t[1] * t[2];
+    for (unsigned i = 0; i < MK_GR; i++) out[i] += word & ct_mask(*r, i, one);
+}
+
+void mk_gr_cross_ref(uint64_t *restrict out, const uint64_t *x, const uint64_t *y, const uint64_t *r, size_t rows,
+                     size_t n)
+{
+    uint64_t node[4 * MK_ROWS], room[4 * MK_ROWS];
+    memset(out, 0, cross_count(rows) * MK_GR * sizeof *out);
+    for (size_t g = 0; g < n; g++) {
+        cross_column(node, x, y, rows, n, g);
+        cross_terms(out, MK_GR, node, rows, rows, 0, 0, room, take_gr, r + g);
     }
 }

@@ -369,6 +369,32 @@ void MK(mk_ring_lsb)(uint64_t *restrict words, const uint64_t *x, size_t n)
 
 /* ---- look-up ---- */
 
+void MK(mk_ring_double_part)(uint64_t *restrict out, const uint64_t *e, const uint64_t *b, size_t n, size_t size,
+                             size_t have)
+{
+    const uint64_t *other = e + n * size;
+    for (size_t i = 0; i < n; i++, e += size, other += size, out += have) {
+        factor both = factor_of(splat(b[i] + b[n + i])), mine = factor_of(splat(b[i]));
+        for (size_t j = 0; j < have; j += LANES) {
+            size_t left = least(have - j, LANES);
+            sum s = sum_mul(sum_zero(), factor_of(load_first(e + j, left)), both);
+            s = sum_mul(s, factor_of(load_first(other + j, left)), mine);
+            store_first(out + j, left, load_first(out + j, left) + sum_value(s));
+        }
+    }
+}
+
+void MK(mk_ring_double)(uint64_t *restrict e, const uint64_t *high, size_t n, size_t size, size_t have)
+{
+    for (size_t i = 0; i < n; i++, e += size, high += have)
+        for (size_t j = 0; j < have; j += LANES) {
+            size_t left = least(have - j, LANES);
+            vec h = load_first(high + j, left);
+            store_first(e + have + j, left, h);
+            store_first(e + j, left, load_first(e + j, left) - h);
+        }
+}
+
 INLINE void look_up(uint64_t *out, const uint64_t *e, const uint64_t *run, size_t n, size_t size, const int depth)
 {
     sum s[4];
@@ -394,6 +420,15 @@ void MK(mk_ring_lookup)(uint64_t *restrict out, const uint64_t *e, const uint64_
 }
 
 void MK(mk_ring_rotate)(uint64_t *restrict out, const uint64_t *e, const uint64_t *c, size_t n, size_t size)
+{
+    for (size_t i = 0; i < n; i++, out += size, e += size) {
+        size_t turn = c[i] % size;
+        for (size_t j = 0; j <= turn; j++) out[j] = e[turn - j];
+        for (size_t j = turn + 1; j < size; j++) out[j] = e[size + turn - j];
+    }
+}
+
+void MK(mk_half_rotate)(uint16_t *restrict out, const uint16_t *e, const uint64_t *c, size_t n, size_t size)
 {
     for (size_t i = 0; i < n; i++, out += size, e += size) {
         size_t turn = c[i] % size;
@@ -483,32 +518,131 @@ void MK(mk_gf_fold)(uint64_t *restrict out, const uint64_t *a, uint64_t xi, size
     }
 }
 
-void MK(mk_gf_select)(uint64_t *restrict out, const uint64_t *bits, const uint64_t *rho, size_t n)
+/* ---- crosses: see ref.c ---- */
+
+/* CROSS columns lie side by side, so that lanes are columns. node holds x0, x1, y0, y1, `stride` words apart, each of
+ * `rows` runs of CROSS words. */
+enum { CROSS = 32, CROSS_ROOM = 4 * MK_ROWS * CROSS };
+
+static inline size_t cross_count(size_t rows)
 {
-    for (size_t j = 0; j < n; j += LANES) {
-        size_t left = least(n - j, LANES);
-        store_first(out + j, left, keep(bits_of(bits[j / 64] >> (j % 64), 0), load_first(rho + j, left)));
+    size_t all = 1;
+    for (size_t left = rows; left > 1; left /= 2) all *= 3;
+    return all - rows;
+}
+
+/* Runs of CROSS columns of x (.., rows), `width` of which exist. */
+static void turn(uint64_t *to, const uint64_t *x, size_t rows, size_t width)
+{
+    for (size_t i = 0; i < rows; i++)
+        for (size_t j = 0; j < CROSS; j++) to[i * CROSS + j] = j < width ? x[j * rows + i] : 0;
+}
+
+static void cross_columns(uint64_t *node, const uint64_t *x, const uint64_t *y, size_t rows, size_t n, size_t g)
+{
+    for (size_t c = 0; c < 4; c++)
+        turn(node + c * rows * CROSS, (c < 2 ? x : y) + (c % 2 * n + g) * rows, rows, least(n - g, CROSS));
+}
+
+static void cross_planes(uint64_t *to, const uint64_t *planes, size_t n, size_t g)
+{
+    for (size_t s = 0; s < 64; s++)
+        for (size_t j = 0; j < CROSS; j++) to[CROSS * s + j] = g + j < n ? planes[s * n + g + j] : 0;
+}
+
+INLINE void cross_differences(uint64_t *room, const uint64_t *node, size_t stride, size_t half, const int binary)
+{
+    for (size_t c = 0; c < 4; c++)
+        for (size_t j = 0; j < half; j += LANES) {
+            vec low = load(node + c * stride + j), high = load(node + c * stride + half + j);
+            store(room + c * half + j, binary ? high ^ low : high - low);
+        }
+}
+
+/* out += the 64 parities of `term` under the planes: bit s that of the lanes common to term and plane s. */
+static uint64_t parities(const uint64_t *term, const uint64_t *planes)
+{
+    uint64_t sums[64] __attribute__((aligned(64))), word = 0;
+    for (unsigned s = 0; s < 64; s++) {
+        vec sum = splat(0);
+        UNROLL for (int j = 0; j < CROSS; j += LANES) sum ^= load(term + j) & load(planes + CROSS * s + j);
+        uint64_t folded = 0;
+        UNROLL for (int l = 0; l < LANES; l++) folded ^= sum[l];
+        sums[s] = folded;
+    }
+    transpose(sums, sums);
+    for (unsigned s = 0; s < 64; s++) word ^= sums[s];
+    return word;
+}
+
+static uint64_t *gf_cross(uint64_t *out, const uint64_t *node, size_t stride, size_t rows, int slope, uint64_t *room,
+                          const uint64_t *planes)
+{
+    if (rows == 1) {
+        uint64_t term[CROSS] __attribute__((aligned(64)));
+        if (!slope) return out;
+        UNROLL for (int j = 0; j < CROSS; j += LANES)
+        {
+            vec y0 = load(node + 2 * stride + j), y1 = load(node + 3 * stride + j);
+            store(term + j, (load(node + j) & (y0 ^ y1)) ^ (load(node + stride + j) & y0));
+        }
+        *out ^= parities(term, planes);
+        return out + 1;
+    }
+    size_t half = rows / 2 * CROSS;
+    out = gf_cross(out, node, stride, rows / 2, slope, room, planes);
+    out = gf_cross(out, node + half, stride, rows / 2, slope, room, planes);
+    cross_differences(room, node, stride, half, 1);
+    return gf_cross(out, room, half, rows / 2, 1, room + 4 * half, planes);
+}
+
+void MK(mk_gf_cross)(uint64_t *restrict out, const uint64_t *x, const uint64_t *y, const uint64_t *planes, size_t rows,
+                     size_t n)
+{
+    uint64_t node[CROSS_ROOM] __attribute__((aligned(64))), room[CROSS_ROOM] __attribute__((aligned(64)));
+    uint64_t part[64 * CROSS] __attribute__((aligned(64)));
+    memset(out, 0, cross_count(rows) * sizeof *out);
+    for (size_t g = 0; g < n; g += CROSS) {
+        cross_columns(node, x, y, rows, n, g);
+        cross_planes(part, planes, n, g);
+        gf_cross(out, node, rows * CROSS, rows, 0, room, part);
     }
 }
 
-void MK(mk_gf_select_inner)(uint64_t *restrict out, const uint64_t *x, const uint64_t *y, const uint64_t *rho,
-                            size_t n)
+void MK(mk_gf_combine)(uint64_t *restrict out, const uint64_t *x, const uint64_t *planes, size_t rows, size_t n)
 {
-    vec s[4] = {splat(0), splat(0), splat(0), splat(0)};
-    uint64_t result = 0;
-    size_t j = 0;
-    for (; j + 64 <= n; j += 64) {
-        uint64_t word = x[j / 64] & y[j / 64];
-        UNROLL for (unsigned q = 0; q < 64 / LANES; q++) s[q % 4] =
-            xor_where(s[q % 4], bits_of(word, q), load(rho + j + LANES * q));
+    uint64_t node[MK_ROWS * CROSS] __attribute__((aligned(64))), part[64 * CROSS] __attribute__((aligned(64)));
+    memset(out, 0, rows * sizeof *out);
+    for (size_t g = 0; g < n; g += CROSS) {
+        turn(node, x + g * rows, rows, least(n - g, CROSS));
+        cross_planes(part, planes, n, g);
+        for (size_t i = 0; i < rows; i++) out[i] ^= parities(node + i * CROSS, part);
     }
-    for (; j < n; j += LANES) {
-        uint64_t word = (x[j / 64] & y[j / 64]) >> (j % 64);
-        s[0] = xor_where(s[0], bits_of(word, 0), load_first(rho + j, least(n - j, LANES)));
+}
+
+/* Planes of the result are sums of rows chosen by the public bits of w: four rows at a time, from their 16 sums. */
+void MK(mk_gf_blend)(uint64_t *restrict out, const uint64_t *x, const uint64_t *w, size_t rows, size_t n)
+{
+    uint8_t choice[64][MK_ROWS / 4] = {{0}};
+    size_t groups = (rows + 3) / 4;
+    for (size_t i = 0; i < rows; i++)
+        for (unsigned s = 0; s < 64; s++) choice[s][i / 4] |= (uint8_t)((w[i] >> s & 1) << i % 4);
+    for (size_t g = 0; g < n; g++, x += rows) {
+        uint64_t sums[MK_ROWS / 4][16], planes[64] __attribute__((aligned(64)));
+        for (size_t q = 0; q < groups; q++) {
+            sums[q][0] = 0;
+            for (size_t i = 0; i < 4; i++) {
+                uint64_t row = 4 * q + i < rows ? x[4 * q + i] : 0;
+                for (size_t k = 0; k < (size_t)1 << i; k++) sums[q][k + ((size_t)1 << i)] = sums[q][k] ^ row;
+            }
+        }
+        for (unsigned s = 0; s < 64; s++) {
+            uint64_t plane = 0;
+            for (size_t q = 0; q < groups; q++) plane ^= sums[q][choice[s][q]];
+            planes[s] = plane;
+        }
+        transpose(out + 64 * g, planes);
     }
-    s[0] ^= s[1] ^ s[2] ^ s[3];
-    UNROLL for (int l = 0; l < LANES; l++) result ^= s[0][l];
-    *out = result;
 }
 
 /* ---- GR(2^64, 48) ---- */
@@ -590,12 +724,74 @@ void MK(mk_gr_mul)(uint64_t *restrict out, const uint64_t *a, const uint64_t *b,
     }
 }
 
+/* Sums of a_j[s] b_j[t] for MM_ROWS coefficients s and MM_VECS vectors of t, over a run of elements, in registers. */
+enum { INNER_RUN = 32 };
+
+INLINE void inner_block(uint64_t *p, const uint64_t *a, const uint64_t *b, size_t n)
+{
+    sum s[MM_ROWS][MM_VECS];
+    UNROLL for (int i = 0; i < MM_ROWS; i++) UNROLL for (int v = 0; v < MM_VECS; v++) s[i][v] = sum_zero();
+    for (size_t j = 0; j < n; j++, a += MK_GR, b += MK_GR) {
+        factor f[MM_VECS];
+        UNROLL for (int v = 0; v < MM_VECS; v++) f[v] = factor_of(load(b + LANES * v));
+        UNROLL for (int i = 0; i < MM_ROWS; i++)
+        {
+            factor g = factor_splat(a + i);
+            UNROLL for (int v = 0; v < MM_VECS; v++) s[i][v] = sum_mul(s[i][v], g, f[v]);
+        }
+    }
+    UNROLL for (int i = 0; i < MM_ROWS; i++) UNROLL for (int v = 0; v < MM_VECS; v++)
+    {
+        uint64_t *to = p + i + LANES * v;
+        store(to, load(to) + sum_value(s[i][v]));
+    }
+}
+
+/* p += sum of a_j b_j over a run, without reduction; p has 2 MK_GR words. */
+static void inner_run(uint64_t *p, const uint64_t *a, const uint64_t *b, size_t n)
+{
+    for (size_t t = 0; t < MK_GR; t += MM_VECS * LANES)
+        for (size_t s = 0; s < MK_GR; s += MM_ROWS) inner_block(p + s + t, a + s, b + t, n);
+}
+
+static void inner_finish(uint64_t *out, const uint64_t *p)
+{
+    vec q[2 * GV];
+    UNROLL for (int v = 0; v < 2 * GV; v++) q[v] = load(p + LANES * v);
+    gr_reduce(out, q, NULL);
+}
+
 void MK(mk_gr_inner)(uint64_t *restrict out, const uint64_t *a, const uint64_t *b, size_t n)
 {
-    sum p[2 * GV];
-    UNROLL for (int v = 0; v < 2 * GV; v++) p[v] = sum_zero();
-    for (size_t j = 0; j < n; j++) gr_mul_add(p, a + MK_GR * j, b + MK_GR * j);
-    gr_finish(out, p);
+    uint64_t p[2 * MK_GR] __attribute__((aligned(64))) = {0};
+    for (size_t j = 0; j < n; j += INNER_RUN) inner_run(p, a + MK_GR * j, b + MK_GR * j, least(n - j, INNER_RUN));
+    inner_finish(out, p);
+}
+
+void MK(mk_gr_halves)(uint64_t *restrict out, const uint64_t *a0, const uint64_t *a1, const uint64_t *w0,
+                      const uint64_t *w1, size_t half)
+{
+    enum { RUN = INNER_RUN * MK_GR };
+    uint64_t p[2][2 * MK_GR] __attribute__((aligned(64))) = {{0}};
+    uint64_t both[RUN] __attribute__((aligned(64))), a[RUN] __attribute__((aligned(64)));
+    uint64_t u0[RUN] __attribute__((aligned(64))), u1[RUN] __attribute__((aligned(64)));
+    for (size_t j = 0; j < half; j += INNER_RUN) {
+        size_t l = MK_GR * j, h = MK_GR * (half + j), n = least(half - j, INNER_RUN);
+        for (size_t i = 0; i < MK_GR * n; i += LANES) store(both + i, load(a0 + l + i) + load(a1 + l + i));
+        inner_run(p[0], both, w0 + l, n);
+        inner_run(p[0], a0 + l, w1 + l, n);
+        for (size_t i = 0; i < MK_GR * n; i += LANES) {
+            vec d = load(a0 + h + i) - load(a0 + l + i);
+            store(a + i, d);
+            store(both + i, d + load(a1 + h + i) - load(a1 + l + i));
+            store(u0 + i, load(w0 + h + i) - load(w0 + l + i));
+            store(u1 + i, load(w1 + h + i) - load(w1 + l + i));
+        }
+        inner_run(p[1], both, u0, n);
+        inner_run(p[1], a, u1, n);
+    }
+    inner_finish(out, p[0]);
+    inner_finish(out + MK_GR, p[1]);
 }
 
 void MK(mk_gr_mul01)(uint64_t *restrict out, const uint64_t *a, const uint64_t *r, size_t n)
@@ -608,15 +804,25 @@ void MK(mk_gr_mul01)(uint64_t *restrict out, const uint64_t *a, const uint64_t *
     }
 }
 
+/* xi is public: the powers that it lacks are passed over. */
 void MK(mk_gr_fold)(uint64_t *restrict out, const uint64_t *a, uint64_t xi, size_t half)
 {
     const uint64_t *b = a + MK_GR * half;
     for (size_t j = 0; j < half; j++, a += MK_GR, b += MK_GR) {
-        uint64_t d[MK_GR] __attribute__((aligned(64)));
+        uint64_t room[LANES + MK_GR + LANES] __attribute__((aligned(64))) = {0}, *d = room + LANES;
+        uint64_t to[2 * MK_GR + LANES] __attribute__((aligned(64))) = {0};
         vec p[2 * GV];
-        UNROLL for (int v = 0; v < 2 * GV; v++) p[v] = splat(0);
         UNROLL for (int v = 0; v < GV; v++) store(d + LANES * v, load(b + LANES * v) - load(a + LANES * v));
-        gr_mul01_add(p, d, xi);
+        for (unsigned s = 0; s < LANES; s++) {
+            vec t[GV + 1];
+            UNROLL for (int v = 0; v <= GV; v++) t[v] = load(d + LANES * v - s);
+            for (unsigned q = s; q < MK_GR; q += LANES) {
+                if (!(xi >> q & 1)) continue;
+                uint64_t *at = to + q - s;
+                UNROLL for (int v = 0; v <= GV; v++) store(at + LANES * v, load(at + LANES * v) + t[v]);
+            }
+        }
+        UNROLL for (int v = 0; v < 2 * GV; v++) p[v] = load(to + LANES * v);
         gr_reduce(out + MK_GR * j, p, a);
     }
 }
@@ -637,10 +843,11 @@ void MK(mk_gr_scale01)(uint64_t *restrict out, const uint64_t *x, const uint64_t
 
 /* Vectors first .. first + GR_VECS - 1 of `rows` combinations out_u = sum_w x[u * right + w * down] r_w. */
 INLINE void combine_block(uint64_t *out, const uint64_t *x, const uint64_t *r, size_t right, size_t down, size_t n,
-                          const unsigned first, const int rows)
+                          const unsigned first, const int rows, int add)
 {
     vec s[GR_ROWS][GR_VECS];
-    UNROLL for (int u = 0; u < rows; u++) UNROLL for (int v = 0; v < GR_VECS; v++) s[u][v] = splat(0);
+    UNROLL for (int u = 0; u < rows; u++) UNROLL for (int v = 0; v < GR_VECS; v++) s[u][v] =
+        add ? load(out + (size_t)u * MK_GR + LANES * (first + (unsigned)v)) : splat(0);
     for (size_t w = 0; w < n; w++) {
         bitmask k[GR_VECS];
         UNROLL for (unsigned v = 0; v < GR_VECS; v++) k[v] = bits_of(r[w], first + v);
@@ -655,23 +862,67 @@ INLINE void combine_block(uint64_t *out, const uint64_t *x, const uint64_t *r, s
 }
 
 static void combine(uint64_t *out, const uint64_t *x, const uint64_t *r, size_t right, size_t down, size_t rows,
-                    size_t n)
+                    size_t n, int add)
 {
     size_t u = 0;
     for (; u + GR_ROWS <= rows; u += GR_ROWS)
         UNROLL for (unsigned v = 0; v < GV; v += GR_VECS)
-            combine_block(out + u * MK_GR, x + u * right, r, right, down, n, v, GR_ROWS);
+            combine_block(out + u * MK_GR, x + u * right, r, right, down, n, v, GR_ROWS, add);
     for (; u < rows; u++)
         UNROLL for (unsigned v = 0; v < GV; v += GR_VECS)
-            combine_block(out + u * MK_GR, x + u * right, r, right, down, n, v, 1);
+            combine_block(out + u * MK_GR, x + u * right, r, right, down, n, v, 1, add);
 }
 
 void MK(mk_gr_combine)(uint64_t *restrict out, const uint64_t *x, const uint64_t *r, size_t m, size_t n)
 {
-    combine(out, x, r, n, 1, m, n);
+    combine(out, x, r, n, 1, m, n, 0);
 }
 
 void MK(mk_gr_combine_cols)(uint64_t *restrict out, const uint64_t *x, const uint64_t *r, size_t m, size_t n)
 {
-    combine(out, x, r, 1, n, n, m);
+    enum { DOWN = 64 }; /* rows at a time, which stay in the cache while all columns pass over them */
+    if (m == 0) memset(out, 0, n * MK_GR * sizeof *out);
+    for (size_t i = 0; i < m; i += DOWN) combine(out, x + i * n, r + i, 1, n, n, least(m - i, DOWN), i > 0);
+}
+
+static uint64_t *gr_cross(uint64_t *out, const uint64_t *node, size_t stride, size_t rows, int slope, uint64_t *room,
+                          const bitmask (*masks)[GV])
+{
+    if (rows == 1) {
+        uint64_t term[CROSS] __attribute__((aligned(64)));
+        vec s[GV];
+        if (!slope) return out;
+        UNROLL for (int j = 0; j < CROSS; j += LANES)
+        {
+            vec y0 = load(node + 2 * stride + j), y1 = load(node + 3 * stride + j);
+            sum both = sum_mul(sum_zero(), factor_of(load(node + j)), factor_of(y0 + y1));
+            store(term + j, sum_value(sum_mul(both, factor_of(load(node + stride + j)), factor_of(y0))));
+        }
+        UNROLL for (int v = 0; v < GV; v++) s[v] = load(out + LANES * v);
+        for (int j = 0; j < CROSS; j++) {
+            vec f = splat(term[j]);
+            UNROLL for (int v = 0; v < GV; v++) s[v] = add_where(s[v], masks[j][v], f);
+        }
+        UNROLL for (int v = 0; v < GV; v++) store(out + LANES * v, s[v]);
+        return out + MK_GR;
+    }
+    size_t half = rows / 2 * CROSS;
+    out = gr_cross(out, node, stride, rows / 2, slope, room, masks);
+    out = gr_cross(out, node + half, stride, rows / 2, slope, room, masks);
+    cross_differences(room, node, stride, half, 0);
+    return gr_cross(out, room, half, rows / 2, 1, room + 4 * half, masks);
+}
+
+void MK(mk_gr_cross)(uint64_t *restrict out, const uint64_t *x, const uint64_t *y, const uint64_t *r, size_t rows,
+                     size_t n)
+{
+    uint64_t node[CROSS_ROOM] __attribute__((aligned(64))), room[CROSS_ROOM] __attribute__((aligned(64)));
+    bitmask masks[CROSS][GV];
+    memset(out, 0, cross_count(rows) * MK_GR * sizeof *out);
+    for (size_t g = 0; g < n; g += CROSS) {
+        cross_columns(node, x, y, rows, n, g);
+        for (size_t j = 0; j < CROSS; j++)
+            UNROLL for (unsigned v = 0; v < GV; v++) masks[j][v] = bits_of(g + j < n ? r[g + j] : 0, v);
+        gr_cross(out, node, rows * CROSS, rows, 0, room, masks);
+    }
 }

@@ -155,18 +155,20 @@ async def attention(
     parts: Parts,
 ) -> Share:
     """Attention of rows first .. first + n over everything before them, without the output matrix: (n,
-    heads * hd).
+    heads * hd). u is at scale f, without a rotation at f + NORM_SCALE.
     """
     f = s.scale_bits
     n, hd, heads, kv = u.shape[0], spec.head_dim, spec.heads, spec.kv_heads
-    y = await parts.matmul(ctx, f"{step}/qkv", u, f"{layer}.qkv") + _bias(ctx, f"{layer}.qkv_b", s)
-    y = y.reshape(n, heads + 2 * kv, hd).swap(0, 1)  # (heads + 2 kv, n, hd), scale 2f
+    above = nonlinear.NORM_SCALE if turn is None else 0
+    y = await parts.matmul(ctx, f"{step}/qkv", u, f"{layer}.qkv")
+    y = y + _bias(ctx, f"{layer}.qkv_b", f + above)
+    y = y.reshape(n, heads + 2 * kv, hd).swap(0, 1)  # (heads + 2 kv, n, hd), scale 2f and above
     turned, v = y[: heads + kv], y[heads + kv :]
-    drop = f
+    drop = f + above
     if turn is not None:
         turned = await _rotate(ctx, f"{step}/rotate", turned, turn)
         drop += ROTARY_SCALE
-    turned, v = await ops.truncate(ctx, f"{step}/qkv truncate", (turned, drop), (v, f))
+    turned, v = await ops.truncate(ctx, f"{step}/qkv truncate", (turned, drop), (v, f + above))
     q, k = turned[:heads], turned[heads:]
 
     keys = ctx.take(prep.Keys(layer, first, n, heads, kv, hd), 1)
@@ -199,22 +201,22 @@ async def attention(
     return out.reshape(heads, n, hd).swap(0, 1).reshape(n, heads * hd)
 
 
-def _bias(ctx: Context, name: str, s: Settings) -> Share:
-    """A bias as a row (1, m) at scale 2f; it is stored at scale f like every tensor."""
+def _bias(ctx: Context, name: str, above: int) -> Share:
+    """A bias as a row (1, m) at `above` more fraction bits than the f at which it is stored."""
     v = np.stack(ctx.weights.pair(name)[: ctx.bk.components])
-    return ctx.share(v.reshape(len(v), 1, -1)) * (1 << s.scale_bits)
+    return ctx.share(v.reshape(len(v), 1, -1)) * (1 << above)
 
 
 async def mlp(
     ctx: Context, step: str, spec: PlanSpec, layer: int, u: Share, s: Settings, parts: Parts
-) -> Share:
-    """The inner part of a block: activation, gated or not, of u @ in: (n, hidden) at scale f."""
+) -> tuple[Share, int]:
+    """The inner part of a block: activation, gated or not, of u @ in: (n, hidden), and its scale."""
     f = s.scale_bits
-    h = await parts.matmul(ctx, f"{step}/in", u, f"{layer}.in") + _bias(ctx, f"{layer}.in_b", s)
+    h = await parts.matmul(ctx, f"{step}/in", u, f"{layer}.in") + _bias(ctx, f"{layer}.in_b", f)
     if spec.act == "relu":
-        return await nonlinear.relu(ctx, f"{step}/relu", h, s)
+        return await nonlinear.relu(ctx, f"{step}/relu", h, s), 2 * f
     if spec.act != "silu_glu":
-        return await nonlinear.activation(ctx, f"{step}/{spec.act}", h, spec.act, s)
+        return await nonlinear.activation(ctx, f"{step}/{spec.act}", h, spec.act, s, wide=True), 2 * f
 
     async def gating(ctx: Context) -> Share:
         return await nonlinear.activation(ctx, f"{step}/silu", h[:, : spec.hidden], "silu", s)
@@ -224,8 +226,7 @@ async def mlp(
 
     gate, up = await ops.together(ctx, gating, rising)
     (y,) = await ops.mul(ctx, f"{step}/gate", (gate, up))
-    (y,) = await ops.truncate(ctx, f"{step}/gate truncate", (y, f))
-    return y
+    return (await ops.truncate(ctx, f"{step}/gate truncate", (y, f)))[0], f
 
 
 async def forward(
@@ -235,15 +236,15 @@ async def forward(
     f, first, h, turn = s.scale_bits, cache.length, rows.hidden, rows.turn
     for layer in range(spec.layers):
         name = f"{step}/layer {layer}"
-        u = await nonlinear.rms_norm(ctx, f"{name}/norm 1", h, spec.norm_eps, s)
+        u = await nonlinear.rms_norm(ctx, f"{name}/norm 1", h, spec.norm_eps, s, wide=turn is None)
         a = await attention(ctx, f"{name}/attention", spec, layer, u, turn, cache, first, s, parts)
-        y = await parts.matmul(ctx, f"{name}/o", a, f"{layer}.o") + _bias(ctx, f"{layer}.o_b", s)
+        y = await parts.matmul(ctx, f"{name}/o", a, f"{layer}.o") + _bias(ctx, f"{layer}.o_b", f)
         (y,) = await ops.truncate(ctx, f"{name}/o truncate", (y, f))
         h = h + y
         u = await nonlinear.rms_norm(ctx, f"{name}/norm 2", h, spec.norm_eps, s)
-        m = await mlp(ctx, f"{name}/mlp", spec, layer, u, s, parts)
-        y = await parts.matmul(ctx, f"{name}/out", m, f"{layer}.out") + _bias(ctx, f"{layer}.out_b", s)
-        (y,) = await ops.truncate(ctx, f"{name}/out truncate", (y, f))
+        m, scale = await mlp(ctx, f"{name}/mlp", spec, layer, u, s, parts)
+        y = await parts.matmul(ctx, f"{name}/out", m, f"{layer}.out") + _bias(ctx, f"{layer}.out_b", scale)
+        (y,) = await ops.truncate(ctx, f"{name}/out truncate", (y, scale))
         h = h + y
     cache.length += h.shape[0]
     return h
@@ -254,7 +255,7 @@ async def logits(
 ) -> Share:
     """Logits (vocab,) at scale 2f of the last row of h."""
     u = await nonlinear.rms_norm(ctx, f"{step}/norm", h[-1:], spec.norm_eps, s)
-    y = await parts.matmul(ctx, f"{step}/head", u, "head") + _bias(ctx, "head_b", s)
+    y = await parts.matmul(ctx, f"{step}/head", u, "head") + _bias(ctx, "head_b", s.scale_bits)
     return y[0]
 
 

@@ -2,15 +2,17 @@
 
 Everything a batch contains is stated as *relations* over shares. After the whole batch is fixed the parties
 toss a coin, and random linear combinations turn all relations of a batch into one claim <a, w> = c over an
-extension: GR(2^64, 48) for ring elements, GF(2^64) for bits. Products of ring elements, by far the most, are
-first folded eightfold while they are still plain ring elements, 48 times smaller (`_prefold`). Halving (Boyle
-et al., CCS 2019) needs two extension elements and two rounds per level; the last few entries are opened under
+extension: GR(2^64, 48) for ring elements, GF(2^64) for bits.
+
+Products of ring elements and AND gates, by far the most, are folded up to 64 to 1 before they become elements
+of the extension, 48 or 64 times larger (`_Folding`). What remains is halved (Boyle et al., CCS 2019) with two
+extension elements and two rounds per level, ring and bits side by side; the last few entries are opened under
 a random mask.
 
 Coefficients are drawn from the 2^48 elements of GR(2^64, 48) with coordinates 0 and 1. The difference of two
 such elements is a unit, so an error, even one in the top bit alone, survives a combination with probability
 at most 2^-48; a plain 64-bit coefficient would miss a top-bit error half of the time. One batch errs with
-probability at most (3 + 2 levels + 1) / 2^48 < 2^-42, and a cheater has one try: a failed check ends the
+probability at most (2 + 12 + 2 levels + 1) / 2^48 < 2^-42, and a cheater has one try: a failed check ends the
 session.
 
 An error that a cheater adds to a product shows up as a residue of the claim that depends on the error and the
@@ -21,25 +23,32 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain
-from typing import Final, Protocol
+from functools import partial
+from typing import Any, Final, Protocol
 
 import numpy as np
+import numpy.typing as npt
 
 from mimir import kernels
-from mimir.mpc.domain import Ring
-from mimir.mpc.doors import Coins, Doors
+from mimir.mpc.domain import RING_BITS, Ring
+from mimir.mpc.doors import Doors
 from mimir.mpc.offload import offload
 
 DEGREE: Final = 48
 _LOW48: Final = np.uint64((1 << DEGREE) - 1)
 OPEN_BELOW: Final = 32  # entries at which halving stops and the masked opening takes over
-BLOCKS: Final = 8  # products are folded so many to one before they become elements of the extension
-COLUMNS_AT_ONCE: Final = 1 << 12  # of a prefold (memory: 1 kB each)
-CLAIMS_PER_CHECK: Final = 1 << 15  # ring claims verified by one recursion (memory: 1.5 kB each)
-GATES_PER_CHECK: Final = 1 << 21  # AND gates verified by one recursion (memory: 32 B each)
-GROUP_WORK: Final = 1 << 30  # making the claims of a group always goes to a thread
-LEVELS: Final = 24  # coins committed for one recursion: halvings, and one for the final opening
+FOLD_ROWS: Final = (
+    (1 << 19, 64),
+    (1 << 16, 32),
+    (1 << 12, 16),
+    (0, 8),
+)  # from so many on, so many become one
+AT_ONCE: Final = 1 << 17  # products or words of gates folded at once (memory: 32 B each)
+NARROW: Final = 24  # a row of so many products is checked one by one
+WORK: Final = 64  # multiplications to fold one product, about
+WHOLE: Final = 1 << 30  # making claims always goes to a thread
+ALIGNED: Final = 256  # rows of a long claim come in multiples of so many
+LEVELS: Final = 28  # halvings of a recursion at most
 
 
 class Draw:
@@ -122,20 +131,23 @@ class Product:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ScalarProduct:
-    """s_n * x_nm = z_nm: s (2, n), x and z (2, n, m). One claim a row."""
+    """s_n * x_nm = z_nm: s (2, n), x and z (2, n, m). One claim a row; narrow rows are cheaper as
+    products.
+    """
 
     s: Ring
     x: Ring
     z: Ring
 
+    def products(self) -> Product:
+        return Product(np.repeat(self.s, self.x.shape[2], axis=1), self.x, self.z)
+
     def claims(self, draw: Draw) -> Iterator[Claim]:
-        across = draw.exceptional(self.x.shape[2])
-        n = self.s.shape[1]
-        for lo in range(0, n, CLAIMS_PER_CHECK):
-            hi = min(n, lo + CLAIMS_PER_CHECK)
-            down = draw.exceptional(hi - lo)
-            z = _mixed(_summed(self.z[:, lo:hi], across), down)
-            yield Claim(_scaled(self.s[:, lo:hi], down), _summed(self.x[:, lo:hi], across), _column_sum(z))
+        n, m = self.x.shape[1:]
+        across, down = draw.exceptional(m), draw.exceptional(n)
+        # sum over rows first: sum_m across_m (sum_n down_n z_nm)
+        z = _mixed(_each(lambda v: kernels.gr_combine_cols(v, down), self.z), across)
+        yield Claim(_scaled(self.s, down), _summed(self.x, across), _column_sum(z))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -147,12 +159,9 @@ class SquareSum:
 
     def claims(self, draw: Draw) -> Iterator[Claim]:
         n, m = self.x.shape[1:]
-        step = max(1, CLAIMS_PER_CHECK // m)
-        for lo in range(0, n, step):
-            hi = min(n, lo + step)
-            r = draw.exceptional(hi - lo)
-            x = self.x[:, lo:hi].reshape(2, -1)
-            yield Claim(_scaled(x, np.repeat(r, m)), _each(_lift, x), _total(self.q[:, lo:hi], r))
+        r = draw.exceptional(n)
+        x = self.x.reshape(2, -1)
+        yield Claim(_scaled(x, np.repeat(r, m)), _each(_lift, x), _total(self.q, r))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -167,55 +176,49 @@ class MatrixProduct:
 
     def claims(self, draw: Draw) -> Iterator[Claim]:
         s, m, k = self.a.shape[1:]
-        rows, cols = draw.exceptional(m), draw.exceptional(self.c.shape[3])
-        step = max(1, CLAIMS_PER_CHECK // k)
-        for lo in range(0, s, step):
-            hi = min(s, lo + step)
-            mix = draw.exceptional(hi - lo)
-            parts_a: list[Pair] = []
-            parts_w: list[Pair] = []
-            total = np.zeros((2, DEGREE), np.uint64)
-            for i in range(lo, hi):
-                a = _each(lambda v: kernels.gr_combine_cols(v, rows), self.a[:, i])  # (k, 48)
-                parts_a.append(_mixed(a, np.full(k, mix[i - lo])))
-                parts_w.append(_each(lambda v: kernels.gr_combine(v, cols), (self.b[0][i], self.b[1][i])))
-                c = _column_sum(_mixed(_summed(self.c[:, i], cols), rows))
-                total += np.concatenate(_mixed((c[:1], c[1:]), np.full(1, mix[i - lo])))
-            # One claim, never split: its parts share one c.
-            yield Claim(_joined(parts_a), _joined(parts_w), total)
+        rows, cols, mix = draw.exceptional(m), draw.exceptional(self.c.shape[3]), draw.exceptional(s)
+        for i in range(s):
+            a = _each(lambda v: kernels.gr_combine_cols(v, rows), self.a[:, i])  # (k, 48)
+            w = _each(lambda v: kernels.gr_combine(v, cols), (self.b[0][i], self.b[1][i]))
+            c = _column_sum(_mixed(_summed(self.c[:, i], cols), rows))
+            yield Claim(
+                _mixed(a, np.full(k, mix[i])),
+                w,
+                np.concatenate(_mixed((c[:1], c[1:]), np.full(1, mix[i]))),
+            )
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class OneHot:
-    """Each row of e (2, n, K) has one entry 1 and the rest 0, given that the caller also checks its sum.
+    """Each row of e (2, n, K) has one entry 1 and the rest 0, given that the caller also checks its sum; with
+    a shift, modulo 2^(64 - shift).
 
     <p, e> <q, e> = <p q, e> for random p, q says e_i e_j = 0 (i != j) and e_i^2 = e_i. One claim a row.
     """
 
-    e: Ring
+    e: npt.NDArray[Any]
+    shift: int = 0
 
     def claims(self, draw: Draw) -> Iterator[Claim]:
         n, k = self.e.shape[1:]
-        p, q = draw.exceptional(k), draw.exceptional(k)
+        p, q, down = draw.exceptional(k), draw.exceptional(k), draw.exceptional(n)
         pq = kernels.gr_mul01(kernels.gr_scale01(np.ones(k, np.uint64), p), q)  # (k, 48), general elements
-        for lo in range(0, n, CLAIMS_PER_CHECK):
-            hi = min(n, lo + CLAIMS_PER_CHECK)
-            e = self.e[:, lo:hi]
-            down = draw.exceptional(hi - lo)
-            s = _mixed(_each(lambda v: kernels.matmul(v, pq), e), down)
-            yield Claim(_mixed(_summed(e, p), down), _summed(e, q), _column_sum(s))
+        e = self.e.astype(np.uint64, copy=False)
+        high = e << np.uint64(self.shift) if self.shift else e  # high e_i e_j depends on the low bits alone
+        columns = _each(lambda v: kernels.gr_combine_cols(v, down), high)  # (k, 48)
+        c = np.stack([kernels.gr_inner(v, pq) for v in columns])
+        yield Claim(_mixed(_summed(high, p), down), _summed(e, q), c)
 
 
-def _joined(parts: Sequence[Pair], even: bool = False) -> Pair:
-    """Rows one after another; with `even`, and zeros after them so that they can be halved down to
-    OPEN_BELOW.
-    """
-    if len(parts) == 1 and not even:
-        return parts[0]
+def _joined(parts: Sequence[Pair]) -> Pair:
+    """Rows one after another, and zeros after them so that they can be halved down to OPEN_BELOW."""
     rows = sum(len(p[0]) for p in parts)
+    unit = 1
+    while rows > OPEN_BELOW * unit:
+        unit *= 2
     out = []
     for i in range(2):
-        joined = np.empty((_halvable(rows) if even else rows, *parts[0][i].shape[1:]), np.uint64)
+        joined = np.empty((-(-rows // unit) * unit, *parts[0][i].shape[1:]), np.uint64)
         at = 0
         for p in parts:
             joined[at : at + len(p[i])] = p[i]
@@ -223,14 +226,6 @@ def _joined(parts: Sequence[Pair], even: bool = False) -> Pair:
         joined[at:] = 0
         out.append(joined)
     return out[0], out[1]
-
-
-def _halvable(rows: int) -> int:
-    """The next number that can be halved without rest until it is at most OPEN_BELOW."""
-    unit = 1
-    while rows > OPEN_BELOW * unit:
-        unit *= 2
-    return -(-rows // unit) * unit
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -243,12 +238,14 @@ class And:
 
 
 class _Galois:
-    """Arithmetic of the recursion over GR(2^64, 48)."""
+    """Arithmetic over GR(2^64, 48); an element is 48 words."""
 
+    shape: tuple[int, ...] = (DEGREE,)
     work = DEGREE * DEGREE  # multiplications of one product
+    unit = np.eye(1, DEGREE, dtype=np.uint64)
 
-    def challenge(self, seed: bytes) -> int:
-        return int(Draw(seed).exceptional(1)[0])
+    def challenge(self, draw: Draw) -> int:
+        return int(draw.exceptional(1)[0])
 
     def inner(self, a: Ring, b: Ring) -> Ring:
         return kernels.gr_inner(a, b)
@@ -266,17 +263,42 @@ class _Galois:
     def sub(self, a: Ring, b: Ring) -> Ring:
         return a - b
 
+    def sum(self, a: Ring) -> Ring:
+        return a.sum(axis=0, dtype=np.uint64)
+
+    def halves(self, a: Pair, w: Pair) -> Ring:
+        return kernels.gr_halves(a[0], a[1], w[0], w[1])
+
+    # folding: blocks of ring words (n, rows), coefficients of columns as 01 elements (n,)
+
+    def coefficients(self, draw: Draw, columns: int) -> Ring:
+        return draw.exceptional(columns)
+
+    def cross(self, x: Ring, y: Ring, coefficients: Ring) -> Ring:
+        return kernels.gr_cross(x, y, coefficients)
+
+    def combine(self, z: Ring, coefficients: Ring) -> Ring:
+        return kernels.gr_combine_cols(z, coefficients)
+
+    def blend(self, x: Ring, weights: Ring) -> Ring:
+        return kernels.matmul(x, weights)
+
+    def mix(self, x: Ring, coefficients: Ring) -> Ring:
+        return kernels.gr_mul01(x, coefficients)
+
 
 class _Binary:
-    """Arithmetic of the recursion over GF(2^64); an element is one word."""
+    """Arithmetic over GF(2^64); an element is one word."""
 
+    shape: tuple[int, ...] = ()
     work = 8
+    unit = np.ones(1, np.uint64)
 
-    def challenge(self, seed: bytes) -> int:
-        return int(Draw(seed).field(1)[0])
+    def challenge(self, draw: Draw) -> int:
+        return int(draw.field(1)[0])
 
     def inner(self, a: Ring, b: Ring) -> Ring:
-        return np.array([kernels.gf_inner(a, b)], np.uint64)
+        return np.array(kernels.gf_inner(a, b), np.uint64)
 
     def fold(self, a: Ring, xi: int) -> Ring:
         return kernels.gf_fold(a, xi)
@@ -289,102 +311,228 @@ class _Binary:
 
     sub = add
 
+    def sum(self, a: Ring) -> Ring:
+        return np.bitwise_xor.reduce(a, axis=0)
 
-async def _inner_product(
-    doors: Doors, step: str, ext: _Galois | _Binary, a: Pair, w: Pair, c: Ring, coins: Coins
-) -> Ring:
-    """Reduce <a, w> = c to a share that is zero iff the claim holds."""
-    bk = doors.bk
-    zero = bk.zero if isinstance(ext, _Galois) else bk.zero_bits
-
-    def summand(x: Pair, y: Pair) -> Ring:
-        # x_i y_i + x_{i+1} y_i + x_i y_{i+1}
-        return ext.add(ext.inner(ext.add(x[0], x[1]), y[0]), ext.inner(x[0], y[1]))
-
-    level = 0
-    while len(a[0]) > OPEN_BELOW:
+    def halves(self, a: Pair, w: Pair) -> Ring:
         half = len(a[0]) // 2
-        cost = 4 * half * ext.work
+        low = _summand(self, (a[0][:half], a[1][:half]), (w[0][:half], w[1][:half]))
+        da = a[0][half:] ^ a[0][:half], a[1][half:] ^ a[1][:half]
+        dw = w[0][half:] ^ w[0][:half], w[1][half:] ^ w[1][:half]
+        return np.stack([low, _summand(self, da, dw)])
 
-        def halves(a: Pair = a, w: Pair = w, half: int = half) -> tuple[Ring, Ring]:
-            low = summand((a[0][:half], a[1][:half]), (w[0][:half], w[1][:half]))
-            da = ext.sub(a[0][half:], a[0][:half]), ext.sub(a[1][half:], a[1][:half])
-            dw = ext.sub(w[0][half:], w[0][:half]), ext.sub(w[1][half:], w[1][:half])
-            return low, summand(da, dw)
+    # folding: blocks of words of bits (n, rows), coefficients of the 64 lanes of columns as planes (64, n)
 
-        low, slope = await offload(cost, halves)
-        shape = low.shape
-        h0, h2 = await doors.reshare(
-            f"{step}/halve {level}", ext.add(low, zero(*shape)), ext.add(slope, zero(*shape))
-        )
-        xi = ext.challenge(await coins.toss())
-        h1 = ext.sub(c, h0)  # <a, w> = h(0) + h(1)
-        # h(X) = h0 + (h1 - h0 - h2) X + h2 X^2
-        c = ext.add(h0, ext.times(ext.add(ext.sub(ext.sub(h1, h0), h2), ext.times(h2, xi)), xi))
+    def coefficients(self, draw: Draw, columns: int) -> Ring:
+        return kernels.bit_slice(draw.field(RING_BITS * columns), RING_BITS)
 
-        def fold(a: Pair = a, w: Pair = w, xi: int = xi) -> tuple[Pair, Pair]:
-            return (ext.fold(a[0], xi), ext.fold(a[1], xi)), (ext.fold(w[0], xi), ext.fold(w[1], xi))
+    def cross(self, x: Ring, y: Ring, coefficients: Ring) -> Ring:
+        return kernels.gf_cross(x, y, coefficients)
 
-        a, w = await offload(cost, fold)
-        level += 1
-    both = bk.random(*a[0].shape)
-    mask = (both[0], both[1])
-    product = summand(mask, w)
-    (product,) = await doors.reshare(f"{step}/mask", ext.add(product, zero(*product.shape)))
-    t = ext.challenge(await coins.toss())
-    masked = np.stack([ext.add(ext.times(x, t), m) for x, m in zip(a, mask, strict=True)])
-    d = await doors.open_extension(f"{step}/open", masked, ext.add)
-    at = np.stack([ext.inner(d, v) for v in w])
-    return ext.sub(ext.sub(at, ext.times(c, t)), product)
+    def combine(self, z: Ring, coefficients: Ring) -> Ring:
+        return kernels.gf_combine(z, coefficients)
+
+    def blend(self, x: Ring, weights: Ring) -> Ring:
+        return kernels.gf_blend(x, weights)
+
+    def mix(self, x: Ring, coefficients: Ring) -> Ring:
+        return kernels.gf_mul(x, kernels.bit_unslice(coefficients, len(x)))
 
 
-async def _prefold(
-    doors: Doors, step: str, products: Sequence[Product], draw: Draw, coins: Coins
-) -> tuple[Claim, Ring]:
-    """Turn N products of ring elements into N / 8 rows of one claim, and a share that must be zero. Two
-    rounds.
+Extension = _Galois | _Binary
+RING: Final = _Galois()
+BITS: Final = _Binary()
 
-    Blocks i = 0..7 of columns g, coefficients alpha_i beta_g. C_ij = sum_g beta_g x_ig y_jg is shared for all
-    pairs (i, j); the products say sum_i alpha_i C_ii = sum alpha_i beta_g z_ig. Then coins xi, eta give
-    sum_g beta_g X_g Y_g = sum_ij xi_i eta_j C_ij with X_g = sum_i xi_i x_ig, Y_g = sum_j eta_j y_jg. A
-    wrong C
-    survives with probability at most 2 / 2^48.
+
+def _summand(ext: Extension, x: Pair, y: Pair) -> Ring:
+    """A party's part of <x, y>: x_i y_i + x_{i+1} y_i + x_i y_{i+1}, not masked yet."""
+    return ext.add(ext.inner(ext.add(x[0], x[1]), y[0]), ext.inner(x[0], y[1]))
+
+
+class _Folding:
+    """Many products, or words of AND gates, turned into a claim of `rows` times fewer.
+
+    Products stand in columns of `rows`; a column's coefficient is beta_g, and row i stands at the corner of a
+    cube with the binary digits of i. x and y become multilinear functions of the cube, and
+    h(xi) = sum_g beta_g x_g(xi) y_g(xi) has degree 2 in each of its variables, so its values at 0, 1 and
+    infinity of each variable tell it: those at the corners are combinations of the z, shared already; the
+    others, 3^levels - 2^levels, are computed and shared. Coins xi then give one claim, h(xi) as stated is
+    sum_g beta_g x_g(xi) y_g(xi). A wrong h survives with probability at most 2 levels / 2^48.
     """
-    bk = doors.bk
-    x, y, z = (np.concatenate([getattr(p, n).reshape(2, -1) for p in products], axis=1) for n in "xyz")
-    columns = -(-x.shape[1] // BLOCKS)
-    pad = [(0, 0), (0, BLOCKS * columns - x.shape[1])]
-    x, y, z = (np.pad(v, pad).reshape(2, BLOCKS, columns) for v in (x, y, z))
-    alpha, beta = draw.exceptional(BLOCKS), draw.exceptional(columns)
 
-    def cross() -> Ring:
-        out = np.zeros((BLOCKS * BLOCKS, DEGREE), np.uint64)
-        for lo in range(0, columns, COLUMNS_AT_ONCE):
-            part = slice(lo, min(columns, lo + COLUMNS_AT_ONCE))
-            width = part.stop - lo
-            both = x[0, :, part] + x[1, :, part]
-            terms = both[:, None] * y[0, None, :, part] + x[0, :, None, part] * y[1, None, :, part]
-            out += kernels.gr_combine(terms.reshape(-1, width), beta[part])
+    def __init__(self, ext: Extension, parts: Sequence[Product | And], draw: Draw) -> None:
+        self.ext = ext
+        self._parts = [[np.asarray(v).reshape(2, -1) for v in (p.x, p.y, p.z)] for p in parts]
+        total = sum(x.shape[1] for x, _, _ in self._parts)
+        self.rows = next(rows for least, rows in FOLD_ROWS if total >= least)
+        self.columns = -(-total // self.rows)
+        self._coefficients = ext.coefficients(draw, self.columns)
+
+    def _blocks(self, *which: int) -> Iterator[tuple[slice, list[Ring]]]:
+        """x, y, z by number, as (2, n, rows), for a range of columns at a time; the last is padded with
+        zeros.
+        """
+        step = max(1, AT_ONCE // self.rows)
+        pieces = ([v[w] for w in which] for v in self._parts)
+        current = next(pieces, None)
+        at = 0
+        for lo in range(0, self.columns, step):
+            columns = slice(lo, min(self.columns, lo + step))
+            want = (columns.stop - lo) * self.rows
+            out = [np.zeros((2, want), np.uint64) for _ in which]
+            filled = 0
+            while filled < want and current is not None:
+                take = min(want - filled, current[0].shape[1] - at)
+                for to, v in zip(out, current, strict=True):
+                    to[:, filled : filled + take] = v[:, at : at + take]
+                filled, at = filled + take, at + take
+                if at == current[0].shape[1]:
+                    current, at = next(pieces, None), 0
+            yield columns, [v.reshape(2, -1, self.rows) for v in out]
+
+    def _of(self, columns: slice) -> Ring:
+        return np.ascontiguousarray(self._coefficients[..., columns])
+
+    def cross(self) -> Ring:
+        """This party's summands of the values that are not at corners: (3^levels - 2^levels, ...)."""
+        out = np.zeros((kernels.crosses(self.rows), *self.ext.shape), np.uint64)
+        for columns, (x, y) in self._blocks(0, 1):
+            out = self.ext.add(out, self.ext.cross(x, y, self._of(columns)))
         return out
 
-    local = await offload(BLOCKS * x.shape[2] * BLOCKS * 16, cross)
-    (c,) = await doors.reshare(f"{step}/cross", local + bk.zero(*local.shape))
-    c = c.reshape(2, BLOCKS, BLOCKS, DEGREE)
-    diagonal = np.ascontiguousarray(c[:, range(BLOCKS), range(BLOCKS)])
-    claimed = _column_sum(_mixed((diagonal[0], diagonal[1]), alpha))
-    stated = _column_sum(_mixed(_summed(z, beta), alpha))
-    challenge = Draw(await coins.toss())
-    xi, eta = challenge.exceptional(BLOCKS), challenge.exceptional(BLOCKS)
-    xi_wide = kernels.gr_scale01(np.ones(BLOCKS, np.uint64), xi)
-    weights = kernels.gr_mul01(np.repeat(xi_wide, BLOCKS, axis=0), np.tile(eta, BLOCKS))
-    target = np.stack([kernels.gr_inner(np.ascontiguousarray(v).reshape(-1, DEGREE), weights) for v in c])
+    def claim(self, crossed: Ring, draw: Draw) -> Claim:
+        """The claim, for values (2, 3^levels - 2^levels, ...) and coins tossed after they were received."""
+        ext = self.ext
+        corners, values = ext.unit, ext.unit
+        inner = np.zeros(1, bool)  # which values are not at a corner
+        for _ in range(self.rows.bit_length() - 1):
+            xi = ext.challenge(draw)
+            high = ext.times(corners, xi)
+            corners = _interleaved(ext.sub(corners, high), high)
+            high = ext.times(values, xi)
+            values = _interleaved(ext.sub(values, high), high, ext.sub(ext.times(high, xi), high))
+            inner = np.stack([inner, inner, np.ones_like(inner)], axis=1).reshape(-1)
+        at_corners = np.zeros((2, self.rows, *ext.shape), np.uint64)
+        parts: list[tuple[Pair, Pair]] = []
+        for columns, (x, y, z) in self._blocks(0, 1, 2):
+            mine = self._of(columns)
+            for i in range(2):
+                at_corners[i] = ext.add(at_corners[i], ext.combine(z[i], mine))
+            parts.append(
+                (
+                    _each(lambda v, c=mine: ext.mix(ext.blend(v, corners), c), x),  # type: ignore[misc]
+                    _each(lambda v: ext.blend(v, corners), y),
+                )
+            )
+        a, w = ([np.concatenate([p[side][i] for p in parts]) for i in range(2)] for side in range(2))
+        c = np.stack(
+            [
+                ext.add(ext.inner(crossed[i], values[inner]), ext.inner(at_corners[i], values[~inner]))
+                for i in range(2)
+            ]
+        )
+        return Claim((a[0], a[1]), (w[0], w[1]), c)
 
-    def fold() -> tuple[Pair, Pair]:
-        a = _each(lambda v: kernels.gr_combine_cols(v, xi), x)
-        return _mixed(a, beta), _each(lambda v: kernels.gr_combine_cols(v, eta), y)
 
-    a, w = await offload(columns * DEGREE * DEGREE, fold)
-    return Claim(a, w, target), claimed - stated
+def _interleaved(*parts: Ring) -> Ring:
+    """Element by element: the first of each part, the second of each, and so on."""
+    return np.ascontiguousarray(np.stack(parts, axis=1).reshape(-1, *parts[0].shape[1:]))
+
+
+class _Recursion:
+    """<a, w> = c, halved until at most OPEN_BELOW entries are left.
+
+    Long claims are halved each by itself, which copies nothing; their odd ends and the short ones go
+    together.
+    """
+
+    def __init__(self, ext: Extension, claims: Sequence[Claim]) -> None:
+        self.ext = ext
+        self.c = np.stack([ext.sum(np.stack([c.c[i] for c in claims])) for i in range(2)])
+        self._parts: list[tuple[Pair, Pair]] = []
+        short: list[tuple[Pair, Pair]] = []
+        for claim in claims:
+            whole = len(claim.a[0]) // ALIGNED * ALIGNED
+            for at, to in ((slice(0, whole), self._parts), (slice(whole, None), short)):
+                a, w = ((p[0][at], p[1][at]) for p in (claim.a, claim.w))
+                if len(a[0]):
+                    to.append((a, w))
+        if short:
+            self._parts.append((_joined([a for a, _ in short]), _joined([w for _, w in short])))
+        self._even()
+
+    def _even(self) -> None:
+        if not self.done and any(len(a[0]) % 2 for a, _ in self._parts):
+            self._parts = [(_joined([a for a, _ in self._parts]), _joined([w for _, w in self._parts]))]
+
+    @property
+    def length(self) -> int:
+        return sum(len(a[0]) for a, _ in self._parts)
+
+    @property
+    def done(self) -> bool:
+        return len(self._parts) == 1 and self.length <= OPEN_BELOW
+
+    @property
+    def cost(self) -> int:
+        return 2 * self.length * self.ext.work
+
+    def halves(self) -> Ring:
+        """This party's summands of h(0) and of h at infinity, for h(X) = <a_0 + X (a_1 - a_0), w_0 + ...>."""
+        return self.ext.sum(np.stack([self.ext.halves(a, w) for a, w in self._parts]))
+
+    def fold(self, told: Ring, draw: Draw) -> None:
+        """Go on at a challenge tossed after `told` (2, 2, ...), the shares of h(0) and h(infinity),
+        arrived.
+        """
+        ext = self.ext
+        xi = ext.challenge(draw)
+        h0, h2 = told[:, 0], told[:, 1]
+        h1 = ext.sub(self.c, h0)  # <a, w> = h(0) + h(1)
+        # h(X) = h0 + (h1 - h0 - h2) X + h2 X^2
+        self.c = ext.add(h0, ext.times(ext.add(ext.sub(ext.sub(h1, h0), h2), ext.times(h2, xi)), xi))
+        self._parts = [
+            ((ext.fold(a[0], xi), ext.fold(a[1], xi)), (ext.fold(w[0], xi), ext.fold(w[1], xi)))
+            for a, w in self._parts
+        ]
+        self._even()
+
+    @property
+    def a(self) -> Pair:
+        return self._parts[0][0]
+
+    @property
+    def w(self) -> Pair:
+        return self._parts[0][1]
+
+    def mask(self, random: Ring) -> Ring:
+        """Take a random share (2, n, ...) as the mask of a; this party's summand of <mask, w>."""
+        self._mask = random
+        return _summand(self.ext, (random[0], random[1]), self.w)[None]
+
+    def masked(self, draw: Draw) -> Ring:
+        """t a + mask, to be opened, for a challenge t tossed after <mask, w> was shared."""
+        self._t = self.ext.challenge(draw)
+        return np.stack(
+            [self.ext.add(self.ext.times(a, self._t), m) for a, m in zip(self.a, self._mask, strict=True)]
+        )
+
+    def residue(self, opened: Ring, product: Ring) -> Ring:
+        """A share that is zero iff the claim holds."""
+        at = np.stack([self.ext.inner(opened, w) for w in self.w])
+        return self.ext.sub(self.ext.sub(at, self.ext.times(self.c, self._t)), product[:, 0])
+
+
+def _stated(
+    foldings: Sequence[_Folding], values: Sequence[Ring], others: Sequence[Relation], draw: Draw, xi: Draw
+) -> list[_Recursion]:
+    """All that a batch claims, over each extension one inner product."""
+    claims: dict[Extension, list[Claim]] = {RING: [], BITS: []}
+    for f, v in zip(foldings, values, strict=True):
+        claims[f.ext].append(f.claim(v, xi))
+    for r in others:
+        claims[RING].extend(r.claims(draw))
+    return [_Recursion(ext, c) for ext, c in claims.items() if c]
 
 
 async def verify(
@@ -397,87 +545,38 @@ async def verify(
 ) -> None:
     """Verify a whole batch or raise. Call when nothing in the batch will change any more.
 
-    Rounds: 4 + 2 log2(N) per group of 2^15 ring claims or 2^21 gates, 2 per 2^18 products, and 6 at the ends;
-    under 20 kB a group, 25 kB per 2^18 products.
+    Rounds: 9 + 2 log2(N / 32) for N the larger of claims and lanes left after folding. Sent: up to 255 kB for
+    the ring's products and 5 kB for gates.
     """
-    products = [r for r in relations if isinstance(r, Product)]
-    chunks = list(_chunks(products))
-    coins = await doors.commit(f"{step}/coin", 1 + len(chunks))
+    bk = doors.bk
+    coins = await doors.commit(f"{step}/coin", 3 + LEVELS)
     draw = Draw(await coins.toss())
-    residues = list(zeros)
-    bit_residues = list(zero_bits)
-    claims: list[Claim] = []
-    for number, chunk in enumerate(chunks):
-        claim, residue = await _prefold(doors, f"{step}/products {number}", chunk, draw, coins)
-        claims.append(claim)
-        residues.append(residue)
-    others = [r for r in relations if not isinstance(r, Product)]
-    made = _groups(claims, others, draw)
-    number = 0
-    while group := await offload(GROUP_WORK, lambda: next(made, None)):
-        name = f"{step}/ring {number}"
-        levels = await doors.commit(f"{name}/coin", LEVELS)
-        a, w = _joined([x.a for x in group], even=True), _joined([x.w for x in group], even=True)
-        c = np.stack([x.c for x in group]).sum(axis=0, dtype=np.uint64).reshape(2, DEGREE)
-        residues.append(await _inner_product(doors, name, _Galois(), a, w, c, levels))
-        number += 1
-    for number, (x, y, z) in enumerate(_gate_groups(gates)):
-        name = f"{step}/gates {number}"
-        levels = await doors.commit(f"{name}/coin", LEVELS)
-        r = draw.field(64 * x.shape[1])
+    narrow = [r for r in relations if isinstance(r, ScalarProduct) and r.x.shape[2] <= NARROW]
+    products = [r for r in relations if isinstance(r, Product)] + [r.products() for r in narrow]
+    others = [r for r in relations if not isinstance(r, Product) and r not in narrow]
+    foldings = [_Folding(e, p, draw) for e, p in ((RING, products), (BITS, gates)) if p]
 
-        def spread(x: Ring = x, y: Ring = y, z: Ring = z, r: Ring = r) -> tuple[Pair, Pair, Ring]:
-            ones = np.full(z.shape[1], 2**64 - 1, np.uint64)
-            a = kernels.gf_select(x[0], r), kernels.gf_select(x[1], r)
-            w = kernels.bits_to_ring(y[0], len(r)), kernels.bits_to_ring(y[1], len(r))
-            c = np.array([[kernels.gf_select_inner(v, ones, r)] for v in z], np.uint64)
-            return a, w, c
+    async def share(name: str, summands: Sequence[tuple[Extension, Ring]]) -> list[Ring]:
+        zeros = [bk.zero(*v.shape) if e is RING else bk.zero_bits(*v.shape) for e, v in summands]
+        return await doors.reshare(
+            f"{step}/{name}", *(e.add(v, z) for (e, v), z in zip(summands, zeros, strict=True))
+        )
 
-        a, w, c = await offload(len(r) * 8, spread)
-        bit_residues.append(await _inner_product(doors, name, _Binary(), a, w, c, levels))
-    await doors.assert_zero(f"{step}/zero", residues, bit_residues)
-
-
-def _chunks(products: Sequence[Product]) -> Iterator[list[Product]]:
-    """Products in pieces of at most BLOCKS * CLAIMS_PER_CHECK."""
-    limit = BLOCKS * CLAIMS_PER_CHECK
-    chunk: list[Product] = []
-    room = limit
-    for p in products:
-        x, y, z = (v.reshape(2, -1) for v in (p.x, p.y, p.z))
-        at = 0
-        while at < x.shape[1]:
-            part = slice(at, at + room)
-            chunk.append(Product(x[:, part], y[:, part], z[:, part]))
-            taken = chunk[-1].x.shape[1]
-            at, room = at + taken, room - taken
-            if not room:
-                yield chunk
-                chunk, room = [], limit
-    if chunk:
-        yield chunk
-
-
-def _groups(claims: Sequence[Claim], relations: Sequence[Relation], draw: Draw) -> Iterator[list[Claim]]:
-    group: list[Claim] = []
-    size = 0
-    for claim in chain(claims, chain.from_iterable(r.claims(draw) for r in relations)):
-        n = len(claim.a[0])
-        if group and size + n > CLAIMS_PER_CHECK:
-            yield group
-            group, size = [], 0
-        group.append(claim)
-        size += n
-    if group:
-        yield group
-
-
-def _gate_groups(gates: Sequence[And]) -> Iterator[tuple[Ring, Ring, Ring]]:
-    limit = GATES_PER_CHECK // 64
-    if not gates:
-        return
-    x, y, z = (np.concatenate([getattr(g, n).reshape(2, -1) for g in gates], axis=1) for n in "xyz")
-    for lo in range(0, x.shape[1], limit):
-        part = slice(lo, min(x.shape[1], lo + limit))
-        more = _halvable(64 * (part.stop - lo)) // 64 - (part.stop - lo)
-        yield tuple(np.pad(v[:, part], [(0, 0), (0, more)]) for v in (x, y, z))  # type: ignore[misc]
+    crossed = [(f.ext, await offload(f.columns * f.rows * WORK, f.cross)) for f in foldings]
+    values = await share("cross", crossed)
+    xi = Draw(await coins.toss())
+    recursions = await offload(WHOLE, partial(_stated, foldings, values, others, draw, xi))
+    level = 0
+    while live := [r for r in recursions if not r.done]:
+        told = await share(f"halve {level}", [(r.ext, await offload(r.cost, r.halves)) for r in live])
+        challenge = Draw(await coins.toss())
+        for r, h in zip(live, told, strict=True):
+            await offload(r.cost, partial(r.fold, h, challenge))
+        level += 1
+    shared = await share("mask", [(r.ext, r.mask(bk.random(*r.a[0].shape))) for r in recursions])
+    last = Draw(await coins.toss())
+    opened = await doors.open_extension(f"{step}/open", [(r.masked(last), r.ext.add) for r in recursions])
+    residues: dict[Extension, list[Ring]] = {RING: [*zeros], BITS: [*zero_bits]}
+    for r, d, p in zip(recursions, opened, shared, strict=True):
+        residues[r.ext].append(r.residue(d, p))
+    await doors.assert_zero(f"{step}/zero", residues[RING], residues[BITS])

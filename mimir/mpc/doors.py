@@ -165,10 +165,12 @@ class Doors:
         lacked = iter(await self._open(step, sent))
         return [[r.value(s, next(lacked)) for s in r.shares] for r in requests]
 
-    async def open_extension(self, step: str, v: Ring, add: Callable[[Ring, Ring], Ring]) -> Ring:
-        """Public value of a masked share over an extension, whose addition is `add`. For `check`."""
-        (lacked,) = await self._open(step, [v])
-        return add(add(v[0], v[1]), lacked)
+    async def open_extension(
+        self, step: str, items: Sequence[tuple[Ring, Callable[[Ring, Ring], Ring]]]
+    ) -> list[Ring]:
+        """Public values of masked shares over extensions, each with its addition. For `check`."""
+        lacked = await self._open(step, [v for v, _ in items])
+        return [add(add(v[0], v[1]), third) for (v, add), third in zip(items, lacked, strict=True)]
 
     async def _open(self, step: str, values: Sequence[Ring]) -> list[Ring]:
         bk = self.bk

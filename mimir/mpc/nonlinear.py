@@ -39,6 +39,7 @@ SCORE_BOUND: Final = 250.0  # of a score: 2^(COARSE_BIN + COARSE_BITS - 1), less
 EXP_SCALE: Final = 24
 MIX_SCALE: Final = 28  # of sum(e v) before division
 INVERSE_SCALE: Final = 24
+NORM_SCALE: Final = 20  # of an inverse root whose product is multiplied before it is truncated
 WINDOW_BITS: Final = 6
 WINDOW_STEP: Final = 3  # octaves between windows
 WINDOW_FIRST: Final = 7  # smallest index that counts as not empty
@@ -129,34 +130,42 @@ ACTIVATIONS: Final[dict[str, Callable[[Real], Real]]] = {
 }
 
 
+def activation_bins(name: str, s: Settings) -> int:
+    """Bins of an activation's table: GELU is x or 0 to within 1.3e-4 from 4 on, SiLU from 12 on."""
+    return s.bins if name == "silu" else s.bins // 2
+
+
 def activation_piece(name: str, s: Settings) -> Piecewise:
     """Pieces of an activation on [-R, R), R = bins / 8, of an input at twice the scale."""
-    bits = s.bins.bit_length() - 1
-    r = s.bins * 2.0**ACTIVATION_BIN / 2
+    bins = activation_bins(name, s)
+    r = bins * 2.0**ACTIVATION_BIN / 2
     magnitude = math.ceil(math.log2(r)) + 1
+    bits = bins.bit_length() - 1
     return _piece(
         name, ACTIVATIONS[name], -r, ACTIVATION_BIN, bits, 2 * s.scale_bits, s.degree, s.rest, magnitude
     )
 
 
-async def activation(ctx: Context, step: str, x: Share, name: str, s: Settings) -> Share:
-    """SiLU or GELU of x at scale 2f, |x| < ACTIVATION_BOUND, result at scale f. Rounds: degree + 3.
+async def activation(
+    ctx: Context, step: str, x: Share, name: str, s: Settings, *, wide: bool = False
+) -> Share:
+    """SiLU or GELU of x at scale 2f, |x| < ACTIVATION_BOUND, result at scale f, or 2f if `wide`, which is
+    cheaper. Four rounds.
 
-    Pieces cover [-R, R); beyond R - 4 the function is x or 0 to within 1e-4, told by a second, coarse
+    Pieces cover [-R, R); beyond R - 4 the function is x or 0 to within 1.3e-4, told by a second, coarse
     reading.
     """
     f = s.scale_bits
     p = activation_piece(name, s)
-    r = s.bins >> (1 - ACTIVATION_BIN)
+    r = activation_bins(name, s) >> (1 - ACTIVATION_BIN)
     flat = x.flat()
     n = flat.shape[0]
 
-    async def table(ctx: Context) -> Share:
+    async def table(ctx: Context) -> list[Share]:
         y = await ops.piecewise(ctx, step, flat + (r << (2 * f)), p)
-        return (await ops.truncate(ctx, f"{step}/truncate", (y, p.scale - f)))[0]
-
-    async def straight(ctx: Context) -> Share:
-        return (await ops.truncate(ctx, f"{step}/straight", (flat, f)))[0]
+        if wide:
+            return [*await ops.truncate(ctx, f"{step}/truncate", (y, p.scale - 2 * f)), flat]
+        return await ops.truncate(ctx, f"{step}/truncate", (y, p.scale - f), (flat, f))
 
     async def sides(ctx: Context) -> Share:
         half = 1 << (REACH_BITS - 1)
@@ -168,7 +177,7 @@ async def activation(ctx: Context, step: str, x: Share, name: str, s: Settings) 
         bits = Bits(np.concatenate([b.v for b in below], axis=1), ctx.bk)
         return await ops.to_ring(ctx, f"{step}/reach inject", bits, 2 * lifted.shape[0])
 
-    y, line, side = await ops.together(ctx, table, straight, sides)
+    (y, line), side = await ops.together(ctx, table, sides)
     lanes = side.shape[0] // 2
     left, not_right = side[:n], side[lanes : lanes + n]
     # left of the table 0, right of it x: y - left y + right (x - y)
@@ -177,14 +186,12 @@ async def activation(ctx: Context, step: str, x: Share, name: str, s: Settings) 
 
 
 async def relu(ctx: Context, step: str, x: Share, s: Settings) -> Share:
-    """max(x, 0) of x at scale 2f, result at scale f. Rounds: 9."""
-    f = s.scale_bits
+    """max(x, 0) of x at scale 2f, and so is the result. Rounds: 8."""
     lanes = 64 * ((x.size + 63) // 64)
     flat = x.flat()
-    negative = await ops.is_negative(ctx, f"{step}/sign", _whole_words(flat), f, RELU_WIDTH)
-    (y,) = await ops.truncate(ctx, f"{step}/truncate", (flat, f))
+    negative = await ops.is_negative(ctx, f"{step}/sign", _whole_words(flat), s.scale_bits, RELU_WIDTH)
     keep = (-(await ops.to_ring(ctx, f"{step}/inject", negative, lanes)) + 1)[: x.size]
-    (y,) = await ops.mul(ctx, f"{step}/keep", (keep, y))
+    (y,) = await ops.mul(ctx, f"{step}/keep", (keep, flat))
     return y.reshape(*x.shape)
 
 
@@ -227,20 +234,21 @@ def _ladder(
         position += WINDOW_STEP
 
 
-async def _climb(ctx: Context, step: str, x: Share, ladder: tuple[Piecewise, ...]) -> Share:
-    """The value of the highest window that is not empty, at INVERSE_SCALE. Rounds: degree + 3, if windows
-    <= 16.
+async def _climb(
+    ctx: Context, step: str, x: Share, ladder: tuple[Piecewise, ...], scale: int = INVERSE_SCALE
+) -> Share:
+    """The value of the highest window that is not empty. Rounds: 2 + the larger of 2 and log2(windows - 1).
 
     The choice is made while the pieces are evaluated: none[w] says that no window from w on is in use.
     """
     index = await ops.read_index(ctx, f"{step}/index", *((x, p) for p in ladder))
 
     async def values(ctx: Context) -> list[Share]:
-        pieces = await ops.evaluate(ctx, step, index)
+        pieces = await ops.evaluate(ctx, f"{step}/evaluate", index)
         return await ops.truncate(
             ctx,
             f"{step}/truncate",
-            *((v, p.scale - INVERSE_SCALE) for v, p in zip(pieces, ladder, strict=True)),
+            *((v, p.scale - scale) for v, p in zip(pieces, ladder, strict=True)),
         )
 
     async def none_above(ctx: Context) -> list[Share]:
@@ -293,10 +301,13 @@ async def reciprocal(ctx: Context, step: str, x: Share, s: Settings) -> Share:
     return await _climb(ctx, step, x * (1 << SUM_SHIFT), ladder)
 
 
-async def rms_norm(ctx: Context, step: str, x: Share, eps: float, s: Settings) -> Share:
-    """x / sqrt(mean(x^2) + eps) for rows x (n, d) at scale f. One mask serves both uses of x.
+async def rms_norm(
+    ctx: Context, step: str, x: Share, eps: float, s: Settings, *, wide: bool = False
+) -> Share:
+    """x / sqrt(mean(x^2) + eps) for rows x (n, d) at scale f, or f + NORM_SCALE if `wide`. One mask serves
+    both uses of x.
 
-    Rounds: degree + 6.
+    Rounds: 8, one fewer if wide.
     """
     n, d = x.shape
     c = ctx.take(prep.Norm(d), n)
@@ -304,9 +315,11 @@ async def rms_norm(ctx: Context, step: str, x: Share, eps: float, s: Settings) -
     square = c["q"] - (c["x"] * (dx * np.uint64(2))).sum(1) + (dx * dx).sum(axis=1, dtype=np.uint64)
     f = _inverse_root(d * 4.0**s.scale_bits, eps)
     ladder = _ladder("inverse root", f, _norm_base(d, eps, s.scale_bits), NORM_TOP, s, -np.inf)
-    r = await _climb(ctx, f"{step}/root", square, ladder)
+    r = await _climb(ctx, f"{step}/root", square, ladder, NORM_SCALE if wide else INVERSE_SCALE)
     (dr,) = await ctx.doors.open(f"{step}/scale", r + c["s"])
     y = c["z"] - c["x"] * dr[:, None] - c["s"].reshape(-1, 1) * dx + dx * dr[:, None]
+    if wide:
+        return y
     (y,) = await ops.truncate(ctx, f"{step}/truncate", (y, INVERSE_SCALE))
     return y
 
@@ -323,8 +336,8 @@ async def exponentials(
     scores (heads, rows, keys) at scale 2f within +-SCORE_BOUND; allowed (rows, keys) of 0 and 1; valid
     (keys,) bits. The shift is the row's maximum, rounded up by at most two coarse bins: it is found by
     counting, for every threshold, the valid scores above it, and by testing those counts for zero. What lies
-    more than EXP_REACH below the shift has weight 0; a second, coarse reading tells. Rounds: degree + 8, one
-    fewer if all are valid.
+    more than EXP_REACH below the shift has weight 0; a second, coarse reading tells. Rounds: 9, one fewer if
+    all are valid.
     """
     scale = 2 * s.scale_bits
     heads, rows, keys = scores.shape
@@ -335,7 +348,8 @@ async def exponentials(
     one_hot = await ops.coarse_index(
         ctx, f"{step}/coarse", shown, scale + COARSE_BIN - COARSE_REST, COARSE_REST, COARSE_BITS
     )  # (heads, rows, keys, bins)
-    per_row = (one_hot * allowed[None, :, :, None]).sum(2)  # (heads, rows, bins): how many scores in each bin
+    # (heads, rows, bins): how many scores in each bin, modulo 2^16
+    per_row = (one_hot * allowed.astype(np.uint16)[None, :, :, None]).sum(2)
     at_least = ctx.share(np.cumsum(per_row.v[..., ::-1], axis=-1, dtype=np.uint64)[..., ::-1])[..., 1:]
     count = at_least.size
     padded = _whole_words(at_least.flat())

@@ -6,6 +6,7 @@ ended. Costs are stated per element; `rounds` counts lockstep rounds.
 
 from __future__ import annotations
 
+import math
 import os
 import types
 from collections.abc import Callable, Coroutine, Generator, Sequence
@@ -17,7 +18,7 @@ import numpy.typing as npt
 
 from mimir import kernels
 from mimir.mpc import prep
-from mimir.mpc.domain import RING_BITS, Ring, words
+from mimir.mpc.domain import RING_BITS, Ring, constant, words
 from mimir.mpc.doors import Masked
 from mimir.mpc.offload import offload
 from mimir.mpc.prep import Kind, Weights
@@ -155,18 +156,20 @@ async def truncate(ctx: Context, step: str, *items: tuple[Share, int]) -> list[S
     floor((x' + v) / 2^f) = (c >> f) - U + 2^(64-f) (W + top(r) (1 - top(c))) exactly: no wrong value exists
     to be unlucky with. v is a public dither that centres the rounding.
     """
-    sums, parts = [], []
-    for x, f in items:
-        p = ctx.take(prep.Trunc(f), x.size)
-        sums.append(x.flat() + ((1 << 62) - (1 << f) + 1) + p["r"])
-        parts.append(p)
-    opened = await ctx.doors.open(step, *sums)
-    out = []
-    for (x, f), p, c in zip(items, parts, opened, strict=True):
-        not_top = np.uint64(1) - (c >> np.uint64(63))
-        wrapped = p["over"] + p["top"] * not_top
-        public = (c >> np.uint64(f)) - np.uint64(1 << (62 - f))
-        out.append((wrapped * (1 << (RING_BITS - f)) - p["high"] + public).reshape(*x.shape))
+    sizes = [x.size for x, _ in items]
+    shift = np.repeat(np.array([f for _, f in items], np.uint64), sizes)
+    taken = [ctx.take(prep.Trunc(f), n) for (_, f), n in zip(items, sizes, strict=True)]
+    r, high, top, over = (concat([p[name] for p in taken]) for name in ("r", "high", "top", "over"))
+    one = np.uint64(1)
+    offset = (one << np.uint64(62)) - (one << shift) + one
+    (c,) = await ctx.doors.open(step, concat([x.flat() for x, _ in items]) + r + offset)
+    wrapped = over + top * (one - (c >> np.uint64(63)))
+    public = (c >> shift) - (one << (np.uint64(62) - shift))
+    y = wrapped * (one << (np.uint64(RING_BITS) - shift)) - high + public
+    out, at = [], 0
+    for (x, _), n in zip(items, sizes, strict=True):
+        out.append(y[at : at + n].reshape(*x.shape))
+        at += n
     return out
 
 
@@ -302,8 +305,8 @@ class Piecewise:
     """A piecewise polynomial of an index of `bits` bits and a remainder of `rest` bits, above `low`
     dropped bits.
 
-    tables[d] holds the coefficient of remainder^d for every index; Horner needs degree rounds and the result
-    has `scale` fraction bits. Extra tables (flags) are looked up and returned as they are.
+    tables[d] holds the coefficient of remainder^d for every index; the result has `scale` fraction bits.
+    Extra tables (flags) are looked up and returned as they are.
     """
 
     low: int
@@ -365,23 +368,38 @@ async def read_index(ctx: Context, step: str, *items: tuple[Share, Piecewise]) -
 
 
 async def evaluate(ctx: Context, step: str, reads: Sequence[Read]) -> list[Share]:
-    """Evaluate the pieces that were read, all of one degree, by Horner. degree rounds, 8 bytes each."""
+    """Evaluate the pieces that were read, all of one degree. One round, 8 bytes a degree.
+
+    The remainder is t = rest - v. Powers of t are public combinations of powers of v, and their products with
+    masks m_i are the same of m_i v^j; all of these are in the material. With delta_i = open(c_i + m_i) for
+    each coefficient but the first, c_i t^i = delta_i t^i - m_i t^i.
+    """
     degree = reads[0].coefs.shape[0] - 1
-    value = [r.coefs[degree] for r in reads]
-    for d in range(degree):
-        masks = [r.material["mask"][:, d] for r in reads]
-        deltas = await ctx.doors.open(
-            f"{step}/horner {d}", *(t + m for t, m in zip(value, masks, strict=True))
-        )
-        for i, (delta, r) in enumerate(zip(deltas, reads, strict=True)):
-            product = r.material["prod"][:, d] - r.material["v"] * delta - masks[i] * r.rest + delta * r.rest
-            value[i] = product + r.coefs[degree - 1 - d]
-    return [v.reshape(*r.shape) for v, r in zip(value, reads, strict=True)]
+    coefs = concat([r.coefs for r in reads], axis=1)  # (degree + 1, n)
+    poly = concat([r.material["poly"] for r in reads])  # (n, ..): see prep._powers
+    (delta,) = await ctx.doors.open(step, coefs[1:].swap(0, 1) + poly[:, degree : 2 * degree])
+    rest = np.concatenate([r.rest for r in reads])
+    powers = [np.ones_like(rest)]
+    for _ in range(degree):
+        powers.append(powers[-1] * rest)
+    at = {}  # t^i = sum over j of at[i, j] v^j
+    for i in range(1, degree + 1):
+        for j in range(i + 1):
+            at[i, j] = powers[i - j] * constant(math.comb(i, j) * (-1) ** j)
+    told = [sum(delta[:, i - 1] * at[i, j] for i in range(max(j, 1), degree + 1)) for j in range(degree + 1)]
+    minus = [-at[i, j] for j in range(degree + 1) for i in range(max(j, 1), degree + 1)]
+    value = coefs[0] + (poly * np.stack([*told[1:], *minus], axis=1)).sum(1) + told[0]
+    out, first = [], 0
+    for r in reads:
+        count = len(r.rest)
+        out.append(value[first : first + count].reshape(*r.shape))
+        first += count
+    return out
 
 
 async def piecewise(ctx: Context, step: str, x: Share, piece: Piecewise) -> Share:
-    """The piecewise polynomial of x, at the scale of the piece. degree + 1 rounds."""
-    (value,) = await evaluate(ctx, step, await read_index(ctx, f"{step}/index", (x, piece)))
+    """The piecewise polynomial of x, at the scale of the piece. Two rounds."""
+    (value,) = await evaluate(ctx, f"{step}/evaluate", await read_index(ctx, f"{step}/index", (x, piece)))
     return value
 
 
@@ -395,9 +413,10 @@ def one_hot(ctx: Context, c: dict[str, Share], opened: Ring, bits: int) -> Share
 
 async def coarse_index(ctx: Context, step: str, x: Share, low: int, rest: int, bits: int) -> Share:
     """One-hot (*shape, 2^bits) of j, x / 2^(low + rest) within (j - 1 - 3 / 2^rest, j + 1), for x >= 0.
-    One round.
+
+    Its components are meant modulo 2^16: sums of up to 2^16 - 1 of them count. One round.
     """
-    c = ctx.take(prep.Lookup(low, rest, bits, 0), x.size)
+    c = ctx.take(prep.Lookup(low, rest, bits, 0, narrow=True), x.size)
     total = low + rest + bits
     (o,) = await ctx.doors.open(step, (x.flat() + c["r"]) * (1 << (RING_BITS - total)))
     return one_hot(ctx, c, o >> np.uint64(RING_BITS - bits), bits).reshape(*x.shape, 1 << bits)

@@ -7,7 +7,7 @@ known to two parties; carries come from an adder over GF(2); products are made b
 A *kind* names one sort of correlation, with everything that fixes its shape:
 
     Trunc(f)             truncation pair for ops.truncate
-    Lookup(g, b, k, d)   one-hot of k bits, remainder of b bits, d polynomial steps
+    Lookup(g, b, k, d)   one-hot of k bits, remainder of b bits, what a polynomial of degree d in it takes
     Zero(k, g)           zero and threshold tests of k-bit values, g lower bits dropped
     Compare(g, w)        sign of w-bit values, g lower bits dropped
     DaBit()              a random bit in both domains
@@ -24,9 +24,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Final, Protocol
 
 import numpy as np
+import numpy.typing as npt
 import trio
 
 from mimir import kernels
@@ -52,7 +54,8 @@ class Lookup:
     low: int  # bits below the window, dropped: the value read is 0 to 3 units of 2^low above the floor
     rest: int  # bits of the remainder
     bits: int  # bits of the index
-    steps: int  # polynomial steps that follow
+    steps: int  # degree of the polynomial in the remainder that follows
+    narrow: bool = False  # the one-hot is shared modulo 2^16 only, in a quarter of the bytes: enough to count
 
 
 @dataclass(frozen=True, slots=True)
@@ -296,21 +299,52 @@ class Batch:
             mask[-1] = (1 << (n % 64)) - 1
         self.zero_bits.append((low ^ bits.reshape(low.shape)) & mask)
 
-    async def one_hot(self, step: str, b: Ring) -> Ring:
+    async def one_hot(self, step: str, b: Ring, narrow: bool = False) -> npt.NDArray[Any]:
         """From bits (2, k, n) as ring elements, one-hots (2, n, 2^k) by doubling; bit j weighs 2^j. k - 1
         rounds.
         """
         bk = self.doors.bk
         k, n = b.shape[1:]
-        one = np.ones(n, np.uint64)
-        e = np.stack([bk.add_public(np.zeros(1, np.uint64) - b[:, 0], one), b[:, 0]], axis=2)
+        e: npt.NDArray[Any] = np.empty((2, n, 1 << k), np.uint16 if narrow else np.uint64)
+        shift = np.uint64(48 if narrow else 0)
+        e[:, :, 0] = bk.add_public(np.zeros(1, np.uint64) - b[:, 0], np.ones(n, np.uint64)).astype(e.dtype)
+        e[:, :, 1] = b[:, 0].astype(e.dtype)
         for j in range(1, k):
-            (high,) = await self.mul(f"{step}/double {j}", (e, b[:, j, :, None]))
-            e = np.concatenate([e - high, high], axis=2)
-        e = np.ascontiguousarray(e)
-        self.relations.append(check.OneHot(e))
-        self.zeros.append(bk.add_public(e.sum(axis=2, dtype=np.uint64), np.full(n, 2**64 - 1, np.uint64)))
+            bit = np.ascontiguousarray(b[:, j])
+            if narrow:
+                await self._double_narrow(f"{step}/double {j}", e, bit.astype(np.uint16), 1 << j)
+                continue
+            part = bk.zero(n, 1 << j)
+            await offload(4 * part.size, partial(kernels.double_part, part, e, bit))
+            (high,) = await self.doors.reshare(f"{step}/double {j}", part)
+            for i in range(2):
+                await offload(part.size, partial(kernels.double, e[i], high[i]))
+        self.relations.append(check.OneHot(e, int(shift)))
+        minus_one = np.full(n, 2**64 - 1, np.uint64)
+        self.zeros.append(bk.add_public(e.sum(axis=2, dtype=np.uint64), minus_one) << shift)
         return e
+
+    async def _double_narrow(self, step: str, e: npt.NDArray[Any], bit: npt.NDArray[Any], have: int) -> None:
+        """Double the first entries of one-hots of 16-bit words: four lanes travel in one word."""
+        n = e.shape[1]
+        both = self.doors.bk.random((n * have + 3) // 4).view(np.uint16)
+        part = both[0] - both[1]  # a share of zero, lane by lane
+
+        def local() -> None:
+            product = e[0, :, :have] * (bit[0] + bit[1])[:, None] + e[1, :, :have] * bit[0][:, None]
+            part[: n * have] += product.reshape(-1)
+
+        await offload(4 * n * have, local)
+        (high,) = await self.doors.reshare(step, part.view(np.uint64))
+        product = high.view(np.uint16)[:, : n * have].reshape(2, n, have)
+        e[:, :, have : 2 * have] = product
+        e[:, :, :have] -= product
+
+    async def times(self, step: str, v: Ring, x: Ring) -> Ring:
+        """v (2, n) times each row of x (2, n, m), with its relation. One round."""
+        (z,) = await self.mul(step, (x, v[:, :, None]))
+        self.relations.append(check.ScalarProduct(v, x, z))
+        return z
 
 
 def _cut(kinds: Mapping[Kind, int], material: dict[str, Ring]) -> Made:
@@ -343,7 +377,7 @@ async def _lookups(b: Batch, kinds: Mapping[Kind, int]) -> Made:
     assert isinstance(first, Lookup)
     rest, index_bits, steps = first.rest, first.bits, first.steps
     bk = b.doors.bk
-    name = f"lookup {rest}.{index_bits}.{steps}"
+    name = f"lookup {rest}.{index_bits}.{steps}{'.narrow' if first.narrow else ''}"
     width = rest + index_bits
     lows = np.repeat(
         np.array([k.low for k in kinds if isinstance(k, Lookup)], np.uint64), list(kinds.values())
@@ -353,31 +387,44 @@ async def _lookups(b: Batch, kinds: Mapping[Kind, int]) -> Made:
     h = r >> lows
     bits = await b.add3(name, h, width, low=rest, last=False)
     stack = bits["sum"][:, rest:]
-    if rest:
+    if steps:  # the remainder is wanted as well
         stack = np.concatenate([stack, bits["carry_a"][:, None], bits["carry_b"][:, None]], axis=1)
     # The index bits need no proof of their own: they are re-read from the verified one-hot.
     got = await b.inject(f"{name}/inject", stack, n, prove=False)
-    e = await b.one_hot(name, got[:, :index_bits])
+    e = await b.one_hot(name, got[:, :index_bits], first.narrow)
     j = np.arange(1 << index_bits, dtype=np.uint64)
     masks = np.stack([(j >> np.uint64(t)) & np.uint64(1) for t in range(index_bits)])  # (k, K)
+    whole = [v.astype(np.uint64, copy=False) for v in e]
     reread = np.stack(  # (2, k, n)
-        await offload(2 * index_bits * e[0].size, lambda: [kernels.matmul_nt(masks, v) for v in e])
+        await offload(2 * index_bits * e[0].size, lambda: [kernels.matmul_nt(masks, v) for v in whole])
     )
-    b.zeros.append(reread - got[:, :index_bits])
+    b.zeros.append((reread - got[:, :index_bits]) << np.uint64(48 if first.narrow else 0))
     out = {"r": r, "e": e}
-    if rest:
+    if steps:
         carries = np.ascontiguousarray(got[:, index_bits:])
         flat = carries.reshape(2, -1)
         b.relations.append(check.Product(flat, flat, flat))
         low = np.uint64((1 << rest) - 1)
         v = (h & low) - (carries[:, 0] + carries[:, 1]) * np.uint64(1 << rest)
-        out["v"] = v
-        if steps:
-            masks_t = bk.random(n, steps)
-            (prod,) = await b.mul(f"{name}/steps", (masks_t, v[:, :, None]))
-            b.relations.append(check.ScalarProduct(v, masks_t, prod))
-            out["mask"], out["prod"] = masks_t, prod
+        out["poly"] = await _powers(b, f"{name}/power", v, steps)
     return _cut(kinds, out)
+
+
+async def _powers(b: Batch, step: str, v: Ring, degree: int) -> Ring:
+    """Of v (2, n), side by side (2, n, ..): powers v^t for t = 1 .. degree; masks m_i for i = 1 .. degree;
+    then for each t, m_i v^t for i = t .. degree. degree rounds.
+    """
+    mask = b.doors.bk.random(v.shape[1], degree)
+    powers, products = [v[:, :, None]], [mask]
+    at = np.concatenate([powers[0], mask], axis=2)  # v^t, m_t v^(t-1), .., m_d v^(t-1)
+    for t in range(1, degree + 1):
+        z = await b.times(f"{step} {t}", v, at if t < degree else np.ascontiguousarray(at[:, :, 1:]))
+        if t < degree:
+            powers.append(z[:, :, :1])
+            z = z[:, :, 1:]
+            at = np.concatenate([powers[-1], z[:, :, 1:]], axis=2)
+        products.append(z)
+    return np.concatenate([*powers, *products], axis=2)
 
 
 async def _zero(b: Batch, kind: Zero, n: int) -> dict[str, Ring]:
@@ -505,10 +552,8 @@ def shapes(kind: Kind, n: int, weight_shape: tuple[int, int] | None = None) -> d
             return {"r": (n,), "high": (n,), "top": (n,), "over": (n,)}
         case Lookup():
             out: dict[str, tuple[int, ...]] = {"r": (n,), "e": (n, 1 << kind.bits)}
-            if kind.rest:
-                out["v"] = (n,)
-                if kind.steps:
-                    out["mask"] = out["prod"] = (n, kind.steps)
+            if kind.steps:
+                out["poly"] = (n, kind.steps * (kind.steps + 5) // 2)
             return out
         case Zero():
             return {"r": (n,), "planes": (1 << kind.bits, words(n))}
@@ -577,7 +622,7 @@ def _group(kind: Kind) -> tuple[Any, ...]:
     if isinstance(kind, Trunc):
         return (Trunc,)
     if isinstance(kind, Lookup):
-        return (Lookup, kind.rest, kind.bits, kind.steps)
+        return (Lookup, kind.rest, kind.bits, kind.steps, kind.narrow)
     return (kind,)
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
+import numpy.typing as npt
 
 from mimir.mpc.domain import Ring, constant
 
@@ -89,7 +90,7 @@ class Share:
     def __neg__(self) -> Share:
         return Share(np.zeros(1, np.uint64) - self.v, self.bk)
 
-    def __mul__(self, public: Ring | _NUMBER) -> Share:
+    def __mul__(self, public: npt.NDArray[Any] | _NUMBER) -> Share:
         return Share(self.v * _ring(public), self.bk)
 
     __rmul__ = __mul__
@@ -123,6 +124,8 @@ class Share:
 
 def concat(shares: Sequence[Share], axis: int = 0) -> Share:
     """Join along an axis of the value."""
+    if len(shares) == 1:
+        return shares[0]
     axis = axis + 1 if axis >= 0 else axis
     return Share(np.concatenate([s.v for s in shares], axis=axis), shares[0].bk)
 

@@ -351,8 +351,8 @@ class _Generation:
             now = trio.current_time()
             if self.heard:
                 self.heard, last = False, now
-            if now - last > DEAD_AFTER:
-                self.cut(f"silent for {DEAD_AFTER:g} s")
+            if now - last > self.mesh.dead_after:
+                self.cut(f"silent for {self.mesh.dead_after:g} s")
             elif not self.whole and now - self.born > HANDSHAKE_DEADLINE + CONNECT_DEADLINE:
                 self.cut("did not open all lanes")
 
@@ -448,8 +448,10 @@ class Mesh:
         handshake_deadline: float,
         nursery: trio.Nursery,
         bind: Bind | None = None,
+        dead_after: float = DEAD_AFTER,
     ) -> None:
         self.party = party
+        self.dead_after = dead_after
         self.peers = tuple(sorted(peer.party for peer in peers))
         self.board = wire.Board(party, self.peers)
         self.handlers: dict[str, Handler] = {}
@@ -607,7 +609,7 @@ class Mesh:
             try:
                 for lane in LANES:
                     with trio.fail_after(self._deadline + CONNECT_DEADLINE):
-                        sock = await _connect(peer.host, peer.port, self._bind)
+                        sock = await _connect(peer.host, peer.port, self._bind, self.dead_after)
                         ident = b"" if generation is None else generation.ident
                         link = await self._prove(self._handshake(peer.party, lane, ident), sock)
                     generation = link.generation
@@ -647,7 +649,9 @@ class Mesh:
             self.nursery.start_soon(self._answer_call, stream)
 
     async def _answer_call(self, stream: trio.SocketStream) -> None:
-        sock = _bare(stream.socket)
+        if self._bind is not None:
+            self._bind(stream.socket)  # it may have come before the listener was tied
+        sock = _bare(stream.socket, self.dead_after)
         hand = self._handshake()
         try:
             with trio.fail_after(self._deadline):
@@ -772,7 +776,7 @@ def _tune(sock: Any) -> None:
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, SOCKET_BUFFER)
 
 
-def _bare(sock: trio.socket.SocketType) -> socket.socket:
+def _bare(sock: trio.socket.SocketType, dead_after: float) -> socket.socket:
     """The standard library's socket, non-blocking: direct calls cost a fraction of Trio's."""
     bare = socket.socket(fileno=sock.detach())
     bare.setblocking(False)
@@ -780,11 +784,11 @@ def _bare(sock: trio.socket.SocketType) -> socket.socket:
     bare.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     if hasattr(socket, "TCP_USER_TIMEOUT"):
         # The heartbeat notices a cut tunnel; this keeps the kernel from trying for a quarter of an hour.
-        bare.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(DEAD_AFTER * 1000))
+        bare.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(dead_after * 1000))
     return bare
 
 
-async def _connect(host: str, port: int, bind: Bind | None = None) -> socket.socket:
+async def _connect(host: str, port: int, bind: Bind | None, dead_after: float) -> socket.socket:
     problem: OSError = OSError(f"{host}: no address")
     for family, kind, proto, _name, address in await trio.socket.getaddrinfo(
         host, port, type=socket.SOCK_STREAM
@@ -796,7 +800,7 @@ async def _connect(host: str, port: int, bind: Bind | None = None) -> socket.soc
                 bind(sock)
             with trio.fail_after(CONNECT_DEADLINE):
                 await sock.connect(address)
-            return _bare(sock)
+            return _bare(sock, dead_after)
         except trio.TooSlowError:
             problem = OSError(f"{host} port {port}: no answer within {CONNECT_DEADLINE:g} s")
             sock.close()
@@ -857,13 +861,15 @@ async def open_mesh(
     protected: bool = True,
     handshake_deadline: float = HANDSHAKE_DEADLINE,
     bind: Bind | None = None,
+    dead_after: float = DEAD_AFTER,
 ) -> AsyncIterator[Mesh]:
     """Keep connections to all peers for as long as the block runs; use `wait_up` to wait for them.
 
     `listen` is an address inside the tunnel, or listeners already open. `protected=False` says that there is
     no tunnel: whoever carries the links can then read and change everything on them, and the log says so.
-    `bind` ties every socket to the tunnel's interface: the kernel would otherwise take packets for the inner
-    address from the underlay as well, where nothing protects them.
+    `bind` ties every socket to the tunnel, for as long as it lives: the kernel would otherwise take packets
+    for the inner address from the underlay as well, where nothing protects them. A peer whose program is
+    silent for `dead_after` seconds is cut off, and its sessions end.
     """
     if not protected:
         log.warning(
@@ -873,7 +879,7 @@ async def open_mesh(
         )
     try:
         async with trio.open_nursery() as nursery:
-            mesh = Mesh(party, identity, peers, config_digest, handshake_deadline, nursery, bind)
+            mesh = Mesh(party, identity, peers, config_digest, handshake_deadline, nursery, bind, dead_after)
             listeners: Sequence[trio.SocketListener] = ()
             try:
                 if any(peer.party < party for peer in peers):  # nobody calls the lowest number
