@@ -1,10 +1,9 @@
 #!/usr/bin/env python3
 """Charts of what was measured and of what the cost model says: PNG files of at most 200 kB in bench/results/.
 
-    python bench/charts.py                  from the latest results of run.py, scaling.py and peers/compare.py
+    python bench/charts.py                  from the latest results of scaling.py and peers/compare.py
     python bench/charts.py --results DIR    the folder with them (default: bench/results)
 
-    measured.png   seconds and megabytes of a token, online and preprocessing, of run.py's latest file
     scaling.png    rounds, megabytes and memory of a token against context, width and layers
     peers.png      the blocks under SPU and under Mimir, processor seconds
 
@@ -40,26 +39,6 @@ def latest(folder: Path) -> dict[str, Any] | None:
     """The newest result of a folder, by name."""
     files = sorted(folder.glob("*.json"))
     return json.loads(files[-1].read_text()) if files else None
-
-
-def measured(result: dict[str, Any]) -> Any:
-    """Stacked bars of a token's seconds and megabytes."""
-    rows = result["rows"]
-    names = [f"{r['model']}\n{r['network']}" for r in rows]
-    tokens = [r["ready"]["online"]["token"] for r in rows]
-    made = [r["ready"]["preprocessing"]["answer"] for r in rows]
-    figure, axes = plt.subplots(1, 2, figsize=(10, 3.6))
-    for axis, key, unit, what in zip(
-        axes, ("seconds", "sent"), (1.0, 1e6), ("seconds", "MB sent"), strict=True
-    ):
-        first, second = ([p[key] / unit for p in parts] for parts in (tokens, made))
-        axis.bar(names, first, color=ONLINE, label="online")
-        axis.bar(names, second, bottom=first, color=MADE, label="preprocessing")
-        axis.set_ylabel(f"{what} a token")
-        axis.tick_params(axis="x", labelsize=7)
-        axis.legend(frameon=False)
-    figure.suptitle(f"Measured {result['date'][:10]}, per party, malicious security", fontsize=10)
-    return figure
 
 
 def scaling(result: dict[str, Any]) -> Any:
@@ -131,11 +110,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     p.add_argument("--results", type=Path, default=RESULTS, metavar="DIR")
     a = p.parse_args(argv)
     drawn = 0
-    for draw, folder in (
-        (measured, a.results),
-        (scaling, a.results / "scaling"),
-        (peers, a.results / "peers"),
-    ):
+    for draw in (scaling, peers):
+        folder = a.results / draw.__name__
         result = latest(folder)
         if result is None:
             print(f"charts: no results in {folder}", file=sys.stderr)

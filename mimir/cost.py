@@ -366,11 +366,11 @@ class Memory:
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
-    """Per party. A token's preprocessing is its part of a batch of `together` tokens and of a block of rows."""
+    """Per party. A token's preprocessing is its part of a batch of tokens and of a block of rows."""
 
     bucket: int
     context: int
-    together: int
+    together: int  # tokens of a batch
     block: int  # rows whose products with weights are made together
     prefill: dict[str, Part]  # by lane: until the first token has been delivered
     token: dict[str, Part]  # by lane: the last token that fits into the context

@@ -147,13 +147,17 @@ def test_a_line_is_found_with_its_bend() -> None:
     assert scaling.fit(xs, [7, 7, 7])["bend"] is None
 
 
-def test_predictions_are_those_of_the_session_that_is_measured() -> None:
+def test_predictions_are_those_of_the_session_that_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     """In the figures that run.py takes from progress messages."""
     seconds = dict.fromkeys(cost._keys(), 0.0) | {"round online": 0.5, "round prep": 0.25}
     rates = cost.Rates(seconds, "ref", cores=3)
     row = {"ready": {"bucket": 2, "tokens": 3}, "wan": "20:8"}
-    got = run.predicted(LLAMA, SETTINGS, row, LLAMA.context, rates)
     whole = dryrun.run(LLAMA, SETTINGS, bucket=2, tokens=3, max_context=LLAMA.context, ahead=run.POOL)
+    asked: list[Any] = []
+    monkeypatch.setattr(dryrun, "run", lambda *args, **kw: asked.append((args, kw)) or whole)
+    got = run.predicted(LLAMA, SETTINGS, row, LLAMA.context, rates)
+    lengths = {"bucket": 2, "tokens": 3, "max_context": LLAMA.context, "ahead": run.POOL}
+    assert asked == [((LLAMA, SETTINGS), lengths)]
     last, before = (m.lanes[dryrun.ONLINE] for m in (whole.of("token")[-1], whole.of("token")[-2]))
     rounds = last.rounds - before.rounds
     assert got["token"]["rounds"] == rounds

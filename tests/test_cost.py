@@ -30,7 +30,6 @@ WIDE = replace(LLAMA, width=48, heads=4, kv_heads=2, head_dim=12, hidden=96, voc
 PLAIN = Story(LLAMA)
 STORIES = {
     "gpt2": Story(GPT2),
-    "wide": Story(WIDE),
     "sampled": Story(LLAMA, sampler=Sampler("sample", 0.8, 3)),
 }
 
@@ -76,7 +75,7 @@ def test_rounds_and_bytes_are_what_three_parties_exchange(name: str) -> None:
 
 def test_the_model_follows_a_change_of_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
     """Another end of the check's recursion, and one more round online: both are predicted without a word."""
-    story = PLAIN
+    story = Story(WIDE)
     before = counted(story)
     monkeypatch.setattr(check, "OPEN_BELOW", 4 * check.OPEN_BELOW)
     truncate = ops.truncate
@@ -112,11 +111,6 @@ def test_the_end_of_a_context_costs_the_same_however_it_was_reached(monkeypatch:
     whole = dryrun.run(spec, SETTINGS, bucket=1, tokens=11, max_context=spec.context, ahead=ahead)
     assert (end.tokens, end.block, whole.tokens) == (3, 4, 11)
     assert figures(end) == figures(replace(whole, block=4))
-    # The cache that is there from the start is looked at: with less of it the same rounds carry less.
-    short = dryrun.run_last(spec, SETTINGS, max_context=6, ahead=ahead)
-    assert short.block == 2  # there is no room for more
-    (rounds, sent, _), (other, less, _) = figures(end)[0], figures(short)[0]
-    assert rounds == other and sent > less
 
 
 def test_no_dry_run_where_a_party_could_be() -> None:
@@ -277,7 +271,8 @@ def rates(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Of this machine, measured once by the command's own calibration."""
     file = tmp_path_factory.mktemp("rates") / "rates.json"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cost, "MIN_SECONDS", 0.001)
+        patch.setattr(cost, "MIN_SECONDS", 0.0)
+        patch.setattr(cost, "BEST_OF", 1)
         measured = cost.calibrate()
     assert set(measured.seconds) == cost._keys() and min(measured.seconds.values()) > 0
     measured.write(file)
@@ -309,7 +304,7 @@ def ask(capsys: pytest.CaptureFixture[str], *words: str) -> dict[str, Any]:
 def test_the_command_needs_no_weights(
     model: Path, rates: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    words = ["--model", str(model), "--context", "12", "--prompt-bucket", "2", "--rates", str(rates)]
+    words = ["--model", str(model), "--context", "5", "--prompt-bucket", "2", "--rates", str(rates)]
     predict = cost.predict
     prediction: cost.Prediction | None = None
 
