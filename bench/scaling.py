@@ -5,11 +5,11 @@
     python bench/scaling.py --show FILE     print the table of a result again
 
 Each point is a session of one party over shapes (mimir.dryrun), so rounds and bytes are exact, per party,
-framing included; memory is the largest sum of arrays alive at once, the weights apart. One size changes at
-a time, the others are those of GPT-2 small at context 128. Along each size the least-squares line a + b x of
-every figure is given, and the x at which both parts are equal: well below it the figure is nearly constant,
-well above it nearly proportional. `charts.py` draws the curves. Results go to bench/results/scaling/ as one
-JSON file a run.
+framing included but for a few bytes (dryrun.run_last); memory is the largest sum of arrays alive at once, the
+weights apart. One size changes at a time, the others are those of GPT-2 small at context 128. Along each size
+the least-squares line a + b x of every figure is given, and the x at which both parts are equal: well below
+it the figure is nearly constant, well above it nearly proportional. `charts.py` draws the curves. Results go
+to bench/results/scaling/ as one JSON file a run.
 """
 
 from __future__ import annotations
