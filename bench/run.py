@@ -20,14 +20,17 @@ says, and there is no `wan`. Then come up to three sessions of a client, in a na
     cold     The client gives its prompt at once, with nothing prepared: what a user waits for.
 
 Figures. Seconds of a token are the median between tokens as they reach the client. Preprocessing is per token
-position, in full batches of the producer. Their sum is the price of a token when nothing was prepared and
+position, in full batches of the producer and with its part of the products with weights, which are made for
+many positions together. Their sum is the price of a token when nothing was prepared and
 nothing overlaps. Bytes are what one party hands to its links, framing included, of the party that sends most.
 Memory is the peak resident set of a party's process (VmHWM) over the whole life of the mesh, provisioning
 included; the part of it that maps files, at the end, is the weights' shares, which the kernel can drop and
 read again. The tunnel's own process comes apart. "Bound by" is the largest share of the time of a token that
 one resource explains: the processors of this machine, which all three parties and their tunnels share; the
 way there of every round; or the rate of a link. What else the machine does is measured too: if that is much,
-the table says that its seconds are too large. Nothing here is asserted: tests do that.
+the table says that its seconds are too large. Beside what was measured stands what the cost model (`mimir
+cost`) predicts for the same session: its rounds and bytes are to agree exactly, its seconds are those of an
+otherwise idle machine, without the tunnels' processor time. Nothing here is asserted: tests do that.
 
 Results go to bench/results/ as one JSON file a run, with machine, commit and date; the tables to
 bench/results/table.md (--quick keeps nothing unless --out is given). Ratios to the latest earlier results of
@@ -38,7 +41,9 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import json
+import operator
 import os
 import platform
 import queue
@@ -66,7 +71,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from conftest import find_shared  # noqa: E402
 
-from mimir import kernels  # noqa: E402
+from mimir import cost, dryrun, kernels  # noqa: E402
 from mimir.client import federation as federation_file  # noqa: E402
 from mimir.client.connection import Connection  # noqa: E402
 from mimir.client.session import connect_all, new_session, open_session, survey, terms_for  # noqa: E402
@@ -332,31 +337,37 @@ def _online(parts: list[list[Heard]], given: Usage, marks: list[Usage]) -> dict[
 
 
 def _preprocessing(parts: list[list[Heard]], bucket: int) -> dict[str, Any]:
-    """Per token position, of prompt and of answer, in full batches."""
+    """Per token position, of prompt and of answer, in full batches, with a position's part of the products
+    with weights, which are made for many positions of both. Processor seconds are of all positions alike.
+    """
     out: dict[str, Any] = {}
     for name in ("prompt", "answer"):
         batches: list[list[dict[str, float]]] = []
         spent: dict[str, Any] = {}
         for party, heard in enumerate(parts):
+            made = _of(heard, "preprocessing")
+            positions = made[-1].message["done"]
+            weights = [(a, b) for a, b in pairwise(made) if not _grown(a, b, "done")]
             pairs = [
                 (a, b)
-                for made in [_of(heard, "preprocessing")]
                 for a, b in pairwise(made)
-                if (b.message["done"] <= bucket) == (name == "prompt")
+                if (b.message["done"] <= bucket) == (name == "prompt") and _grown(a, b, "done")
             ]
             if not pairs:
                 return out
             full = max(_grown(a, b, "done") for a, b in pairs)
             pairs = [(a, b) for a, b in pairs if _grown(a, b, "done") == full]
-            batches.append([{w: _grown(a, b, w) for w in ("seconds", "rounds", "sent")} for a, b in pairs])
+            figures = ("seconds", "rounds", "sent")
+            each = {w: sum(_grown(a, b, w) for a, b in weights) / positions for w in figures}
+            batches.append([{w: _grown(a, b, w) / full + each[w] for w in figures} for a, b in pairs])
             if party == 0:
-                spent = _spent(pairs[0][0].usage, pairs[-1][1].usage, int(full) * len(pairs))
+                spent = _spent(made[0].usage, made[-1].usage, positions)
         out[name] = {
             "batch": int(full),
             "batches": len(batches[0]),
-            "seconds": statistics.median(b["seconds"] for p in batches for b in p) / full,
-            "rounds_a_batch": int(statistics.median(b["rounds"] for p in batches for b in p)),
-            "sent": int(max(statistics.median(b["sent"] for b in p) for p in batches) / full),
+            "seconds": statistics.median(b["seconds"] for p in batches for b in p),
+            "rounds_a_batch": statistics.median(b["rounds"] for p in batches for b in p) * full,
+            "sent": int(max(statistics.median(b["sent"] for b in p) for p in batches)),
             **spent,
         }
     return out
@@ -523,6 +534,47 @@ async def planned(spec: PlanSpec, settings: Settings, slots: int) -> dict[str, i
     return {"token": whole, "layer": layer, "choice": whole - body, "entry": body - spec.layers * layer}
 
 
+def predicted(
+    spec: PlanSpec, settings: Settings, row: dict[str, Any], max_context: int, rates: cost.Rates
+) -> dict[str, Any]:
+    """What the cost model says of the `ready` session of a row, in the figures that were measured."""
+    ready, wan = row["ready"], row["wan"] or "0"
+    rtt, _, rate = wan.partition(":")
+    link = cost.Link(float(rtt), float(rate) if rate else None, parties_here=3)
+    told = dryrun.run(
+        spec,
+        settings,
+        bucket=ready["bucket"],
+        tokens=ready["tokens"],
+        max_context=max_context,
+        ahead=POOL,
+    )
+    tokens = [
+        cost.part(dryrun.ONLINE, b.lanes[dryrun.ONLINE].minus(a.lanes[dryrun.ONLINE]), rates, link)
+        for a, b in pairwise(told.of("token")[1:])  # as `_online` does: between decoded ones
+    ]
+    made = [
+        (b.positions, b.positions - a.positions, b.lanes[dryrun.PREP].minus(a.lanes[dryrun.PREP]))
+        for a, b in pairwise(told.of("made"))
+    ]
+    positions = made[-1][0]
+    weights = [cost.part(dryrun.PREP, c, rates, link, positions) for _, n, c in made if not n]
+    full = max(n for at, n, _ in made if at > ready["bucket"])
+    batches = [
+        functools.reduce(operator.add, weights, cost.part(dryrun.PREP, c, rates, link, full))
+        for at, n, c in made
+        if at > ready["bucket"] and n == full
+    ]
+
+    def middle(parts: list[cost.Part]) -> dict[str, float]:
+        return {
+            name: statistics.median(getattr(p, name) for p in parts) for name in ("rounds", "sent", "seconds")
+        }
+
+    memory = told.peak + cost.resident()
+    return {"token": middle(tokens), "preprocessing": middle(batches), "memory": memory}
+
+
 # --- one row ------------------------------------------------------------------------------------------------
 
 
@@ -536,7 +588,9 @@ class Lengths:
     context: int
 
 
-def measure(subject: Subject, wan: str | None, tunnel: bool, lengths: Lengths) -> dict[str, Any]:
+def measure(
+    subject: Subject, wan: str | None, tunnel: bool, lengths: Lengths, rates: cost.Rates
+) -> dict[str, Any]:
     """All sessions of one model on one network."""
     spec = load_checkpoint(subject.directory).spec
     context = min(lengths.context, spec.context)
@@ -580,6 +634,7 @@ def measure(subject: Subject, wan: str | None, tunnel: bool, lengths: Lengths) -
     row["memory"] = row["cold"].pop("memory")
     for name in ("ready", "prefill"):
         row.get(name, {}).pop("memory", None)
+    row["predicted"] = predicted(spec, Settings(), row, lengths.context, rates)
     got, want = row["cold"]["ids"], subject.expected
     whole = want is not None and len(subject.ids) <= lengths.bucket
     row["as_expected"] = got == want[: len(got)] if whole and want is not None else None
@@ -707,7 +762,7 @@ def tables(result: dict[str, Any]) -> str:
                 f"| {_mb(c['sent_online'])} | {_mb(c['sent_preprocessing'])} "
                 f"| {_mib(max(row['memory']['tunnels']))} | {right} |"
             )
-        out.append("")
+        out += ["", *_beside([row for row in rows if "predicted" in row]), ""]
         crowded = [row["model"] for row in rows if _crowded(row)]
         if crowded:
             out += [
@@ -730,6 +785,29 @@ def tables(result: dict[str, Any]) -> str:
         "",
     ]
     return "\n".join(out)
+
+
+def _beside(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """A table of what was predicted beside what was measured; empty without predictions."""
+    if not rows:
+        return []
+    out = [
+        "| model, predicted / measured | rounds a token | online MB | online s | prep. rounds | prep. MB "
+        "| prep. s | memory MiB |",
+        "|---|--:|--:|--:|--:|--:|--:|--:|",
+    ]
+    for row in rows:
+        s, p = summary(row), row["predicted"]
+        token, made = p["token"], p["preprocessing"]
+        out.append(
+            f"| {row['model']} | {token['rounds']:.0f} / {s['rounds']:.0f} "
+            f"| {_mb(token['sent'])} / {_mb(s['online bytes'])} "
+            f"| {_s(token['seconds'])} / {_s(s['online s'])} "
+            f"| {made['rounds']:.0f} / {s['prep rounds']:.0f} | {_mb(made['sent'])} / {_mb(s['prep bytes'])} "
+            f"| {_s(made['seconds'])} / {_s(s['prep s'])} "
+            f"| {_mib(p['memory'])} / {_mib(s['memory'] - s['mapped'])} |"
+        )
+    return out
 
 
 def earlier(folder: Path, but: Path) -> dict[tuple[Any, ...], dict[str, Any]]:
@@ -854,10 +932,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         before = earlier(target.parent, target)
         if SHAPE in wanted:
             _random(Path(folder) / SHAPE)
+        rates = cost.calibrate()
         for network in networks:
             for subject in (s for s in chosen if s.name in wanted):
                 print(f"bench: {subject.name}, {network or 'local'}", file=sys.stderr)
-                row = measure(subject, network, tunnel, lengths)
+                row = measure(subject, network, tunnel, lengths, rates)
                 same = (row["model"], row["network"])
                 result["rows"] = [r for r in result["rows"] if (r["model"], r["network"]) != same] + [row]
                 # Kept after every row: an interruption costs one row.

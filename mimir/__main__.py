@@ -44,6 +44,7 @@ examples:
   mimir provision model/ --federation federation.toml   share a checkpoint with the three
   mimir generate "Once upon a time" --federation federation.toml
   mimir chat --federation federation.toml
+  mimir cost --model model/ --context 128               what it will take, before anything runs
   mimir doctor                                          what this host lacks to be a party
 
 `mimir COMMAND --help` says more.
@@ -146,6 +147,12 @@ def _doctor(options: argparse.Namespace) -> int:
     from mimir.doctor import report
 
     return report(options.config, options.role, options.json)
+
+
+def _cost(options: argparse.Namespace) -> int:
+    from mimir.cost import command
+
+    return command(options)
 
 
 def _policy(name: str) -> Any:
@@ -298,6 +305,38 @@ def _parser(program: str) -> argparse.ArgumentParser:
 
     status = add("status", _client("status"), "ask the three parties how they are")
     _client_options(status)
+
+    cost = add(
+        "cost",
+        _cost,
+        "say what a model will cost, before anything runs",
+        "Rounds, bytes, memory and seconds of a prompt and of a decoded token, for one party. Rounds and\n"
+        "bytes are exact; seconds are a model of this machine, which is measured for some ten seconds, and\n"
+        "of the link that is named. A directory with nothing but config.json is enough.\n\n"
+        "examples:\n"
+        "  mimir cost --model gpt2/ --context 128\n"
+        "  mimir cost --model gpt2/ --context 128 --rtt 20 --rate 100 --rates rates.json --json",
+    )
+    cost.add_argument("--model", required=True, metavar="DIR", help="a Hugging Face directory")
+    cost.add_argument(
+        "--context", type=_positive, default=128, metavar="N", help="longest session (default: 128)"
+    )
+    cost.add_argument(
+        "--prompt-bucket", type=_positive, default=16, metavar="B", help="padded prompt (default: 16)"
+    )
+    cost.add_argument("--rtt", type=float, default=0.0, metavar="MS", help="there and back (default: 0)")
+    cost.add_argument("--rate", type=float, metavar="MBIT", help="of a link each way (default: no limit)")
+    cost.add_argument(
+        "--parties-here",
+        type=_positive,
+        default=1,
+        metavar="N",
+        help="parties that share this machine's cores (default: 1)",
+    )
+    cost.add_argument(
+        "--rates", metavar="FILE", help="the machine's rates; measured and kept there if it is absent"
+    )
+    cost.add_argument("--json", action="store_true", help="one JSON object")
 
     doctor = add(
         "doctor",

@@ -2,10 +2,12 @@
 """Write a checkpoint of any Llama or GPT-2 shape with random weights of a trained model's sizes.
 
 For benchmarks of shapes for which no weights are at hand: the text is noise, the cost is real. The directory
-has the Hugging Face layout. The tokenizer knows the 256 bytes and names every further id `<n>`, so any text
-can be a prompt and any id is printable; or give one with --tokenizer DIRECTORY.
+has the Hugging Face layout; weights go to disk in shards as they are drawn, so that little more than the
+largest tensor is in memory at once. The tokenizer knows the 256 bytes and names every further id `<n>`, so
+any text can be a prompt and any id is printable; or give one with --tokenizer DIRECTORY.
 
-    python scripts/random_checkpoint.py --shape llama-15m work/llama-15m
+    python scripts/random_checkpoint.py --shape gpt2-small work/gpt2-small
+    python scripts/random_checkpoint.py --shape llama-1b work/llama-1b
     python scripts/random_checkpoint.py --family gpt2 --layers 12 --width 768 --heads 12 --vocab 50257 \\
         --context 1024 --tokenizer ../shared/models/tokenizers/gpt2 work/gpt2-small
 """
@@ -17,6 +19,7 @@ import json
 import math
 import shutil
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +50,20 @@ SHAPES: dict[str, dict[str, Any]] = {
         "context": 1024,
         "tied": True,
     },
+    "llama-1b": {
+        "family": "llama",
+        "layers": 22,
+        "width": 2048,
+        "heads": 32,
+        "kv_heads": 4,
+        "hidden": 5632,
+        "vocab": 32000,
+        "context": 2048,
+        "tied": False,
+        "dtype": "fp16",
+    },
 }
+SHARD_BYTES = 256 << 20  # after which a new file is begun
 MIN_VOCAB = 256 + 3  # the bytes and three special tokens
 # Drawn to resemble trained checkpoints: norm gains of 0.5 to 1.5, attention scores of a few units, a residual
 # that grows slowly with depth, logits with a clear winner.
@@ -56,18 +72,21 @@ SCORE_SPREAD = 2.0
 LOGIT_SPREAD = 4.0
 
 
-def llama(a: argparse.Namespace, rng: np.random.Generator) -> tuple[dict[str, Array], dict[str, Any]]:
+Tensors = Iterator[tuple[str, Array]]
+
+
+def llama(a: argparse.Namespace, rng: np.random.Generator) -> Tensors:
     d, hd, kv = a.width, a.width // a.heads, a.kv_heads or a.heads
     hidden = a.hidden or 8 * d // 3
     draw = _drawer(rng)
     write = 1.0 / math.sqrt(
         2 * a.layers
     )  # each of 2 * layers writers adds this much to a residual of about 1
-    t: dict[str, Array] = {"model.embed_tokens.weight": draw((a.vocab, d), _embed_spread(a))}
+    yield "model.embed_tokens.weight", draw((a.vocab, d), _embed_spread(a))
     for i in range(a.layers):
         at = f"model.layers.{i}."
-        t[at + "input_layernorm.weight"] = _gains(rng, d)
-        t[at + "post_attention_layernorm.weight"] = _gains(rng, d)
+        yield at + "input_layernorm.weight", _gains(rng, d)
+        yield at + "post_attention_layernorm.weight", _gains(rng, d)
         for part, rows, cols, spread in (
             ("self_attn.q_proj", a.heads * hd, d, math.sqrt(SCORE_SPREAD / d)),
             ("self_attn.k_proj", kv * hd, d, math.sqrt(SCORE_SPREAD / d)),
@@ -77,22 +96,26 @@ def llama(a: argparse.Namespace, rng: np.random.Generator) -> tuple[dict[str, Ar
             ("mlp.up_proj", hidden, d, math.sqrt(1 / d)),
             ("mlp.down_proj", d, hidden, write * math.sqrt(1 / hidden)),
         ):
-            t[f"{at}{part}.weight"] = draw((rows, cols), spread)
-    t["model.norm.weight"] = _gains(rng, d) * _final_gain(a)
+            yield f"{at}{part}.weight", draw((rows, cols), spread)
+    yield "model.norm.weight", _gains(rng, d) * _final_gain(a)
     if not a.tied:
-        t["lm_head.weight"] = draw((a.vocab, d), LOGIT_SPREAD / math.sqrt(d) / _final_gain(a))
-    return t, {
+        yield "lm_head.weight", draw((a.vocab, d), LOGIT_SPREAD / math.sqrt(d) / _final_gain(a))
+
+
+def llama_config(a: argparse.Namespace) -> dict[str, Any]:
+    d = a.width
+    return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
         "attention_bias": False,
         "mlp_bias": False,
         "hidden_act": "silu",
         "hidden_size": d,
-        "intermediate_size": hidden,
+        "intermediate_size": a.hidden or 8 * d // 3,
         "num_hidden_layers": a.layers,
         "num_attention_heads": a.heads,
-        "num_key_value_heads": kv,
-        "head_dim": hd,
+        "num_key_value_heads": a.kv_heads or a.heads,
+        "head_dim": d // a.heads,
         "max_position_embeddings": a.context,
         "rms_norm_eps": 1e-5,
         "rope_theta": 10000.0,
@@ -101,34 +124,37 @@ def llama(a: argparse.Namespace, rng: np.random.Generator) -> tuple[dict[str, Ar
     }
 
 
-def gpt2(a: argparse.Namespace, rng: np.random.Generator) -> tuple[dict[str, Array], dict[str, Any]]:
+def gpt2(a: argparse.Namespace, rng: np.random.Generator) -> Tensors:
     d, hidden = a.width, a.hidden or 4 * a.width
     draw = _drawer(rng)
     write = 1.0 / math.sqrt(2 * a.layers)
-    t: dict[str, Array] = {
-        "transformer.wte.weight": draw((a.vocab, d), _embed_spread(a)),
-        "transformer.wpe.weight": draw((a.context, d), 0.3 * _embed_spread(a)),
-    }
+    yield "transformer.wte.weight", draw((a.vocab, d), _embed_spread(a))
+    yield "transformer.wpe.weight", draw((a.context, d), 0.3 * _embed_spread(a))
     for i in range(a.layers):
         at = f"transformer.h.{i}."
         for norm in ("ln_1", "ln_2"):
-            t[f"{at}{norm}.weight"], t[f"{at}{norm}.bias"] = _gains(rng, d), draw((d,), 0.1)
+            yield f"{at}{norm}.weight", _gains(rng, d)
+            yield f"{at}{norm}.bias", draw((d,), 0.1)
         attention = draw((d, 3 * d), 1.0)
         attention[:, : 2 * d] *= math.sqrt(SCORE_SPREAD / d)
         attention[:, 2 * d :] *= math.sqrt(1 / d)
-        t[at + "attn.c_attn.weight"], t[at + "attn.c_attn.bias"] = attention, draw((3 * d,), 0.1)
-        t[at + "attn.c_proj.weight"] = draw((d, d), write * math.sqrt(2 / d))
-        t[at + "mlp.c_fc.weight"], t[at + "mlp.c_fc.bias"] = (
-            draw((d, hidden), math.sqrt(2 / d)),
-            draw((hidden,), 0.1),
-        )
-        t[at + "mlp.c_proj.weight"] = draw((hidden, d), write * math.sqrt(1 / hidden))
-        t[at + "attn.c_proj.bias"], t[at + "mlp.c_proj.bias"] = draw((d,), 0.05), draw((d,), 0.05)
-    t["transformer.ln_f.weight"] = _gains(rng, d) * _final_gain(a)
-    t["transformer.ln_f.bias"] = draw((d,), 0.1)
+        yield at + "attn.c_attn.weight", attention
+        yield at + "attn.c_attn.bias", draw((3 * d,), 0.1)
+        yield at + "attn.c_proj.weight", draw((d, d), write * math.sqrt(2 / d))
+        yield at + "mlp.c_fc.weight", draw((d, hidden), math.sqrt(2 / d))
+        yield at + "mlp.c_fc.bias", draw((hidden,), 0.1)
+        yield at + "mlp.c_proj.weight", draw((hidden, d), write * math.sqrt(1 / hidden))
+        yield at + "attn.c_proj.bias", draw((d,), 0.05)
+        yield at + "mlp.c_proj.bias", draw((d,), 0.05)
+    yield "transformer.ln_f.weight", _gains(rng, d) * _final_gain(a)
+    yield "transformer.ln_f.bias", draw((d,), 0.1)
     if not a.tied:
-        t["lm_head.weight"] = draw((a.vocab, d), LOGIT_SPREAD / math.sqrt(d) / _final_gain(a))
-    return t, {
+        yield "lm_head.weight", draw((a.vocab, d), LOGIT_SPREAD / math.sqrt(d) / _final_gain(a))
+
+
+def gpt2_config(a: argparse.Namespace) -> dict[str, Any]:
+    d, hidden = a.width, a.hidden or 4 * a.width
+    return {
         "architectures": ["GPT2LMHeadModel"],
         "model_type": "gpt2",
         "activation_function": a.act,
@@ -200,6 +226,38 @@ def copy_tokenizer(source: Path, target: Path) -> None:
     out.save(str(target / "tokenizer.json"))
 
 
+def save(out: Path, tensors: Tensors, dtype: Any) -> int:
+    """Write tensors as they come, a file at a time; one file gets the plain name. Returns their elements."""
+    placed: dict[str, str] = {}
+    shard: dict[str, npt.NDArray[Any]] = {}
+    files: list[Path] = []
+    count = size = total = 0
+
+    def flush() -> None:
+        nonlocal size
+        files.append(out / f"model-{len(files) + 1:05}.safetensors")
+        save_file(shard, files[-1])
+        placed.update(dict.fromkeys(shard, files[-1].name))
+        shard.clear()
+        size = 0
+
+    for name, x in tensors:
+        x = np.ascontiguousarray(x, dtype)
+        if shard and size + x.nbytes > SHARD_BYTES:
+            flush()
+        shard[name] = x
+        size += x.nbytes
+        total += x.nbytes
+        count += x.size
+    flush()
+    if len(files) == 1:
+        files[0].rename(out / "model.safetensors")
+    else:
+        index = {"metadata": {"total_size": total}, "weight_map": placed}
+        (out / "model.safetensors.index.json").write_text(json.dumps(index, indent=1) + "\n")
+    return count
+
+
 def write(a: argparse.Namespace) -> int:
     """Make the directory; returns the number of weights."""
     out = Path(a.out)
@@ -210,7 +268,8 @@ def write(a: argparse.Namespace) -> int:
         raise SystemExit(f"--heads {a.heads} does not divide --width {a.width}")
     if a.tokenizer is None and a.vocab < MIN_VOCAB:
         raise SystemExit(f"--vocab must be at least {MIN_VOCAB} for the byte tokenizer")
-    tensors, config = {"llama": llama, "gpt2": gpt2}[a.family](a, np.random.default_rng(a.seed))
+    draw, describe = {"llama": (llama, llama_config), "gpt2": (gpt2, gpt2_config)}[a.family]
+    config = describe(a)
     if a.tokenizer is None:
         byte_tokenizer(a.vocab).save(str(out / "tokenizer.json"))
         names = {"bos_token": "<s>", "eos_token": "</s>", "add_bos_token": True}
@@ -220,11 +279,9 @@ def write(a: argparse.Namespace) -> int:
         copy_tokenizer(Path(a.tokenizer), out)
         config |= {"bos_token_id": None, "eos_token_id": None}
     dtype = {"fp32": np.float32, "fp16": np.float16}[a.dtype]
-    save_file(
-        {name: np.ascontiguousarray(x, dtype) for name, x in tensors.items()}, out / "model.safetensors"
-    )
+    count = save(out, draw(a, np.random.default_rng(a.seed)), dtype)
     (out / "config.json").write_text(json.dumps(config, indent=1) + "\n")
-    return sum(x.size for x in tensors.values())
+    return count
 
 
 def parse(argv: list[str]) -> argparse.Namespace:

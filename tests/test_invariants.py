@@ -128,6 +128,8 @@ ORDER = (
     ("mimir/model",),
     ("mimir/actors",),
     ("mimir/client",),
+    ("mimir/dryrun",),
+    ("mimir/cost",),
     ("mimir/doctor", "mimir/party", "mimir/policy"),
     ("mimir/__main__",),
 )
@@ -162,10 +164,20 @@ def test_verifiers_know_no_clock_and_no_network() -> None:
             assert not called & {"now", "utcnow", "today"}, f"{name} asks a clock"
 
 
-def test_only_the_command_line_imports_actors() -> None:
+def test_only_the_command_line_and_the_cost_model_import_actors() -> None:
     for name, path in SOURCES.items():
-        if not name.startswith("mimir/actors") and name not in ("mimir/__main__", "mimir/party"):
+        known = ("mimir/__main__", "mimir/party", "mimir/dryrun", "mimir/cost")
+        if not name.startswith("mimir/actors") and name not in known:
             assert not any(f.startswith("mimir.actors") for f in imports(path)), name
+
+
+def test_no_party_can_run_over_shapes() -> None:
+    """`dryrun` takes the engine's kernels away: nothing but the cost model and its command may import it."""
+    reach = {"mimir/dryrun": ("mimir/cost",), "mimir/cost": ("mimir/__main__",)}
+    for module, known in reach.items():
+        dotted = module.replace("/", ".")
+        for name, path in SOURCES.items():
+            assert name in known or name == module or dotted not in imports(path), f"{name} imports {module}"
 
 
 def test_tunnels_know_nothing_of_mimir() -> None:
@@ -331,7 +343,14 @@ def test_no_stream_of_a_session_serves_twice(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_parties_print_nothing() -> None:
     """What may print is what talks to a person at a terminal; the engine and the wire have only the log."""
-    talking = ("mimir/__main__", "mimir/doctor", "mimir/party", "mimir/client", "mimir/kernels/build")
+    talking = (
+        "mimir/__main__",
+        "mimir/cost",
+        "mimir/doctor",
+        "mimir/party",
+        "mimir/client",
+        "mimir/kernels/build",
+    )
     for name, path in SOURCES.items():
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Call) and getattr(node.func, "id", "") in (

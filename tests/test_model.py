@@ -37,7 +37,7 @@ from reference import (
 from safetensors.numpy import load_file, save_file
 
 from mimir.errors import BadInput, LocalError, ModelError
-from mimir.model import Plan, PlanSpec, Tokenizer, decode, encode, load_checkpoint
+from mimir.model import Plan, PlanSpec, Tokenizer, decode, encode, load_checkpoint, read_spec
 from mimir.model import checkpoint as checkpoint_module
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts"))
@@ -1103,9 +1103,43 @@ def test_random_checkpoints_load_and_repeat(tmp_path: Path, capsys: pytest.Captu
         random_checkpoint.main([str(one)])
 
 
-def test_the_fifteen_million_shape() -> None:
-    a = random_checkpoint.parse(["--shape", "llama-15m", "out"])
-    assert (a.layers, a.width, a.heads, a.hidden, a.vocab, a.context) == (6, 288, 6, 768, 32000, 128)
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_random_checkpoints_go_to_disk_in_shards(
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same tensors in several files, none of which waits for another in memory."""
+    options = ["--family", family, "--vocab", "320", "--width", "16", "--hidden", "32", "--no-tied"]
+    whole = load_checkpoint(make(tmp_path / "whole", *options))
+    shards: list[int] = []
+    save_file = random_checkpoint.save_file
+
+    def watched(tensors: dict[str, Any], path: Path) -> None:
+        shards.append(sum(x.nbytes for x in tensors.values()))
+        save_file(tensors, path)
+
+    monkeypatch.setattr(random_checkpoint, "SHARD_BYTES", 320 * 16 * 4)
+    monkeypatch.setattr(random_checkpoint, "save_file", watched)
+    parts = load_checkpoint(make(tmp_path / "parts", *options))
+    assert len(shards) > 2 and max(shards) <= random_checkpoint.SHARD_BYTES
+    assert not (tmp_path / "parts" / "model.safetensors").exists()
+    assert parts.spec == whole.spec
+    for name in whole.names():
+        assert np.array_equal(whole.tensor(name), parts.tensor(name)), name
+
+
+@pytest.mark.parametrize(
+    ("shape", "weights"),
+    [("llama-15m", 24_453_824), ("gpt2-small", 163_049_041), ("llama-1b", 1_100_382_464)],
+)
+def test_named_shapes_are_those_of_the_benchmarks(shape: str, weights: int, tmp_path: Path) -> None:
+    """A head is shared apart from its embedding, biases also where they are zero; gains are folded in."""
+    a = random_checkpoint.parse(["--shape", shape, "out"])
+    describe = {"llama": random_checkpoint.llama_config, "gpt2": random_checkpoint.gpt2_config}[a.family]
+    (tmp_path / "config.json").write_text(json.dumps(describe(a)))
+    assert read_spec(tmp_path).parameters() == weights
+
+
+def test_parts_of_a_named_shape_can_be_chosen() -> None:
     assert random_checkpoint.parse(["--shape", "llama-15m", "--layers", "1", "out"]).layers == 1
 
 

@@ -305,9 +305,18 @@ class SessionActor(Actor[Any]):
         weights however few the rows.
         """
 
+        planned: dict[str, Demand] = {}  # until the step's last batch
+
+        def demand(step: Step) -> Demand:
+            if step.name not in planned:
+                planned[step.name] = self._demand(step)
+            return planned[step.name]
+
         def batch(*steps: Step) -> Batch:
             def plan() -> list[Demand]:
-                demands = [self._demand(step) for step in steps]
+                demands = [demand(step) for step in steps]
+                for step in steps:
+                    del planned[step.name]
                 return [{k: n for k, n in d.items() if not isinstance(k, prep.Weight)} for d in demands]
 
             names = tuple(step.name for step in steps)
@@ -318,7 +327,7 @@ class SessionActor(Actor[Any]):
             for number, group in enumerate(_weight_groups(self._shapes)):
 
                 def plan(group: frozenset[str] = group) -> list[Demand]:
-                    return [_weights_of(self._demand(step), group) for step in steps]
+                    return [_weights_of(demand(step), group) for step in steps]
 
                 yield Batch(f"{names[0]}/weights {number}", names, plan, 0, last=False)
 

@@ -327,22 +327,34 @@ def load_checkpoint(directory: str | Path) -> Plan:
     Everything structural (architecture, options, names, shapes, dtypes) is checked here; values are checked
     when a tensor is computed (`Plan.check` does all). Raises ModelError naming the directory and the tensor.
     """
+    home, config, family = _opened(directory)
+    return _FAMILIES[family][1](home, config, _Tensors(home))
+
+
+def read_spec(directory: str | Path) -> PlanSpec:
+    """The public shape that config.json describes, without weights. Raises ModelError naming the file."""
+    home, config, family = _opened(directory)
+    return _FAMILIES[family][0](home, config)
+
+
+def _opened(directory: str | Path) -> tuple[Path, _Config, str]:
+    """A model directory, its config.json and its family, or an error that says what is not supported."""
     home = Path(directory)
     if not home.is_dir():
         raise ModelError(f"{home}: no such model directory")
     config = _Config(home, "config.json")
     archs = config.raw.get("architectures")
     arch = archs[0] if isinstance(archs, list) and len(archs) == 1 else config.raw.get("model_type")
-    families = {"LlamaForCausalLM": _llama, "llama": _llama, "GPT2LMHeadModel": _gpt2, "gpt2": _gpt2}
-    build = families.get(str(arch))
-    if build is None:
+    families = {"LlamaForCausalLM": "llama", "llama": "llama", "GPT2LMHeadModel": "gpt2", "gpt2": "gpt2"}
+    family = families.get(str(arch))
+    if family is None:
         raise ModelError(
             f"{home}/config.json: architecture {arch!r} is not supported; "
             "supported are LlamaForCausalLM and GPT2LMHeadModel"
         )
     config.refuse_unless("quantization_config", None)
     config.refuse_unless("auto_map", None)
-    return build(home, config, _Tensors(home))
+    return home, config, family
 
 
 class _Config:
@@ -524,7 +536,7 @@ class _Tensors:
 # -- the two families
 
 
-def _llama(home: Path, config: _Config, source: _Tensors) -> Plan:
+def _llama_spec(home: Path, config: _Config) -> PlanSpec:
     for key, allowed in (
         ("sliding_window", (None,)),
         ("attn_logit_softcapping", (None,)),
@@ -559,7 +571,7 @@ def _llama(home: Path, config: _Config, source: _Tensors) -> Plan:
     hd = config.integer("head_dim", default=d // heads)
     hidden, vocab = config.integer("intermediate_size"), config.integer("vocab_size")
     bos, eos = _special_ids(home, config, vocab)
-    spec = _spec(
+    return _spec(
         config,
         family="llama",
         layers=layers,
@@ -577,6 +589,12 @@ def _llama(home: Path, config: _Config, source: _Tensors) -> Plan:
         bos_id=bos,
         eos_ids=eos,
     )
+
+
+def _llama(home: Path, config: _Config, source: _Tensors) -> Plan:
+    spec = _llama_spec(home, config)
+    d, layers, heads, kv, hd = spec.width, spec.layers, spec.heads, spec.kv_heads, spec.head_dim
+    hidden, vocab = spec.hidden, spec.vocab
     attn_bias, mlp_bias = config.flag("attention_bias", False), config.flag("mlp_bias", False)
     tied = config.flag("tie_word_embeddings", False)
     p = "" if "embed_tokens.weight" in source else "model."
@@ -641,7 +659,7 @@ def _llama(home: Path, config: _Config, source: _Tensors) -> Plan:
     return _plan(spec, home, recipes)
 
 
-def _gpt2(home: Path, config: _Config, source: _Tensors) -> Plan:
+def _gpt2_spec(home: Path, config: _Config) -> PlanSpec:
     config.refuse_unless("add_cross_attention", False)
     name = config.raw.get("activation_function", "gelu_new")
     if name not in _GPT2_ACTS:
@@ -654,7 +672,7 @@ def _gpt2(home: Path, config: _Config, source: _Tensors) -> Plan:
     hidden = config.integer("n_inner", default=4 * d)
     context = config.integer("n_positions", "n_ctx", "max_position_embeddings", default=1024)
     bos, eos = _special_ids(home, config, vocab)
-    spec = _spec(
+    return _spec(
         config,
         family="gpt2",
         layers=layers,
@@ -672,6 +690,12 @@ def _gpt2(home: Path, config: _Config, source: _Tensors) -> Plan:
         bos_id=bos,
         eos_ids=eos,
     )
+
+
+def _gpt2(home: Path, config: _Config, source: _Tensors) -> Plan:
+    spec = _gpt2_spec(home, config)
+    d, layers, hd, hidden = spec.width, spec.layers, spec.head_dim, spec.hidden
+    vocab, context = spec.vocab, spec.context
     scaled = config.flag("scale_attn_weights", True)
     by_layer = config.flag("scale_attn_by_inverse_layer_idx", False)
     tied = config.flag("tie_word_embeddings", True)
@@ -731,6 +755,9 @@ def _gpt2(home: Path, config: _Config, source: _Tensors) -> Plan:
     recipes["head"] = lambda: _scale_rows(read(head).T, read(f"{p}ln_f.weight"))
     recipes["head_b"] = lambda: read(f"{p}ln_f.bias") @ read(head).T
     return _plan(spec, home, recipes)
+
+
+_FAMILIES = {"llama": (_llama_spec, _llama), "gpt2": (_gpt2_spec, _gpt2)}
 
 
 def _scale_rows(matrix: Floats, gain: Floats) -> Floats:

@@ -1,0 +1,185 @@
+"""The benchmarks' own arithmetic, on models too small to measure anything."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from parties import Party, reconstruct, run_parties
+from reference import Fixed, FixedModel, FloatModel, nats_per_token
+from session_fixture import GPT2, LLAMA, SETTINGS, tiny_plan
+
+from mimir import cost, dryrun
+from mimir.mpc.domain import decode, encode
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "bench" / "peers"))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "bench"))
+import blocks
+import compare
+import mimir_blocks
+import perplexity
+import run
+import scaling
+
+WINDOW = 8
+IDS = np.random.default_rng(5).integers(0, 16, 5 * WINDOW + 1).tolist()
+
+
+@pytest.fixture(autouse=True)
+def no_party_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The blocks beside SPU have imported what a party needs."""
+    monkeypatch.setattr(dryrun, "PARTY_MODULES", ())
+
+
+@pytest.mark.parametrize("spec", [LLAMA, GPT2], ids=["llama", "gpt2"])
+def test_perplexities_are_those_of_the_two_models(spec: object) -> None:
+    plan = tiny_plan(spec)  # type: ignore[arg-type]
+    got = perplexity.perplexity(plan, IDS, WINDOW, Fixed())
+    want = nats_per_token(FloatModel(plan), IDS, WINDOW, 5 * WINDOW)
+    assert got["tokens"] == 5 * WINDOW and got["windows_outside"] == 0
+    assert got["float64"] == pytest.approx(np.exp(want))
+    assert got["percent"] == pytest.approx(100 * (got["fixed"] / got["float64"] - 1))
+    assert 0 < abs(got["percent"]) < perplexity.TARGET
+
+
+def test_a_coarser_scale_shows() -> None:
+    """Or the comparison would compare a model with itself."""
+    plan = tiny_plan(LLAMA)
+    fine, coarse = (
+        perplexity.perplexity(plan, IDS, WINDOW, replace(Fixed(), scale_bits=bits)) for bits in (16, 13)
+    )
+    assert coarse["largest_window_percent"] > 1.5 * fine["largest_window_percent"]
+
+
+def test_windows_that_leave_the_range_are_counted_and_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    forward = FixedModel.forward
+    calls = 0
+
+    def third_fails(self: FixedModel, ids: list[int]) -> object:
+        nonlocal calls
+        calls += 1
+        if calls == 3:
+            raise OverflowError("3.softmax: too far")
+        return forward(self, ids)
+
+    monkeypatch.setattr(FixedModel, "forward", third_fails)
+    plan = tiny_plan(LLAMA)
+    got = perplexity.perplexity(plan, IDS, WINDOW, Fixed())
+    kept = [nats_per_token(FloatModel(plan), IDS[i * WINDOW :], WINDOW, WINDOW) for i in (0, 1, 3, 4)]
+    assert got["tokens"] == 4 * WINDOW and got["windows_outside"] == 1
+    assert got["outside"] == ["3.softmax: too far"]
+    assert got["float64"] == pytest.approx(np.exp(np.mean(kept)))
+
+
+# --- beside others ------------------------------------------------------------------------------------------
+
+SMALL = {
+    "GELU 64x3072": (lambda g: 2 * g.standard_normal((2, 9)), blocks.gelu),
+    "softmax 768 rows of 64": (lambda g: 2 * g.standard_normal((2, 3, 8)), None),
+    "argmax of 50257": (lambda g: 4 * g.standard_normal(21), lambda x: np.array([x.argmax()])),
+}
+
+
+def softmax(x: Any) -> Any:
+    e = np.exp(x - x.max(-1, keepdims=True))
+    return (e / e.sum(-1, keepdims=True)).reshape(-1, x.shape[-1])
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_blocks_compute_what_they_are_called(name: str) -> None:
+    """The blocks that are timed are the functions that stand in the table, here on a few values."""
+    draw, want = SMALL[name]
+    value = draw(np.random.default_rng(2))
+    block = mimir_blocks.TABLE[name]
+
+    async def work(p: Party) -> Any:
+        ctx = await p.context(mimir_blocks.demand_of(block, value.shape, {}))
+        y = await block.run(ctx, p.share(encode(value, block.scale)), None)
+        assert not ctx.store.left()  # type: ignore[attr-defined]
+        return y.v
+
+    got = decode(reconstruct(run_parties(work)), block.out_scale)
+    assert np.abs(got - (want or softmax)(value)).max() < 2e-3
+
+
+def test_blocks_have_inputs_and_answers() -> None:
+    assert set(mimir_blocks.TABLE) == set(blocks.NAMES)
+    for name in blocks.NAMES:
+        want = blocks.expected(name)
+        assert (want is None) == (name == "block decode at 64")
+        assert want is None or blocks.error(name, want + 0.25) == pytest.approx(0.25)
+
+
+def test_ratios_are_ours_over_theirs() -> None:
+    ours: dict[str, Any] = {
+        lane: {"seconds": s, "processor": 2 * s, "sent": 1e6, "rounds": 3}
+        for lane, s in (("online", 3.0), ("prep", 6.0))
+    }
+    theirs = {"seconds": 2.0, "processor": 8.0, "sent": 4e6, "error": None}
+    rows = {name: {"spu": theirs, "mimir": ours | {"error": 0.01}} for name in blocks.NAMES}
+    machine = {"cores": 2, "processor": "P", "kernels": "ref"}
+    result = {
+        "date": "2026-01-01",
+        "commit": "c",
+        "machine": machine,
+        "spu": "1",
+        "load": [0.0],
+        "rows": rows,
+    }
+    line = compare.tables(result).splitlines()[-1]
+    figures = "2.00 3.00 1.50 6.0 4.5 8.00 6.00 0.75 12.0 4.00 1.00 0.25 1.0 - 0.01".split()
+    assert line == f"| {blocks.NAMES[-1]} | {' | '.join(figures)} |"
+
+
+# --- the cost model in the tables ---------------------------------------------------------------------------
+
+
+def test_a_line_is_found_with_its_bend() -> None:
+    xs = [64, 128, 256]
+    told = scaling.fit(xs, [100 + 2 * x for x in xs])
+    assert told["constant"] == pytest.approx(100) and told["slope"] == pytest.approx(2)
+    assert told["bend"] == pytest.approx(50) and told["worst"] == pytest.approx(0, abs=1e-9)
+    assert scaling.fit(xs, [7, 7, 7])["bend"] is None
+
+
+def test_predictions_are_those_of_the_session_that_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the figures that run.py takes from progress messages."""
+    seconds = dict.fromkeys(cost._keys(), 0.0) | {"round online": 0.5, "round prep": 0.25}
+    rates = cost.Rates(seconds, "ref", cores=3)
+    row = {"ready": {"bucket": 2, "tokens": 3}, "wan": "20:8"}
+    whole = dryrun.run(LLAMA, SETTINGS, bucket=2, tokens=3, max_context=LLAMA.context, ahead=run.POOL)
+    asked: list[Any] = []
+    monkeypatch.setattr(dryrun, "run", lambda *args, **kw: asked.append((args, kw)) or whole)
+    got = run.predicted(LLAMA, SETTINGS, row, LLAMA.context, rates)
+    lengths = {"bucket": 2, "tokens": 3, "max_context": LLAMA.context, "ahead": run.POOL}
+    assert asked == [((LLAMA, SETTINGS), lengths)]
+    last, before = (m.lanes[dryrun.ONLINE] for m in (whole.of("token")[-1], whole.of("token")[-2]))
+    rounds = last.rounds - before.rounds
+    assert got["token"]["rounds"] == rounds
+    link = (last.busiest - before.busiest) * 1e-6
+    assert got["token"]["seconds"] == pytest.approx(rounds * (0.5 + 0.01) + link, rel=0.02)
+    made = whole.of("made")
+    entry, weights, prompt, answers = (m.lanes[dryrun.PREP].rounds for m in made)
+    assert [m.positions for m in made] == [0, 0, 2, 4]
+    # a position's part of a batch of answers, and of the products with weights of all
+    assert got["preprocessing"]["rounds"] == (answers - prompt) / 2 + (weights - entry) / 4
+
+
+def test_charts_are_drawn_and_small(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="the extra `bench` is not installed")
+    import charts
+
+    (tmp_path / "scaling").mkdir()
+    points = [dict.fromkeys(scaling.FIGURES, float(x)) for x in (1, 2)]
+    fits = {f: scaling.fit([1, 2], [1, 2]) for f in scaling.FIGURES}
+    sizes = {size: {"x": [1, 2], "points": points, "fits": fits} for size in scaling.SIZES}
+    (tmp_path / "scaling" / "1.json").write_text(json.dumps({"sizes": sizes}))
+    assert charts.main(["--results", str(tmp_path)]) == 0
+    drawn = sorted(tmp_path.glob("*.png"))
+    assert [f.name for f in drawn] == ["scaling.png"]
+    assert drawn[0].read_bytes().startswith(b"\x89PNG") and drawn[0].stat().st_size < charts.LARGEST

@@ -1,0 +1,390 @@
+"""The cost model: its rounds and bytes are what three parties exchange, and it follows the engine."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from session_fixture import GPT2, LLAMA, SETTINGS, Sampler, Story, limits_of, run_session
+
+import mimir.actors.session as session_module
+from mimir import cost, dryrun, kernels
+from mimir.__main__ import main
+from mimir.actors.session import SessionActor
+from mimir.dryrun import ONLINE, PREP
+from mimir.errors import BadInput, LocalError, ModelError
+from mimir.model import load_checkpoint, read_spec
+from mimir.mpc import check, doors, nonlinear, ops, prep
+
+WIDE = replace(LLAMA, width=48, heads=4, kv_heads=2, head_dim=12, hidden=96, vocab=100)
+PLAIN = Story(LLAMA)
+STORIES = {
+    "gpt2": Story(GPT2),
+    "sampled": Story(LLAMA, sampler=Sampler("sample", 0.8, 3)),
+}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def no_party_here() -> Iterator[None]:
+    """Other tests of this process import what only a party needs."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dryrun, "PARTY_MODULES", ())
+        yield
+
+
+def exchanged(story: Story) -> list[dict[str, tuple[int, int]]]:
+    """(rounds, bytes) by lane that each of three parties counted in a real session."""
+    actors: list[SessionActor] = []
+    outcome = run_session(story, actors=actors)
+    assert outcome.client is None and outcome.parties == [None] * 3
+    return [
+        {lane: (d.channel.rounds, d.channel.sent) for lane, d in ((ONLINE, a._online), (PREP, a._making))}
+        for a in actors
+    ]
+
+
+def counted(story: Story) -> dict[str, tuple[int, int]]:
+    limits = limits_of(story)
+    run = dryrun.run(
+        story.spec,
+        SETTINGS,
+        bucket=story.bucket,
+        tokens=story.max_new,
+        max_context=limits.max_context,
+        ahead=limits.ahead,
+        sampler=story.sampler,
+    )
+    assert run.tokens == story.max_new
+    return {lane: (c.rounds, c.sent) for lane, c in run.lanes.items()}
+
+
+@pytest.mark.parametrize("name", STORIES)
+def test_rounds_and_bytes_are_what_three_parties_exchange(name: str) -> None:
+    assert exchanged(STORIES[name]) == [counted(STORIES[name])] * 3
+
+
+def test_the_model_follows_a_change_of_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another end of the check's recursion, and one more round online: both are predicted without a word."""
+    story = Story(WIDE)
+    before = counted(story)
+    monkeypatch.setattr(check, "OPEN_BELOW", 4 * check.OPEN_BELOW)
+    truncate = ops.truncate
+
+    async def twice(ctx: Any, step: str, *items: Any) -> Any:
+        await ctx.doors.open(f"{step}/again", ctx.share(ctx.bk.add_public(items[0][0].v, 0)) * 0)
+        return await truncate(ctx, step, *items)
+
+    monkeypatch.setattr(ops, "truncate", twice)
+    after = counted(story)
+    assert after[PREP][0] < before[PREP][0] and after[ONLINE][0] > before[ONLINE][0]
+    assert exchanged(story) == [after] * 3
+
+
+def test_the_end_of_a_context_costs_the_same_however_it_was_reached(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cache that is there from the start, and one that was filled: the same last token, last batch, and
+    last block of products with weights. Framing apart: frames carry their number.
+    """
+    spec, ahead = replace(LLAMA, context=12), 64
+    sizes = SessionActor._sizes
+
+    async def small(self: SessionActor) -> None:
+        await sizes(self)
+        self._group, self._block = 2, 4
+
+    monkeypatch.setattr(SessionActor, "_sizes", small)
+
+    def figures(run: dryrun.Run) -> list[tuple[int, ...]]:
+        online, made = cost.last_token(run)
+        return [(c.rounds, c.payload, n) for c, n in (cost.Shared(online, 1), *made)]
+
+    end = dryrun.run_last(spec, SETTINGS, max_context=spec.context, ahead=ahead)
+    whole = dryrun.run(spec, SETTINGS, bucket=1, tokens=11, max_context=spec.context, ahead=ahead)
+    assert (end.tokens, end.block, whole.tokens) == (3, 4, 11)
+    assert figures(end) == figures(replace(whole, block=4))
+
+
+def test_no_dry_run_where_a_party_could_be() -> None:
+    """In a process of its own: once it holds what a party needs, a dry run is refused, with all in place."""
+    program = """
+import sys
+from importlib import import_module
+from session_fixture import LLAMA, SETTINGS
+from mimir import dryrun, kernels
+from mimir.errors import LocalError
+from mimir.mpc import check, doors
+
+before = {name: getattr(doors, name) for name in ("np", "_digest", "_pack", "_split", "_commitment")}
+needed = {"mimir.net.mesh", "mimir.actors.peer", "mimir.party"}
+assert not needed & set(sys.modules), "the cost model imports a party"
+calls = [
+    lambda: dryrun.run(LLAMA, SETTINGS, bucket=1, tokens=1, max_context=LLAMA.context, ahead=4),
+    lambda: dryrun.run_last(LLAMA, SETTINGS, max_context=LLAMA.context, ahead=4),
+]
+assert calls[0]().tokens == 1
+for name in needed:
+    import_module(name)
+held = {name: sys.modules.pop(name) for name in needed}
+for name in needed:  # each is enough
+    sys.modules[name] = held[name]
+    for call in calls:
+        try:
+            call()
+        except LocalError as error:
+            assert name in str(error) and "may be a party" in str(error)
+        else:
+            sys.exit(f"a dry run beside {name}")
+    del sys.modules[name]
+assert check.kernels is kernels
+assert before == {name: getattr(doors, name) for name in before}
+"""
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}
+    told = subprocess.run(
+        [sys.executable, "-c", program],
+        env=environment,
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parent.parent,
+    )
+    assert told.returncode == 0, told.stderr
+
+
+def test_what_was_replaced_is_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    modules = (prep, check, ops, nonlinear, doors, session_module)
+    names = ("kernels", "np", "offload", "log", "_pack", "_digest", "_split", "_commitment", "plan_turn")
+    before = {(m, n): getattr(m, n) for m in modules for n in names if hasattr(m, n)}
+    counted(PLAIN)
+    with pytest.raises(BadInput, match="too short"):
+        dryrun.run_last(LLAMA, SETTINGS, max_context=2, ahead=64)
+
+    def broken(*_: Any) -> Any:
+        raise LocalError("broken")
+
+    with monkeypatch.context() as patch, pytest.raises(LocalError, match="broken"):
+        patch.setattr(prep, "produce", broken)
+        counted(PLAIN)
+    assert {at: getattr(*at) for at in before} == before
+    assert not isinstance(nonlinear.activation_piece("silu", SETTINGS).tables, dryrun.Stretched)
+
+
+def test_kernel_rules_agree_with_the_kernels() -> None:
+    examples = cost._examples()
+    assert set(examples) == {*dryrun.RULES, dryrun.ONE_ROW}
+    narrow = (np.ones((8, 16), np.uint16), np.zeros(8, np.uint64))
+    assert dryrun._Kernels().rotate(*narrow).dtype == kernels.rotate(*narrow).dtype == np.uint16
+    for name, arguments in examples.items():
+        name = "matmul" if name == dryrun.ONE_ROW else name
+        shape, units = dryrun.RULES[name](*arguments)
+        out = getattr(kernels, name)(*arguments)
+        assert (out.shape if isinstance(out, np.ndarray) else None) == shape, name
+        assert units > 0, name
+
+
+def test_a_kernel_without_a_rule_is_really_run() -> None:
+    assert "gr_mul" not in dryrun.RULES
+    tally = dryrun.Tally()
+    with dryrun._nothing_real(tally):
+        x = dryrun.stretched((64, kernels.GR_DEGREE))
+        token = dryrun._lane.set(PREP)
+        out = dryrun._Kernels().gr_mul(x, x)
+        dryrun._lane.reset(token)
+        assert out.shape == x.shape and isinstance(out, dryrun.Stretched)
+    assert tally.lanes[PREP].work["nanoseconds"] > 0
+
+
+def stretch(x: np.ndarray) -> dryrun.Stretched:
+    return dryrun.stretched(x.shape, x.dtype)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda x, y: x + y,
+        lambda x, y: x < y,
+        lambda x, y: (x >> np.uint64(3)).astype(np.int64),
+        lambda x, y: x[:, None] * y[None],
+        lambda x, y: x.sum(axis=1, dtype=np.uint64),
+        lambda x, y: x.sum(-1),
+        lambda x, y: np.concatenate([x, y], axis=-1),
+        lambda x, y: np.stack([x, y], axis=1),
+        lambda x, y: np.pad(x, [(0, 0), (3, 1)]),
+        lambda x, y: np.repeat(x, 2, axis=0),
+        lambda x, y: np.cumsum(x[..., ::-1], axis=-1, dtype=np.uint64),
+        lambda x, y: np.bitwise_xor.accumulate(x, axis=1),
+        lambda x, y: np.swapaxes(x, 0, 1).reshape(-1),
+        lambda x, y: x[np.array([1, 0, 1])],
+        lambda x, y: x[:, np.array([True, False] * (x.shape[1] // 2))],
+        lambda x, y: x.astype(np.uint32).view(np.uint64),
+        lambda x, y: x.view(np.uint16)[:, :200] * y.astype(np.uint16)[:, :1],
+        lambda x, y: x.astype(np.uint64, copy=False),
+        lambda x, y: np.ones_like(x),
+        lambda x, y: np.broadcast_to(x, (5, *x.shape)),
+        lambda x, y: np.tile(x, (2, 1)),
+        lambda x, y: np.where(x > y, x, y),
+    ],
+)
+def test_arrays_of_nothing_have_the_shapes_of_arrays(call: Any) -> None:
+    x, y = (np.zeros((30, 100), np.uint64) for _ in range(2))
+    want, got = call(x, y), call(stretch(x), stretch(y))
+    assert (got.shape, got.dtype) == (want.shape, want.dtype)
+    assert isinstance(got, dryrun.Stretched) or want.size <= dryrun.SMALL
+
+
+_part = st.one_of(
+    st.integers(-2, 1), st.builds(slice, st.integers(0, 1), st.integers(1, 3), st.sampled_from([None, 1, 2]))
+)
+
+
+@given(st.tuples(*[st.integers(2, 3)] * 3), st.lists(_part, max_size=3).map(tuple))
+def test_copies_are_counted_where_an_array_is_not_contiguous(shape: Any, key: Any) -> None:
+    part = np.zeros(shape)[key]
+    assert not isinstance(part, np.ndarray) or not part.size or (
+        dryrun._stays_solid(key, shape) == part.flags.c_contiguous
+    )  # fmt: skip
+
+
+def test_memory_is_given_back() -> None:
+    tally = dryrun.Tally()
+    with dryrun._nothing_real(tally):
+        x = dryrun.stretched((1000, 1000))
+        view = x[:10]
+        del x
+        assert tally.live == tally.peak == 8_000_000
+        del view
+        assert tally.live == 0 and tally.peak == 8_000_000
+
+
+# --- the command -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def rates(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of this machine, measured once by the command's own calibration."""
+    file = tmp_path_factory.mktemp("rates") / "rates.json"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cost, "MIN_SECONDS", 0.0)
+        patch.setattr(cost, "BEST_OF", 1)
+        measured = cost.calibrate()
+    assert set(measured.seconds) == cost._keys() and min(measured.seconds.values()) > 0
+    measured.write(file)
+    return file
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    """A directory with a config.json and nothing else."""
+    config = {
+        "model_type": "gpt2",
+        "activation_function": "gelu_new",
+        "vocab_size": 96,
+        "n_positions": 32,
+        "n_embd": 16,
+        "n_layer": 1,
+        "n_head": 2,
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    return tmp_path
+
+
+def ask(capsys: pytest.CaptureFixture[str], *words: str) -> dict[str, Any]:
+    assert main(["cost", "--json", *words]) == 0
+    told: dict[str, Any] = json.loads(capsys.readouterr().out)
+    return told
+
+
+def test_the_command_needs_no_weights(
+    model: Path, rates: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["--model", str(model), "--context", "5", "--prompt-bucket", "2", "--rates", str(rates)]
+    predict = cost.predict
+    prediction: cost.Prediction | None = None
+
+    def kept(*args: Any, **kw: Any) -> cost.Prediction:
+        nonlocal prediction
+        prediction = predict(*args, **kw)
+        return prediction
+
+    monkeypatch.setattr(cost, "predict", kept)
+    told = ask(capsys, *words, "--rtt", "20", "--rate", "100")
+    for part in ("prefill", "token"):
+        for lane in (ONLINE, PREP, "together"):
+            p = told[part][lane]
+            assert p["delay"] == pytest.approx(p["rounds"] * 0.01)
+            assert 0 < p["link"] <= p["sent"] * 8e-8
+            assert p["seconds"] == pytest.approx(p["processor"] + p["link"] + p["delay"])
+            assert p["floor"] == max(p["processor"], p["link"], p["delay"])
+    spec = read_spec(model)
+    assert told["shape"]["parameters"] == spec.parameters()
+    assert told["memory"]["weights"] == 16 * spec.parameters()
+    monkeypatch.setattr(cost, "predict", lambda *_, **__: prediction)
+    assert main(["cost", *words]) == 0
+    text = capsys.readouterr().out
+    assert f"{told['token'][ONLINE]['rounds']:.0f}" in text and "Rounds and bytes are exact" in text
+
+
+def test_seconds_are_what_the_model_says() -> None:
+    counts = dryrun.Counts(rounds=10, sent=3_000_000, busiest=2_000_000, hashed=7)
+    counts.work["matmul"] = 5
+    seconds = {"matmul": 0.1, "hash": 0.01, "round online": 0.2, "round prep": 0.3}
+    rates = cost.Rates(seconds, "ref", cores=2)
+    near = cost.part(ONLINE, counts, rates, cost.Link())
+    assert near == cost.Part(10, 3e6, pytest.approx(0.5 + 0.07 + 2.0), 0, 0)
+    away = cost.part(PREP, counts, rates, cost.Link(20, 8, parties_here=3), per=2, extra=1.0)
+    assert away == cost.Part(5, 1.5e6, pytest.approx(1.5 * 4.57 / 2), pytest.approx(1.0), pytest.approx(0.05))
+
+
+def test_the_shape_alone_is_the_shape_of_the_whole(shared_models: dict[str, Any]) -> None:
+    for entry in shared_models.values():
+        assert read_spec(entry["path"]) == load_checkpoint(entry["path"]).spec
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ({"model_type": "bert"}, "not supported"),
+        ({"model_type": "gpt2", "n_embd": 10, "n_head": 3, "n_layer": 1}, "do not divide"),
+        ({"model_type": "llama", "hidden_size": 8}, "num_hidden_layers"),
+        (None, "missing"),
+    ],
+)
+def test_a_bad_description_names_the_file(config: Any, words: str, tmp_path: Path) -> None:
+    if config is not None:
+        (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError, match=words) as caught:
+        read_spec(tmp_path)
+    assert "config.json" in str(caught.value)
+
+
+def test_bad_arguments_end_with_a_reason(
+    model: Path, rates: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = tmp_path / "other.json"
+    other.write_text('{"format": 1, "seconds": {}}')
+    words = ["cost", "--model", str(model), "--rates", str(rates)]
+    for more, code, reason in (
+        (["--context", "16", "--prompt-bucket", "16"], 2, "do not fit a context of 16"),
+        (["--rtt", "-1"], 2, "--rtt"),
+        (["--rate", "0"], 2, "--rate"),
+        (["--rates", str(other)], 2, "other.json"),
+        (["--model", str(tmp_path / "nothing")], 4, "no such model directory"),
+    ):
+        assert main([*words, *more]) == code
+        assert reason in capsys.readouterr().err
+
+
+def test_rates_survive_their_file(rates: Path) -> None:
+    read = cost.Rates.read(rates)
+    assert read.kernels == kernels.level()
+    counts = dryrun.Counts(rounds=2, hashed=10)
+    counts.work["matmul"] = 5
+    want = 2 * read.seconds["round prep"] + 10 * read.seconds["hash"] + 5 * read.seconds["matmul"]
+    assert read.processor(PREP, counts) == pytest.approx(want)
