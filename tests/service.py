@@ -255,7 +255,7 @@ async def world(
     settings: dict[str, Any] = {
         "control": Control(Address("127.0.0.1", 0)),
         "scheduler": Scheduler(max_context=200, prompt_buckets=(8, 16), output_buckets=(4, 8)),
-        "deadlines": Deadlines(round=5, step=5, client=5, handshake=0.5),
+        "deadlines": Deadlines(round=20, step=20, client=20, handshake=2),
         **changes,
     }
     fake = Fake(model)
@@ -286,7 +286,7 @@ async def world(
             tmp / "federation.toml",
             tmp / "client.key",
             tuple(entries),
-            deadlines=ClientDeadlines(connect=5, silence=silence),
+            deadlines=ClientDeadlines(connect=20, silence=silence),
         )
         made = World(fake, parties, identities, configs, clients, owner, federation)
         if hold:
