@@ -562,6 +562,20 @@ def test_folding_needs_coins_nobody_foresees() -> None:
         assert all(passes(seed) for seed in range(3))
 
 
+@pytest.mark.parametrize("rows", [rows for _, rows in check.FOLD_ROWS])
+@pytest.mark.parametrize(("kind", "step"), [(prep.Mul(), "mul"), (prep.AndTriple(), "and")], ids=str)
+def test_one_wrong_product_among_many(kind: prep.Kind, step: str, rows: int, seed: int) -> None:
+    """However many products are folded into one: all right they pass, one wrong in one bit they do not."""
+    n = next(least for least, number in check.FOLD_ROWS if number == rows) + 3
+    rng, cheater = np.random.default_rng([seed, rows]), rows % PARTIES
+
+    def lie(summands: list[Ring]) -> None:
+        summands[0][rng.integers(n)] ^= np.uint64(1 << 63)
+
+    assert not caught(make({kind: n}, {}, cheater, seed), cheater)
+    assert caught(make({kind: n}, {step: lie}, cheater, seed), cheater)
+
+
 def test_values_off_the_corners_cannot_hide_a_wrong_product(seed: int) -> None:
     """A cheater may add anything to the folded values; whatever it adds, the wrong product is found."""
     rng = np.random.default_rng(seed)

@@ -12,7 +12,7 @@ a random mask.
 Coefficients are drawn from the 2^48 elements of GR(2^64, 48) with coordinates 0 and 1. The difference of two
 such elements is a unit, so an error, even one in the top bit alone, survives a combination with probability
 at most 2^-48; a plain 64-bit coefficient would miss a top-bit error half of the time. One batch errs with
-probability at most (2 + 12 + 2 levels + 1) / 2^48 < 2^-42, and a cheater has one try: a failed check ends the
+probability at most (2 + 12 + 2 LEVELS + 1) / 2^48 < 2^-41, and a cheater has one try: a failed check ends the
 session.
 
 An error that a cheater adds to a product shows up as a residue of the claim that depends on the error and the
