@@ -72,6 +72,8 @@ def _call(options: argparse.Namespace) -> int:
 
 def _report(error: BaseException, as_json: bool) -> int:
     """Print an error in one line, or a bug with its traceback; return the exit code."""
+    if isinstance(error, BaseExceptionGroup) and error.subgroup(KeyboardInterrupt):
+        error = KeyboardInterrupt()  # whatever else went wrong then is a consequence
     while isinstance(error, BaseExceptionGroup):
         error = next((each for each in error.exceptions if _known(each)), error.exceptions[0])
     if isinstance(error, KeyboardInterrupt):

@@ -376,7 +376,9 @@ output=()
 [[ -z $json ]] || output=(--json)
 
 say "sharing $model with them"
-run "${from[@]}" "$bin/mimir" provision "$model" --federation "$workdir/owner.toml" --name "$(basename "$model")" \
+# Without a subshell: a signal would end that one, and the command would run without a name before ours is heard.
+name=${model%/} name=${name##*/}
+run "${from[@]}" "$bin/mimir" provision "$model" --federation "$workdir/owner.toml" --name "$name" \
     "${output[@]}" >"$workdir/provision.out"
 [[ -z $json ]] || cat "$workdir/provision.out"
 # The last word of the last line: the model's digest, by which the client asks for it.

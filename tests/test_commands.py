@@ -23,7 +23,7 @@ from service import NAMES, VOCAB, World, spec, world
 from tokenizers import decoders, models, pre_tokenizers
 
 from mimir import errors
-from mimir.__main__ import EXIT_CODES, INTERRUPTED, main, peer_main
+from mimir.__main__ import EXIT_CODES, INTERRUPTED, _report, main, peer_main
 from mimir.client.commands import _tunnel_line
 from mimir.client.terminal import Terminal, visible
 from mimir.errors import AbortError
@@ -502,6 +502,15 @@ def test_ctrl_c_ends_a_client_without_a_traceback(start: Callable[..., Running])
     process.send_signal(signal.SIGINT)
     err = process.communicate(timeout=20)[1]
     assert process.returncode == INTERRUPTED and err.strip() == "interrupted"
+
+
+def test_ctrl_c_counts_whatever_it_brings_down(capsys: pytest.CaptureFixture[str]) -> None:
+    """A party that is silent because we are leaving is not what the user is told."""
+    group = BaseExceptionGroup(
+        "", [AbortError("a consequence"), BaseExceptionGroup("", [KeyboardInterrupt()])]
+    )
+    assert _report(group, False) == INTERRUPTED
+    assert capsys.readouterr().err.strip() == "interrupted"
 
 
 def test_a_closed_pipe_is_no_traceback(start: Callable[..., Running]) -> None:
