@@ -20,7 +20,6 @@ from typing import Any
 import attest_pki as pki
 import cbor2
 import pytest
-from conftest import find_shared
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -813,9 +812,8 @@ def test_intel_answers_are_kept_if_they_verify(tmp_path: Path) -> None:
     assert other.read().items == {}
 
 
-@pytest.mark.skipif(find_shared() is None, reason="the recorded answers are in shared/, which is not here")
-def test_recorded_intel_answers_are_kept_byte_for_byte(tmp_path: Path) -> None:
-    folder = (find_shared() or Path()) / "vectors/attestation/tdx/collateral"
+def test_recorded_intel_answers_are_kept_byte_for_byte(tmp_path: Path, shared_dir: Path) -> None:
+    folder = shared_dir / "vectors/attestation/tdx/collateral"
     found = json.loads((folder / "phala_90c06f.json").read_bytes())
     now = datetime.fromisoformat("2026-03-10T00:00:00Z")
     store = Store(tmp_path)

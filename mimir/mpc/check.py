@@ -37,12 +37,8 @@ from mimir.mpc.offload import offload
 DEGREE: Final = 48
 _LOW48: Final = np.uint64((1 << DEGREE) - 1)
 OPEN_BELOW: Final = 32  # entries at which halving stops and the masked opening takes over
-FOLD_ROWS: Final = (
-    (1 << 19, 64),
-    (1 << 16, 32),
-    (1 << 12, 16),
-    (0, 8),
-)  # from so many on, so many become one
+# From so many products, or words of gates, on: so many become one.
+FOLD_ROWS: Final = ((1 << 19, 64), (1 << 16, 32), (1 << 12, 16), (0, 8))
 AT_ONCE: Final = 1 << 17  # products or words of gates folded at once (memory: 32 B each)
 NARROW: Final = 24  # a row of so many products is checked one by one
 WORK: Final = 64  # multiplications to fold one product, about
