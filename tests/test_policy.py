@@ -237,10 +237,10 @@ def test_claims_and_what_they_hash_to() -> None:
     """The encoding, written out: what another implementation has to produce."""
     claims = claims_for(policy_for("snp"), policy=b"\5" * 32)
     raw = claims.encode()
-    assert raw.startswith(b"\xad\x01\x68" + TAG + b"\x02\x65party\x03\x66party0\x04\x58\x20" + b"\1" * 32)
+    assert raw.startswith(b"\xad\x01\x6e" + TAG + b"\x02\x65party\x03\x66party0\x04\x58\x20" + b"\1" * 32)
     assert Claims.decode(raw, Trail("test")) == claims
-    assert claims.report_data() == pki.hashlib.sha512(b"bl-att-1\0" + raw).digest()
-    assert claims.qualifying_data() == pki.hashlib.sha256(b"bl-att-1\0" + raw).digest()
+    assert claims.report_data() == pki.hashlib.sha512(b"mimir-attest-1\0" + raw).digest()
+    assert claims.qualifying_data() == pki.hashlib.sha256(b"mimir-attest-1\0" + raw).digest()
     for name, bad in (
         ("nonce", b"short"),
         ("role", ""),
@@ -251,7 +251,7 @@ def test_claims_and_what_they_hash_to() -> None:
         with pytest.raises(LocalError, match=name):
             replace(claims, **{name: bad})
     found = cbor2.loads(raw)
-    for number, value in ((1, "bl-att-2"), (14, 0), (7, "text"), (9, 1.5), (5, None)):
+    for number, value in ((1, "mimir-attest-2"), (14, 0), (7, "text"), (9, 1.5), (5, None)):
         other = cbor2.dumps(found | {number: value}, canonical=True)
         assert refused(lambda o=other: Claims.decode(o, Trail("test"))) == "test.format"  # type: ignore[misc]
     unsorted = cbor2.dumps(dict(reversed(found.items())))

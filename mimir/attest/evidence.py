@@ -25,7 +25,7 @@ import cbor2
 from mimir.attest.trail import Trail, read_canonical_cbor
 from mimir.errors import LocalError
 
-TAG = b"bl-att-1"
+TAG = b"mimir-attest-1"
 VERSION = 1
 MAX_ENVELOPE = 256 << 10
 MAX_CLAIMS = 4 << 10
