@@ -12,10 +12,11 @@
 typedef uint64_t vec __attribute__((vector_size(32)));
 typedef vec bitmask;
 
-/* AVX2 has no 64-bit multiply. A product mod 2^64 is lo lo + 2^32 (lo hi + hi lo), and sums of products can keep the
- * two parts apart to the end. */
+/* AVX2 has no 64-bit multiply. A product mod 2^64 is lo lo + 2^32 (lo hi + hi lo). The second part is wanted mod 2^32
+ * alone, so one multiplication of 32-bit lanes gives both its terms, once the halves of one factor have changed places;
+ * sums of products keep them apart to the end. */
 typedef struct {
-    vec lo, hi;
+    vec v, turned;
 } factor;
 typedef struct {
     vec low, cross;
@@ -100,7 +101,7 @@ static inline uint64_t total(vec v)
 
 static inline factor factor_of(vec v)
 {
-    return (factor){v, v >> 32};
+    return (factor){v, (vec)_mm256_shuffle_epi32((__m256i)v, 0xb1)};
 }
 
 static inline factor factor_splat(const uint64_t *p)
@@ -118,16 +119,18 @@ static inline vec mul32(vec a, vec b)
     return (vec)_mm256_mul_epu32((__m256i)a, (__m256i)b);
 }
 
+/* Of b the turned form is not needed: it is better what changes more often. */
 static inline sum sum_mul(sum s, factor a, factor b)
 {
-    s.low += mul32(a.lo, b.lo);
-    s.cross += mul32(a.lo, b.hi) + mul32(a.hi, b.lo);
+    s.low += mul32(a.v, b.v);
+    s.cross = (vec)_mm256_add_epi32((__m256i)s.cross, _mm256_mullo_epi32((__m256i)a.turned, (__m256i)b.v));
     return s;
 }
 
 static inline vec sum_value(sum s)
 {
-    return s.low + (s.cross << 32);
+    const vec high = splat(0xffffffff00000000);
+    return s.low + (s.cross << 32) + (s.cross & high);
 }
 
 /* Carry-less products of 128 bits: of lanes 0 and 2 in *even, of lanes 1 and 3 in *odd. */
@@ -169,6 +172,17 @@ static inline vec unpick_first(vec low, vec high, int s)
 static inline vec unpick_second(vec low, vec high, int s)
 {
     return pick_high(low, high, s);
+}
+
+/* The words of a without bit s, each followed s places on by the word of b at its place; and those with bit s. */
+static inline vec swap_low(vec a, vec b, int s)
+{
+    return pick_low(a, b, s);
+}
+
+static inline vec swap_high(vec a, vec b, int s)
+{
+    return pick_high(a, b, s);
 }
 
 typedef uint32_t vec32 __attribute__((vector_size(32)));

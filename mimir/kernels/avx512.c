@@ -151,6 +151,19 @@ static inline vec unpick_second(vec low, vec high, int s)
     return __builtin_shuffle(low, high, s == 4 ? by4 : s == 2 ? by2 : by1);
 }
 
+/* The words of a without bit s, each followed s places on by the word of b at its place; and those with bit s. */
+static inline vec swap_low(vec a, vec b, int s)
+{
+    const vec by4 = {0, 1, 2, 3, 8, 9, 10, 11}, by2 = {0, 1, 8, 9, 4, 5, 12, 13}, by1 = {0, 8, 2, 10, 4, 12, 6, 14};
+    return __builtin_shuffle(a, b, s == 4 ? by4 : s == 2 ? by2 : by1);
+}
+
+static inline vec swap_high(vec a, vec b, int s)
+{
+    const vec by4 = {4, 5, 6, 7, 12, 13, 14, 15}, by2 = {2, 3, 10, 11, 6, 7, 14, 15}, by1 = {1, 9, 3, 11, 5, 13, 7, 15};
+    return __builtin_shuffle(a, b, s == 4 ? by4 : s == 2 ? by2 : by1);
+}
+
 typedef uint32_t vec32 __attribute__((vector_size(64)));
 
 static inline vec32 rotl32(vec32 x, int r)

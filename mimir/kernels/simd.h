@@ -76,7 +76,7 @@ INLINE void stream_rows(uint64_t *c, const uint64_t *a, const uint64_t *b, size_
         UNROLL for (int t = 0; t < deep; t++) f[t] = factor_of(load_first(b + (size_t)t * n + j, left));
         for (size_t i = 0; i < m; i++) {
             sum s = sum_zero();
-            UNROLL for (int t = 0; t < deep; t++) s = sum_mul(s, factor_splat(a + i * k + t), f[t]);
+            UNROLL for (int t = 0; t < deep; t++) s = sum_mul(s, f[t], factor_splat(a + i * k + t));
             store_first(c + i * n + j, left, load_first(c + i * n + j, left) + sum_value(s));
         }
     }
@@ -724,62 +724,168 @@ void MK(mk_gr_mul)(uint64_t *restrict out, const uint64_t *a, const uint64_t *b,
     }
 }
 
-/* Sums of a_j[s] b_j[t] for MM_ROWS coefficients s and MM_VECS vectors of t, over a run of elements, in registers. */
-enum { INNER_RUN = 32 };
+/* Inner products by Karatsuba's rule, four times over: an element of 48 coefficients becomes 81 *leaves* of three, each
+ * a sum of stretches of it, and a product costs 729 multiplications instead of 2304. All of that is linear, so products
+ * are summed leaf by leaf and joined once, at the end. Elements go through in runs, one to a lane; the last of the four
+ * steps is taken in registers, so what is stored of a run are BUDS of six coefficients. */
+enum { LEAF = 3, LEAVES = 81, LEAF_OUT = 2 * LEAF - 1, RUN = 16, BUD = 2 * LEAF, BUDS = 27, SPREAD = BUDS * BUD * RUN };
 
-INLINE void inner_block(uint64_t *p, const uint64_t *a, const uint64_t *b, size_t n)
+INLINE void sum_halves(uint64_t *out, const uint64_t *in, size_t half)
 {
-    sum s[MM_ROWS][MM_VECS];
-    UNROLL for (int i = 0; i < MM_ROWS; i++) UNROLL for (int v = 0; v < MM_VECS; v++) s[i][v] = sum_zero();
-    for (size_t j = 0; j < n; j++, a += MK_GR, b += MK_GR) {
-        factor f[MM_VECS];
-        UNROLL for (int v = 0; v < MM_VECS; v++) f[v] = factor_of(load(b + LANES * v));
-        UNROLL for (int i = 0; i < MM_ROWS; i++)
-        {
-            factor g = factor_splat(a + i);
-            UNROLL for (int v = 0; v < MM_VECS; v++) s[i][v] = sum_mul(s[i][v], g, f[v]);
+    for (size_t i = 0; i < half * RUN; i += LANES) store(out + i, load(in + i) + load(in + half * RUN + i));
+}
+
+/* The buds of a run of elements, given by coefficient. */
+static void spread(uint64_t *out, const uint64_t *in)
+{
+    enum { H24 = MK_GR / 2 * RUN, H12 = MK_GR / 4 * RUN, H6 = BUD * RUN };
+    uint64_t mid[H24] __attribute__((aligned(64)));
+    sum_halves(mid, in, MK_GR / 2);
+    for (size_t i = 0; i < 3; i++) {
+        const uint64_t *wide = i < 2 ? in + i * H24 : mid;
+        uint64_t sums[H12] __attribute__((aligned(64)));
+        sum_halves(sums, wide, MK_GR / 4);
+        for (size_t j = 0; j < 3; j++, out += 3 * H6) {
+            const uint64_t *part = j < 2 ? wide + j * H12 : sums;
+            for (size_t k = 0; k < H6; k += LANES) {
+                vec low = load(part + k), high = load(part + H6 + k);
+                store(out + k, low);
+                store(out + H6 + k, high);
+                store(out + 2 * H6 + k, low + high);
+            }
         }
     }
-    UNROLL for (int i = 0; i < MM_ROWS; i++) UNROLL for (int v = 0; v < MM_VECS; v++)
+}
+
+/* Word j of vector i becomes word i of vector j. */
+INLINE void turn_square(vec v[LANES])
+{
+    UNROLL for (int s = LANES / 2; s; s /= 2) UNROLL for (int i = 0; i < LANES; i++)
     {
-        uint64_t *to = p + i + LANES * v;
-        store(to, load(to) + sum_value(s[i][v]));
+        if (i & s) continue;
+        vec low = swap_low(v[i], v[i | s], s);
+        v[i | s] = swap_high(v[i], v[i | s], s);
+        v[i] = low;
     }
 }
 
-/* p += sum of a_j b_j over a run, without reduction; p has 2 MK_GR words. */
-static void inner_run(uint64_t *p, const uint64_t *a, const uint64_t *b, size_t n)
+/* The buds of a run of n elements; lanes from n on are zero. */
+static void spread_run(uint64_t *out, const uint64_t *x, size_t n)
 {
-    for (size_t t = 0; t < MK_GR; t += MM_VECS * LANES)
-        for (size_t s = 0; s < MK_GR; s += MM_ROWS) inner_block(p + s + t, a + s, b + t, n);
+    uint64_t turned[MK_GR * RUN] __attribute__((aligned(64)));
+    for (size_t j = 0; j < RUN; j += LANES) {
+        for (size_t i = 0; i < MK_GR; i += LANES) {
+            vec v[LANES];
+            UNROLL for (int l = 0; l < LANES; l++) v[l] = j + (size_t)l < n ? load(x + MK_GR * (j + (size_t)l) + i) : splat(0);
+            turn_square(v);
+            UNROLL for (int l = 0; l < LANES; l++) store(turned + (i + (size_t)l) * RUN + j, v[l]);
+        }
+    }
+    spread(out, turned);
 }
+
+/* p += product of one leaf, lane by lane: of the first or second half of two buds, or of the sums of both halves. */
+INLINE void leaf_product(uint64_t *p, const uint64_t *a, const uint64_t *b, const int which)
+{
+    sum s[LEAF_OUT];
+    UNROLL for (int k = 0; k < LEAF_OUT; k++) s[k] = sum_zero();
+    for (size_t v = 0; v < RUN; v += LANES) {
+        factor y[LEAF];
+        UNROLL for (int j = 0; j < LEAF; j++)
+        {
+            const uint64_t *at = b + j * RUN + v;
+            y[j] = factor_of(which == 0 ? load(at) : which == 1 ? load(at + LEAF * RUN) : load(at) + load(at + LEAF * RUN));
+        }
+        UNROLL for (int i = 0; i < LEAF; i++)
+        {
+            const uint64_t *at = a + i * RUN + v;
+            factor x = factor_of(which == 0 ? load(at) : which == 1 ? load(at + LEAF * RUN) : load(at) + load(at + LEAF * RUN));
+            UNROLL for (int j = 0; j < LEAF; j++) s[i + j] = sum_mul(s[i + j], y[j], x);
+        }
+    }
+    UNROLL for (int k = 0; k < LEAF_OUT; k++) store(p + k * LANES, load(p + k * LANES) + sum_value(s[k]));
+}
+
+/* p += products of the leaves of two runs; p has LEAVES * LEAF_OUT vectors. */
+static void leaf_products(uint64_t *p, const uint64_t *a, const uint64_t *b)
+{
+    enum { STEP = LEAF_OUT * LANES };
+    for (size_t i = 0; i < BUDS; i++, a += BUD * RUN, b += BUD * RUN, p += 3 * STEP) {
+        leaf_product(p, a, b, 0);
+        leaf_product(p + STEP, a, b, 1);
+        leaf_product(p + 2 * STEP, a, b, 2);
+    }
+}
+
+/* The product of 2 coefficients - 1 words that the leaves stand for. */
+static void join(uint64_t *out, const uint64_t *leaves, size_t coefficients)
+{
+    if (coefficients == LEAF) {
+        memcpy(out, leaves, LEAF_OUT * sizeof *out);
+        return;
+    }
+    uint64_t low[MK_GR], high[MK_GR], mid[MK_GR];
+    size_t half = coefficients / 2, words = LEAF_OUT;
+    for (size_t c = half; c > LEAF; c /= 2) words *= 3;
+    join(low, leaves, half);
+    join(high, leaves + words, half);
+    join(mid, leaves + 2 * words, half);
+    memset(out, 0, (2 * coefficients - 1) * sizeof *out);
+    for (size_t i = 0; i < 2 * half - 1; i++) {
+        out[i] += low[i];
+        out[half + i] += mid[i] - low[i] - high[i];
+        out[2 * half + i] += high[i];
+    }
+}
+
+enum { INNER_SUMS = LEAVES * LEAF_OUT * LANES };
 
 static void inner_finish(uint64_t *out, const uint64_t *p)
 {
+    uint64_t sums[LEAVES * LEAF_OUT], product[2 * MK_GR] = {0};
+    for (size_t i = 0; i < LEAVES * LEAF_OUT; i++) sums[i] = total(load(p + LANES * i));
+    join(product, sums, MK_GR);
     vec q[2 * GV];
-    UNROLL for (int v = 0; v < 2 * GV; v++) q[v] = load(p + LANES * v);
+    UNROLL for (int v = 0; v < 2 * GV; v++) q[v] = load(product + LANES * v);
     gr_reduce(out, q, NULL);
 }
 
 void MK(mk_gr_inner)(uint64_t *restrict out, const uint64_t *a, const uint64_t *b, size_t n)
 {
-    uint64_t p[2 * MK_GR] __attribute__((aligned(64))) = {0};
-    for (size_t j = 0; j < n; j += INNER_RUN) inner_run(p, a + MK_GR * j, b + MK_GR * j, least(n - j, INNER_RUN));
+    uint64_t x[SPREAD] __attribute__((aligned(64))), y[SPREAD] __attribute__((aligned(64)));
+    uint64_t p[INNER_SUMS] __attribute__((aligned(64))) = {0};
+    for (size_t j = 0; j < n; j += RUN) {
+        spread_run(x, a + MK_GR * j, least(n - j, RUN));
+        spread_run(y, b + MK_GR * j, least(n - j, RUN));
+        leaf_products(p, x, y);
+    }
     inner_finish(out, p);
+}
+
+/* For a run, sums += those of one party's part of a.w: (a + a') w + a w'. */
+static void halves_run(uint64_t *sums, const uint64_t *both, const uint64_t *a, const uint64_t *w, const uint64_t *w1,
+                       size_t n)
+{
+    uint64_t x[SPREAD] __attribute__((aligned(64))), y[SPREAD] __attribute__((aligned(64)));
+    spread_run(x, both, n);
+    spread_run(y, w, n);
+    leaf_products(sums, x, y);
+    spread_run(x, a, n);
+    spread_run(y, w1, n);
+    leaf_products(sums, x, y);
 }
 
 void MK(mk_gr_halves)(uint64_t *restrict out, const uint64_t *a0, const uint64_t *a1, const uint64_t *w0,
                       const uint64_t *w1, size_t half)
 {
-    enum { RUN = INNER_RUN * MK_GR };
-    uint64_t p[2][2 * MK_GR] __attribute__((aligned(64))) = {{0}};
-    uint64_t both[RUN] __attribute__((aligned(64))), a[RUN] __attribute__((aligned(64)));
-    uint64_t u0[RUN] __attribute__((aligned(64))), u1[RUN] __attribute__((aligned(64)));
-    for (size_t j = 0; j < half; j += INNER_RUN) {
-        size_t l = MK_GR * j, h = MK_GR * (half + j), n = least(half - j, INNER_RUN);
+    enum { WORDS = RUN * MK_GR };
+    uint64_t p[2][INNER_SUMS] __attribute__((aligned(64))) = {{0}};
+    uint64_t both[WORDS] __attribute__((aligned(64))), a[WORDS] __attribute__((aligned(64)));
+    uint64_t u0[WORDS] __attribute__((aligned(64))), u1[WORDS] __attribute__((aligned(64)));
+    for (size_t j = 0; j < half; j += RUN) {
+        size_t l = MK_GR * j, h = MK_GR * (half + j), n = least(half - j, RUN);
         for (size_t i = 0; i < MK_GR * n; i += LANES) store(both + i, load(a0 + l + i) + load(a1 + l + i));
-        inner_run(p[0], both, w0 + l, n);
-        inner_run(p[0], a0 + l, w1 + l, n);
+        halves_run(p[0], both, a0 + l, w0 + l, w1 + l, n);
         for (size_t i = 0; i < MK_GR * n; i += LANES) {
             vec d = load(a0 + h + i) - load(a0 + l + i);
             store(a + i, d);
@@ -787,8 +893,7 @@ void MK(mk_gr_halves)(uint64_t *restrict out, const uint64_t *a0, const uint64_t
             store(u0 + i, load(w0 + h + i) - load(w0 + l + i));
             store(u1 + i, load(w1 + h + i) - load(w1 + l + i));
         }
-        inner_run(p[1], both, u0, n);
-        inner_run(p[1], a, u1, n);
+        halves_run(p[1], both, a, u0, u1, n);
     }
     inner_finish(out, p[0]);
     inner_finish(out + MK_GR, p[1]);
