@@ -118,6 +118,7 @@ ORDER = (
     ("mimir/manifest",),
     ("mimir/store",),
     ("mimir/net",),
+    ("mimir/admission/__init__", "mimir/admission/exchange"),
     ("mimir/mpc/__init__", "mimir/mpc/domain", "mimir/mpc/drbg", "mimir/mpc/offload"),
     ("mimir/mpc/share", "mimir/mpc/replicated"),
     ("mimir/mpc/doors",),
