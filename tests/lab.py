@@ -54,6 +54,7 @@ class Node:
 
     def __init__(self, namespace: str, config: Path) -> None:
         self.errors = open(config.with_suffix(".log"), "a+")
+        self.public_key = ""  # told when it is raised
         self.heard = b""  # not yet asked for
         self.child = subprocess.Popen(
             ["ip", "netns", "exec", namespace, sys.executable, str(NODE), str(config)],
@@ -83,6 +84,11 @@ class Node:
         self.child.stdin.write(words.encode() + b"\n")
         self.child.stdin.flush()
         return self.hear(seconds)
+
+    def hear_raised(self) -> None:
+        found = self.hear()
+        assert found["event"] == "raised", found
+        self.public_key = found["public_key"]
 
     def states(self) -> dict[int, str]:
         return {entry["peer"]: entry["state"] for entry in self.ask("status")["peers"]}
