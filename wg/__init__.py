@@ -12,6 +12,7 @@ The package stands alone: it imports nothing of `mimir`. Modules, lowest first:
     rotation     how two nodes change their keys: messages and states, without I/O
     generations  rotation at work: interfaces, routes, clocks
     tunnel       `async with raise_tunnel(config) as tunnel:` - all of it for one node
+    vsock        a relay of datagrams over streams, for WireGuard in an enclave without network
     relay        emulation of a wide-area link between two WireGuard endpoints (tests, benchmarks)
     capture      a sniffer that tells WireGuard datagrams from everything else (tests)
 """

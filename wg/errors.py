@@ -54,3 +54,11 @@ class HandshakeTimeout(TunnelError):
 
 def _list(indices: Sequence[int]) -> str:
     return ", ".join(map(str, indices))
+
+
+def leaves(group: BaseExceptionGroup[BaseException]) -> list[BaseException]:
+    """The single errors in a group of groups."""
+    found: list[BaseException] = []
+    for problem in group.exceptions:
+        found += leaves(problem) if isinstance(problem, BaseExceptionGroup) else [problem]
+    return found

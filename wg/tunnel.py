@@ -23,7 +23,7 @@ import structlog
 import trio
 
 from wg.device import INTERFACE_NAME, MTU, Address, Device, Network, open_device, ways_out
-from wg.errors import HandshakeTimeout, TunnelError
+from wg.errors import HandshakeTimeout, TunnelError, leaves
 from wg.exchange import HybridExchange
 from wg.generations import (
     CONTROL_PORT,
@@ -590,16 +590,9 @@ async def raise_tunnel(
             yield tunnel
             nursery.cancel_scope.cancel()
     except BaseExceptionGroup as group:
-        found = _leaves(group)
+        found = leaves(group)
         if len(found) == 1:
             raise found[0] from found[0].__cause__
         raise
     finally:
         key.wipe()
-
-
-def _leaves(group: BaseExceptionGroup[BaseException]) -> list[BaseException]:
-    found: list[BaseException] = []
-    for problem in group.exceptions:
-        found += _leaves(problem) if isinstance(problem, BaseExceptionGroup) else [problem]
-    return found
