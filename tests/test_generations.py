@@ -94,7 +94,7 @@ def unraised(index: int, record: EpochRecord, sent: list[bytes], up: bool = True
         51820,
         ip_address("10.1.0.1"),
         1420,
-        ("h", 51820),
+        lambda: (),
         (),
         lambda peer, data: sent.append(data),
         lambda peer: up,

@@ -31,13 +31,15 @@ log = structlog.get_logger("mimir.peer")
 
 SESSIONS = Gauge("mimir_sessions", "Sessions open")
 ENDED = Counter("mimir_sessions_ended_total", "Sessions ended", ["how"])
-TUNNEL_STATE = Enum(
-    "mimir_tunnel_state", "State of the tunnel", ["party"], states=[state.value for state in PeerState]
-)
+TUNNEL_STATES: Final = [state.value for state in PeerState]
+TUNNEL_STATE = Enum("mimir_tunnel_state", "State of the tunnel", ["party"], states=TUNNEL_STATES)
 HANDSHAKE_AGE = Gauge("mimir_tunnel_handshake_age_seconds", "Since WireGuard's last handshake", ["party"])
 EPOCH = Gauge("mimir_tunnel_epoch", "Generation of keys in use; 0 for none", ["party"])
 EPOCH_AGE = Gauge("mimir_tunnel_epoch_age_seconds", "Age of that generation", ["party"])
 ROTATIONS = Counter("mimir_tunnel_rotations_total", "Steps of rotations", ["party", "what"])
+TRANSITIONS = Counter("mimir_tunnel_transitions_total", "Changes of the tunnel's state", ["party", "to"])
+ROUND_TRIP = Gauge("mimir_tunnel_round_trip_seconds", "Of the last ping of the application", ["party"])
+MUTE = Gauge("mimir_tunnel_mute_seconds", "Since the peer's application answered a ping", ["party"])
 EPOCHS_FILE: Final = "tunnel.epochs"  # in data_dir: the highest number used with each peer
 MEASURE_SECONDS: Final = 1.0
 DIGEST_ASK: Final = "component digest"
@@ -199,6 +201,8 @@ class PartyService:
                     "party": s.index,
                     "state": s.state.value,
                     "handshake_age": s.handshake_age,
+                    "mute": s.mute,
+                    "round_trip": s.round_trip,
                     "received": s.rx,
                     "sent": s.tx,
                     **rotations.get(s.index, {}),
@@ -267,7 +271,7 @@ async def run_peer(config: Config, orders: trio.MemoryReceiveChannel[None] | Non
         tunnel: Tunnel | None = None
         if config.tunnel.mode == "wireguard":
             tunnel = await stack.enter_async_context(
-                raise_tunnel(_tunnel_config(config, identity), wait=None, said=_count_rotation)
+                raise_tunnel(_tunnel_config(config, identity), wait=None, said=_count)
             )
         mesh = await stack.enter_async_context(
             open_mesh(
@@ -314,8 +318,11 @@ async def _rotate_when_told(tunnel: Tunnel | None, orders: trio.MemoryReceiveCha
             tunnel.rotate()
 
 
-def _count_rotation(party: int, what: str, epoch: int | None) -> None:
-    ROTATIONS.labels(party, what).inc()
+def _count(party: int, what: str, epoch: int | None) -> None:
+    if what in TUNNEL_STATES:
+        TRANSITIONS.labels(party, what).inc()
+    else:
+        ROTATIONS.labels(party, what).inc()
 
 
 async def _measure(tunnel: Tunnel) -> None:
@@ -325,6 +332,10 @@ async def _measure(tunnel: Tunnel) -> None:
             TUNNEL_STATE.labels(status.index).state(status.state.value)
             if status.handshake_age is not None:
                 HANDSHAKE_AGE.labels(status.index).set(status.handshake_age)
+            if status.mute is not None:
+                MUTE.labels(status.index).set(status.mute)
+            if status.round_trip is not None:
+                ROUND_TRIP.labels(status.index).set(status.round_trip)
         for rotation in tunnel.rotations():
             EPOCH.labels(rotation.index).set(rotation.epoch or 0)
             EPOCH_AGE.labels(rotation.index).set(rotation.age or 0)
