@@ -26,7 +26,7 @@ from collections.abc import AsyncIterator, Collection, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import trio
 
@@ -35,7 +35,7 @@ from mimir.errors import BadInput, DeviceError, EnvironmentMissing, LocalError
 
 MAX_ANSWER = 4096  # a TPM's buffers are smaller
 ANSWER_SECONDS = 60.0  # for one command: making a key takes a slow chip several seconds
-CLOSE_SECONDS = 5.0  # for flushing on the way out
+START_SECONDS, START_PAUSE = 3.0, 0.05  # for a socket that refuses, and between two tries
 MAX_RETRIES = 12
 FIRST_PAUSE, LONGEST_PAUSE = 0.005, 1.0  # seconds between tries of a busy TPM
 HEAD = 10  # bytes: tag, size, code
@@ -296,11 +296,11 @@ class _Device:
 
 async def _connect(device: Path | Address) -> tuple[Channel, bool]:
     """The way to a TPM, and whether it is a socket."""
+    target: Any
     try:
         if isinstance(device, Address):
             found = await trio.socket.getaddrinfo(device.host, device.port, type=socket.SOCK_STREAM)
-            sock = trio.socket.socket(found[0][0], socket.SOCK_STREAM)
-            target: object = found[0][4]
+            family, target = int(found[0][0]), found[0][4]
         else:
             mode = os.stat(device).st_mode
             if stat.S_ISCHR(mode):
@@ -309,14 +309,19 @@ async def _connect(device: Path | Address) -> tuple[Channel, bool]:
                 raise BadInput(f"TPM {device}: neither a character device nor a socket")
             if len(os.fsencode(device)) > MAX_SOCKET_PATH:
                 raise BadInput(f"TPM {device}: a socket's path has at most {MAX_SOCKET_PATH} bytes")
-            sock = trio.socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-            target = os.fspath(device)
-        try:
-            await sock.connect(target)  # type: ignore[arg-type]
-        except BaseException:
-            sock.close()
-            raise
-        return _Socket(sock), True
+            family, target = int(socket.AF_UNIX), os.fspath(device)
+        end = trio.current_time() + START_SECONDS
+        while True:
+            sock = trio.socket.socket(family, socket.SOCK_STREAM)
+            try:
+                await sock.connect(target)
+                return _Socket(sock), True
+            except BaseException as error:
+                sock.close()
+                # A program that starts has made its socket a moment before it listens there.
+                if not isinstance(error, ConnectionRefusedError) or trio.current_time() >= end:
+                    raise
+            await trio.sleep(START_PAUSE)
     except OSError as error:
         raise EnvironmentMissing(
             f"TPM {device}: {error.strerror or error}; `mimir doctor` says what is there, "
@@ -367,6 +372,7 @@ class Tpm:
     async def _exchange(self, command: bytearray, name: str, shield: bool) -> bytearray:
         if self._broken:
             raise TpmError(self._device, name, f"this connection is of no more use: {self._broken}")
+        await trio.lowlevel.checkpoint_if_cancelled()  # the last moment at which nothing is lost
         self._broken = "a command without its answer"
         try:
             with trio.CancelScope(deadline=trio.current_time() + self._seconds, shield=shield):
