@@ -13,6 +13,7 @@ import os
 import shutil
 import socket
 import subprocess
+import sys
 import tomllib
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
@@ -1133,6 +1134,21 @@ def test_recorded_nitro_documents_pass_the_attester(shared_dir: Path, name: str)
             enrol(envelope, "it", configured=False)
     else:
         policy_of(enrol(envelope, "it", configured=False).entry, "production")
+
+
+# --- figures ---
+
+
+def test_the_benchmark_verifies_what_it_times(shared_dir: Path) -> None:
+    sys.path.insert(0, str(ROOT / "bench"))
+    import attestation
+
+    kinds = []
+    for case in attestation.cases(shared_dir):
+        facts, _ = appraisal.verify(case.envelope, case.store, case.now, timedelta(0))
+        kinds.append(facts.kind)
+    assert kinds == ["snp", "snp", "tdx", "nitro", "az-snp-vtpm", "az-tdx-vtpm"]
+    assert set(attestation.timed(lambda: None, 3)) == {"median_ms", "worst_ms", "cpu_ms"}
 
 
 # --- entries ---------------------------------------------------------------------------------------------

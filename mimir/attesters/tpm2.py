@@ -38,7 +38,7 @@ from mimir.config import Address
 from mimir.errors import BadInput, DeviceError, EnvironmentMissing, LocalError
 
 MAX_ANSWER = 4096  # a TPM's buffers are smaller
-ANSWER_SECONDS = 60.0  # for one command: making a key takes a slow chip several seconds
+ANSWER_SECONDS = 30.0  # for one command: making a key takes a slow chip several seconds
 START_SECONDS, START_PAUSE = 3.0, 0.05  # for a socket that refuses, and between two tries
 MAX_RETRIES = 12
 FIRST_PAUSE, LONGEST_PAUSE = 0.005, 1.0  # seconds between tries of a busy TPM
@@ -575,8 +575,8 @@ class Tpm:
             raise found.refuse(f"{count} handles")
         handles = [found.number(4, "a handle") for _ in range(count)]
         found.end()
-        # A TPM lists from `start` on within the type of `start` and nothing beyond.
-        if any(each >> 24 not in (start >> 24, (start >> 24) + 1) for each in handles):
+        # Transient objects are of one type; sessions, listed as loaded or as saved, of two.
+        if any(each >> 24 not in ((0x80,) if start >> 24 == 0x80 else (2, 3)) for each in handles):
             raise found.refuse("a handle of another type")
         return handles
 
