@@ -30,7 +30,7 @@ import hashlib
 import os
 import secrets
 import uuid
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -45,7 +45,6 @@ from mimir.attest.certs import (
     BOOLEAN,
     EXTENSIONS,
     GENERALIZED_TIME,
-    IA5_STRING,
     INTEGER,
     MAX_CERTIFICATE,
     OCTET_STRING,
@@ -57,6 +56,7 @@ from mimir.attest.certs import (
     encode_oid,
     walk,
 )
+from mimir.attest.evidence import identity_hash
 from mimir.attest.trail import Trail
 from mimir.errors import LocalError
 from mimir.net.identity import BadSignature, Identity, verify
@@ -186,11 +186,6 @@ def pem(label: str, der: bytes) -> bytes:
     return b"-----BEGIN %s-----\n%s\n-----END %s-----\n" % (label.encode(), lines, label.encode())
 
 
-def identity_digest(identity: bytes) -> bytes:
-    """How claims name an identity key: the hash of its SubjectPublicKeyInfo."""
-    return hashlib.sha256(_spki(identity)).digest()
-
-
 def server_name(identity: str) -> str:
     """The DNS name by which TLS libraries can ask for an identity; it resolves nowhere (RFC 6761)."""
     return f"{identity[:32]}.{identity[32:]}.mimir.invalid"
@@ -199,13 +194,20 @@ def server_name(identity: str) -> str:
 # --- issuing -----------------------------------------------------------------------------------------------
 
 
-def issue(issuer: Identity, subject: str, tls_key: bytes, verdict: Verdict, now: datetime) -> bytes:
+def issue(
+    issuer: Identity,
+    subject: str,
+    tls_key: bytes,
+    verdict: Verdict,
+    now: datetime,
+    until: datetime | None = None,
+) -> bytes:
     """Vouch for a peer whose evidence was just admitted: its identity (hex) holds this TLS key. DER.
 
-    Lives for an hour at most, and no longer than the verdict.
+    Lives for an hour at most, no longer than the verdict, and not past `until`.
     """
     claims = verdict.claims
-    if identity_digest(bytes.fromhex(subject)) != claims.identity:
+    if identity_hash(bytes.fromhex(subject)) != claims.identity:
         raise LocalError("a certificate for an identity that the verdict is not about")
     if subject == issuer.public_hex:
         raise LocalError("nobody is admitted by itself")
@@ -218,7 +220,8 @@ def issue(issuer: Identity, subject: str, tls_key: bytes, verdict: Verdict, now:
         claims.tunnel.hex(),
         verdict.policy,
     )
-    return _issue(issuer, subject, claims.node, tls_key, verdict.valid_until, grounds, now)
+    last = verdict.valid_until if until is None else min(until, verdict.valid_until)
+    return _issue(issuer, subject, claims.node, tls_key, last, grounds, now)
 
 
 def issue_own(identity: Identity, node: str, tls_key: bytes, now: datetime) -> bytes:
@@ -557,11 +560,3 @@ def anchor(identity: str) -> bytes:
         _extension(_USAGE, tlv(BIT_STRING, b"\2\x04"), critical=True),
     )
     return tlv(SEQUENCE, body, _ALGORITHM, tlv(BIT_STRING, b"\0", bytes(64)))
-
-
-Clock = Callable[[], datetime]
-
-
-def utc_now() -> datetime:
-    """The clock, for those who do not bring their own."""
-    return datetime.now(UTC)

@@ -1,9 +1,9 @@
 """What is revoked: statements that owners sign, a store that never goes back, and gossip that takes seconds.
 
 A statement lists everything that is revoked, identities of parties and clients alike, certificates,
-measurements and tunnel keys, under an epoch that only rises. Owners sign it as they sign a policy. A node takes
-another one if it is of this federation, of a higher epoch, and lists at least what the last one did. So nothing
-is ever taken back: who was revoked comes back under new keys, a measurement by new code.
+measurements and tunnel keys, under an epoch that only rises. Owners sign it as they sign a policy. A node
+takes another one if it is of this federation, of a higher epoch, and lists at least what the last one did. So
+nothing is ever taken back: who was revoked comes back under new keys, a measurement by new code.
 
 Statements that differ under one epoch are a fault of the owners, who must not sign two. The first that came
 stays, the other is kept beside it as a proof and shouted about; one of a higher epoch that lists what both do
@@ -40,6 +40,7 @@ from mimir.attest.rules import maybe_empty_hexes_rule
 from mimir.attest.trail import Trail, read_canonical_cbor, stamp
 from mimir.errors import AttestationError, BadInput, ConfigError, EnvironmentMissing, PeerError
 from mimir.net import Transport
+from mimir.net.messages import MAX_STATEMENT
 
 FORMAT = 1
 KINDS: Mapping[str, tuple[int, ...]] = {  # and the sizes in bytes of their values
@@ -48,9 +49,8 @@ KINDS: Mapping[str, tuple[int, ...]] = {  # and the sizes in bytes of their valu
     "measurements": (32, 48, 64),
     "tunnels": (32,),  # WireGuard public keys
 }
-MAX_ITEMS = 4096  # of all kinds together
+MAX_ITEMS = 3072  # of all kinds together
 MAX_EPOCH = 1 << 48
-MAX_STATEMENT = 512 << 10  # bytes, signatures included; half of what one request between parties may hold
 HASH = 32
 FILE = "revocations"  # in data_dir
 FORK_SUFFIX = ".fork"
@@ -235,7 +235,7 @@ class _File:
 
 
 def load(path: Path) -> tuple[Statement, tuple[Signature, ...]]:
-    """A statement as owners pass it on, and the signatures under it. Those over an earlier text are dropped."""
+    """A statement as owners pass it on, and the signatures that are over it; others are dropped."""
     found = config.read_table(_File, config.read_toml(path), path)
     statement = Statement(
         found.context, found.epoch, found.issued, **{kind: getattr(found, kind) for kind in KINDS}
