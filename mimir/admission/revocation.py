@@ -110,6 +110,12 @@ class Statement:
             return self
         return replace(more, epoch=self.epoch + 1, issued=now.astimezone(UTC).replace(microsecond=0))
 
+    def joined(self, other: Statement, now: datetime) -> Statement:
+        """What either revokes, under an epoch above both: the way out where owners signed two."""
+        more = {kind: getattr(self, kind) | getattr(other, kind) for kind in KINDS}
+        issued = now.astimezone(UTC).replace(microsecond=0)
+        return replace(self, epoch=max(self.epoch, other.epoch) + 1, issued=issued, **more)
+
     def check(
         self,
         *,
@@ -185,6 +191,13 @@ def decode(raw: bytes) -> tuple[Statement, tuple[Signature, ...]]:
         trail.refuse("format", f"at most {MAX_ITEMS} items", sum(map(len, items.values())))
     statement = Statement(context.hex(), epoch, datetime.fromtimestamp(issued, UTC), **items)
     return statement, tuple(signatures)
+
+
+def check_signed(
+    statement: Statement, signatures: Collection[Signature], owners: Collection[str], threshold: int
+) -> None:
+    """Require valid signatures by `threshold` of `owners` (public keys, hex)."""
+    require_owners(Trail("revocation"), statement.message(), signatures, owners, threshold)
 
 
 def _blob(value: Any, *sizes: int) -> bool:
@@ -353,7 +366,7 @@ class Revocations:
         statement, signatures = decode(raw)
         trail, held = Trail("revocation"), self._statement
         trail.require(statement.context == held.context, "context", held.context, statement.context)
-        require_owners(trail, statement.message(), signatures, self._owners, self._threshold)
+        check_signed(statement, signatures, self._owners, self._threshold)
         if statement == held:
             return False
         if statement.epoch == held.epoch:
@@ -397,7 +410,7 @@ class Revocations:
             statement, signatures = decode(raw)
             trail, context = Trail("revocation"), self._statement.context
             trail.require(statement.context == context, "context", context, statement.context)
-            require_owners(trail, statement.message(), signatures, self._owners, self._threshold)
+            check_signed(statement, signatures, self._owners, self._threshold)
         except AttestationError as error:
             raise BadInput(
                 f"{self._path}: does not hold the revocations that the owners signed ({error}); put the "
