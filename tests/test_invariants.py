@@ -127,7 +127,12 @@ ORDER = (
     ("mimir/store",),
     ("mimir/net",),
     ("mimir/attesters",),
-    ("mimir/admission/__init__", "mimir/admission/exchange"),
+    ("mimir/admission/__init__", "mimir/admission/revocation"),
+    ("mimir/admission/certificates",),
+    ("mimir/admission/tls",),
+    ("mimir/net/metrics", "mimir/net/control"),
+    ("mimir/admission/exchange",),
+    ("mimir/admission/bootstrap",),
     ("mimir/mpc/__init__", "mimir/mpc/domain", "mimir/mpc/drbg", "mimir/mpc/offload"),
     ("mimir/mpc/share", "mimir/mpc/replicated"),
     ("mimir/mpc/doors",),
@@ -140,7 +145,7 @@ ORDER = (
     ("mimir/client",),
     ("mimir/dryrun",),
     ("mimir/cost",),
-    ("mimir/doctor", "mimir/party", "mimir/policy", "mimir/attester"),
+    ("mimir/doctor", "mimir/party", "mimir/policy", "mimir/attester", "mimir/revoke"),
     ("mimir/__main__",),
 )
 

@@ -1,1 +1,1 @@
-"""Admission: peers are judged by their evidence before anything of the mesh reaches them, and ever again."""
+"""Who may take part: evidence exchanged and judged, certificates for those admitted, and what is revoked."""
