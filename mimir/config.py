@@ -273,9 +273,14 @@ class Metrics:
 
 @dataclass(frozen=True)
 class Attestation:
-    """[attestation] Whose word counts on who takes part, and on who no longer does."""
+    """[attestation] By which evidence peers are admitted, and whose word counts on that. Mode "off" believes
+    keys alone: tests, and hosts that all three operators trust."""
 
-    owners: Annotated[tuple[str, ...], keys_rule] = ()  # Ed25519 keys; they sign what is revoked
+    mode: Annotated[str, choice_rule("required", "off")] = "required"
+    policy: Annotated[Path | None, path_rule] = None  # signatures stand beside it, in a file named .sig
+    collateral: Annotated[Path | None, path_rule] = None  # directory of `mimir policy fetch`
+    listen: Annotated[Address | None, address_rule] = None  # TCP, outside the tunnel: where peers ask
+    owners: Annotated[tuple[str, ...], keys_rule] = ()  # Ed25519 keys; they sign policy and revocations
     threshold: Annotated[int, integer_rule(1, 64)] = 1  # so many of them must
 
 
@@ -349,6 +354,7 @@ class Peer:
     identity: Annotated[str, key_rule]  # Ed25519 public key, hex
     host: Annotated[str, text_rule(253)]  # of its mesh listener
     port: Annotated[int, integer_rule(1, 65535)]
+    admission: Annotated[Address | None, address_rule] = None  # its attestation.listen, as others reach it
     tunnel_public_key: Annotated[str | None, tunnel_key_rule] = None  # hex once read
     tunnel_endpoint: Annotated[Address | None, address_rule] = None  # outside the tunnel, UDP
     tunnel_allowed: Annotated[tuple[str, ...] | None, networks_rule] = None  # what it may send from inside
@@ -381,6 +387,11 @@ class Config:
     attester: Attester | None = None
 
     @property
+    def attested(self) -> bool:
+        """Whether peers are admitted by evidence."""
+        return self.attestation.mode == "required"
+
+    @property
     def me(self) -> Peer:
         """This party's own entry."""
         return self.peers[self.party]
@@ -395,6 +406,7 @@ class Config:
         return {
             "protocol": PROTOCOL,
             "parties": [peer.identity for peer in self.peers],
+            "attestation.mode": self.attestation.mode,
             "tunnel.mode": self.tunnel.mode,
             "tunnel.rotates": self.tunnel.rotates,
             "fixed_point.scale_bits": self.fixed_point.scale_bits,
@@ -528,8 +540,12 @@ def _cross_check(config: Config) -> None:
     if attester is not None and isinstance(attester.device, Address) and attester.kind != "swtpm":
         refuse("attester.device", f'kind "{attester.kind}" is a device of this host, which has a path')
     tunnel = config.tunnel
+    if config.attested:
+        _check_attested(config, refuse)
     if tunnel.mode == "wireguard":
         for name in ("interface", "address", "private_key", "listen_port"):
+            if name == "private_key" and config.attested:
+                continue  # made in memory at each start
             if getattr(tunnel, name) is None:
                 refuse(f"tunnel.{name}", 'missing; WireGuard needs it (tests may say tunnel.mode = "none")')
         if tunnel.rotates:
@@ -551,6 +567,40 @@ def _cross_check(config: Config) -> None:
         for peer in config.peers:
             mine = peer.party == config.party
             for name in ("tunnel_public_key", "tunnel_endpoint", "tunnel_allowed"):
+                if name == "tunnel_public_key" and config.attested:
+                    continue  # the peer says it, with its evidence
                 # One's own endpoint may be unknown to oneself (behind NAT); peers need each other's.
                 if getattr(peer, name) is None and not mine:
                     refuse(f"peers[{peer.party}].{name}", "missing; the tunnel to this party needs it")
+
+
+def _check_attested(config: Config, refuse: Callable[[str, str], None]) -> None:
+    """What admission needs, and what it does away with."""
+    attestation, off = config.attestation, 'or say attestation.mode = "off", which believes keys alone'
+    if attestation.policy is None:
+        refuse(
+            "attestation.policy",
+            "missing: the file that says whose evidence is good; `mimir policy new` writes one and "
+            f"configs/policy.toml explains it; {off}",
+        )
+    if not attestation.owners:
+        refuse("attestation.owners", f"empty: nobody could have signed the policy; list their keys, {off}")
+    if attestation.listen is None:
+        refuse("attestation.listen", f"missing: where peers bring their evidence (TCP); {off}")
+    if config.attester is None:
+        refuse("attester", f"missing: the table that says what makes evidence of this machine; {off}")
+    if config.tunnel.mode != "wireguard":
+        refuse("tunnel.mode", f'evidence is bound to the key of a tunnel: say "wireguard", {off}')
+    if config.tunnel.private_key is not None:
+        refuse(
+            "tunnel.private_key",
+            f"keys that evidence is bound to live in memory, fresh in each start: remove this key, {off}",
+        )
+    for peer in config.peers:
+        if peer.tunnel_public_key is not None:
+            refuse(
+                f"peers[{peer.party}].tunnel_public_key",
+                f"peers prove their keys when they are admitted: remove this key, {off}",
+            )
+        if peer.admission is None and peer.party != config.party:
+            refuse(f"peers[{peer.party}].admission", f"missing: where that party takes evidence; {off}")

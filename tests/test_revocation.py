@@ -673,7 +673,7 @@ def test_three_real_parties_end_sessions_and_tell_each_other(tmp_path: Path) -> 
     """Processes' own code over TCP: a client pushes to one, all three act, and know it after a restart."""
     owners_of = [Identity.generate() for _ in range(2)]
     keys = [each.public_hex for each in owners_of]
-    extra = f'[attestation]\nowners = ["{keys[0]}", "{keys[1]}"]\nthreshold = 2\n'
+    extra = f'[attestation]\nmode = "off"\nowners = ["{keys[0]}", "{keys[1]}"]\nthreshold = 2\n'
     configs, (client, second) = write_federation(tmp_path, extra, clients=2)
     loaded = [configuration.load(each) for each in configs]
     context = context_of(each.identity for each in loaded[0].peers)

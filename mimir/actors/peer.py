@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import ipaddress
-from contextlib import AsyncExitStack
+from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Final
@@ -16,9 +17,11 @@ from prometheus_client import Counter, Enum, Gauge
 from mimir import kernels
 from mimir.actors.session import Limits, SessionActor
 from mimir.admission import revocation
+from mimir.admission.bootstrap import POLICY_RECORD, Admission, GateError, Place, PolicyFile
 from mimir.admission.revocation import Gossip, Revocations, context_of
 from mimir.admission.tls import PartyTls
-from mimir.config import Config
+from mimir.attesters import open_attester
+from mimir.config import Address, Config
 from mimir.errors import AbortError, AttestationError, BadInput, ConfigError, MimirError, PeerError
 from mimir.model.checkpoint import PlanSpec
 from mimir.mpc.domain import Ring
@@ -26,11 +29,14 @@ from mimir.mpc.nonlinear import Settings
 from mimir.net import Transport
 from mimir.net.control import ClientHandle, serve_control
 from mimir.net.identity import BadSignature, Identity, parse_public, verify
-from mimir.net.mesh import Mesh, PeerAt, open_mesh
+from mimir.net.mesh import Mesh, PeerAt, open_listeners, open_mesh
 from mimir.net.messages import Open
 from mimir.net.metrics import serve_metrics
+from mimir.secret import PresharedKey
 from mimir.store import ComponentsDiffer, ModelStore, SharedModel
-from wg import PeerState, RotationPlan, Tunnel, TunnelConfig, raise_tunnel
+from wg import PeerState, PrivateKey, PublicKey, RotationPlan, Tunnel, TunnelConfig, WgError, raise_tunnel
+from wg import PresharedKey as TunnelPresharedKey
+from wg import generate as generate_tunnel_key
 
 log = structlog.get_logger("mimir.peer")
 
@@ -90,6 +96,8 @@ class PartyService:
         ] = {}  # model -> component -> hash, as this party received it
         self.tunnel: Tunnel | None = None
         self.revocations: Revocations | None = None
+        self.admission: Admission | None = None
+        self.boot: dict[str, float] = {}  # steps of the start that are done, in seconds after its beginning
         transport.on_request(DIGEST_ASK, self._tell_digest)
 
     # --- sessions -------------------------------------------------------------------------------------------
@@ -210,7 +218,10 @@ class PartyService:
             "sessions": len(self._sessions),
             "kernels": kernels.level(),
             "peers": {str(p): self.transport.up(p) for p in self.transport.peers},
+            "boot": {step: round(seconds, 3) for step, seconds in self.boot.items()},
         }
+        if self.admission is not None:
+            out["admission"] = self.admission.view()
         if self.tunnel is not None:
             rotations = {
                 r.index: {"epoch": r.epoch, "epoch_age": r.age, "rotation": r.state}
@@ -232,8 +243,45 @@ class PartyService:
         return out
 
 
-def rotation_plan(config: Config, identity: Identity) -> RotationPlan | None:
-    """How the tunnel's keys are renewed: announced by the identities of exactly these three parties."""
+class _TunnelGate:
+    """What an admitted peer passes (mimir.admission.bootstrap.Gate): the tunnel and the mesh inside it."""
+
+    def __init__(self) -> None:
+        self.tunnel: Tunnel
+        self.mesh: Mesh
+
+    async def admit(
+        self, party: int, tunnel_key: bytes, preshared: PresharedKey, endpoint: Address | None
+    ) -> None:
+        self.mesh.cut(party, "admitted anew, under other keys")
+        with preshared.reveal_to_kernel() as view:
+            key = TunnelPresharedKey(bytes(view))
+        place = (endpoint.host, endpoint.port) if endpoint is not None else None
+        try:
+            await self.tunnel.admit(party, PublicKey(tunnel_key), preshared=key, endpoint=place)
+        except WgError as error:
+            raise GateError(str(error)) from None
+        self.mesh.changed()
+
+    async def expel(self, party: int, why: str) -> None:
+        self.mesh.cut(party, why)
+        await self.tunnel.expel(party)
+
+    def up(self, party: int) -> bool:
+        return self.tunnel.up(party)
+
+
+def rotation_plan(
+    config: Config, identity: Identity, admitted: Callable[[int], bool] = lambda party: True
+) -> RotationPlan | None:
+    """How the tunnel's keys are renewed: announced by the identities of exactly these three parties, and
+    heard from one that is admitted at that moment."""
+
+    def authenticate(party: int, message: bytes, signature: bytes) -> None:
+        if not admitted(party):
+            raise BadSignature(f"party {party} is not admitted")
+        verify(keys[party], message, signature)
+
     if not config.tunnel.rotates:
         return None
     keys = [parse_public(peer.identity) for peer in config.peers]
@@ -241,41 +289,45 @@ def rotation_plan(config: Config, identity: Identity) -> RotationPlan | None:
         seconds=config.tunnel.rotate_seconds,
         record=config.data_dir / EPOCHS_FILE,
         sign=identity.sign,
-        authenticate=lambda party, message, signature: verify(keys[party], message, signature),
+        authenticate=authenticate,
         refusals=(BadSignature,),
         context=hashlib.sha256(b"mimir tunnel rotation\0" + b"".join(keys)).digest(),
     )
 
 
-def _tunnel_config(config: Config, identity: Identity) -> TunnelConfig:
+def _tunnel_config(config: Config, key: PrivateKey | None, rotation: RotationPlan | None) -> TunnelConfig:
+    """With a `key` in memory nobody is admitted yet; else the files say all keys."""
     t = config.tunnel
-    for name in ("interface", "address", "private_key", "listen_port"):
-        if getattr(t, name) is None:
-            raise ConfigError(f'{config.source}: tunnel.{name} is needed when tunnel.mode is "wireguard"')
     peers = []
     for peer in config.others:
-        if peer.tunnel_public_key is None or peer.tunnel_endpoint is None:
-            raise ConfigError(
-                f"{config.source}: peers: party {peer.party} needs tunnel_public_key and tunnel_endpoint"
-            )
+        assert peer.tunnel_endpoint is not None
         allowed = peer.tunnel_allowed or (f"{ipaddress.ip_address(peer.host)}/32",)
         endpoint = peer.tunnel_endpoint
         peers.append((peer.party, peer.tunnel_public_key, endpoint.host, endpoint.port, allowed))
-    assert t.interface and t.address and t.private_key and t.listen_port
+    private = key if key is not None else t.private_key
+    assert t.interface and t.address and private and t.listen_port
     return TunnelConfig.from_text(
         index=config.party,
         interface=t.interface,
-        private_key=t.private_key,
+        private_key=private,
         listen_port=t.listen_port,
         address=t.address,
         peers=peers,
         mtu=t.mtu,
-        rotation=rotation_plan(config, identity),
+        rotation=rotation,
     )
 
 
-async def run_peer(config: Config, orders: trio.MemoryReceiveChannel[None] | None = None) -> None:
-    """Run this party until cancelled. What comes on `orders` asks for new tunnel keys now."""
+async def run_peer(config: Config, orders: trio.MemoryReceiveChannel[str] | None = None) -> None:
+    """Run this party until cancelled. `orders`: "rotate" asks for new tunnel keys, "reload" for another look
+    at policy and collateral."""
+    began = trio.current_time()
+    boot: dict[str, float] = {}
+
+    def done(step: str, **facts: Any) -> None:
+        boot[step] = trio.current_time() - began
+        log.info("boot", step=step, seconds=round(boot[step], 3), **facts)
+
     identity = Identity.load(config.identity_key)
     if identity.public_hex != config.me.identity:
         raise ConfigError(
@@ -292,11 +344,26 @@ async def run_peer(config: Config, orders: trio.MemoryReceiveChannel[None] | Non
             others = [peer.identity for peer in config.others]
             tls = PartyTls(identity, config.me.name, others, revocations)
             stack.callback(tls.wipe)
+        gate = _TunnelGate()
+        key = generate_tunnel_key() if config.attested else None
+        admission: Admission | None = None
+        if key is not None:
+            admission = await stack.enter_async_context(
+                _open_admission(config, identity, key.public().raw, gate, revocations, tls)
+            )
+            done("attest", entry=await _own_entry(admission))
+
+        def admitted(party: int) -> bool:
+            return admission is None or admission.admitted(party) is not None
+
         tunnel: Tunnel | None = None
         if config.tunnel.mode == "wireguard":
+            rotation = rotation_plan(config, identity, admitted)
             tunnel = await stack.enter_async_context(
-                raise_tunnel(_tunnel_config(config, identity), wait=None, said=_count)
+                raise_tunnel(_tunnel_config(config, key, rotation), wait=None, said=_count)
             )
+            gate.tunnel = tunnel
+        done("keys", tunnel="in memory" if key is not None else "from a file" if tunnel else "none")
         mesh = await stack.enter_async_context(
             open_mesh(
                 party=config.party,
@@ -308,24 +375,95 @@ async def run_peer(config: Config, orders: trio.MemoryReceiveChannel[None] | Non
                 handshake_deadline=config.deadlines.handshake,
                 bind=tunnel.bind if tunnel is not None else None,
                 dead_after=config.deadlines.link,
+                admitted=admitted,
             )
         )
+        gate.mesh = mesh
         nursery = await stack.enter_async_context(trio.open_nursery())
         service = PartyService(config, mesh, store, nursery)
-        service.tunnel = tunnel
-        service.revocations = revocations
+        service.tunnel, service.revocations, service.admission = tunnel, revocations, admission
+        service.boot = boot
+        if admission is not None:
+            assert config.attestation.listen is not None
+            listen = config.attestation.listen
+            listeners = await open_listeners(listen.host, listen.port)
+            await nursery.start(admission.run, listeners)
+            nursery.start_soon(_say_when_admitted, admission, done)
+        else:
+            log.warning("NO ATTESTATION: peers are believed by their keys alone", party=config.party)
         door = partial(serve_control, config, identity, service, tls=tls, revocations=revocations)
         await nursery.start(door)
         await nursery.start(serve_metrics, config, tls)
         if revocations is not None:
             nursery.start_soon(Gossip(mesh, revocations).run)
             nursery.start_soon(_cut_off_revoked, config, mesh, revocations)
-        nursery.start_soon(_say_when_up, mesh, config)
+        nursery.start_soon(_say_when_up, mesh, config, done)
         if orders is not None:
-            nursery.start_soon(_rotate_when_told, tunnel, orders)
+            nursery.start_soon(_obey, tunnel, admission, orders)
         if tunnel is not None:
             nursery.start_soon(_measure, tunnel)
         await trio.sleep_forever()
+
+
+@asynccontextmanager
+async def _open_admission(
+    config: Config,
+    identity: Identity,
+    tunnel_key: bytes,
+    gate: _TunnelGate,
+    revocations: Revocations | None,
+    tls: PartyTls | None,
+) -> AsyncIterator[Admission]:
+    """Whoever makes our evidence, the policy in force, and the admission that rests on both."""
+    attestation = config.attestation
+    assert config.attester is not None and attestation.policy is not None
+    record = config.data_dir / POLICY_RECORD
+    policy_file = PolicyFile(attestation.policy, attestation.owners, attestation.threshold, record)
+    found = policy_file.policy
+    log.info("policy", name=found.name, version=found.version, digest=policy_file.digest.hex()[:16])
+    places = []
+    for peer in config.others:
+        assert peer.admission is not None and peer.tunnel_endpoint is not None
+        port = peer.tunnel_endpoint.port
+        places.append(Place(peer.party, peer.name, parse_public(peer.identity), peer.admission, port))
+    async with open_attester(config.attester) as attester:
+        admission = Admission(
+            party=config.party,
+            identity=identity,
+            peers=places,
+            config_digest=config.digest(),
+            tunnel_key=tunnel_key,
+            attester=attester,
+            policy_file=policy_file,
+            gate=gate,
+            collateral=attestation.collateral,
+            revocations=revocations,
+            tls=tls,
+            handshake_seconds=config.deadlines.handshake,
+        )
+        try:
+            yield admission
+        finally:
+            admission.kem.wipe()
+
+
+async def _own_entry(admission: Admission) -> str:
+    """Of the policy, that our own evidence satisfies. If it does none, peers will refuse us: say so now."""
+    try:
+        return await admission.check_own()
+    except AttestationError as error:
+        log.error(
+            "this party's own evidence does not satisfy the policy: its peers will not admit it",
+            step=error.step,
+            expected=error.expected,
+            got=error.got,
+        )
+        return "none"
+
+
+async def _say_when_admitted(admission: Admission, done: Callable[..., None]) -> None:
+    await admission.wait_admitted()
+    done("admit")
 
 
 def open_revocations(config: Config) -> Revocations | None:
@@ -358,20 +496,27 @@ async def _cut_off_revoked(config: Config, mesh: Mesh, revocations: Revocations)
         await revocations.wait_past(epoch)
 
 
-async def _say_when_up(mesh: Any, config: Config) -> None:
+async def _say_when_up(mesh: Any, config: Config, done: Callable[..., None]) -> None:
     while True:
         try:
             await mesh.wait_up(config.deadlines.client)
         except PeerError as error:
             log.warning("still waiting for a peer", why=str(error))
         else:
+            done("serve")
             log.info("mesh is up: ready for clients")
             return
 
 
-async def _rotate_when_told(tunnel: Tunnel | None, orders: trio.MemoryReceiveChannel[None]) -> None:
-    async for _ in orders:
-        if tunnel is None or not tunnel.rotations():
+async def _obey(
+    tunnel: Tunnel | None, admission: Admission | None, orders: trio.MemoryReceiveChannel[str]
+) -> None:
+    async for order in orders:
+        if order == "reload":
+            if admission is not None:
+                log.info("reading policy and collateral again as told")
+                admission.reload()
+        elif tunnel is None or not tunnel.rotations():
             log.warning("told to rotate keys, but tunnel.rotate_seconds = 0 or there is no tunnel")
         else:
             log.info("rotating keys as told")

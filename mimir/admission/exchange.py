@@ -54,16 +54,19 @@ from mimir.attest.evidence import HASH, MAX_ENVELOPE, MAX_LIFE, Claims, Envelope
 from mimir.attest.trail import Trail, read_canonical_cbor, shown, stamp
 from mimir.errors import AttestationError, LocalError
 from mimir.net.identity import BadSignature, verify
+from mimir.net.messages import MAX_STATEMENT
 from mimir.secret import PresharedKey, Secret
 
 VERSION = 1
 SIGNATURE = 64
 SECRET = 32
 MAX_CERTIFICATE = 8 << 10
-MAX_NEWS = 64 << 10  # statements of revocation, with a PROOF
+MAX_NEWS = MAX_STATEMENT  # what is revoked, with a PROOF
 MAX_EPOCH = (1 << 62) - 1
 MAX_VERDICT = timedelta(hours=1)  # of an admission, and of the certificate for it
+MAX_STEP = 64  # characters
 CLOCK_SKEW = timedelta(seconds=60)  # between two parties
+ENDED, REFUSED = "its verdict has ended", "refused: "  # why a peer is expelled
 NONE = bytes(HASH)  # the name of no exchange
 _HEAD = struct.Struct("!BBB")  # kind, sender, receiver
 _LABEL = b"mimir admission 1\0"
@@ -126,7 +129,7 @@ class Own:
     sign: Callable[[bytes], bytes]
     tunnel: bytes  # WireGuard public key
     kem: Kem
-    tls: bytes | None = None  # hash of the TLS key, where there is one
+    tls: bytes | None = None  # public key of TLS, where there is one
     seal: Callable[[bytes, bytes, bytes], bytes] = hpke.seal  # (public key, secret, info)
     verify: Callable[[bytes, bytes, bytes], None] = verify  # (public key, message, signature)
     random: Callable[[int], bytes] = os.urandom
@@ -168,11 +171,11 @@ class Judge(Protocol):
         ...
 
     def news(self, epoch: int) -> bytes:
-        """The statements that somebody at this epoch lacks; empty if there are none."""
+        """The statement that somebody at this epoch lacks; empty if there is none."""
         ...
 
     def learn(self, news: bytes) -> None:
-        """Take such statements, after verifying them."""
+        """Take such a statement, after verifying it."""
         ...
 
     def issue(self, peer: int, verdict: Verdict, tls: bytes | None, until: datetime) -> bytes:
@@ -269,7 +272,7 @@ class Standing:
 
 
 # --- actions -----------------------------------------------------------------------------------------------
-# To be carried out in order; a gate that fails is answered by `Pair.expel`.
+# To be carried out in order, what concerns the gate comes first; one that fails is answered by `Pair.expel`.
 
 
 @dataclass(frozen=True)
@@ -371,7 +374,7 @@ class Pair:
         """Expel a peer whose verdict has ended."""
         if self.standing is None or now < self.standing.until:
             return []
-        return self.expel("its verdict has ended")
+        return self.expel(ENDED)
 
     def reconsider(self, now: datetime) -> list[Action]:
         """The policy has changed, or a revocation has come: judge again what we know of an admitted peer.
@@ -387,7 +390,7 @@ class Pair:
                 self.judge.revoked(self.identity, self.standing.verdict)
                 self.judge.rejudge(self.standing, now)
             except AttestationError as error:
-                out += self.expel(f"refused: {error}")
+                out += self.expel(f"{REFUSED}{error}")
         return out
 
     def expel(self, why: str) -> list[Action]:
@@ -551,8 +554,6 @@ class Exchange:
             out.append(Drop(pair.current))
             pair.current.close()
         pair.current = self
-        if pair.leads:
-            out.append(self._prove())
         try:
             if news:
                 pair.judge.learn(news)
@@ -561,6 +562,8 @@ class Exchange:
             return out + self._refuse(refused.error, damning=True)
         except AttestationError as error:
             return out + self._refuse(error)
+        if pair.leads:
+            out.append(self._prove())
         self.phase = Phase.EVIDENCE
         self.claims = self._claims_of(pair.own.party, self.mine, hello.nonce, pair.peer, now)
         return [*out, Attest(self.claims)]
@@ -660,9 +663,11 @@ class Exchange:
         if not isinstance(found, dict) or type(found.get(1)) is not bool:
             trail.refuse("format", "a verdict", type(found).__name__)
         if not found[1]:
-            if list(found) != [1, 2, 3, 4] or not all(type(found[n]) is str for n in (2, 3, 4)):
+            texts = [found.get(n) for n in (2, 3, 4)]
+            if len(found) != 4 or not all(type(each) is str for each in texts):
                 trail.refuse("format", "step, expected and got", type(found).__name__)
-            refusal = Refusal(shown(found[2])[:64], shown(found[3]), shown(found[4]))
+            step, expected, got = (shown(each) or "nothing" for each in texts)
+            refusal = Refusal(step[:MAX_STEP], expected, got)
             self.close()
             return [Over(refusal, "peer")]
         kinds = (bool, bytes, bytes, bytes, int)
@@ -722,16 +727,15 @@ class Exchange:
 
     def _refuse(self, error: AttestationError, damning: bool = False) -> list[Action]:
         """Tell the peer, if it is the peer; what a stranger said wrong is no news to anybody."""
-        refusal = Refusal(error.step, shown(error.expected), shown(error.got))
+        refusal = Refusal(error.step, error.expected or "nothing", error.got or "nothing")
         if not self.proved:
             self.close()
             return [Over(refusal, "stranger")]
         fields = {1: False, 2: refusal.step, 3: refusal.expected, 4: refusal.got}
-        out: list[Action] = [self._send(Kind.VERDICT, cbor2.dumps(fields, canonical=True))]
+        verdict = self._send(Kind.VERDICT, cbor2.dumps(fields, canonical=True))
         self.close()
-        if damning:
-            out += self.pair.expel(f"refused: {refusal}")
-        return [*out, Over(refusal, "us")]
+        out = self.pair.expel(f"{REFUSED}{refusal}") if damning else []
+        return [*out, verdict, Over(refusal, "us")]
 
     def _abandon(self) -> list[Action]:
         self.close()
