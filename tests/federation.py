@@ -21,7 +21,6 @@ from mimir.model.checkpoint import load_checkpoint
 from mimir.net.identity import Identity
 from mimir.net.messages import Sampler
 
-
 OFF = '[attestation]\nmode = "off"\n'
 
 

@@ -8,19 +8,26 @@ Keys, signatures and evidence are symbols there.
 from __future__ import annotations
 
 import hashlib
+import secrets
+import tomllib
 from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from functools import cache
+from pathlib import Path
 from typing import Any
 
+import attest_pki as pki
+import cbor2
 import pytest
 
 from mimir import hpke
+from mimir.admission import exchange
 from mimir.admission.exchange import (
     NONE,
     Admit,
+    Attest,
     Drop,
     Exchange,
     Expel,
@@ -32,12 +39,439 @@ from mimir.admission.exchange import (
     Send,
     Standing,
 )
+from mimir.attest import policy as policies
+from mimir.attest.appraisal import appraise
+from mimir.attest.collateral import Collateral
 from mimir.attest.evidence import Claims, Envelope, expect
 from mimir.attest.trail import Trail
-from mimir.errors import AttestationError
-from mimir.net.identity import BadSignature
+from mimir.errors import AttestationError, LocalError
+from mimir.net.identity import BadSignature, Identity
 
 START = datetime(2026, 11, 26, 12, tzinfo=UTC)
+
+# --- two real machines -------------------------------------------------------------------------------------
+
+TPM = pki.Tpm()
+POLICY = f"""
+format = 1
+name = "mesh"
+version = {{version}}
+environment = "simulation"
+not_after = 2028-01-01T00:00:00Z
+[[allow]]
+id = "it"
+kind = "swtpm"
+ak_names = ["{TPM.name}"]
+pcrs = {{{{ "0" = ["{"00" * 32}"], "7" = ["{"07" * 32}"] }}}}
+"""
+
+
+def policy_of(version: int = 1) -> policies.Policy:
+    return policies.parse(tomllib.loads(POLICY.format(version=version)), Path("policy.toml").absolute())
+
+
+def quoted(claims: Claims, carried: Claims | None = None, **pcrs: bytes) -> Envelope:
+    """Evidence of a software TPM of ours, bound to `claims`; `pcrs` by number, such as `n7`."""
+    own = replace(TPM, pcrs=TPM.pcrs | {int(name[1:]): value for name, value in pcrs.items()})
+    quote, signature = own.quote(claims.qualifying_data())
+    parts = {"quote": quote, "signature": signature, "pcrs": {"sha256": own.pcrs}, "ak": own.public()}
+    return Envelope("swtpm", cbor2.dumps(parts, canonical=True), (carried or claims).encode())
+
+
+@dataclass
+class Believer:
+    """Judges as a party does, by a policy in memory."""
+
+    wanted: policies.Policy
+    config: bytes = bytes(32)
+    life: timedelta = timedelta(hours=1)
+    epoch: int = 0
+    gone: set[bytes] = field(default_factory=set)
+
+    @property
+    def policy(self) -> bytes:
+        return self.wanted.digest()
+
+    def appraise(self, raw: bytes, expected: Claims, now: datetime) -> Any:
+        return appraise(raw, self.wanted, Collateral(), expected, now)
+
+    def rejudge(self, standing: Standing, now: datetime) -> None: ...
+
+    def revoked(self, identity: bytes, verdict: Any) -> None:
+        Trail("revoked").require(identity not in self.gone, "identity", "one in force", identity)
+
+    def news(self, epoch: int) -> bytes:
+        return b"more is revoked" if self.epoch > epoch else b""
+
+    def learn(self, news: bytes) -> None:
+        Trail("revocation").require(news == b"more is revoked", "signatures", "of owners", news)
+        self.epoch += 1
+
+    def issue(self, peer: int, verdict: Any, tls: bytes | None, until: datetime) -> bytes:
+        return b"certificate for " + bytes([48 + peer])
+
+
+class Two:
+    """Leader 0 and follower 1 with real keys; actions are carried out at once, messages wait in `post`."""
+
+    def __init__(self) -> None:
+        self.identities = [Identity.generate(), Identity.generate()]
+        self.judges = [Believer(policy_of()), Believer(policy_of())]
+        self.kems = [hpke.HpkeKey(), hpke.HpkeKey()]
+        self.now = START
+        self.pairs = [self.fresh(0), self.fresh(1)]
+        self.ends: list[Exchange] = []
+        self.gates: list[Any] = [None, None]
+        self.attest: list[Callable[[Claims], Envelope]] = [quoted, quoted]
+        self.lost: Callable[[int, bytes], bool] = lambda node, data: False
+        self.connect()
+
+    def fresh(self, node: int) -> Pair:
+        """A party that has just started."""
+        identity, kem = self.identities[node], self.kems[node]
+        own = Own(node, identity.public, identity.sign, secrets.token_bytes(32), kem, bytes([node]) * 32)
+        return Pair(own, 1 - node, self.identities[1 - node].public, self.judges[node])
+
+    def connect(self, caller: int = 0) -> None:
+        self.post: list[tuple[int, bytes]] = []
+        self.done: list[list[Any]] = [[], []]
+        self.ends = [self.pairs[node].open(node == caller) for node in (0, 1)]
+        self.act(caller, self.ends[caller].start())
+
+    def act(self, node: int, actions: list[Any]) -> None:
+        for action in actions:
+            self.done[node].append(action)
+            match action:
+                case Send(data):
+                    if not self.lost(node, data):
+                        self.post.append((1 - node, data))
+                case Attest(claims):
+                    self.act(node, self.ends[node].attested(self.attest[node](claims), self.now))
+                case Admit(standing, preshared):
+                    if preshared is not None:
+                        with preshared.reveal_to_kernel() as view:
+                            self.gates[node] = standing.tunnel, bytes(view)
+                case Expel():
+                    self.gates[node] = None
+
+    def deliver(self) -> None:
+        node, data = self.post.pop(0)
+        self.act(node, self.ends[node].receive(data, self.now))
+
+    def settle(self) -> list[Any]:
+        """Deliver all; how it ended at both."""
+        while self.post:
+            self.deliver()
+        return [next((each for each in done if isinstance(each, Over)), None) for done in self.done]
+
+    def again(self, caller: int = 0) -> list[Any]:
+        self.connect(caller)
+        return self.settle()
+
+    def admitted(self) -> bool:
+        return all(gate is not None for gate in self.gates) and self.gates[0][1] == self.gates[1][1]
+
+    def signed(self, node: int, data: bytes, body: bytes) -> bytes:
+        """A message with another body, by its own sender for this channel: what a cheating peer can send."""
+        whole = data[:3] + body
+        return whole + self.identities[node].sign(exchange._LABEL + self.ends[node].channel + whole)
+
+
+OVER = [Over(), Over()]
+
+
+def test_each_is_admitted_by_its_evidence_and_renewed_without_touching_the_tunnel() -> None:
+    two = Two()
+    assert two.settle() == OVER and two.admitted()
+    for node, pair in enumerate(two.pairs):
+        standing = pair.standing
+        assert standing is not None and two.gates[node][0] == two.pairs[1 - node].own.tunnel
+        assert standing.verdict.simulated and standing.verdict.entry == "it"
+        assert standing.verdict.claims.nonce_source == f"party{node} admission"
+        assert standing.ours == b"certificate for " + bytes([48 + node])
+        assert standing.until == START + timedelta(hours=1)
+        assert standing.renew_at == START + timedelta(minutes=40)
+        assert not pair.due(START + timedelta(minutes=39)) and pair.due(standing.renew_at)
+    first, keys = [pair.standing for pair in two.pairs], [*two.gates]
+    two.now += timedelta(minutes=45)
+    assert two.again(caller=1) == OVER
+    for node, pair in enumerate(two.pairs):
+        before, now = first[node], pair.standing
+        assert before is not None and now is not None
+        assert now.until == two.now + timedelta(hours=1) and now.evidence != before.evidence
+        assert now.installed == before.installed
+        assert [each.preshared for each in two.done[node] if isinstance(each, Admit)] == [None]
+    assert two.gates == keys
+    assert all(pair.tick(two.now) == [] for pair in two.pairs)
+    assert [pair.tick(two.now + timedelta(hours=1)) for pair in two.pairs] == [[Expel(exchange.ENDED)]] * 2
+
+
+@pytest.mark.parametrize("caller", [0, 1])
+def test_a_restarted_party_or_a_tunnel_that_stays_down_gets_a_fresh_key(caller: int) -> None:
+    two = Two()
+    two.settle()
+    seen = {two.gates[0][1]}
+    two.pairs[caller], two.gates[caller] = two.fresh(caller), None
+    assert two.again(caller) == OVER and two.admitted()
+    seen.add(two.gates[0][1])
+    two.pairs[caller].doubt()
+    assert two.pairs[caller].due(two.now) and not two.pairs[1 - caller].due(two.now)
+    assert two.again(caller) == OVER and two.admitted()
+    seen.add(two.gates[0][1])
+    assert len(seen) == 3
+    # The last word is lost: the follower has the next key, the leader the old one; and then neither has both.
+    two.pairs[0].doubt()
+    two.lost = lambda node, data: data[0] == Kind.DONE
+    two.again()
+    assert not two.admitted()
+    two.lost = lambda node, data: False
+    assert two.again() == OVER and two.admitted()
+
+
+def ended(two: Two) -> list[tuple[str, str]]:
+    return [(over.by, over.refusal.step) if over and over.refusal else ("", "") for over in two.settle()]
+
+
+def test_a_refusal_names_its_step_at_both_ends() -> None:
+    two = Two()
+    two.attest[1] = lambda claims: quoted(claims, n7=b"?" * 32)
+    assert ended(two) == [("us", "policy.pcr7"), ("peer", "policy.pcr7")]
+    refused = [next(each for each in done if isinstance(each, Over)).refusal for done in two.done]
+    assert refused[0] == refused[1] and "3f3f" in refused[0].got and "0707" in refused[0].expected
+    assert two.gates == [None, None]
+    for judge, step in ((replace(two.judges[1], config=b"c" * 32), "hello.config"), (None, "hello.policy")):
+        two = Two()
+        two.pairs[1].judge = judge or Believer(policy_of(2))
+        two.connect()
+        assert ("us", step) in ended(two) and not any(two.gates)
+    two = Two()
+    two.judges[0].gone.add(two.identities[1].public)
+    assert ended(two) == [("us", "revoked.identity"), ("peer", "revoked.identity")]
+    assert not any(isinstance(each, Attest) for each in two.done[0])
+
+
+def test_what_is_refused_leaves_the_gate_and_what_merely_differs_stays() -> None:
+    two = Two()
+    two.settle()
+    two.pairs[1].judge = Believer(policy_of(2))
+    two.connect()
+    ended(two)
+    assert two.gates[0] is not None
+    two.pairs[1].judge = two.judges[1]
+    two.attest[1] = lambda claims: quoted(claims, n0=b"?" * 32)
+    two.connect()
+    ended(two)
+    assert two.gates[0] is None and two.gates[1] is not None
+    assert two.done[0].index(next(a for a in two.done[0] if isinstance(a, Expel))) < len(two.done[0]) - 2
+    two = Two()
+    two.settle()
+    two.connect()
+    while not two.ends[0].proved:
+        two.deliver()
+    two.judges[0].gone.add(two.identities[1].public)
+    two.act(0, two.pairs[0].reconsider(two.now))
+    assert two.gates[0] is None and two.ends[0].over
+
+
+def test_replays_and_splices_are_refused_by_name() -> None:
+    """The follower is who it says, and shows genuine evidence, but not for this: for another nonce, another
+    channel, another's tunnel or encapsulation key, another's identity, or for claims that nobody signed."""
+    first = Two()
+    old: list[bytes] = []
+    cases: dict[str, Callable[[Claims], Envelope]] = {
+        "claims.nonce": lambda claims: Envelope.decode(old[0]),
+        "claims.channel": lambda claims: quoted(replace(claims, channel=b"c" * 32)),
+        "claims.tunnel": lambda claims: quoted(replace(claims, tunnel=first.pairs[1].own.tunnel)),
+        "claims.kem": lambda claims: quoted(replace(claims, kem=first.kems[1].digest)),
+        "claims.identity": lambda claims: quoted(replace(claims, identity=b"i" * 32)),
+        "claims.node": lambda claims: quoted(replace(claims, node="party2")),
+        "claims.role": lambda claims: quoted(replace(claims, role="client")),
+        "claims.nonce_source": lambda claims: quoted(replace(claims, nonce_source="a client")),
+        "claims.policy": lambda claims: quoted(replace(claims, policy=b"p" * 32)),
+        "claims.config": lambda claims: quoted(replace(claims, config=b"p" * 32)),
+        "claims.dates": lambda claims: quoted(
+            replace(claims, not_before=claims.not_before - 9000, not_after=claims.not_before - 8000)
+        ),
+        "claims.binding": lambda claims: quoted(replace(claims, nonce=b"n" * 32), carried=claims),
+    }
+    for step, make in cases.items():
+        two = Two()
+        two.settle()
+        assert two.pairs[0].standing is not None
+        old[:] = [two.pairs[0].standing.evidence]
+        two.connect()
+
+        def cheat(own: Claims, make: Callable[[Claims], Envelope] = make, two: Two = two) -> Envelope:
+            envelope = make(own)
+            two.ends[1].claims = Claims.decode(envelope.claims, Trail("test"))  # its machine is what cheats
+            return envelope
+
+        two.attest[1] = cheat
+        assert ended(two) == [("us", step), ("peer", step)], step
+        assert two.gates[0] is None
+
+
+def test_secrets_sealed_to_another_key_or_for_another_exchange_admit_nobody() -> None:
+    other = Two()
+    while other.post and other.post[0][1][0] != Kind.EVIDENCE:
+        other.deliver()
+    foreign = cbor2.loads(other.post[0][1][3:-64])[2]
+    for sealed, step in (
+        (foreign, "evidence.sealed"),
+        (lambda two: hpke.seal(two.kems[0].public, bytes(32), b"another"), "evidence.sealed"),
+        (lambda two: hpke.seal(two.kems[0].public, bytes(31), two.ends[1]._info(1)), "evidence.sealed"),
+        (lambda two: hpke.seal(two.kems[0].public, bytes(32), two.ends[1]._info(1)), "verdict.key"),
+    ):
+        two = Two()
+        while not (two.post and two.post[0][0] == 0 and two.post[0][1][0] == Kind.EVIDENCE):
+            two.deliver()
+        data = two.post[0][1]
+        body = cbor2.loads(data[3:-64])
+        body[2] = sealed(two) if callable(sealed) else sealed
+        two.post[0] = (0, two.signed(1, data, cbor2.dumps(body, canonical=True)))
+        if step == "verdict.key":  # the cheat says one secret and uses another, and names what it said
+            two.ends[1]._said = cbor2.dumps(body, canonical=True)
+            two.ends[1].name = b""
+        ends = ended(two)
+        assert ("us", step) in ends or ("us", "verdict.name") in ends, (step, ends)
+        assert two.gates == [None, None]
+
+
+def stages(caller: int) -> Iterator[tuple[Two, int, bytes]]:
+    """Every message of an exchange, at the moment before it is delivered."""
+    stop = 0
+    while True:
+        two = Two()
+        two.connect(caller)
+        for _ in range(stop):
+            two.deliver()
+        if not two.post:
+            return
+        yield two, *two.post[0]
+        stop += 1
+
+
+def altered(data: bytes, rng: Any) -> list[bytes]:
+    at, bit = int(rng.integers(len(data))), 1 << int(rng.integers(8))
+    return [data[:at] + bytes([data[at] ^ bit]) + data[at + 1 :], data[:-1], data + b"x", data[:2]]
+
+
+@pytest.mark.parametrize("caller", [0, 1])
+@pytest.mark.parametrize("how", range(4))
+def test_an_altered_message_admits_nobody(caller: int, how: int, rng: Any) -> None:
+    kinds = set()
+    for two, node, data in stages(caller):
+        kinds.add(Kind(data[0]))
+        before = two.gates[node]
+        two.post[0] = node, altered(data, rng)[how]
+        two.settle()
+        over = next((each for each in two.done[node] if isinstance(each, Over)), None)
+        if (
+            data[0] != Kind.HELLO
+        ):  # what a HELLO says otherwise is found at the PROOF, by whoever gets it first
+            assert over is not None and over.refusal is not None and over.by in ("us", "stranger")
+        assert not two.admitted() and two.gates[node] == before
+    assert kinds == set(Kind)
+
+
+def test_reflected_reordered_and_repeated_messages_admit_nobody() -> None:
+    for caller in (0, 1):
+        for two, node, data in stages(caller):
+            sender = two.ends[1 - node]
+            if not sender.over:
+                reflected = sender.receive(data, two.now)
+                assert isinstance(reflected[-1], Over) and reflected[-1].refusal is not None
+                assert reflected[-1].refusal.step.endswith((".party", ".order"))
+        for two, node, data in stages(caller):
+            two.deliver()
+            end = two.ends[node]
+            if not end.over:
+                again = end.receive(data, two.now)
+                assert isinstance(again[-1], Over) and again[-1].refusal is not None
+                assert again[-1].refusal.step.endswith(".order")
+    two = Two()
+    while two.post and two.post[0][1][0] != Kind.EVIDENCE:
+        two.deliver()
+    early = [each for each in two.post if each[1][0] == Kind.EVIDENCE]
+    two = Two()
+    node, data = early[0]
+    assert isinstance(two.ends[node].receive(data, two.now)[-1], Over)
+
+
+def test_a_relay_between_two_who_were_called_is_no_connection() -> None:
+    two = Two()
+    for calls in (False, True):
+        ends = [pair.open(calls) for pair in two.pairs]
+        hello = ends[0]._hello().data
+        (over,) = ends[1].receive(hello, two.now)
+        assert isinstance(over, Over) and over.refusal is not None and over.refusal.step == "hello.caller"
+
+
+def test_strangers_are_told_nothing_and_cost_nothing() -> None:
+    """Who has not proved to be the peer gets no evidence, no verdict, and leaves no trace in the pair."""
+    two, other = Two(), Two()
+    stranger = other.pairs[1].open(True)
+    hello = stranger.start()[0].data
+    (over,) = two.pairs[0].open(False).receive(hello, two.now)
+    assert over.by == "stranger" and over.refusal.step == "hello.identity"
+    # With the right name, and without the key behind it.
+    fake = Own(1, two.identities[1].public, other.identities[1].sign, bytes(32), other.kems[1])
+    pair = Pair(fake, 0, two.identities[0].public, two.judges[1])
+    end, claimed = two.pairs[0].open(False), pair.open(True)
+    answer = end.receive(claimed.start()[0].data, two.now)
+    proof = claimed.receive(answer[0].data, two.now)[0].data
+    (over,) = end.receive(proof, two.now)
+    assert over.by == "stranger" and over.refusal.step == "proof.signature"
+    assert two.pairs[0].current is None and two.pairs[0].standing is None
+
+
+def test_versions_and_forms_are_exact() -> None:
+    two = Two()
+    good = cbor2.loads(two.post[0][1][3:])
+    head = two.post[0][1][:3]
+    cases: list[tuple[Any, str]] = [
+        (good | {1: 2}, "hello.version"),
+        ({1: 2}, "hello.version"),
+        ({k: v for k, v in good.items() if k != 10}, "hello.format"),
+        (good | {12: 0}, "hello.format"),
+        (good | {9: -1}, "hello.format"),
+        (good | {2: 1}, "hello.format"),
+        (good | {4: bytes(31)}, "hello.format"),
+        (good | {10: bytes(31)}, "hello.format"),
+        (good | {5: b"short"}, "hello.format"),
+        ([1], "hello.format"),
+    ]
+    for value, step in cases:
+        (over,) = two.pairs[1].open(False).receive(head + cbor2.dumps(value, canonical=True), two.now)
+        assert over.refusal.step == step, value
+    for raw in (head, head[:2], b"\0" + head[1:], head + b"\xff" * 5000):
+        (over,) = two.pairs[1].open(False).receive(raw, two.now)
+        assert over.by == "stranger"
+    with pytest.raises(AttestationError, match=r"hello\.format"):
+        exchange.peek(b"\1")
+    assert exchange.peek(head) == (0, 1)
+
+
+def test_news_of_revocations_travels_with_the_proof() -> None:
+    two = Two()
+    two.judges[0].epoch = 1
+    assert two.settle() == OVER and two.judges[1].epoch == 1
+    two = Two()
+    two.judges[1].epoch = 1
+    two.judges[1].news = lambda epoch: b"forged"  # type: ignore[method-assign]
+    assert ended(two) == [("us", "revocation.signatures"), ("peer", "revocation.signatures")]
+
+
+def test_evidence_that_nobody_asked_for_is_a_bug() -> None:
+    two = Two()
+    with pytest.raises(LocalError):
+        two.ends[0].attested(quoted(claims_of_nobody()), two.now)
+
+
+def claims_of_nobody() -> Claims:
+    blob = bytes(32)
+    return Claims("party", "x", blob, blob, None, blob, "x", 0, 1, blob, None, blob)
+
 
 # --- the model ---------------------------------------------------------------------------------------------
 

@@ -331,7 +331,7 @@ class Phase(enum.Enum):
     OVER = "over"
 
 
-@dataclass
+@dataclass(eq=False, repr=False)
 class Pair:
     """One party's side of one pair: who is in the gate, and the exchange that may change it."""
 
@@ -405,7 +405,7 @@ class Pair:
         return out
 
 
-@dataclass
+@dataclass(eq=False, repr=False)
 class Exchange:
     """One connection of a pair. After `over` nothing it is given changes anything."""
 
