@@ -46,6 +46,7 @@ examples:
   mimir chat --federation federation.toml
   mimir cost --model model/ --context 128               what it will take, before anything runs
   mimir doctor                                          what this host lacks to be a party
+  mimir attester enroll --config party0.toml            the policy entry that admits this machine
 
 `mimir COMMAND --help` says more.
 
@@ -164,6 +165,24 @@ def _policy(name: str) -> Any:
 
         options.get = https_get
         return policy.run(getattr(policy, name), options)
+
+    return call
+
+
+def _attester(name: str) -> Any:
+    def call(options: argparse.Namespace) -> int:
+        from mimir import attester, policy
+
+        return policy.run(getattr(attester, name), options)
+
+    return call
+
+
+def _revoke(name: str) -> Any:
+    def call(options: argparse.Namespace) -> int:
+        from mimir import revoke
+
+        return int(getattr(revoke, name)(options))
 
     return call
 
@@ -357,6 +376,67 @@ def _parser(program: str) -> argparse.ArgumentParser:
         "A TOML file that owners sign. Empty, it admits nobody. configs/policy.toml has every key.",
     )
     _policy_commands(policy)
+
+    attester = add(
+        "attester",
+        None,
+        "say what evidence this machine gives",
+        "Run it on the machine that a party will run on. A software TPM (kind swtpm) is a simulation.",
+    )
+    _attester_commands(attester)
+
+    revoke = add(
+        "revoke",
+        _revoke("run"),
+        "revoke parties, clients, certificates, measurements or tunnel keys",
+        "Extends a statement that lists all that is revoked, signs it as one of the owners, and tells the\n"
+        "parties, who drop what it names within seconds and tell each other. Owners sign one after another\n"
+        "and pass the file on. Nothing is ever taken back: who was revoked comes back under new keys.\n\n"
+        "examples:\n"
+        "  mimir revoke --peer beta --statement revoked.toml --key owner1.key --federation f.toml\n"
+        "  mimir revoke --statement revoked.toml --key owner2.key               then the next owner\n"
+        "  mimir revoke --statement revoked.toml --push --federation f.toml\n"
+        "  mimir revoke --statement revoked.toml --fetch --federation f.toml    what they hold",
+    )
+    for option, metavar, text in (
+        ("--peer", "NAME_OR_KEY", "a party, by its name in the federation file or its identity key"),
+        ("--client", "KEY", "a client, or an owner of models, by its identity key"),
+        ("--certificate", "HEX", "SHA-256 of a certificate"),
+        ("--measurement", "HEX", "of a machine, as `mimir policy explain` prints it"),
+        ("--tunnel", "HEX", "a WireGuard public key"),
+    ):
+        revoke.add_argument(option, action="append", default=[], metavar=metavar, help=f"{text}; repeatable")
+    revoke.add_argument(
+        "--statement", required=True, metavar="FILE", help="made if it is not there, else extended"
+    )
+    revoke.add_argument("--key", metavar="FILE", help="sign as this owner (`mimir keygen`)")
+    revoke.add_argument(
+        "--federation",
+        metavar="FILE",
+        help="who the parties are: to begin one, for names, --push and --fetch",
+    )
+    revoke.add_argument(
+        "--push", action="store_true", help="tell the parties, as the federation file's client"
+    )
+    revoke.add_argument(
+        "--fetch", action="store_true", help="first take over what the parties hold, if newer"
+    )
+    revoke.add_argument("--json", action="store_true", help="one JSON object per event and line")
+
+    certificate = add(
+        "certificate",
+        _revoke("certificate"),
+        "write a TLS certificate for an hour, for programs that read a party's figures",
+        "Prometheus and others need files. Makes DIR/tls.pem (a fresh key and a certificate by --key) and\n"
+        "DIR/parties.pem (the parties' identities as authorities); prints the name that each party's own\n"
+        "certificate has. Run it again within the hour. The key stands there in clear: give a directory in\n"
+        "memory. The public half of --key must stand in `metrics.readers` of the party.\n\n"
+        "example:\n  mimir certificate --key reader.key --federation f.toml --out /run/mimir-reader",
+    )
+    certificate.add_argument("--key", required=True, metavar="FILE", help="identity (`mimir keygen`)")
+    certificate.add_argument("--federation", required=True, metavar="FILE", help="who the parties are")
+    certificate.add_argument("--out", required=True, metavar="DIR", help="where to")
+    certificate.add_argument("--json", action="store_true", help="one JSON object")
     return parser
 
 
@@ -429,6 +509,50 @@ def _policy_commands(parser: argparse.ArgumentParser) -> None:
         action.add_argument(
             "--at", type=_moment, metavar="TIME", help="judge as of then, such as 2026-07-01T00:00:00Z"
         )
+
+
+def _attester_commands(parser: argparse.ArgumentParser) -> None:
+    from mimir.config import ATTESTERS
+
+    commands = parser.add_subparsers(metavar="ACTION", required=True)
+
+    def add(name: str, text: str, more: str) -> argparse.ArgumentParser:
+        action = commands.add_parser(
+            name,
+            help=text,
+            description=f"{text[0].upper()}{text[1:]}.\n\n{more}",
+            epilog=EXIT_CODES,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        action.add_argument("--config", metavar="FILE", help="the party's file: its [attester] and its terms")
+        action.add_argument("--kind", choices=ATTESTERS, help="instead of what the file says")
+        action.add_argument(
+            "--device", metavar="PATH", help="a path, or tcp:HOST:PORT; default: as the kernel has it"
+        )
+        action.add_argument("--json", action="store_true", help="one JSON object")
+        action.set_defaults(call=_attester(name))
+        return action
+
+    enroll = add(
+        "enroll",
+        "print this machine's measurements, and the policy entry that admits it",
+        "The entry goes to standard output, the rest to standard error. PCR 16 of a TPM depends on the\n"
+        "party's configuration, so the entry names it with --config alone.\n\n"
+        "examples:\n"
+        "  mimir attester enroll --config party.toml --id alpha >> mesh.toml\n"
+        "  mimir attester enroll --kind swtpm --device /run/tpm/socket --json",
+    )
+    enroll.add_argument("--id", default="enrolled", metavar="NAME", help="of the entry (default: enrolled)")
+    show = add(
+        "show",
+        "make evidence for a nonce of our own and write it out",
+        "It serves nobody but `mimir policy explain`: no verifier gave that nonce.\n\n"
+        "example:\n"
+        "  mimir attester show --config party.toml --policy mesh.toml --out evidence.cbor\n"
+        "  mimir policy explain evidence.cbor --policy mesh.toml",
+    )
+    show.add_argument("--policy", metavar="FILE", help="the policy to bind it to (default: none)")
+    show.add_argument("--out", metavar="FILE", help="the envelope (default: hexadecimal, on standard output)")
 
 
 def _client_options(parser: argparse.ArgumentParser) -> None:

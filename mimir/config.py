@@ -17,6 +17,7 @@ import tomllib
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from pathlib import Path
+from types import NoneType, UnionType
 from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
 
 from mimir.errors import ConfigError
@@ -39,6 +40,12 @@ T = TypeVar("T")
 # --- one value ---------------------------------------------------------------------------------------------
 # Each parser takes the TOML value and the folder of the file, and returns the checked value or raises
 # ValueError saying what was expected. Where the value stands is added by the caller.
+
+
+def flag_rule(value: Any, folder: Path) -> bool:
+    if not isinstance(value, bool):
+        raise ValueError("true or false")
+    return value
 
 
 def integer_rule(low: int, high: int) -> Parser:
@@ -184,6 +191,17 @@ def address_rule(value: Any, folder: Path) -> Address:
     return Address(host, int(port))
 
 
+def device_rule(value: Any, folder: Path) -> Path | Address:
+    """Where a device answers: a path, or "tcp:HOST:PORT"."""
+    if isinstance(value, str) and value.startswith("tcp:"):
+        address: Address = address_rule(value.removeprefix("tcp:"), folder)
+        return address
+    try:
+        return Path(path_rule(value, folder))
+    except ValueError:
+        raise ValueError('a path, or an address such as "tcp:127.0.0.1:2321"') from None
+
+
 # --- the tables --------------------------------------------------------------------------------------------
 
 
@@ -250,6 +268,28 @@ class Metrics:
     """[metrics] Prometheus figures over HTTP; off unless an address is given."""
 
     listen: Annotated[Address | None, address_rule] = None
+    readers: Annotated[tuple[str, ...], keys_rule] = ()  # identities that may read them over TLS
+
+
+@dataclass(frozen=True)
+class Attestation:
+    """[attestation] By which evidence peers are admitted, and whose word counts on that. Mode "off" believes
+    keys alone: tests, and hosts that all three operators trust."""
+
+    mode: Annotated[str, choice_rule("required", "off")] = "required"
+    policy: Annotated[Path | None, path_rule] = None  # signatures stand beside it, in a file named .sig
+    collateral: Annotated[Path | None, path_rule] = None  # directory of `mimir policy fetch`
+    listen: Annotated[Address | None, address_rule] = None  # TCP, outside the tunnel: where peers ask
+    owners: Annotated[tuple[str, ...], keys_rule] = ()  # Ed25519 keys; they sign policy and revocations
+    threshold: Annotated[int, integer_rule(1, 64)] = 1  # so many of them must
+
+
+@dataclass(frozen=True)
+class Tls:
+    """[tls] TLS 1.3, both ends by certificate, for clients and readers of figures. Needs attestation: the
+    certificates are what admission gives out."""
+
+    enabled: Annotated[bool, flag_rule] = False
 
 
 @dataclass(frozen=True)
@@ -278,6 +318,33 @@ class Tunnel:
         return self.mode == "wireguard" and self.rotate_seconds > 0
 
 
+ATTESTERS = ("snp", "tdx", "nitro", "tpm", "swtpm")
+DEVICES: Mapping[str, Path] = {  # where the kernel puts them; a software TPM has no such place
+    "snp": Path("/sys/kernel/config/tsm/report"),
+    "tdx": Path("/sys/kernel/config/tsm/report"),
+    "nitro": Path("/dev/nsm"),
+    "tpm": Path("/dev/tpmrm0"),
+}
+
+
+@dataclass(frozen=True)
+class Attester:
+    """[attester] What makes this party's evidence. "swtpm" is a simulation: it proves nothing of the
+    machine."""
+
+    kind: Annotated[str, choice_rule(*ATTESTERS)]
+    device: Annotated[Path | Address | None, device_rule] = None  # default: where the kernel has it
+
+    @property
+    def place(self) -> Path | Address:
+        """Where the device is."""
+        if self.device is not None:
+            return self.device
+        if self.kind not in DEVICES:
+            raise ConfigError(f'attester.device: missing; kind "{self.kind}" has no usual place')
+        return DEVICES[self.kind]
+
+
 @dataclass(frozen=True)
 class Peer:
     """[[peers]] One entry per party, this one included, the same list in the files of all three."""
@@ -287,6 +354,7 @@ class Peer:
     identity: Annotated[str, key_rule]  # Ed25519 public key, hex
     host: Annotated[str, text_rule(253)]  # of its mesh listener
     port: Annotated[int, integer_rule(1, 65535)]
+    admission: Annotated[Address | None, address_rule] = None  # its attestation.listen, as others reach it
     tunnel_public_key: Annotated[str | None, tunnel_key_rule] = None  # hex once read
     tunnel_endpoint: Annotated[Address | None, address_rule] = None  # outside the tunnel, UDP
     tunnel_allowed: Annotated[tuple[str, ...] | None, networks_rule] = None  # what it may send from inside
@@ -313,7 +381,15 @@ class Config:
     triple_pool: TriplePool = field(default_factory=TriplePool)
     deadlines: Deadlines = field(default_factory=Deadlines)
     metrics: Metrics = field(default_factory=Metrics)
+    attestation: Attestation = field(default_factory=Attestation)
+    tls: Tls = field(default_factory=Tls)
     log: Log = field(default_factory=Log)
+    attester: Attester | None = None
+
+    @property
+    def attested(self) -> bool:
+        """Whether peers are admitted by evidence."""
+        return self.attestation.mode == "required"
 
     @property
     def me(self) -> Peer:
@@ -330,6 +406,7 @@ class Config:
         return {
             "protocol": PROTOCOL,
             "parties": [peer.identity for peer in self.peers],
+            "attestation.mode": self.attestation.mode,
             "tunnel.mode": self.tunnel.mode,
             "tunnel.rotates": self.tunnel.rotates,
             "fixed_point.scale_bits": self.fixed_point.scale_bits,
@@ -420,6 +497,8 @@ def read_table(
 
 def _table_kind(hint: Any) -> tuple[Any, bool]:
     """(settings class, whether a list of it) behind a field type; (None, False) for plain values."""
+    if get_origin(hint) is UnionType:  # a table that may be left out
+        hint = next((each for each in get_args(hint) if each is not NoneType), hint)
     if isinstance(hint, type) and is_dataclass(hint):
         return hint, False
     if get_origin(hint) is tuple:
@@ -450,12 +529,23 @@ def _cross_check(config: Config) -> None:
             refuse(f"peers[].{name}", "two parties have the same; one operator must not hold two roles")
     if config.cheby.bins & (config.cheby.bins - 1):
         refuse("cheby.bins", "must be a power of two")
+    if config.attestation.threshold > max(1, len(config.attestation.owners)):
+        refuse("attestation.threshold", "more than there are owners")
     scheduler = config.scheduler
     if scheduler.prompt_buckets[0] + scheduler.output_buckets[0] > scheduler.max_context:
         refuse("scheduler.max_context", "smaller than the smallest prompt and output bucket together")
+    attester = config.attester
+    if attester is not None and attester.device is None and attester.kind not in DEVICES:
+        refuse("attester.device", f'missing; kind "{attester.kind}" has no usual place')
+    if attester is not None and isinstance(attester.device, Address) and attester.kind != "swtpm":
+        refuse("attester.device", f'kind "{attester.kind}" is a device of this host, which has a path')
     tunnel = config.tunnel
+    if config.attested:
+        _check_attested(config, refuse)
     if tunnel.mode == "wireguard":
         for name in ("interface", "address", "private_key", "listen_port"):
+            if name == "private_key" and config.attested:
+                continue  # made in memory at each start
             if getattr(tunnel, name) is None:
                 refuse(f"tunnel.{name}", 'missing; WireGuard needs it (tests may say tunnel.mode = "none")')
         if tunnel.rotates:
@@ -477,6 +567,40 @@ def _cross_check(config: Config) -> None:
         for peer in config.peers:
             mine = peer.party == config.party
             for name in ("tunnel_public_key", "tunnel_endpoint", "tunnel_allowed"):
+                if name == "tunnel_public_key" and config.attested:
+                    continue  # the peer says it, with its evidence
                 # One's own endpoint may be unknown to oneself (behind NAT); peers need each other's.
                 if getattr(peer, name) is None and not mine:
                     refuse(f"peers[{peer.party}].{name}", "missing; the tunnel to this party needs it")
+
+
+def _check_attested(config: Config, refuse: Callable[[str, str], None]) -> None:
+    """What admission needs, and what it does away with."""
+    attestation, off = config.attestation, 'or say attestation.mode = "off", which believes keys alone'
+    if attestation.policy is None:
+        refuse(
+            "attestation.policy",
+            "missing: the file that says whose evidence is good; `mimir policy new` writes one and "
+            f"configs/policy.toml explains it; {off}",
+        )
+    if not attestation.owners:
+        refuse("attestation.owners", f"empty: nobody could have signed the policy; list their keys, {off}")
+    if attestation.listen is None:
+        refuse("attestation.listen", f"missing: where peers bring their evidence (TCP); {off}")
+    if config.attester is None:
+        refuse("attester", f"missing: the table that says what makes evidence of this machine; {off}")
+    if config.tunnel.mode != "wireguard":
+        refuse("tunnel.mode", f'evidence is bound to the key of a tunnel: say "wireguard", {off}')
+    if config.tunnel.private_key is not None:
+        refuse(
+            "tunnel.private_key",
+            f"keys that evidence is bound to live in memory, fresh in each start: remove this key, {off}",
+        )
+    for peer in config.peers:
+        if peer.tunnel_public_key is not None:
+            refuse(
+                f"peers[{peer.party}].tunnel_public_key",
+                f"peers prove their keys when they are admitted: remove this key, {off}",
+            )
+        if peer.admission is None and peer.party != config.party:
+            refuse(f"peers[{peer.party}].admission", f"missing: where that party takes evidence; {off}")

@@ -18,11 +18,13 @@ from mimir.errors import BadInput, ConfigError
 from mimir.net.identity import Identity
 
 GARBAGE = 20_000  # objects made, less those freed, between two searches for cycles
+ORDERS = {signal.SIGUSR1: "rotate", signal.SIGHUP: "reload"}
 STOP_SECONDS = 10.0  # for tunnel and connections to be taken down
 
 
 def run(config: Config) -> int:
-    """Run the party until SIGTERM or Ctrl-C; returns 0 after a clean stop. SIGUSR1 rotates keys."""
+    """Run the party until SIGTERM or Ctrl-C; returns 0 after a clean stop. SIGUSR1 rotates keys, SIGHUP
+    has policy and collateral read again."""
     from mimir.actors.peer import run_peer
 
     start_log(config.log)
@@ -34,7 +36,7 @@ def run(config: Config) -> int:
     gc.set_threshold(GARBAGE)
 
     async def until_told() -> None:
-        rotate, orders = trio.open_memory_channel[None](1)
+        tell, orders = trio.open_memory_channel[str](4)
         async with trio.open_nursery() as nursery:
 
             async def party() -> None:
@@ -42,11 +44,11 @@ def run(config: Config) -> int:
                 nursery.cancel_scope.cancel()
 
             nursery.start_soon(party)
-            with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGUSR1) as signals:
+            with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, *ORDERS) as signals:
                 async for number in signals:
-                    if number == signal.SIGUSR1:
-                        with suppress(trio.WouldBlock):  # one is waiting already
-                            rotate.send_nowait(None)
+                    if number in ORDERS:
+                        with suppress(trio.WouldBlock):  # some are waiting already
+                            tell.send_nowait(ORDERS[signal.Signals(number)])
                         continue
                     structlog.get_logger("mimir.party").info("stopping", signal=signal.Signals(number).name)
                     nursery.cancel_scope.deadline = trio.current_time()
@@ -71,15 +73,16 @@ def check(config: Config) -> int:
     if tunnel.mode == "wireguard":
         from wg import keys
 
-        assert tunnel.private_key is not None and tunnel.listen_port is not None
-        private = keys.load_private(tunnel.private_key)
-        public = private.public().hex()
-        private.wipe()
-        if config.me.tunnel_public_key is not None and public != config.me.tunnel_public_key:
-            raise ConfigError(
-                f"{config.source}: peers[{config.party}].tunnel_public_key is not the public half of "
-                f"{tunnel.private_key}"
-            )
+        assert tunnel.listen_port is not None
+        if tunnel.private_key is not None:
+            private = keys.load_private(tunnel.private_key)
+            public = private.public().hex()
+            private.wipe()
+            if config.me.tunnel_public_key is not None and public != config.me.tunnel_public_key:
+                raise ConfigError(
+                    f"{config.source}: peers[{config.party}].tunnel_public_key is not the public half of "
+                    f"{tunnel.private_key}"
+                )
         ports = f"port {tunnel.listen_port}"
         if tunnel.rotates:
             ports = f"ports {tunnel.listen_port} to {tunnel.listen_port + ROTATION_PORTS}"
@@ -87,6 +90,7 @@ def check(config: Config) -> int:
         print(f"new keys every {tunnel.rotate_seconds:g} s" if tunnel.rotates else "keys are never rotated")
     else:
         print("NO tunnel: the links between the parties are readable by anybody on the way")
+    _check_attestation(config)
     for peer in config.others:
         print(f"peer {peer.party} ({peer.name}) at {peer.host}:{peer.port}, identity {peer.identity[:16]}...")
     counts = f"{len(config.clients)} may ask, {len(config.owners)} may provision"
@@ -97,6 +101,22 @@ def check(config: Config) -> int:
         raise BadInput(f"{config.data_dir}: open to others; chmod 700 it")
     print(f"model shares in {config.data_dir}")
     return 0
+
+
+def _check_attestation(config: Config) -> None:
+    """Say by what peers are admitted."""
+    attestation = config.attestation
+    if attestation.policy is None:
+        print("NO attestation: peers are believed by their keys alone")
+        return
+    from mimir.attest import policy
+
+    found = policy.load(attestation.policy)
+    signed = attestation.policy.with_name(attestation.policy.name + policy.SIGNATURE_SUFFIX)
+    policy.check_signatures(found, policy.load_signatures(signed), attestation.owners, attestation.threshold)
+    kind = config.attester.kind if config.attester is not None else "none"
+    print(f"peers are admitted by policy {found.name}, version {found.version}; own evidence: {kind}")
+    print(f"they bring their evidence to {attestation.listen}")
 
 
 def start_log(log: Log) -> None:

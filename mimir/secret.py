@@ -145,6 +145,18 @@ class TunnelKey(Secret):
     SIZE = KEY_BYTES
 
 
+class PresharedKey(Secret):
+    """What two ends of a tunnel mix into its handshakes: from both, by a key encapsulation that will last."""
+
+    SIZE = KEY_BYTES
+
+
+class TlsPrivateKey(Secret):
+    """Ed25519 seed of a TLS key."""
+
+    SIZE = KEY_BYTES
+
+
 class LinkSecret(Secret):
     """What the two ends of one link know and the third party does not."""
 

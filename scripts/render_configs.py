@@ -108,6 +108,8 @@ def main() -> None:
         }
         settings["control"]["listen"] = f"{outside[party]}:{control_port(base, party)}"
         settings["mesh"]["listen"] = f"{inside[party]}:{mesh_port(base, party)}"
+        settings["attestation"] = {"mode": "off"}
+        del settings["attester"]
         settings["peers"] = []
         for other in range(PARTIES):
             entry: dict[str, Any] = {

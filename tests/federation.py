@@ -21,6 +21,8 @@ from mimir.model.checkpoint import load_checkpoint
 from mimir.net.identity import Identity
 from mimir.net.messages import Sampler
 
+OFF = '[attestation]\nmode = "off"\n'
+
 
 def free_ports(count: int) -> list[int]:
     """Ports of loopback that were free a moment ago."""
@@ -53,7 +55,7 @@ def write_federation(folder: Path, extra: str = "", clients: int = 1) -> tuple[l
             f'party = {i}\nidentity_key = "party{i}.key"\ndata_dir = "data{i}"\n'
             f"clients = [{keys}]\nowners = [{keys}]\n"
             f'[control]\nlisten = "127.0.0.1:{ports[3 + i]}"\n[mesh]\nlisten = "127.0.0.1:{ports[i]}"\n'
-            f'[tunnel]\nmode = "none"\n{peers}{extra}'
+            f'[tunnel]\nmode = "none"\n{"" if "[attestation]" in extra else OFF}{peers}{extra}'
         )
         path = folder / f"party{i}.toml"
         path.write_text(text)

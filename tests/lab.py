@@ -54,6 +54,7 @@ class Node:
 
     def __init__(self, namespace: str, config: Path) -> None:
         self.errors = open(config.with_suffix(".log"), "a+")
+        self.public_key = ""  # told when it is raised
         self.heard = b""  # not yet asked for
         self.child = subprocess.Popen(
             ["ip", "netns", "exec", namespace, sys.executable, str(NODE), str(config)],
@@ -83,6 +84,11 @@ class Node:
         self.child.stdin.write(words.encode() + b"\n")
         self.child.stdin.flush()
         return self.hear(seconds)
+
+    def hear_raised(self) -> None:
+        found = self.hear()
+        assert found["event"] == "raised", found
+        self.public_key = found["public_key"]
 
     def states(self) -> dict[int, str]:
         return {entry["peer"]: entry["state"] for entry in self.ask("status")["peers"]}
@@ -183,7 +189,7 @@ class Lab:
     def interface(self, index: int) -> str:
         return f"{self.name}-{index}"
 
-    def start(self, index: int, **changes: Any) -> Node:
+    def start(self, index: int, namespace: str | None = None, **changes: Any) -> Node:
         told = {
             "wait": 30,
             "index": index,
@@ -199,7 +205,7 @@ class Lab:
         }
         config = self.folder / f"node{index}.json"
         config.write_text(json.dumps({**told, **changes}))
-        self.nodes[index] = Node(self.namespace(index), config)
+        self.nodes[index] = Node(namespace or self.namespace(index), config)
         return self.nodes[index]
 
     def rotation(self, index: int, seconds: float = 3600.0) -> dict[str, Any]:
@@ -239,5 +245,49 @@ def captured(lab: Lab, seconds: float) -> Iterator[dict[str, Any]]:
         found.update(json.loads(child.communicate(timeout=seconds + 20)[0]))
     finally:
         if child.poll() is None:
+            child.kill()
+            child.wait()
+
+
+class Enclave:
+    """A namespace with nothing but loopback, and the relay of `wg.vsock` between it and a node's own
+    namespace, over unix streams in the place of vsock. There WireGuard finds peer j at `port(j)`."""
+
+    ports = 5
+
+    def __init__(self, lab: Lab, index: int) -> None:
+        self.namespace = f"{lab.name}-in"
+        lab._namespace(self.namespace)
+        self._lab, self._index = lab, index
+        self._others = [j for j in range(3) if j != index]
+        self._path = lab.folder / "vsock"
+        self.parent = self.start_parent()
+        peers = {j: ("127.0.0.1", self.port(j)) for j in self._others}
+        self.inside = self._start(self.namespace, "enclave", "127.0.0.1", peers)
+
+    def port(self, peer: int) -> int:
+        return 41000 + 100 * peer
+
+    def start_parent(self) -> subprocess.Popen[bytes]:
+        self._path.unlink(missing_ok=True)
+        peers = {j: (f"10.90.0.{j + 1}", 51820) for j in self._others}
+        return self._start(self._lab.namespace(self._index), "parent", f"10.90.0.{self._index + 1}", peers)
+
+    def _start(self, namespace: str, role: str, host: str, peers: object) -> subprocess.Popen[bytes]:
+        script = (
+            "import socket, trio; from wg import vsock; "
+            f"at = vsock.Streams(socket.AF_UNIX, {str(self._path)!r}); "
+            f"trio.run(vsock.{role}, at, ({host!r}, 51820), {peers}, {self.ports})"
+        )
+        with open(self._lab.folder / "vsock.log", "ab") as log:
+            return subprocess.Popen(
+                ["ip", "netns", "exec", namespace, sys.executable, "-c", script],
+                cwd=ROOT,
+                stdout=log,
+                stderr=log,
+            )
+
+    def clear(self) -> None:
+        for child in (self.parent, self.inside):
             child.kill()
             child.wait()

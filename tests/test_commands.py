@@ -437,7 +437,7 @@ def test_keygen_makes_private_files_and_never_overwrites(
 def party_file(tmp: Path, identities: list[Identity]) -> Path:
     """A configuration without a tunnel, whose peers will never come."""
     text = 'party = 0\nidentity_key = "own.key"\ndata_dir = "data"\n[tunnel]\nmode = "none"\n'
-    text += '[control]\nlisten = "127.0.0.1:0"\n[mesh]\nlisten = "127.0.0.1:0"\n'
+    text += '[attestation]\nmode = "off"\n[control]\nlisten = "127.0.0.1:0"\n[mesh]\nlisten = "127.0.0.1:0"\n'
     for party, identity in enumerate(identities):
         text += f'[[peers]]\nparty = {party}\nname = "p{party}"\nidentity = "{identity.public_hex}"\n'
         text += 'host = "127.0.0.1"\nport = 1\n'

@@ -23,6 +23,18 @@ def example() -> dict[str, Any]:
     return tomllib.loads(EXAMPLE.read_text())
 
 
+def keys_alone() -> dict[str, Any]:
+    """The example without attestation."""
+    data = example()
+    data["attestation"] = {"mode": "off"}
+    data["tunnel"]["private_key"] = "tunnel.key"
+    del data["attester"]
+    for number, peer in enumerate(data["peers"]):
+        peer["tunnel_public_key"] = f"{number:02x}" * 32
+        del peer["admission"]
+    return data
+
+
 def test_the_example_is_valid_and_shows_every_key_with_its_default() -> None:
     config = load(EXAMPLE)
     assert config.party == 0 and config.me.name == "alpha"
@@ -42,12 +54,22 @@ def test_the_example_is_valid_and_shows_every_key_with_its_default() -> None:
             walk(kind, "")
     # What the example says of defaults is true: leaving the optional keys out changes nothing.
     data = example()
-    for name in ("fixed_point", "cheby", "scheduler", "triple_pool", "deadlines", "metrics", "log", "topk"):
+    for name in (
+        "fixed_point",
+        "cheby",
+        "scheduler",
+        "triple_pool",
+        "deadlines",
+        "metrics",
+        "tls",
+        "log",
+        "topk",
+    ):
         del data[name]
     for name in ("clients", "owners"):
         del data[name]
     del data["tunnel"]["mode"], data["tunnel"]["mtu"], data["tunnel"]["rotate_seconds"]
-    del data["control"]["max_connections"]
+    del data["control"]["max_connections"], data["attestation"]["mode"], data["attestation"]["threshold"]
     assert parse(data, EXAMPLE) == config
 
 
@@ -109,7 +131,20 @@ BAD = {
         "one operator must not hold two roles",
     ),
     "parties out of order": (put("peers.1.party", 2), "in this order"),
-    "tunnel without key": (put("tunnel.private_key", None), "tunnel.private_key: missing"),
+    "tunnel without port": (put("tunnel.listen_port", None), "tunnel.listen_port: missing"),
+    "no policy": (put("attestation.policy", None), "`mimir policy new` writes one"),
+    "no policy, a way out": (put("attestation.policy", None), 'or say attestation.mode = "off"'),
+    "no owners": (put("attestation.owners", []), "attestation.owners: empty"),
+    "no listener for peers": (put("attestation.listen", None), "attestation.listen: missing"),
+    "no attester": (put("attester", None), "attester: missing"),
+    "attested without a tunnel": (put("tunnel.mode", "none"), "tunnel.mode: evidence is bound"),
+    "a tunnel key on disk": (put("tunnel.private_key", "k"), "tunnel.private_key: keys that evidence"),
+    "a tunnel key believed": (
+        put("peers.1.tunnel_public_key", "11" * 32),
+        "peers[1].tunnel_public_key: peers prove their keys",
+    ),
+    "no way to a peer": (put("peers.2.admission", None), "peers[2].admission: missing"),
+    "attestation by half": (put("attestation.mode", "warn"), 'must be one of "required", "off"'),
     "peer without endpoint": (put("peers.2.tunnel_endpoint", None), "peers[2].tunnel_endpoint: missing"),
     "bad tunnel key": (put("peers.2.tunnel_public_key", "abc"), "a WireGuard public key"),
     "bad network": (put("tunnel.address", "10.77.0.1"), "tunnel.address"),
@@ -152,7 +187,7 @@ def test_unreadable_and_broken_files_are_named(tmp_path: Path) -> None:
 
 
 def test_the_tunnel_may_be_left_out_only_by_saying_so() -> None:
-    data = example()
+    data = keys_alone()
     data["tunnel"] = {"mode": "none"}
     for peer in data["peers"]:
         for name in ("tunnel_public_key", "tunnel_endpoint", "tunnel_allowed"):
@@ -163,18 +198,31 @@ def test_the_tunnel_may_be_left_out_only_by_saying_so() -> None:
         parse(data, SOURCE)
 
 
+def test_keys_alone_are_believed_only_where_the_file_says_so() -> None:
+    config = parse(keys_alone(), SOURCE)
+    assert not config.attested and config.tunnel.private_key == SOURCE.parent / "tunnel.key"
+    assert parse(example(), SOURCE).attested
+    for path in ("tunnel.private_key", "peers.1.tunnel_public_key"):
+        data = keys_alone()
+        put(path, None)(data)
+        with pytest.raises(ConfigError, match="missing"):
+            parse(data, SOURCE)
+
+
 OWN = {  # one's own business: the digest stays
     "party": 1, "identity_key": "k", "data_dir": "d", "clients": ["ab" * 32], "owners": ["ab" * 32],
     "control.listen": "h:1", "mesh.listen": "h:1", "deadlines.round": 1, "deadlines.step": 1,
     "deadlines.client": 1, "deadlines.handshake": 1, "deadlines.link": 5, "log.level": "debug",
-    "metrics.listen": "h:1",
+    "metrics.listen": "h:1", "metrics.readers": ["ab" * 32], "tls.enabled": True,
+    "attestation.owners": ["ab" * 32], "attestation.policy": "p", "attestation.collateral": "c",
+    "attestation.listen": "h:1", "peers.1.admission": "h:1", "attester.kind": "tdx",
     "scheduler.max_sessions": 2, "peers.1.host": "elsewhere", "tunnel.interface": "wg7",
     "tunnel.rotate_seconds": 60,
 }  # fmt: skip
 SAME = {  # common: the digest changes
     "fixed_point.scale_bits": 12, "cheby.deg": 2, "cheby.bins": 256, "scheduler.max_context": 512,
     "scheduler.prompt_buckets": [16], "scheduler.output_buckets": [16], "triple_pool.min_size": 1,
-    "topk": 8, "tunnel.mode": "none", "tunnel.rotate_seconds": 0, "peers.1.identity": "cd" * 32,
+    "topk": 8, "tunnel.rotate_seconds": 0, "peers.1.identity": "cd" * 32,
 }  # fmt: skip
 
 
@@ -189,3 +237,7 @@ def test_the_digest_covers_what_must_be_shared_and_nothing_else() -> None:
         data = copy.deepcopy(example())
         put(path, value)(data)
         assert parse(data, SOURCE).digest() != digest, path
+    off = parse(keys_alone(), SOURCE).digest()
+    without = keys_alone()
+    without["tunnel"]["mode"] = "none"
+    assert len({digest, off, parse(without, SOURCE).digest()}) == 3

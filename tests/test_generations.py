@@ -94,7 +94,7 @@ def unraised(index: int, record: EpochRecord, sent: list[bytes], up: bool = True
         51820,
         ip_address("10.1.0.1"),
         1420,
-        ("h", 51820),
+        lambda: (),
         (),
         lambda peer, data: sent.append(data),
         lambda peer: up,
@@ -156,6 +156,11 @@ def test_a_party_announces_as_its_identity_to_this_federation_only() -> None:
     for party, message in ((1, b"message"), (0, b"another")):
         with pytest.raises(made.refusals):
             made.authenticate(party, message, signature)
+    closed = rotation_plan(config, identities[0], lambda party: party != 0)
+    assert closed is not None
+    closed.authenticate(1, b"message", identities[1].sign(b"message"))
+    with pytest.raises(closed.refusals, match="not admitted"):
+        closed.authenticate(0, b"message", signature)
     data["peers"][2]["identity"] = "ab" * 32
     other = rotation_plan(parse(data, Path("three.toml")), identities[0])
     assert other is not None and other.context != made.context

@@ -38,6 +38,8 @@ CLIENT: list[Message] = [
     {"t": "put_model", "manifest": {"anything": [1]}},
     {"t": "chunk", "tensor": "0.o", "side": "a", "offset": 0, "data": b"x"},
     {"t": "commit"},
+    {"t": "revocations"},
+    {"t": "revoke", "statement": b"x"},
 ]
 PARTY: list[Message] = [
     {"t": "status", "status": {}},
@@ -49,6 +51,7 @@ PARTY: list[Message] = [
     {"t": "error", "code": "aborted", "message": "x"},
     {"t": "have", "tensors": {"0.o": [0, 8]}, "complete": False},
     {"t": "committed", "model": "cd" * 32},
+    {"t": "revoked", "epoch": 3, "statement": b""},
 ]
 ALL = [(message, FROM_CLIENT) for message in CLIENT] + [(message, FROM_PARTY) for message in PARTY]
 

@@ -4,9 +4,11 @@
 
 Commands on standard input, one per line: `probe HOST`, `pings HOST COUNT`, `rate HOST SECONDS`, `status`,
 `rotate`, `crash WHAT` (at that moment of the next rotation, without a word to anybody), `stream HOST` and
-`streamed` (its figures so far, and it ends). End of input ends the node. With
-`rotation` in its configuration (seconds, record, seeds of the identities) the node rotates. This runs in a
-network namespace of its own; see lab.py.
+`streamed` (its figures so far, and it ends), `admit PEER KEY [PSK|- [HOST PORT]]`, `expel PEER`, `expel-at
+WHAT PEER` (at that moment, as `crash`), `up PEER SECONDS` (wait for it), `said` (what the tunnel has said).
+End of input ends the node. With `rotation` in its configuration (seconds, record, seeds of the identities)
+the node rotates; with the private key "memory" it makes one; without `wait` it does not wait for its peers.
+This runs in a network namespace of its own; see lab.py.
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ import trio
 
 from mimir.net.identity import BadSignature, Identity, verify
 from mimir.secret import IdentityKey
-from wg import RotationPlan, TunnelConfig, WgError, raise_tunnel
+from wg import PresharedKey, PublicKey, RotationPlan, TunnelConfig, WgError, generate, raise_tunnel
 from wg.probe import answer_probes, probe
 from wg.tunnel import Tunnel
 
@@ -166,6 +168,7 @@ class Stream:
             "longest": gaps[-1] if gaps else None,
             "median": gaps[len(gaps) // 2] if gaps else None,
             "gaps_ms": [round(gap * 1e3, 2) for gap in gaps[-20:]],
+            "last": self.arrivals[-1] if self.arrivals else None,  # of a clock that all processes share
         }
 
 
@@ -183,31 +186,54 @@ def plan_of(index: int, told: dict[str, Any]) -> RotationPlan:
 
 
 class Fate:
-    """Ends this process outright when a rotation comes to the given point."""
+    """Ends this process outright, or expels a peer, when a rotation comes to the given point."""
 
-    at = ""
+    def __init__(self) -> None:
+        self.at = self.expel_at = ""
+        self.victim = -1
+        self.due = trio.Event()
+        self.heard: list[tuple[int, str]] = []
 
     def said(self, peer: int, what: str, epoch: int | None) -> None:
+        self.heard.append((peer, what))
         if what == self.at:
             os.kill(os.getpid(), signal.SIGKILL)
+        if what == self.expel_at and peer == self.victim:
+            self.due.set()
+
+    async def expel(self, tunnel: Tunnel) -> None:
+        while True:
+            await self.due.wait()
+            self.expel_at, self.due = "", trio.Event()
+            await tunnel.expel(self.victim)
+            say("expelled", peer=self.victim)
 
 
 async def main(path: str) -> None:
     with open(path) as file:
         told = json.load(file)
     wait = told.pop("wait")
+    if told["private_key"] == "memory":
+        told["private_key"] = generate()
     if "rotation" in told:
         told["rotation"] = plan_of(told["index"], told["rotation"])
     start = time.monotonic()
     config = TunnelConfig.from_text(**told)
     fate = Fate()
     async with raise_tunnel(config, wait=None, said=fate.said) as tunnel, trio.open_nursery() as nursery:
-        say("raised", seconds=time.monotonic() - start, implementation=tunnel.implementation)
+        say(
+            "raised",
+            seconds=time.monotonic() - start,
+            implementation=tunnel.implementation,
+            public_key=tunnel.public_key.base64(),
+        )
+        nursery.start_soon(fate.expel, tunnel)
         await nursery.start(answer_probes, tunnel, PROBE_PORT)
         nursery.start_soon(listen, tunnel, RATE_PORT, swallow_one)
         nursery.start_soon(listen, tunnel, STREAM_PORT, echo)
-        await tunnel.wait_up(wait)
-        say("up", seconds=time.monotonic() - start)
+        if wait is not None:
+            await tunnel.wait_up(wait)
+            say("up", seconds=time.monotonic() - start)
         commands = trio.lowlevel.FdStream(0)
         rest, stream = b"", Stream()
         while piece := await commands.receive_some(4096):
@@ -221,6 +247,11 @@ async def main(path: str) -> None:
                     case ["crash", what]:
                         fate.at = what
                         say("doomed")
+                    case ["expel-at", what, peer]:
+                        fate.expel_at, fate.victim = what, int(peer)
+                        say("doomed")
+                    case ["said"]:
+                        say("said", said=fate.heard)
                     case ["streamed"]:
                         stream.stop.set()
                         with trio.move_on_after(20):
@@ -245,6 +276,21 @@ async def obey(tunnel: Tunnel, words: list[str]) -> None:
             case ["rotate"]:
                 tunnel.rotate()
                 say("rotating")
+            case ["admit", peer, key, *more]:
+                preshared = PresharedKey(bytes.fromhex(more[0])) if more and more[0] != "-" else None
+                endpoint = (more[1], int(more[2])) if len(more) > 1 else None
+                await tunnel.admit(
+                    int(peer), PublicKey.from_text(key), preshared=preshared, endpoint=endpoint
+                )
+                say("admitted", peer=int(peer))
+            case ["expel", peer]:
+                start = time.monotonic()
+                await tunnel.expel(int(peer))
+                say("expelled", peer=int(peer), start=start, end=time.monotonic())
+            case ["up", peer, seconds]:
+                start = time.monotonic()
+                await tunnel.wait_up(float(seconds), [int(peer)])
+                say("up", seconds=time.monotonic() - start)
             case ["probe", host]:
                 say("probe", seconds=await probe(tunnel, ip_address(host), PROBE_PORT))
             case ["pings", host, count]:

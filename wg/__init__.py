@@ -7,11 +7,12 @@ The package stands alone: it imports nothing of `mimir`. Modules, lowest first:
     uapi         the text protocol of a running wireguard-go, over its unix socket
     device       one WireGuard interface, in the kernel or as a supervised wireguard-go
     interface    a device with its key and peers: handshakes, health, revival
-    probe        a bulk transfer through the tunnel, which finds a wrong MTU where ping does not
+    probe        there and back: a bulk transfer, which finds a wrong MTU where ping does not, and pings
     exchange     the hybrid key exchange of a rotation: X25519 and ML-KEM-768
     rotation     how two nodes change their keys: messages and states, without I/O
     generations  rotation at work: interfaces, routes, clocks
     tunnel       `async with raise_tunnel(config) as tunnel:` - all of it for one node
+    vsock        a relay of datagrams over streams, for WireGuard in an enclave without network
     relay        emulation of a wide-area link between two WireGuard endpoints (tests, benchmarks)
     capture      a sniffer that tells WireGuard datagrams from everything else (tests)
 """
@@ -19,7 +20,7 @@ The package stands alone: it imports nothing of `mimir`. Modules, lowest first:
 from wg.errors import DeviceLost, HandshakeTimeout, KeyFileError, NotPossibleHere, TunnelError, WgError
 from wg.generations import GenerationStatus
 from wg.interface import PeerState, PeerStatus
-from wg.keys import PrivateKey, PublicKey, generate, load_private, save_private
+from wg.keys import PresharedKey, PrivateKey, PublicKey, generate, load_private, save_private
 from wg.tunnel import RotationPlan, Tunnel, TunnelConfig, TunnelPeer, raise_tunnel
 
 __all__ = [
@@ -30,6 +31,7 @@ __all__ = [
     "NotPossibleHere",
     "PeerState",
     "PeerStatus",
+    "PresharedKey",
     "PrivateKey",
     "PublicKey",
     "RotationPlan",

@@ -143,6 +143,10 @@ class Device(ABC):
         """Make a lost device usable again, unconfigured. Raises `TunnelError` where that cannot be done."""
         raise TunnelError(f"{self.name}: the interface was removed by somebody else")
 
+    async def cut(self) -> None:
+        """End whatever a device that does not obey still does, and call it lost."""
+        self.lost.set()
+
     @abstractmethod
     async def rest(self) -> None:
         """Forget key and peers and go down, which also drops the routes; the interface and its index stay."""
@@ -422,6 +426,10 @@ class _UserspaceDevice(Device):
         await self.stop()
         self.lost = trio.Event()
         await self.start()
+
+    async def cut(self) -> None:
+        await self.stop()
+        self.lost.set()
 
     async def rest(self) -> None:
         await self.stop()  # its keys end with the process

@@ -36,11 +36,29 @@ class DeviceLost(TunnelError):
 class HandshakeTimeout(TunnelError):
     """Some peers did not complete a handshake before the deadline. `peers` holds their indices."""
 
-    def __init__(self, interface: str, peers: Sequence[int], seconds: float) -> None:
-        names = ", ".join(str(index) for index in peers)
-        super().__init__(
-            f"{interface}: no WireGuard handshake with peer {names} within {seconds:.0f} s; "
-            "is it running, is its endpoint reachable over UDP, "
-            "and do both sides hold each other's public key?"
-        )
+    def __init__(
+        self, interface: str, peers: Sequence[int], seconds: float, absent: Sequence[int] = ()
+    ) -> None:
+        said = []
+        if waited := [index for index in peers if index not in absent]:
+            said.append(
+                f"no WireGuard handshake with peer {_list(waited)} within {seconds:.0f} s; "
+                "is it running, is its endpoint reachable over UDP, "
+                "and do both sides hold each other's public key?"
+            )
+        if absent:
+            said.append(f"peer {_list(absent)} was not admitted within {seconds:.0f} s")
+        super().__init__(f"{interface}: {' And '.join(said)}")
         self.peers = tuple(peers)
+
+
+def _list(indices: Sequence[int]) -> str:
+    return ", ".join(map(str, indices))
+
+
+def leaves(group: BaseExceptionGroup[BaseException]) -> list[BaseException]:
+    """The single errors in a group of groups."""
+    found: list[BaseException] = []
+    for problem in group.exceptions:
+        found += leaves(problem) if isinstance(problem, BaseExceptionGroup) else [problem]
+    return found

@@ -1,10 +1,10 @@
 """Rotation at work: carries out what `wg.rotation` decides, on the interfaces of this node.
 
-Beside the bootstrap interface, whose keys come from files and never change, there are two more interfaces for
-each peer, its *slots*. They are made once and rest until they are needed, so that their kernel indices hold
-for the life of the process: sockets of the application are tied to all slots by those numbers (`tie`), and
-live through every rotation. A generation occupies one slot, with a process and keys of its own; when it goes,
-the process and the keys go with it.
+Beside the bootstrap interface, whose keys come from outside (files, or admission), there are two more
+interfaces for each peer, its *slots*. They are made once and rest until they are needed, so that their kernel
+indices hold for the life of the process: sockets of the application are tied to all slots by those numbers
+(`tie`), and live through every rotation. A generation occupies one slot, with a process and keys of its own;
+when it goes, the process and the keys go with it.
 
 What passes where. The bootstrap interface carries the messages of rotation and nothing else: its peers own
 one link-local address each, so that WireGuard itself refuses any other packet on it. A slot's peer owns its
@@ -23,6 +23,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from ipaddress import IPv4Address, ip_network
 from pathlib import Path
 
@@ -31,8 +32,8 @@ import trio
 
 from wg.device import Address, Device, Network
 from wg.errors import DeviceLost, TunnelError, WgError
-from wg.interface import Entry, Interface, PeerState, PeerWatch, Way
-from wg.probe import answer_probes, probe
+from wg.interface import Entry, Interface, PeerState, PeerWatch, Place, Way
+from wg.probe import PING_SECONDS, answer_probes, ping, probe
 from wg.rotation import (
     MAX_MESSAGE,
     Action,
@@ -55,6 +56,7 @@ log = structlog.get_logger("wg.rotation")
 CONTROL_NETWORK = "169.254.77.{}"
 CONTROL_PORT = 4177
 MAX_INDEX = 250
+MAX_PORT = 65535
 #: Lower wins. Ties between these numbers never occur: each route has another interface or another metric.
 LIVE_METRIC, FALLBACK_METRIC, STAGING_METRIC = 50, 1000, 2000
 #: A rotation that has not come to its end by then is given up; over a WAN it takes about ten round trips.
@@ -63,8 +65,7 @@ RESEND_SECONDS = 0.3
 #: An old generation goes when nothing has arrived on it for so long, or at the limit.
 DRAIN_SECONDS, DRAIN_LIMIT = 1.5, 10.0
 PROVE_AGAIN_SECONDS = 0.1
-#: WireGuard's keepalive waits for silence in either direction, so of two ends in step only one would speak.
-PING_SECONDS = 0.8
+#: On the bootstrap interface, so that it is heard whatever the pair is doing.
 PING = b"\0"
 #: After a failure, doubling. Also how often a follower without a generation asks.
 FIRST_BACKOFF, MAX_BACKOFF = 1.0, 15.0
@@ -187,6 +188,9 @@ class _Life:
     interface: Interface | None = None
     nursery: trio.Nursery | None = None
 
+    def faded(self) -> bool:
+        return self.interface is None or self.interface.fading
+
 
 @dataclass(eq=False)
 class _Inside:
@@ -211,7 +215,7 @@ class Pair:
     base_port: int  # of the bootstrap interface
     address: Address  # of the application, here
     mtu: int
-    endpoint: tuple[str, int]  # of the peer's bootstrap interface
+    places: Callable[[], tuple[Place, ...]]  # of the peer's bootstrap interface, the likeliest first
     allowed: tuple[Network, ...]
     send: Callable[[int, bytes], None]
     bootstrap_up: Callable[[int], bool]
@@ -234,6 +238,8 @@ class Pair:
     def __post_init__(self) -> None:
         self._inbox, self._events = trio.open_memory_channel[Callable[[], list[Action]]](MAX_WAITING)
         self._nursery: trio.Nursery
+        self._scope = trio.CancelScope()
+        self._over = trio.Event()
 
     @property
     def peer(self) -> int:
@@ -248,6 +254,14 @@ class Pair:
 
     def rotate(self) -> None:
         self._post(self.machine.want)
+
+    def end(self) -> None:
+        """Drop all generations, now: their processes and keys go, and their routes, below which is one that
+        leads nowhere (see above). `ended` waits until it is done."""
+        self._scope.cancel()
+
+    async def ended(self) -> None:
+        await self._over.wait()
 
     def watch(self) -> PeerWatch | None:
         """The health of the generation in use."""
@@ -286,15 +300,20 @@ class Pair:
     # the one task that drives the machine
 
     async def run(self) -> None:
-        """Drive the machine until cancelled; the slots rest afterwards."""
-        async with trio.open_nursery() as self._nursery:
-            look = trio.current_time()
-            while True:
-                with trio.move_on_at(look):
-                    await self._step(await self._events.receive())
-                if trio.current_time() >= look:
-                    await self._step(self._look)
-                    look = trio.current_time() + RESEND_SECONDS
+        """Drive the machine until `end`, or until cancelled; the slots rest and all keys are wiped then."""
+        try:
+            with self._scope:
+                async with trio.open_nursery() as self._nursery:
+                    look = trio.current_time()
+                    while True:
+                        with trio.move_on_at(look):
+                            await self._step(await self._events.receive())
+                        if trio.current_time() >= look:
+                            await self._step(self._look)
+                            look = trio.current_time() + RESEND_SECONDS
+        finally:
+            self.machine.forget()
+            self._over.set()
 
     async def _step(self, event: Callable[[], list[Action]]) -> None:
         with trio.CancelScope(shield=True):  # an action half done would leave machine and interfaces apart
@@ -303,7 +322,11 @@ class Pair:
             except Refused as problem:
                 self._refuse(problem)
                 actions = [problem.answer] if isinstance(problem, RefusedWithAnswer) else []
-            await self._perform(actions)
+            try:
+                await self._perform(actions)
+            except TunnelError:
+                if not self._scope.cancel_called:  # else the interfaces go down under this step
+                    raise
         now, machine = trio.current_time(), self.machine
         if not machine.busy or machine.in_doubt:
             self._busy = None
@@ -439,7 +462,9 @@ class Pair:
                         await life.nursery.start(self._echo, life, inside)
                         life.nursery.start_soon(life.interface.live)
                         life.nursery.start_soon(self._prove, life, inside)
-                        life.nursery.start_soon(self._ping, life, inside)
+                        life.nursery.start_soon(
+                            ping, inside, CONTROL_PORT, partial(self._pinged_at, life), life.faded
+                        )
                         self._post_surely(lambda: self.machine.raised(generation))
                 except* (WgError, OSError) as problems:
                     machine = self.machine
@@ -463,14 +488,14 @@ class Pair:
                     life.over.set()
 
     def _interface(self, generation: Generation, device: Device, speak: bool) -> Interface:
-        host, port = self.endpoint
-        endpoint = (host, port + generation.peer_offset) if generation.peer_offset is not None else None
+        offset = generation.peer_offset
+        places = [] if offset is None else [(host, port + offset) for host, port in self.places()]
         control = control_address(self.machine.index)
         peer_control = ip_network(f"{control_address(self.peer)}/32")
         entry = Entry(
             self.peer,
             generation.peer_key,
-            endpoint,
+            tuple(place for place in places if place[1] <= MAX_PORT),
             (*self.allowed, peer_control),
             speak,
             generation.preshared,
@@ -483,7 +508,7 @@ class Pair:
             # To an interface without an address the reverse-path filter is strict even where it is loose.
             (control,),
             (Way(peer_control, control, STAGING_METRIC),),
-            (entry,),
+            {self.peer: entry},
             self.note,
         )
 
@@ -510,22 +535,8 @@ class Pair:
                 await trio.sleep(PROVE_AGAIN_SECONDS)
         self._post_surely(lambda: self.machine.proved(life.generation))
 
-    async def _ping(self, life: _Life, inside: _Inside) -> None:
-        """Something to hear for the other end, whatever the application does, once a handshake stands."""
-        assert life.interface is not None
-        watch = life.interface.watches[self.peer]
-        with trio.socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
-            inside.bind(sock)
-            await sock.bind((str(inside.address), CONTROL_PORT))
-            while not life.interface.fading:
-                await trio.sleep(PING_SECONDS)
-                if watch.silent(trio.current_time()) is None:
-                    continue
-                with suppress(OSError):  # the device is being revived, or the other end does not listen yet
-                    await sock.sendto(PING, (str(control_address(self.peer)), CONTROL_PORT))
-                with trio.move_on_after(0), suppress(OSError):
-                    while True:
-                        await sock.recvfrom(len(PING))
+    def _pinged_at(self, life: _Life) -> dict[str, PeerWatch]:
+        return {str(control_address(self.peer)): life.interface.watches[self.peer]} if life.interface else {}
 
     async def _drain(self, life: _Life) -> None:
         """Until nothing has arrived for a while."""
@@ -568,6 +579,9 @@ class Control:
 
     def serve(self, pair: Pair) -> None:
         self._pairs[str(control_address(pair.peer))] = pair
+
+    def dismiss(self, pair: Pair) -> None:
+        self._pairs.pop(str(control_address(pair.peer)), None)
 
     def send(self, peer: int, data: bytes) -> None:
         """Now or never: what is lost is said again."""

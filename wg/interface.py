@@ -10,7 +10,11 @@ more when they are not, because crossing initiations make both ends discard each
 4. The responder gets its keepalive after the first handshake, and loses it when the peer is down, so that
    both ends see the other's received bytes grow and neither breaks rule 1.
 
-Health is read from `rx_bytes`, since a handshake's age shows a dead peer only after 180 s.
+Health is read from `rx_bytes`, since a handshake's age shows a dead peer only after 180 s, and from the
+answers to the application's pings (`wg.probe.ping`), since a device speaks also for one that hangs.
+
+Peers come and go while the interface is up. What is wanted stands in `entries` before the device is told, so
+that a device that is lost meanwhile is revived with exactly those.
 """
 
 from __future__ import annotations
@@ -20,9 +24,9 @@ import random
 import socket
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from ipaddress import ip_address
-from typing import NoReturn
+from typing import NoReturn, TypeAlias
 
 import structlog
 import trio
@@ -47,6 +51,8 @@ SUSPECT_SECONDS = 2.5
 #: notice only when there is traffic; a shorter cut of the line keeps its session and resumes within 50 ms.
 RESTART_SECONDS = 4.0
 DOWN_SECONDS = 10.0
+#: No answer to the application's pings for so long, though the device is heard. A busy machine needs it.
+MUTE_SECONDS = 4.0
 #: WireGuard refuses to use a session older than this (REJECT_AFTER_TIME).
 SESSION_SECONDS = 180.0
 POLL_SECONDS = 0.25
@@ -59,8 +65,13 @@ RESURRECTION_WINDOW = 60.0
 RESOLVE_SECONDS = 10.0
 
 
+#: Where a peer is outside the tunnel: address and UDP port.
+Place: TypeAlias = tuple[Address, int]
+
+
 class PeerState(enum.Enum):
-    JOINING = "joining"  # no handshake yet since the tunnel was raised
+    ABSENT = "not admitted"  # nothing passes, either way
+    JOINING = "joining"  # no handshake yet since it was admitted
     UP = "up"
     SUSPECT = "suspect"  # start nothing new, keep what is open
     DOWN = "down"
@@ -68,13 +79,16 @@ class PeerState(enum.Enum):
 
 @dataclass(frozen=True)
 class PeerStatus:
-    """What is known of one peer at the last poll. Ages in seconds; None where it never happened."""
+    """What is known of one peer at the last poll. Ages in seconds; None where it never happened. `mute` is
+    for how long its application has answered no ping, `round_trip` what the last answer took."""
 
     index: int
     state: PeerState
     endpoint: str | None
     handshake_age: float | None
     silent: float | None
+    mute: float | None
+    round_trip: float | None
     rx: int
     tx: int
     restarts: int
@@ -86,6 +100,8 @@ class PeerStatus:
             "endpoint": self.endpoint,
             "handshake_age": None if self.handshake_age is None else round(self.handshake_age, 3),
             "silent": None if self.silent is None else round(self.silent, 3),
+            "mute": None if self.mute is None else round(self.mute, 3),
+            "round_trip": None if self.round_trip is None else round(self.round_trip, 6),
             "rx_bytes": self.rx,
             "tx_bytes": self.tx,
             "restarts": self.restarts,
@@ -108,10 +124,14 @@ class PeerWatch:
     initiator: bool
     jitter: Callable[[], float] = random.random
     reading: PeerReading | None = None
+    learned: Place | None = None  # where it was last heard from, which WireGuard authenticates
+    round_trip: float | None = None
     restarts: int = 0
+    tries: int = 0  # since the last handshake
+    _asked: float | None = None  # since when the application pings
+    _answered: float | None = None
     _added: float = 0.0
     _patience: float = 0.0
-    _tries: int = 0  # since the last handshake
     _grew: float | None = None  # when rx last grew; None before the first handshake
     _keepalive: bool = False
     _earlier_rx: int = 0  # of the entries that restarts removed
@@ -125,10 +145,8 @@ class PeerWatch:
             self.reading = None
             self.restarts += 1
         self._added = now
-        self._patience = (
-            RETRY_SECONDS[min(self._tries, len(RETRY_SECONDS) - 1)] + RETRY_JITTER * self.jitter()
-        )
-        self._tries += 1
+        self._patience = RETRY_SECONDS[min(self.tries, len(RETRY_SECONDS) - 1)] + RETRY_JITTER * self.jitter()
+        self.tries += 1
         self._keepalive = keepalive
 
     def see(self, reading: PeerReading, now: float) -> Act:
@@ -136,11 +154,12 @@ class PeerWatch:
         self.reading = reading
         if reading.handshake > 0.0 and (before is None or reading.rx > before.rx):
             self._grew = now
+            self.learned = _parse(reading.endpoint) if reading.endpoint is not None else None
         if reading.handshake == 0.0:
             if self.initiator and now - self._added >= self._patience:
                 return Act.RESTART
             return Act.NOTHING
-        self._tries = 0
+        self.tries = 0
         silent = self.silent(now) or 0.0
         if self.initiator:
             return Act.RESTART if silent >= RESTART_SECONDS else Act.NOTHING
@@ -152,8 +171,28 @@ class PeerWatch:
             return Act.KEEPALIVE_ON
         return Act.NOTHING
 
+    def asked(self, now: float) -> None:
+        """The application at the other end was pinged."""
+        if self._asked is None:
+            self._asked = now
+
+    def answered(self, now: float, seconds: float) -> None:
+        self._answered, self.round_trip = now, seconds
+
     def silent(self, now: float) -> float | None:
+        """Seconds since the device heard anything; None before the first handshake."""
         return None if self._grew is None else now - self._grew
+
+    def mute(self, now: float) -> float | None:
+        """Seconds since the application at the other end answered; None while it is not asked."""
+        if self._asked is None:
+            return None
+        return now - (self._answered if self._answered is not None else self._asked)
+
+    @property
+    def keepalive(self) -> bool:
+        """Whether this end has something to say of its own."""
+        return self._keepalive
 
     def handshake_age(self, wall: float) -> float | None:
         if self.reading is None or self.reading.handshake == 0.0:
@@ -164,10 +203,10 @@ class PeerWatch:
         silent = self.silent(now)
         if silent is None:
             return PeerState.JOINING
-        age = self.handshake_age(wall)
-        if silent > DOWN_SECONDS or (age is not None and age > SESSION_SECONDS):
+        age, mute = self.handshake_age(wall), self.mute(now) or 0.0
+        if max(silent, mute) > DOWN_SECONDS or (age is not None and age > SESSION_SECONDS):
             return PeerState.DOWN
-        if silent > SUSPECT_SECONDS:
+        if silent > SUSPECT_SECONDS or mute > MUTE_SECONDS:
             return PeerState.SUSPECT
         # Without a session nothing passes, even if the last one was heard a moment ago.
         return PeerState.UP if age is not None else PeerState.SUSPECT
@@ -183,11 +222,12 @@ class PeerWatch:
 
 @dataclass(frozen=True, eq=False)
 class Entry:
-    """A peer as an interface knows it. Without an endpoint the peer speaks first; `allowed` is its inside."""
+    """A peer as an interface knows it. Without `places` the peer speaks first; else they are tried in turn,
+    after the one where it was last heard from. `allowed` is its inside."""
 
     index: int
     public_key: PublicKey
-    endpoint: tuple[str, int] | None
+    places: tuple[Place, ...]
     allowed: tuple[Network, ...]
     initiator: bool
     preshared: PresharedKey | None = None
@@ -212,15 +252,19 @@ class Interface:
     mtu: int
     addresses: tuple[Address, ...]
     ways: tuple[Way, ...]
-    entries: tuple[Entry, ...]
+    entries: dict[int, Entry]
     note: Callable[[], None]
     restarts: int = 0  # of the device
     fading: bool = False  # on its way out: sends nothing of its own any more
     watches: dict[int, PeerWatch] = field(init=False)
-    _endpoints: dict[int, tuple[Address, int]] = field(default_factory=dict)
+    _busy: trio.Lock = field(default_factory=trio.Lock)  # the device and `entries` are brought in line
+    _living: bool = False
+    _look_now: trio.Event = field(default_factory=trio.Event)
+    _since: dict[int, float] = field(default_factory=dict)  # the peer is here
+    _logged: dict[int, PeerState] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.watches = {entry.index: PeerWatch(entry.initiator) for entry in self.entries}
+        self.watches = {entry.index: PeerWatch(entry.initiator) for entry in self.entries.values()}
 
     @property
     def name(self) -> str:
@@ -248,75 +292,147 @@ class Interface:
             self.restarts += 1
             log.error("tunnel device lost; reviving it", interface=self.name, reason=reason)
             await trio.sleep(0.02 * 4 ** (len(losses) - 1))
-            await self.device.revive()
-            await self.set_up()
+            async with self._busy:
+                await self.device.revive()
+                await self.set_up()
 
     async def fade(self) -> None:
         """Send no keepalives any more, so that what still arrives is somebody's traffic."""
         self.fading = True
-        for entry in self.entries:
+        for entry in self.entries.values():
             await self.device.set_keepalive(entry.public_key, 0)
 
+    async def admit(self, entry: Entry) -> None:
+        """Add a peer that is not here. Once begun it is not cancelled."""
+        with trio.CancelScope(shield=True):
+            async with self._busy:
+                if any(entry.public_key == other.public_key for other in self.entries.values()):
+                    raise TunnelError(f"{self.name}: another peer has the public key {entry.public_key}")
+                self.entries[entry.index] = entry
+                self.watches[entry.index] = PeerWatch(entry.initiator)
+                self._since[entry.index] = trio.current_time()
+                if not self._living:
+                    return  # `live` adds it
+                try:
+                    await self._add(entry, entry.initiator)
+                except DeviceLost:
+                    self.device.lost.set()  # it is revived with this peer
+                except TunnelError:
+                    self._forget(entry.index)
+                    await self._remove(entry)  # the lines before the one that was refused stand
+                    raise
+        self._look_now.set()
+
+    async def move(self, index: int, place: Place) -> None:
+        """The peer is to be found there from now on. Its session stays."""
+        with trio.CancelScope(shield=True):
+            async with self._busy:
+                self.entries[index] = entry = replace(self.entries[index], places=(place,))
+                self.watches[index].learned = None
+                try:
+                    if self._living:
+                        await self._put(entry, place, self.watches[index].keepalive)
+                except DeviceLost:
+                    self.device.lost.set()
+
+    async def expel(self, index: int) -> None:
+        """Take a peer away with its session, now; the ways to it lead nowhere then. One that is not here may
+        be expelled. Once begun it is not cancelled."""
+        with trio.CancelScope(shield=True):
+            async with self._busy:
+                entry = self._forget(index)
+                if entry is not None and self._living:
+                    await self._remove(entry)
+
+    def _forget(self, index: int) -> Entry | None:
+        for each in (self.watches, self._since, self._logged):
+            each.pop(index, None)
+        return self.entries.pop(index, None)
+
+    def places(self, index: int) -> tuple[Place, ...]:
+        """Where a peer may be, the likeliest first: where it was last heard from, then as it was told."""
+        learned = self.watches[index].learned
+        told = self.entries[index].places
+        return tuple(dict.fromkeys((learned, *told) if learned is not None else told))
+
+    async def _remove(self, entry: Entry) -> None:
+        try:
+            await self.device.remove_peer(entry.public_key)
+        except TunnelError:  # lost, or it refuses
+            await self.device.cut()  # it is revived without the peer
+
     async def _add(self, entry: Entry, speak: bool) -> None:
-        if entry.index not in self._endpoints and entry.endpoint is not None:
-            self._endpoints[entry.index] = await _resolve(entry)
+        places, watch = self.places(entry.index), self.watches[entry.index]
+        await self._put(entry, places[watch.tries % len(places)] if places else None, speak)
+        watch.added(trio.current_time(), speak)
+
+    async def _put(self, entry: Entry, place: Place | None, speak: bool) -> None:
         await self.device.put_peer(
-            entry.public_key,
-            self._endpoints.get(entry.index),
-            entry.allowed,
-            KEEPALIVE if speak else 0,
-            entry.preshared,
+            entry.public_key, place, entry.allowed, KEEPALIVE if speak else 0, entry.preshared
         )
 
     async def _watch(self) -> NoReturn:
-        device = self.device
-        start = trio.current_time()
-        logged = dict.fromkeys(self.watches, PeerState.JOINING)
-        for entry in self.entries:
-            # After a revival the peers hold sessions that we lost and wait for nothing: speak first.
-            speak, watch = entry.initiator or self.restarts > 0, self.watches[entry.index]
-            if entry.endpoint is None and watch.reading is not None and watch.reading.endpoint is not None:
-                self._endpoints[entry.index] = _parse(watch.reading.endpoint)  # where it was heard from
-            await self._add(entry, speak)
-            watch.added(start, speak)
+        async with self._busy:
+            self._living = True
+            now = trio.current_time()
+            for index, entry in self.entries.items():
+                self._since[index] = now
+                # After a revival the peers hold sessions that we lost and wait for nothing: speak first.
+                lost = self.restarts > 0 and self.watches[index].silent(now) is not None
+                await self._add(entry, entry.initiator or lost)
         while True:
-            readings = {reading.public_key: reading for reading in await device.readings()}
-            now, wall = trio.current_time(), time.time()
-            for entry in self.entries:
-                watch = self.watches[entry.index]
-                reading = readings.get(entry.public_key)
-                if reading is None:
-                    raise TunnelError(f"{self.name}: somebody else removed peer {entry.index}")
-                act = watch.see(reading, now)
-                if not self.fading:
-                    await self._act(entry, watch, act)
-                state = watch.state(now, wall)
-                if state is not logged[entry.index]:
-                    logged[entry.index] = state
-                    log.info("tunnel peer", interface=self.name, peer=entry.index, state=state.value)
+            self._look_now = trio.Event()
+            async with self._busy:
+                joining = await self._look()
             self.note()
-            joining = now - start < JOINING_SECONDS and not all(
-                watch.handshake_age(wall) is not None for watch in self.watches.values()
-            )
-            with trio.move_on_after(POLL_SECONDS_JOINING if joining else POLL_SECONDS):
-                await device.lost.wait()
+            await self._pause(POLL_SECONDS_JOINING if joining else POLL_SECONDS)
+            if self.device.lost.is_set():
                 raise DeviceLost(f"{self.name}: wireguard-go ended by itself")
+
+    async def _look(self) -> bool:
+        """At all peers, and act on it. Whether a handshake is due any moment."""
+        readings = {reading.public_key: reading for reading in await self.device.readings()}
+        now, wall = trio.current_time(), time.time()
+        joining = False
+        for index, entry in self.entries.items():
+            watch, reading = self.watches[index], readings.get(entry.public_key)
+            if reading is None:
+                raise TunnelError(f"{self.name}: somebody else removed peer {index}")
+            act = watch.see(reading, now)
+            if not self.fading:
+                await self._act(entry, watch, act)
+            state = watch.state(now, wall)
+            if state is not self._logged.get(index, PeerState.JOINING):
+                self._logged[index] = state
+                log.debug("peer of an interface", interface=self.name, peer=index, state=state.value)
+            joining |= watch.handshake_age(wall) is None and now - self._since[index] < JOINING_SECONDS
+        return joining
+
+    async def _pause(self, seconds: float) -> None:
+        """Until the next look is due, or the device is lost, or a peer has come."""
+        async with trio.open_nursery() as nursery:
+
+            async def until(event: trio.Event) -> None:
+                await event.wait()
+                nursery.cancel_scope.cancel()
+
+            nursery.start_soon(until, self.device.lost)
+            nursery.start_soon(until, self._look_now)
+            nursery.cancel_scope.deadline = trio.current_time() + seconds
 
     async def _act(self, entry: Entry, watch: PeerWatch, act: Act) -> None:
         match act:
             case Act.RESTART:
                 await self.device.remove_peer(entry.public_key)
                 await self._add(entry, True)
-                watch.added(trio.current_time(), True)
             case Act.KEEPALIVE_ON:
                 await self.device.set_keepalive(entry.public_key, KEEPALIVE)
             case Act.KEEPALIVE_OFF:
                 await self.device.set_keepalive(entry.public_key, 0)
 
 
-async def _resolve(entry: Entry) -> tuple[Address, int]:
-    assert entry.endpoint is not None
-    host, port = entry.endpoint
+async def resolve(host: str, port: int) -> Place:
+    """The address of a host that may be given by name. Raises `TunnelError`."""
     try:
         return ip_address(host), port
     except ValueError:
@@ -325,11 +441,11 @@ async def _resolve(entry: Entry) -> tuple[Address, int]:
         with trio.fail_after(RESOLVE_SECONDS):
             found = await trio.socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)
     except (OSError, trio.TooSlowError) as problem:
-        raise TunnelError(f"peer {entry.index}: the name {host} cannot be resolved: {problem}") from None
+        raise TunnelError(f"the name {host} cannot be resolved: {problem}") from None
     return ip_address(found[0][4][0]), port
 
 
-def _parse(endpoint: str) -> tuple[Address, int]:
+def _parse(endpoint: str) -> Place:
     """An endpoint as devices report it."""
     host, _, port = endpoint.rpartition(":")
     return ip_address(host.strip("[]")), int(port)

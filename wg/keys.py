@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import hmac
 import os
 import stat
 from dataclasses import dataclass
@@ -88,6 +89,12 @@ class _KeyMaterial:
         """Zero the bytes; any later use raises. Wiping twice is allowed."""
         self._bytes[:] = bytes(len(self._bytes))
         self._bytes = bytearray()
+
+    def same(self, other: _KeyMaterial) -> bool:
+        """Whether both hold the same bytes; the time it takes does not tell where they differ."""
+        self._alive()
+        other._alive()
+        return hmac.compare_digest(self._bytes, other._bytes)
 
     def _alive(self) -> None:
         if not self._bytes:

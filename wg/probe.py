@@ -1,7 +1,8 @@
-"""A bulk transfer through the tunnel, there and back, with a deadline.
+"""Through the tunnel and back: a bulk transfer with a deadline, and the application's pings.
 
 A tunnel whose MTU is too large for the path under it answers every ping, also at full size, and yet moves no
-TCP: its packets become fragments that the path drops. Only a transfer of some size shows it.
+TCP: its packets become fragments that the path drops. Only a transfer of some size shows it. And WireGuard
+sends keepalives for an application that hangs: only an answer of its own shows that it lives.
 """
 
 from __future__ import annotations
@@ -9,17 +10,27 @@ from __future__ import annotations
 import hashlib
 import os
 import socket
+from collections import deque
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import Protocol
 
 import trio
 
 from wg.device import Address
 from wg.errors import TunnelError
+from wg.interface import PeerWatch
 
 #: More than any first window, so that full-size segments have to be acknowledged on the way.
 PROBE_BYTES = 256 * 1024
 PROBE_SECONDS = 10.0
 _PIECE = 64 * 1024
+#: WireGuard's keepalive waits for silence in either direction, so of two ends in step only one would speak; a
+#: ping of each application comes more often.
+PING_SECONDS = 0.8
+_PING, _PONG, _NONCE_BYTES = b"\0", b"\1", 8
+#: Answers to the last so many are taken: a round trip may be longer than the time between two.
+_PINGS_KEPT = 12
 
 
 class Inside(Protocol):
@@ -110,3 +121,57 @@ async def _exchange(tunnel: Inside, host: Address, port: int, sent: bytes) -> by
             f"{tunnel.interface}: bulk probe to {host} failed: {problems.exceptions[0]}"
         ) from None
     return received.digest()
+
+
+async def ping(
+    tunnel: Inside, port: int, peers: Callable[[], Mapping[str, PeerWatch]], over: Callable[[], bool]
+) -> None:
+    """Ask the peers at these addresses for a sign of life now and then, and answer theirs, until `over`.
+
+    Nobody is asked before WireGuard has heard from it: who speaks first is decided elsewhere. The answers are
+    noted in the watches.
+    """
+    asked: deque[tuple[str, bytes, float]] = deque(maxlen=0)
+    family = socket.AF_INET6 if tunnel.address.version == 6 else socket.AF_INET
+    with trio.socket.socket(family, socket.SOCK_DGRAM) as sock:
+        tunnel.bind(sock)
+        await sock.bind((str(tunnel.address), port))
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(_hear, sock, peers, over, lambda: asked)
+            while not over():
+                now = trio.current_time()
+                waiting = {host: watch for host, watch in peers().items() if watch.silent(now) is not None}
+                asked = deque(asked, maxlen=_PINGS_KEPT * len(waiting))
+                for host, watch in waiting.items():
+                    watch.asked(now)
+                    nonce = os.urandom(_NONCE_BYTES)
+                    asked.append((host, nonce, now))
+                    with suppress(OSError):  # the device is being revived, or the other end does not listen
+                        await sock.sendto(_PING + nonce, (host, port))
+                await trio.sleep(PING_SECONDS)
+            nursery.cancel_scope.cancel()
+
+
+async def _hear(
+    sock: trio.socket.SocketType,
+    peers: Callable[[], Mapping[str, PeerWatch]],
+    over: Callable[[], bool],
+    asked: Callable[[], deque[tuple[str, bytes, float]]],
+) -> None:
+    while True:
+        try:
+            data, (host, port, *_) = await sock.recvfrom(1 + _NONCE_BYTES + 1)
+        except OSError:  # an ICMP error of an earlier datagram
+            continue
+        kind, nonce = data[:1], data[1:]
+        watch = peers().get(host)
+        if watch is None or len(nonce) != _NONCE_BYTES or over():
+            continue
+        if kind == _PING:
+            with suppress(OSError):
+                await sock.sendto(_PONG + nonce, (host, port))
+        elif kind == _PONG:
+            for who, sent, when in asked():
+                if who == host and sent == nonce:
+                    now = trio.current_time()
+                    watch.answered(now, now - when)

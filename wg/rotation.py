@@ -254,6 +254,15 @@ class Rotation:
             return self.phase.value
         return "draining" if self.old is not None else "none" if self.live is None else "steady"
 
+    def forget(self) -> None:
+        """Wipe all keys: the pair is over."""
+        for generation in (self.live, self.old, self.candidate):
+            if generation is not None:
+                generation.wipe()
+        if self._offering is not None:
+            self._offering.private.wipe()
+        self.live = self.old = self.candidate = self._offering = None
+
     # events
 
     def want(self) -> list[Action]:

@@ -3,6 +3,9 @@
 Without a plan for rotation it is one interface with the keys of the configuration. With one, that interface
 is the *bootstrap* generation: it only carries the messages by which nodes agree on further generations, whose
 interfaces carry the application (see `wg.generations`).
+
+Peers are admitted and expelled while the tunnel is up; those whose key the configuration has are admitted
+from the start. What is for a peer that is not admitted goes to an interface that has no such peer, and ends.
 """
 
 from __future__ import annotations
@@ -14,13 +17,16 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from ipaddress import ip_interface, ip_network
 from pathlib import Path
+from typing import NoReturn
 
+import structlog
 import trio
 
 from wg.device import INTERFACE_NAME, MTU, Address, Device, Network, open_device, ways_out
-from wg.errors import HandshakeTimeout, TunnelError
+from wg.errors import HandshakeTimeout, TunnelError, leaves
 from wg.exchange import HybridExchange
 from wg.generations import (
+    CONTROL_PORT,
     FALLBACK_METRIC,
     Control,
     EpochRecord,
@@ -29,9 +35,12 @@ from wg.generations import (
     control_address,
     tie,
 )
-from wg.interface import Entry, Interface, PeerState, PeerStatus, PeerWatch, Way
-from wg.keys import PrivateKey, PublicKey, load_private
+from wg.interface import Entry, Interface, PeerState, PeerStatus, PeerWatch, Way, resolve
+from wg.keys import PresharedKey, PrivateKey, PublicKey, load_private
+from wg.probe import ping
 from wg.rotation import MAX_OFFSET, SLOTS, Rotation
+
+log = structlog.get_logger("wg.tunnel")
 
 HANDSHAKE_SECONDS = 30.0
 #: How often to see that the host's routes lead into the tunnel; a look takes some milliseconds in a thread.
@@ -40,10 +49,11 @@ GUARD_SECONDS = 2.0
 
 @dataclass(frozen=True)
 class TunnelPeer:
-    """The other end of a tunnel. `endpoint` is its UDP address outside; `allowed` what it may use inside."""
+    """The other end of a tunnel. `endpoint` is its UDP address outside; `allowed` what it may use inside.
+    Without a public key it is nobody until `Tunnel.admit`."""
 
     index: int
-    public_key: PublicKey
+    public_key: PublicKey | None
     endpoint: tuple[str, int]
     allowed: tuple[Network, ...]
 
@@ -71,13 +81,14 @@ def slot_names(interface: str, peers: int) -> list[list[str]]:
     return [[interface + next(letters) for _ in range(SLOTS)] for _ in range(peers)]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class TunnelConfig:
-    """What one node needs to know. `address` is its own inside the tunnel, the same in every generation."""
+    """What one node needs to know. `address` is its own inside the tunnel, the same in every generation. A
+    private key that lives in memory alone is taken over: the tunnel wipes it at its end."""
 
     index: int
     interface: str
-    private_key: Path
+    private_key: Path | PrivateKey
     listen_port: int
     address: Address
     peers: tuple[TunnelPeer, ...]
@@ -88,7 +99,7 @@ class TunnelConfig:
 
     def __post_init__(self) -> None:
         indices = [self.index, *(peer.index for peer in self.peers)]
-        keys = [peer.public_key for peer in self.peers]
+        keys = [peer.public_key for peer in self.peers if peer.public_key is not None]
         if not self.peers:
             raise TunnelError(f"{self.interface}: a tunnel without peers")
         if len(set(indices)) != len(indices) or len(set(keys)) != len(keys):
@@ -131,10 +142,10 @@ class TunnelConfig:
         *,
         index: int,
         interface: str,
-        private_key: str | Path,
+        private_key: str | Path | PrivateKey,
         listen_port: int,
         address: str,
-        peers: Sequence[tuple[int, str, str, int, Sequence[str]]],
+        peers: Sequence[tuple[int, str | None, str, int, Sequence[str]]],
         mtu: int = MTU,
         rotation: RotationPlan | None = None,
     ) -> TunnelConfig:
@@ -143,7 +154,7 @@ class TunnelConfig:
             return cls(
                 index=index,
                 interface=interface,
-                private_key=Path(private_key),
+                private_key=private_key if isinstance(private_key, PrivateKey) else Path(private_key),
                 listen_port=listen_port,
                 address=ip_interface(address).ip,
                 mtu=mtu,
@@ -151,7 +162,7 @@ class TunnelConfig:
                 peers=tuple(
                     TunnelPeer(
                         number,
-                        PublicKey.from_text(key),
+                        PublicKey.from_text(key) if key is not None else None,
                         (host, port),
                         tuple(ip_network(text, strict=False) for text in ranges),
                     )
@@ -166,14 +177,25 @@ class Tunnel:
     """A raised tunnel. Lives inside `raise_tunnel`; `status()` never blocks."""
 
     def __init__(
-        self, config: TunnelConfig, said: Callable[[int, str, int | None], None] | None = None
+        self,
+        config: TunnelConfig,
+        public_key: PublicKey,
+        said: Callable[[int, str, int | None], None] | None = None,
     ) -> None:
         self.config = config
-        self._said = said
+        self.public_key = public_key
+        self._said = said if said is not None else lambda peer, what, epoch: None
         self._bootstrap: Interface | None = None
         self._pairs: dict[int, Pair] = {}
+        self._slots: dict[int, tuple[Device, ...]] = {}
+        self._changing = {peer.index: trio.Lock() for peer in config.peers}
+        self._passed = {peer.index: (0, 0) for peer in config.peers}  # of admissions that are over
+        self._states = {peer.index: PeerState.ABSENT for peer in config.peers}  # as last said
         self._ties: tuple[int, ...] = ()
         self._changed = trio.Event()
+        self._nursery: trio.Nursery
+        self._control: Control
+        self._record: EpochRecord
 
     @property
     def interface(self) -> str:
@@ -206,43 +228,68 @@ class Tunnel:
     def _status_of(self, index: int) -> PeerStatus:
         now, wall = trio.current_time(), time.time()
         watch = self._watch_of(index)
-        pair = self._pairs.get(index)
-        rx, tx = pair.traffic() if pair is not None else (watch.rx, watch.tx)
+        rx, tx = self._traffic_of(index)
         return PeerStatus(
             index=index,
-            state=watch.state(now, wall),
+            state=self._state_of(index),
             endpoint=watch.reading.endpoint if watch.reading else None,
             handshake_age=watch.handshake_age(wall),
             silent=watch.silent(now),
+            mute=watch.mute(now),
+            round_trip=watch.round_trip,
             rx=rx,
             tx=tx,
             restarts=watch.restarts,
         )
 
+    def _state_of(self, index: int) -> PeerState:
+        if not self.admitted(index):
+            return PeerState.ABSENT
+        return self._watch_of(index).state(trio.current_time(), time.time())
+
     def _watch_of(self, index: int) -> PeerWatch:
+        """Of what carries the application; one that has seen nothing if nothing does."""
         found = None
         if (pair := self._pairs.get(index)) is not None:
             found = pair.watch()
-        elif self._bootstrap is not None:
-            found = self._bootstrap.watches[index]
+        elif self._bootstrap is not None and self.config.rotation is None:
+            found = self._bootstrap.watches.get(index)
         return found if found is not None else PeerWatch(self.config.index < index)
 
+    def _traffic_of(self, index: int) -> tuple[int, int]:
+        rx, tx = self._passed[index]
+        pair, watch = self._pairs.get(index), self._watch_of(index)
+        more = pair.traffic() if pair is not None else (watch.rx, watch.tx)
+        return rx + more[0], tx + more[1]
+
     def rotations(self) -> tuple[GenerationStatus, ...]:
-        """Where rotation stands with every peer; empty without a plan."""
-        return tuple(pair.status() for _, pair in sorted(self._pairs.items()))
+        """Where rotation stands with every peer; empty without a plan. An admission begins to count anew."""
+        if self.config.rotation is None:
+            return ()
+        indices = sorted(peer.index for peer in self.config.peers)
+        return tuple(
+            self._pairs[index].status()
+            if index in self._pairs
+            else GenerationStatus(index, None, None, PeerState.ABSENT.value, 0, 0, 0)
+            for index in indices
+        )
 
     def rotate(self) -> None:
-        """Begin a rotation with every peer now, or once the one under way is over. Does not wait."""
-        if not self._pairs:
+        """Begin a rotation with every admitted peer now, or once the one under way is over. Does not wait."""
+        if self.config.rotation is None:
             raise TunnelError(f"{self.interface}: rotation is off")
         for pair in self._pairs.values():
             pair.rotate()
 
+    def admitted(self, index: int) -> bool:
+        return self._bootstrap is not None and index in self._bootstrap.entries
+
     def up(self, index: int) -> bool:
-        return self._watch_of(index).state(trio.current_time(), time.time()) is PeerState.UP
+        return self._state_of(index) is PeerState.UP
 
     async def wait_up(self, seconds: float = HANDSHAKE_SECONDS, peers: Sequence[int] | None = None) -> None:
-        """Wait until all (or the named) peers can be reached; `HandshakeTimeout` names the missing."""
+        """Wait until all (or the named) peers are admitted and can be reached; `HandshakeTimeout` names the
+        missing."""
         wanted = tuple(peer.index for peer in self.config.peers) if peers is None else tuple(peers)
         with trio.move_on_after(seconds):
             while not all(self.up(index) for index in wanted):
@@ -250,7 +297,89 @@ class Tunnel:
             return
         missing = [index for index in wanted if not self.up(index)]
         if missing:
-            raise HandshakeTimeout(self.interface, missing, seconds)
+            absent = [index for index in missing if not self.admitted(index)]
+            raise HandshakeTimeout(self.interface, missing, seconds, absent)
+
+    async def admit(
+        self,
+        index: int,
+        public_key: PublicKey,
+        *,
+        preshared: PresharedKey | None = None,
+        endpoint: tuple[str, int] | None = None,
+    ) -> None:
+        """Let the configured peer `index` in under this key and pre-shared key, or replace those it has.
+
+        `preshared` is taken over and wiped in the end, whatever comes of the call; both ends need the same.
+        `endpoint` is where the peer is, if not where the configuration says. The same keys again change
+        nothing, but for where the peer is. Other keys end all that was with this peer before: session,
+        generations, keys. Returns when the device knows the peer, not when it is up. Calls for one peer take
+        turns; a cancelled one leaves the peer as it was, or expelled. Raises `TunnelError`.
+        """
+        kept = False
+        try:
+            peer = self._peer(index)
+            if public_key == self.public_key:
+                raise TunnelError(f"{self.interface}: peer {index} has our own public key {public_key}")
+            place = await resolve(*(peer.endpoint if endpoint is None else endpoint))
+            async with self._changing[index]:
+                boot = self._live_bootstrap()
+                entry = boot.entries.get(index)
+                if entry is not None and _same(entry, public_key, preshared):
+                    if endpoint is not None and place not in entry.places:
+                        await boot.move(index, place)
+                    return
+                await self._leave(index)
+                ours = self._ranges_on_bootstrap(peer)
+                leads = self.config.index < index
+                await boot.admit(Entry(index, public_key, (place,), ours, leads, preshared))
+                kept = True
+                if self.config.rotation is not None:
+                    self._start_pair(peer, self.config.rotation)
+                log.info("peer admitted", interface=self.interface, peer=index, key=str(public_key))
+                self._note()
+        finally:
+            if preshared is not None and not kept:
+                preshared.wipe()
+
+    async def expel(self, index: int) -> None:
+        """End all that is with this peer, at once: its session, its generations with their processes and
+        keys. What is for it goes nowhere from then on, until it is admitted again. A peer that is not
+        admitted may be expelled. Calls for one peer take turns; once begun it is not cancelled."""
+        self._peer(index)
+        async with self._changing[index]:
+            if self.admitted(index):
+                log.info("peer expelled", interface=self.interface, peer=index)
+            await self._leave(index)
+            self._note()
+
+    async def _leave(self, index: int) -> None:
+        with trio.CancelScope(shield=True):
+            boot, pair = self._live_bootstrap(), self._pairs.get(index)
+            if pair is not None:
+                pair.end()
+                self._control.dismiss(pair)
+            entry = boot.entries.get(index)
+            if pair is None:
+                self._passed[index] = self._traffic_of(index)
+            await boot.expel(index)
+            if pair is not None:
+                await pair.ended()
+                self._passed[index] = self._traffic_of(index)
+                del self._pairs[index]
+            if entry is not None and entry.preshared is not None:
+                entry.preshared.wipe()
+
+    def _peer(self, index: int) -> TunnelPeer:
+        for peer in self.config.peers:
+            if peer.index == index:
+                return peer
+        raise TunnelError(f"{self.interface}: node {index} is none of the configured peers")
+
+    def _live_bootstrap(self) -> Interface:
+        if self._bootstrap is None:
+            raise TunnelError(f"{self.interface}: the tunnel is down")
+        return self._bootstrap
 
     def bind(self, sock: trio.socket.SocketType | socket.socket) -> None:
         """Tie a socket to the tunnel, before it listens or connects.
@@ -268,47 +397,84 @@ class Tunnel:
     def _note(self) -> None:
         self._changed.set()
         self._changed = trio.Event()
+        for index, before in self._states.items():
+            state = self._states[index] = self._state_of(index)
+            if state is not before:
+                seen = {
+                    key: value for key, value in self._status_of(index).as_dict().items() if value is not None
+                }
+                bad = state in (PeerState.SUSPECT, PeerState.DOWN)
+                (log.warning if bad else log.info)("tunnel peer", was=before.value, **seen)
+                self._said(index, state.value, None)
 
     async def _live(self, key: PrivateKey, task_status: trio.TaskStatus[None]) -> None:
         """Keep the interfaces alive."""
         config, plan = self.config, self.config.rotation
         async with AsyncExitStack() as stack:
+            stack.callback(self._down)
             device = await stack.enter_async_context(
                 open_device(config.interface, config.implementation, config.userspace_path)
             )
-            self._bootstrap = self._bootstrap_interface(device, key)
-            if plan is None:
-                await self._bootstrap.set_up()
+            bootstrap = self._bootstrap_interface(device, key)
+            if plan is not None:
+                await self._prepare_rotation(plan, stack)
+            await bootstrap.set_up()
+            if plan is not None:
+                await device.accept_from_other_routes()
+                self._control = Control(config.interface, config.index)
+                stack.callback(self._control.close)
+                await self._control.open()
+                await self._see_that_nothing_leaves()
+            async with trio.open_nursery() as self._nursery:
+                self._nursery.start_soon(bootstrap.live)
+                if plan is not None:
+                    self._nursery.start_soon(self._control.listen)
+                    self._nursery.start_soon(self._guard)
+                else:
+                    self._nursery.start_soon(self._ping)
+                self._bootstrap = bootstrap
+                for peer in config.peers:
+                    if peer.public_key is not None:
+                        await self.admit(peer.index, peer.public_key)
                 task_status.started()
-                await self._bootstrap.live()
-            HybridExchange().offer()  # a host that cannot do this says so now
-            slots = [
+
+    def _down(self) -> None:
+        boot, self._bootstrap = self._bootstrap, None
+        for entry in boot.entries.values() if boot is not None else ():
+            if entry.preshared is not None:
+                entry.preshared.wipe()
+
+    async def _prepare_rotation(self, plan: RotationPlan, stack: AsyncExitStack) -> None:
+        """The slots of all peers, admitted or not: they exist for the life of the tunnel."""
+        HybridExchange().offer()  # a host that cannot do this says so now
+        config = self.config
+        self._record = await trio.to_thread.run_sync(EpochRecord, plan.record)
+        for peer, names in zip(config.peers, self._names(), strict=True):
+            self._slots[peer.index] = tuple(
                 [
                     await stack.enter_async_context(
                         open_device(name, config.implementation, config.userspace_path, awake=False)
                     )
                     for name in names
                 ]
-                for names in self._names()
-            ]
-            self._ties = tuple([await slot.index() for pair in slots for slot in pair])
-            await self._bootstrap.set_up()
-            await device.accept_from_other_routes()
-            record = await trio.to_thread.run_sync(EpochRecord, plan.record)
-            control = Control(config.interface, config.index)
-            stack.callback(control.close)
-            await control.open()
-            async with trio.open_nursery() as nursery:
-                nursery.start_soon(self._bootstrap.live)
-                nursery.start_soon(control.listen)
-                await self._see_that_nothing_leaves()
-                nursery.start_soon(self._guard)
-                for place, peer in enumerate(config.peers):
-                    pair = self._pair(peer, place, tuple(slots[place]), plan, record, control)
-                    self._pairs[peer.index] = pair
-                    control.serve(pair)
-                    nursery.start_soon(pair.run)
-                task_status.started()
+            )
+        self._ties = tuple([await slot.index() for slots in self._slots.values() for slot in slots])
+
+    async def _ping(self) -> NoReturn:
+        """Without rotation, on the one interface there is; with it, each generation pings for itself."""
+        at = {
+            network.network_address: peer.index
+            for peer in self.config.peers
+            for network in peer.allowed
+            if network.prefixlen == network.max_prefixlen and network.version == self.address.version
+        }
+
+        def peers() -> dict[str, PeerWatch]:
+            watches = self._bootstrap.watches if self._bootstrap is not None else {}
+            return {str(host): watches[index] for host, index in at.items() if index in watches}
+
+        await ping(self, CONTROL_PORT, peers, lambda: False)
+        raise AssertionError("it goes on for ever")
 
     async def _guard(self) -> None:
         while True:
@@ -332,21 +498,14 @@ class Tunnel:
 
     def _bootstrap_interface(self, device: Device, key: PrivateKey) -> Interface:
         config = self.config
-        entries, ways = [], []
-        addresses = [config.address]
+        addresses, ways = [config.address], []
         if config.rotation is not None:
             addresses.append(control_address(config.index))
         for peer in config.peers:
-            allowed = peer.allowed
             if config.rotation is not None:
                 # The application's ranges lead here while they lead nowhere else, and nobody here owns them.
                 ways += [Way(network, config.address, FALLBACK_METRIC) for network in peer.allowed]
-                allowed = (ip_network(f"{control_address(peer.index)}/32"),)
-            source = addresses[-1]
-            ways += [Way(network, source) for network in allowed]
-            entries.append(
-                Entry(peer.index, peer.public_key, peer.endpoint, allowed, config.index < peer.index)
-            )
+            ways += [Way(network, addresses[-1]) for network in self._ranges_on_bootstrap(peer)]
         return Interface(
             device,
             key,
@@ -354,20 +513,18 @@ class Tunnel:
             config.mtu,
             tuple(addresses),
             tuple(ways),
-            tuple(entries),
+            {},
             self._note,
         )
 
-    def _pair(
-        self,
-        peer: TunnelPeer,
-        place: int,
-        slots: tuple[Device, ...],
-        plan: RotationPlan,
-        record: EpochRecord,
-        control: Control,
-    ) -> Pair:
-        config = self.config
+    def _ranges_on_bootstrap(self, peer: TunnelPeer) -> tuple[Network, ...]:
+        if self.config.rotation is None:
+            return peer.allowed
+        return (ip_network(f"{control_address(peer.index)}/32"),)
+
+    def _start_pair(self, peer: TunnelPeer, plan: RotationPlan) -> None:
+        config, boot = self.config, self._live_bootstrap()
+        place = config.peers.index(peer)
         machine = Rotation(
             config.index,
             peer.index,
@@ -375,29 +532,37 @@ class Tunnel:
             lambda message, signature: plan.authenticate(peer.index, message, signature),
             plan.context,
             tuple(1 + SLOTS * place + slot for slot in range(SLOTS)),
-            seen=record.seen.get(peer.index, 0),
+            seen=self._record.seen.get(peer.index, 0),
             refusals=plan.refusals,
         )
-        return Pair(
+        pair = Pair(
             machine,
-            slots,
-            record,
+            self._slots[peer.index],
+            self._record,
             plan.seconds,
             config.listen_port,
             config.address,
             config.mtu,
-            peer.endpoint,
+            lambda: boot.places(peer.index),
             peer.allowed,
-            control.send,
+            self._control.send,
             self._bootstrap_up,
             self._note,
-            self._said if self._said is not None else lambda peer, what, epoch: None,
+            self._said,
         )
+        self._pairs[peer.index] = pair
+        self._control.serve(pair)
+        self._nursery.start_soon(pair.run)
 
     def _bootstrap_up(self, index: int) -> bool:
-        assert self._bootstrap is not None
-        watch = self._bootstrap.watches[index]
-        return watch.state(trio.current_time(), time.time()) is PeerState.UP
+        watch = self._live_bootstrap().watches.get(index)
+        return watch is not None and watch.state(trio.current_time(), time.time()) is PeerState.UP
+
+
+def _same(entry: Entry, public_key: PublicKey, preshared: PresharedKey | None) -> bool:
+    if entry.public_key != public_key or (entry.preshared is None) != (preshared is None):
+        return False
+    return entry.preshared is None or preshared is None or entry.preshared.same(preshared)
 
 
 @asynccontextmanager
@@ -411,15 +576,13 @@ async def raise_tunnel(
     With `wait` seconds given, returns once every peer has handshaken, else raises `HandshakeTimeout`; with
     None it returns as soon as the interface is up, and `wait_up` may be called later: a long-running party
     should not end because a peer is late. `said` hears of rotations: peer, what (begun, accepted, committed,
-    aborted, refused) and epoch. One error alone comes as itself, not in a group.
+    aborted, refused) and epoch; and of each change of a peer's state: peer, value of `PeerState`, None. One
+    error alone comes as itself, not in a group.
     """
-    key = load_private(config.private_key)
+    given = config.private_key
+    key = given if isinstance(given, PrivateKey) else load_private(given)
     try:
-        ours = key.public()
-        for peer in config.peers:
-            if peer.public_key == ours:
-                raise TunnelError(f"{config.interface}: peer {peer.index} has our own public key {ours}")
-        tunnel = Tunnel(config, said)
+        tunnel = Tunnel(config, key.public(), said)
         async with trio.open_nursery() as nursery:
             await nursery.start(tunnel._live, key)
             if wait is not None:
@@ -427,16 +590,9 @@ async def raise_tunnel(
             yield tunnel
             nursery.cancel_scope.cancel()
     except BaseExceptionGroup as group:
-        found = _leaves(group)
+        found = leaves(group)
         if len(found) == 1:
             raise found[0] from found[0].__cause__
         raise
     finally:
         key.wipe()
-
-
-def _leaves(group: BaseExceptionGroup[BaseException]) -> list[BaseException]:
-    found: list[BaseException] = []
-    for problem in group.exceptions:
-        found += _leaves(problem) if isinstance(problem, BaseExceptionGroup) else [problem]
-    return found

@@ -4,40 +4,53 @@ from __future__ import annotations
 
 import hashlib
 import ipaddress
-from contextlib import AsyncExitStack
+from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Final
 
 import structlog
 import trio
-from prometheus_client import Counter, Enum, Gauge, start_http_server
+from prometheus_client import Counter, Enum, Gauge
 
 from mimir import kernels
 from mimir.actors.session import Limits, SessionActor
-from mimir.config import Config
-from mimir.errors import BadInput, ConfigError, MimirError, PeerError
+from mimir.admission import revocation
+from mimir.admission.bootstrap import POLICY_RECORD, Admission, GateError, Place, PolicyFile
+from mimir.admission.revocation import Gossip, Revocations, context_of
+from mimir.admission.tls import PartyTls
+from mimir.attesters import open_attester
+from mimir.config import Address, Config
+from mimir.errors import AbortError, AttestationError, BadInput, ConfigError, MimirError, PeerError
 from mimir.model.checkpoint import PlanSpec
 from mimir.mpc.domain import Ring
 from mimir.mpc.nonlinear import Settings
 from mimir.net import Transport
 from mimir.net.control import ClientHandle, serve_control
 from mimir.net.identity import BadSignature, Identity, parse_public, verify
-from mimir.net.mesh import PeerAt, open_mesh
+from mimir.net.mesh import Mesh, PeerAt, open_listeners, open_mesh
 from mimir.net.messages import Open
+from mimir.net.metrics import serve_metrics
+from mimir.secret import PresharedKey
 from mimir.store import ComponentsDiffer, ModelStore, SharedModel
-from wg import PeerState, RotationPlan, Tunnel, TunnelConfig, raise_tunnel
+from wg import PeerState, PrivateKey, PublicKey, RotationPlan, Tunnel, TunnelConfig, WgError, raise_tunnel
+from wg import PresharedKey as TunnelPresharedKey
+from wg import generate as generate_tunnel_key
 
 log = structlog.get_logger("mimir.peer")
 
 SESSIONS = Gauge("mimir_sessions", "Sessions open")
 ENDED = Counter("mimir_sessions_ended_total", "Sessions ended", ["how"])
-TUNNEL_STATE = Enum(
-    "mimir_tunnel_state", "State of the tunnel", ["party"], states=[state.value for state in PeerState]
-)
+TUNNEL_STATES: Final = [state.value for state in PeerState]
+TUNNEL_STATE = Enum("mimir_tunnel_state", "State of the tunnel", ["party"], states=TUNNEL_STATES)
 HANDSHAKE_AGE = Gauge("mimir_tunnel_handshake_age_seconds", "Since WireGuard's last handshake", ["party"])
 EPOCH = Gauge("mimir_tunnel_epoch", "Generation of keys in use; 0 for none", ["party"])
 EPOCH_AGE = Gauge("mimir_tunnel_epoch_age_seconds", "Age of that generation", ["party"])
 ROTATIONS = Counter("mimir_tunnel_rotations_total", "Steps of rotations", ["party", "what"])
+TRANSITIONS = Counter("mimir_tunnel_transitions_total", "Changes of the tunnel's state", ["party", "to"])
+ROUND_TRIP = Gauge("mimir_tunnel_round_trip_seconds", "Of the last ping of the application", ["party"])
+MUTE = Gauge("mimir_tunnel_mute_seconds", "Since the peer's application answered a ping", ["party"])
 EPOCHS_FILE: Final = "tunnel.epochs"  # in data_dir: the highest number used with each peer
 MEASURE_SECONDS: Final = 1.0
 DIGEST_ASK: Final = "component digest"
@@ -53,6 +66,7 @@ class _Gathering:
     clients: dict[str, ClientHandle] = field(default_factory=dict)
     complete: trio.Event = field(default_factory=trio.Event)
     over: trio.Event = field(default_factory=trio.Event)
+    scope: trio.CancelScope = field(default_factory=trio.CancelScope)
     error: BaseException | None = None
 
 
@@ -81,11 +95,20 @@ class PartyService:
             str, dict[int, str]
         ] = {}  # model -> component -> hash, as this party received it
         self.tunnel: Tunnel | None = None
+        self.revocations: Revocations | None = None
+        self.admission: Admission | None = None
+        self.boot: dict[str, float] = {}  # steps of the start that are done, in seconds after its beginning
         transport.on_request(DIGEST_ASK, self._tell_digest)
 
     # --- sessions -------------------------------------------------------------------------------------------
 
     async def open(self, client: ClientHandle, terms: Open) -> None:
+        for party in self.config.peers:
+            try:
+                if self.revocations is not None:
+                    self.revocations.check(identity=party.identity)
+            except AttestationError as error:
+                raise BadInput(f"party {party.party} ({party.name}) is revoked: {error}") from None
         gathering = self._sessions.get(terms.session)
         if gathering is None:
             if len(self._sessions) >= self.config.scheduler.max_sessions:
@@ -101,7 +124,11 @@ class PartyService:
         gathering.clients[client.key] = client
         if len(gathering.clients) == len(terms.clients):
             gathering.complete.set()
-        await gathering.over.wait()
+        try:
+            await gathering.over.wait()
+        except trio.Cancelled:  # this client was cut off: its session does not wait to notice
+            gathering.scope.cancel()
+            raise
         if gathering.error is not None:
             raise gathering.error
 
@@ -110,11 +137,14 @@ class PartyService:
         terms = gathering.terms
         SESSIONS.inc()
         try:
-            with trio.move_on_after(self.config.deadlines.client) as waiting:
-                await gathering.complete.wait()
-            if waiting.cancelled_caught:
-                raise BadInput("the other clients of this session did not come in time")
-            await self._run(gathering)
+            with gathering.scope:
+                with trio.move_on_after(self.config.deadlines.client) as waiting:
+                    await gathering.complete.wait()
+                if waiting.cancelled_caught:
+                    raise BadInput("the other clients of this session did not come in time")
+                await self._run(gathering)
+            if gathering.scope.cancelled_caught:
+                raise AbortError("a client was cut off")
             ENDED.labels("closed").inc()
         except Exception as error:
             gathering.error = error
@@ -188,7 +218,10 @@ class PartyService:
             "sessions": len(self._sessions),
             "kernels": kernels.level(),
             "peers": {str(p): self.transport.up(p) for p in self.transport.peers},
+            "boot": {step: round(seconds, 3) for step, seconds in self.boot.items()},
         }
+        if self.admission is not None:
+            out["admission"] = self.admission.view()
         if self.tunnel is not None:
             rotations = {
                 r.index: {"epoch": r.epoch, "epoch_age": r.age, "rotation": r.state}
@@ -199,6 +232,8 @@ class PartyService:
                     "party": s.index,
                     "state": s.state.value,
                     "handshake_age": s.handshake_age,
+                    "mute": s.mute,
+                    "round_trip": s.round_trip,
                     "received": s.rx,
                     "sent": s.tx,
                     **rotations.get(s.index, {}),
@@ -208,8 +243,45 @@ class PartyService:
         return out
 
 
-def rotation_plan(config: Config, identity: Identity) -> RotationPlan | None:
-    """How the tunnel's keys are renewed: announced by the identities of exactly these three parties."""
+class _TunnelGate:
+    """What an admitted peer passes (mimir.admission.bootstrap.Gate): the tunnel and the mesh inside it."""
+
+    def __init__(self) -> None:
+        self.tunnel: Tunnel
+        self.mesh: Mesh
+
+    async def admit(
+        self, party: int, tunnel_key: bytes, preshared: PresharedKey, endpoint: Address | None
+    ) -> None:
+        self.mesh.cut(party, "admitted anew, under other keys")
+        with preshared.reveal_to_kernel() as view:
+            key = TunnelPresharedKey(bytes(view))
+        place = (endpoint.host, endpoint.port) if endpoint is not None else None
+        try:
+            await self.tunnel.admit(party, PublicKey(tunnel_key), preshared=key, endpoint=place)
+        except WgError as error:
+            raise GateError(str(error)) from None
+        self.mesh.changed()
+
+    async def expel(self, party: int, why: str) -> None:
+        self.mesh.cut(party, why)
+        await self.tunnel.expel(party)
+
+    def up(self, party: int) -> bool:
+        return self.tunnel.up(party)
+
+
+def rotation_plan(
+    config: Config, identity: Identity, admitted: Callable[[int], bool] = lambda party: True
+) -> RotationPlan | None:
+    """How the tunnel's keys are renewed: announced by the identities of exactly these three parties, and
+    heard from one that is admitted at that moment."""
+
+    def authenticate(party: int, message: bytes, signature: bytes) -> None:
+        if not admitted(party):
+            raise BadSignature(f"party {party} is not admitted")
+        verify(keys[party], message, signature)
+
     if not config.tunnel.rotates:
         return None
     keys = [parse_public(peer.identity) for peer in config.peers]
@@ -217,41 +289,45 @@ def rotation_plan(config: Config, identity: Identity) -> RotationPlan | None:
         seconds=config.tunnel.rotate_seconds,
         record=config.data_dir / EPOCHS_FILE,
         sign=identity.sign,
-        authenticate=lambda party, message, signature: verify(keys[party], message, signature),
+        authenticate=authenticate,
         refusals=(BadSignature,),
         context=hashlib.sha256(b"mimir tunnel rotation\0" + b"".join(keys)).digest(),
     )
 
 
-def _tunnel_config(config: Config, identity: Identity) -> TunnelConfig:
+def _tunnel_config(config: Config, key: PrivateKey | None, rotation: RotationPlan | None) -> TunnelConfig:
+    """With a `key` in memory nobody is admitted yet; else the files say all keys."""
     t = config.tunnel
-    for name in ("interface", "address", "private_key", "listen_port"):
-        if getattr(t, name) is None:
-            raise ConfigError(f'{config.source}: tunnel.{name} is needed when tunnel.mode is "wireguard"')
     peers = []
     for peer in config.others:
-        if peer.tunnel_public_key is None or peer.tunnel_endpoint is None:
-            raise ConfigError(
-                f"{config.source}: peers: party {peer.party} needs tunnel_public_key and tunnel_endpoint"
-            )
+        assert peer.tunnel_endpoint is not None
         allowed = peer.tunnel_allowed or (f"{ipaddress.ip_address(peer.host)}/32",)
         endpoint = peer.tunnel_endpoint
         peers.append((peer.party, peer.tunnel_public_key, endpoint.host, endpoint.port, allowed))
-    assert t.interface and t.address and t.private_key and t.listen_port
+    private = key if key is not None else t.private_key
+    assert t.interface and t.address and private and t.listen_port
     return TunnelConfig.from_text(
         index=config.party,
         interface=t.interface,
-        private_key=t.private_key,
+        private_key=private,
         listen_port=t.listen_port,
         address=t.address,
         peers=peers,
         mtu=t.mtu,
-        rotation=rotation_plan(config, identity),
+        rotation=rotation,
     )
 
 
-async def run_peer(config: Config, orders: trio.MemoryReceiveChannel[None] | None = None) -> None:
-    """Run this party until cancelled. What comes on `orders` asks for new tunnel keys now."""
+async def run_peer(config: Config, orders: trio.MemoryReceiveChannel[str] | None = None) -> None:
+    """Run this party until cancelled. `orders`: "rotate" asks for new tunnel keys, "reload" for another look
+    at policy and collateral."""
+    began = trio.current_time()
+    boot: dict[str, float] = {}
+
+    def done(step: str, **facts: Any) -> None:
+        boot[step] = trio.current_time() - began
+        log.info("boot", step=step, seconds=round(boot[step], 3), **facts)
+
     identity = Identity.load(config.identity_key)
     if identity.public_hex != config.me.identity:
         raise ConfigError(
@@ -259,16 +335,35 @@ async def run_peer(config: Config, orders: trio.MemoryReceiveChannel[None] | Non
             f"for party {config.party}; give every party its own file"
         )
     store = ModelStore(config.data_dir, config.party, tuple(p.identity for p in config.peers))
-    if config.metrics.listen is not None:
-        start_http_server(config.metrics.listen.port, config.metrics.listen.host)
     log.info("starting", party=config.party, name=config.me.name, kernels=kernels.level())
     async with AsyncExitStack() as stack:
         stack.callback(store.close)
+        revocations = open_revocations(config)
+        tls: PartyTls | None = None
+        if config.tls.enabled:
+            others = [peer.identity for peer in config.others]
+            tls = PartyTls(identity, config.me.name, others, revocations)
+            stack.callback(tls.wipe)
+        gate = _TunnelGate()
+        key = generate_tunnel_key() if config.attested else None
+        admission: Admission | None = None
+        if key is not None:
+            admission = await stack.enter_async_context(
+                _open_admission(config, identity, key.public().raw, gate, revocations, tls)
+            )
+            done("attest", entry=await _own_entry(admission))
+
+        def admitted(party: int) -> bool:
+            return admission is None or admission.admitted(party) is not None
+
         tunnel: Tunnel | None = None
         if config.tunnel.mode == "wireguard":
+            rotation = rotation_plan(config, identity, admitted)
             tunnel = await stack.enter_async_context(
-                raise_tunnel(_tunnel_config(config, identity), wait=None, said=_count_rotation)
+                raise_tunnel(_tunnel_config(config, key, rotation), wait=None, said=_count)
             )
+            gate.tunnel = tunnel
+        done("keys", tunnel="in memory" if key is not None else "from a file" if tunnel else "none")
         mesh = await stack.enter_async_context(
             open_mesh(
                 party=config.party,
@@ -280,42 +375,159 @@ async def run_peer(config: Config, orders: trio.MemoryReceiveChannel[None] | Non
                 handshake_deadline=config.deadlines.handshake,
                 bind=tunnel.bind if tunnel is not None else None,
                 dead_after=config.deadlines.link,
+                admitted=admitted,
             )
         )
+        gate.mesh = mesh
         nursery = await stack.enter_async_context(trio.open_nursery())
         service = PartyService(config, mesh, store, nursery)
-        service.tunnel = tunnel
-        await nursery.start(serve_control, config, identity, service)
-        nursery.start_soon(_say_when_up, mesh, config)
+        service.tunnel, service.revocations, service.admission = tunnel, revocations, admission
+        service.boot = boot
+        if admission is not None:
+            assert config.attestation.listen is not None
+            listen = config.attestation.listen
+            listeners = await open_listeners(listen.host, listen.port)
+            await nursery.start(admission.run, listeners)
+            nursery.start_soon(_say_when_admitted, admission, done)
+        else:
+            log.warning("NO ATTESTATION: peers are believed by their keys alone", party=config.party)
+        door = partial(serve_control, config, identity, service, tls=tls, revocations=revocations)
+        await nursery.start(door)
+        await nursery.start(serve_metrics, config, tls)
+        if revocations is not None:
+            nursery.start_soon(Gossip(mesh, revocations).run)
+            nursery.start_soon(_cut_off_revoked, config, mesh, revocations)
+        nursery.start_soon(_say_when_up, mesh, config, done)
         if orders is not None:
-            nursery.start_soon(_rotate_when_told, tunnel, orders)
+            nursery.start_soon(_obey, tunnel, admission, orders)
         if tunnel is not None:
             nursery.start_soon(_measure, tunnel)
         await trio.sleep_forever()
 
 
-async def _say_when_up(mesh: Any, config: Config) -> None:
+@asynccontextmanager
+async def _open_admission(
+    config: Config,
+    identity: Identity,
+    tunnel_key: bytes,
+    gate: _TunnelGate,
+    revocations: Revocations | None,
+    tls: PartyTls | None,
+) -> AsyncIterator[Admission]:
+    """Whoever makes our evidence, the policy in force, and the admission that rests on both."""
+    attestation = config.attestation
+    assert config.attester is not None and attestation.policy is not None
+    record = config.data_dir / POLICY_RECORD
+    policy_file = PolicyFile(attestation.policy, attestation.owners, attestation.threshold, record)
+    found = policy_file.policy
+    log.info("policy", name=found.name, version=found.version, digest=policy_file.digest.hex()[:16])
+    places = []
+    for peer in config.others:
+        assert peer.admission is not None and peer.tunnel_endpoint is not None
+        port = peer.tunnel_endpoint.port
+        places.append(Place(peer.party, peer.name, parse_public(peer.identity), peer.admission, port))
+    async with open_attester(config.attester) as attester:
+        admission = Admission(
+            party=config.party,
+            identity=identity,
+            peers=places,
+            config_digest=config.digest(),
+            tunnel_key=tunnel_key,
+            attester=attester,
+            policy_file=policy_file,
+            gate=gate,
+            collateral=attestation.collateral,
+            revocations=revocations,
+            tls=tls,
+            handshake_seconds=config.deadlines.handshake,
+        )
+        try:
+            yield admission
+        finally:
+            admission.kem.wipe()
+
+
+async def _own_entry(admission: Admission) -> str:
+    """Of the policy, that our own evidence satisfies. If it does none, peers will refuse us: say so now."""
+    try:
+        return await admission.check_own()
+    except AttestationError as error:
+        log.error(
+            "this party's own evidence does not satisfy the policy: its peers will not admit it",
+            step=error.step,
+            expected=error.expected,
+            got=error.got,
+        )
+        return "none"
+
+
+async def _say_when_admitted(admission: Admission, done: Callable[..., None]) -> None:
+    await admission.wait_admitted()
+    done("admit")
+
+
+def open_revocations(config: Config) -> Revocations | None:
+    """What this party knows to be revoked; None where nobody may revoke."""
+    if not config.attestation.owners:
+        return None
+    return Revocations(
+        config.data_dir / revocation.FILE,
+        context_of(peer.identity for peer in config.peers),
+        config.attestation.owners,
+        config.attestation.threshold,
+    )
+
+
+async def _cut_off_revoked(config: Config, mesh: Mesh, revocations: Revocations) -> None:
+    """End the sessions that a revoked party is in; none begins (`PartyService.open`). Whether there is a link
+    at all is the admission's to say."""
+    while True:
+        epoch = revocations.epoch
+        for peer in config.peers:
+            try:
+                revocations.check(identity=peer.identity)
+            except AttestationError as error:
+                if peer.party == config.party:
+                    log.error(
+                        "THIS PARTY'S IDENTITY IS REVOKED: nobody works with it any more", why=str(error)
+                    )
+                else:
+                    mesh.cut(peer.party, str(error))
+        await revocations.wait_past(epoch)
+
+
+async def _say_when_up(mesh: Any, config: Config, done: Callable[..., None]) -> None:
     while True:
         try:
             await mesh.wait_up(config.deadlines.client)
         except PeerError as error:
             log.warning("still waiting for a peer", why=str(error))
         else:
+            done("serve")
             log.info("mesh is up: ready for clients")
             return
 
 
-async def _rotate_when_told(tunnel: Tunnel | None, orders: trio.MemoryReceiveChannel[None]) -> None:
-    async for _ in orders:
-        if tunnel is None or not tunnel.rotations():
+async def _obey(
+    tunnel: Tunnel | None, admission: Admission | None, orders: trio.MemoryReceiveChannel[str]
+) -> None:
+    async for order in orders:
+        if order == "reload":
+            if admission is not None:
+                log.info("reading policy and collateral again as told")
+                admission.reload()
+        elif tunnel is None or not tunnel.rotations():
             log.warning("told to rotate keys, but tunnel.rotate_seconds = 0 or there is no tunnel")
         else:
             log.info("rotating keys as told")
             tunnel.rotate()
 
 
-def _count_rotation(party: int, what: str, epoch: int | None) -> None:
-    ROTATIONS.labels(party, what).inc()
+def _count(party: int, what: str, epoch: int | None) -> None:
+    if what in TUNNEL_STATES:
+        TRANSITIONS.labels(party, what).inc()
+    else:
+        ROTATIONS.labels(party, what).inc()
 
 
 async def _measure(tunnel: Tunnel) -> None:
@@ -325,6 +537,10 @@ async def _measure(tunnel: Tunnel) -> None:
             TUNNEL_STATE.labels(status.index).state(status.state.value)
             if status.handshake_age is not None:
                 HANDSHAKE_AGE.labels(status.index).set(status.handshake_age)
+            if status.mute is not None:
+                MUTE.labels(status.index).set(status.mute)
+            if status.round_trip is not None:
+                ROUND_TRIP.labels(status.index).set(status.round_trip)
         for rotation in tunnel.rotations():
             EPOCH.labels(rotation.index).set(rotation.epoch or 0)
             EPOCH_AGE.labels(rotation.index).set(rotation.age or 0)

@@ -49,6 +49,7 @@ class Verdict:
     evidence: str  # SHA-256 of the envelope, hex
     valid_until: datetime
     steps: tuple[Step, ...]
+    measurements: tuple[str, ...]  # that the evidence shows, hex: what a revocation may name
 
     def public(self) -> dict[str, Any]:
         """Plain values, for JSON."""
@@ -64,6 +65,7 @@ class Verdict:
             "policy_version": self.policy_version,
             "evidence": self.evidence,
             "valid_until": stamp(self.valid_until),
+            "measurements": list(self.measurements),
             "steps": [vars(each) for each in self.steps],
         }
 
@@ -106,6 +108,7 @@ def appraise(
         hashlib.sha256(raw).hexdigest(),
         min(ends),
         (*facts.steps, *trail.steps, *judged),
+        tuple(sorted(value for kind, value in facts.names() if kind == "measurements")),
     )
 
 

@@ -89,7 +89,9 @@ def shown(value: Any) -> str:
         text = value
     else:
         text = str(value)
-    text = "".join(c if c.isprintable() else "?" for c in text[: MAX_SHOWN + 1])
+    text = text[: MAX_SHOWN + 1]
+    if not text.isprintable():
+        text = "".join(c if c.isprintable() else "?" for c in text)
     return text if len(text) <= MAX_SHOWN else text[: MAX_SHOWN - 3] + "..."
 
 

@@ -275,6 +275,7 @@ def status(options: argparse.Namespace) -> int:
 
 async def _status(options: argparse.Namespace, terminal: Terminal) -> int:
     federation, identity = _load(options)
+    tls = federation.client_tls(identity, federation.revocations())
     answers: list[dict[str, Any] | MimirError] = []
 
     async def ask(index: int, party: Party) -> None:
@@ -282,7 +283,12 @@ async def _status(options: argparse.Namespace, terminal: Terminal) -> int:
         try:
             with plain_errors():
                 async with connect(
-                    party, identity, within=deadlines.connect, silence=deadlines.connect
+                    party,
+                    identity,
+                    within=deadlines.connect,
+                    silence=deadlines.connect,
+                    tls=tls,
+                    unadmitted=True,
                 ) as connection:
                     await connection.send({"t": "status"})
                     answers[index] = (await connection.receive("status"))["status"]

@@ -21,9 +21,10 @@ import numpy as np
 import numpy.typing as npt
 import trio
 
-from mimir.client.connection import Connection, connect, plain_errors
+from mimir.admission.revocation import Revocations
+from mimir.client.connection import Connection, PartyError, connect, plain_errors
 from mimir.client.federation import Federation
-from mimir.errors import BadInput, ClientError, LocalError, MimirError, ModelError
+from mimir.errors import AttestationError, BadInput, ClientError, LocalError, MimirError, ModelError
 from mimir.model.checkpoint import PlanSpec
 from mimir.net.identity import Identity
 from mimir.net.messages import SESSION_BYTES, Message, Open, Sampler
@@ -104,15 +105,58 @@ def bucket_for(length: int, buckets: Sequence[int], what: str) -> int:
 
 @asynccontextmanager
 async def connect_all(federation: Federation, identity: Identity) -> AsyncIterator[list[Connection]]:
-    """Sealed connections to the three parties, in party order; all or `ClientError`."""
+    """Sealed connections to the three parties, in party order; all or `ClientError`.
+
+    Where the federation file names owners, what they revoked is exchanged with the parties first, and a party
+    that turns out to be revoked is refused.
+    """
     deadlines = federation.deadlines
+    revocations = federation.revocations()
+    tls = federation.client_tls(identity, revocations)
     async with AsyncExitStack() as stack:
-        yield [
+        connections = [
             await stack.enter_async_context(
-                connect(party, identity, within=deadlines.connect, silence=deadlines.silence)
+                connect(party, identity, within=deadlines.connect, silence=deadlines.silence, tls=tls)
             )
             for party in federation.parties
         ]
+        if revocations is not None:
+            await _agree_on_revocations(connections, revocations)
+        yield connections
+
+
+async def _agree_on_revocations(connections: Sequence[Connection], revocations: Revocations) -> None:
+    """Learn from every party what is revoked, tell those that are behind, and refuse parties that are."""
+
+    async def exchange(connection: Connection) -> None:
+        await connection.send({"t": "revocations"})
+        answer = await connection.receive("revoked")
+        if answer["statement"]:
+            try:
+                revocations.offer(answer["statement"])
+            except AttestationError as error:
+                if error.step != "revocation.epoch":  # it is behind: it will be told
+                    raise PartyError(
+                        connection.party, f"shows revocations that do not hold: {error}"
+                    ) from error
+
+    async def tell(connection: Connection) -> None:
+        if revocations.epoch:
+            await connection.send({"t": "revoke", "statement": revocations.raw})
+            await connection.receive("revoked")
+
+    await gather(connections, exchange)
+    await gather(connections, tell)
+    for connection in connections:
+        shown = connection.certificate
+        try:
+            revocations.check(identity=connection.party.identity)
+            if shown is not None:
+                revocations.check(identity=shown.issuer, certificate=shown.fingerprint)
+                if shown.grounds is not None:
+                    revocations.check(tunnel=shown.grounds.tunnel, measurements=shown.grounds.measurements)
+        except AttestationError as error:
+            raise PartyError(connection.party, str(error)) from error
 
 
 async def statuses(connections: Sequence[Connection]) -> list[dict[str, Any]]:

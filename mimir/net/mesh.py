@@ -57,6 +57,11 @@ log = structlog.get_logger("mimir.net")
 
 
 Bind = Callable[[trio.socket.SocketType], None]
+Admitted = Callable[[int], bool]  # whether a party may have links at this moment
+
+
+def _everybody(party: int) -> bool:
+    return True
 
 
 @dataclass(frozen=True, slots=True)
@@ -449,8 +454,10 @@ class Mesh:
         nursery: trio.Nursery,
         bind: Bind | None = None,
         dead_after: float = DEAD_AFTER,
+        admitted: Admitted = _everybody,
     ) -> None:
         self.party = party
+        self.admitted = admitted
         self.dead_after = dead_after
         self.peers = tuple(sorted(peer.party for peer in peers))
         self.board = wire.Board(party, self.peers)
@@ -508,7 +515,7 @@ class Mesh:
             raise PeerError(down, "mesh", f"not up within {deadline:g} s: {why}")
 
     def cut(self, peer: int, why: str = "cut on our side") -> None:
-        """Drop the links to a peer; its sessions end, and the mesh makes new links."""
+        """Drop the links to a peer; its sessions end. The mesh makes new links, if the peer is admitted."""
         generation = self._generations.get(peer)
         if generation is not None:
             generation.cut(why)
@@ -542,11 +549,14 @@ class Mesh:
                 generation.links["control"].send_small(wire.Abort(session, why))
 
     def changed(self) -> None:
+        """Let everybody who waits look again; also to be called once a peer is admitted."""
         self._change.set()
         self._change = trio.Event()
 
     def _install(self, hand: Handshake, sock: socket.socket, decoder: wire.Decoder) -> _Link:
         """A connection has proved itself: give it its place. Raises `HandshakeError`, taking nothing."""
+        if not self.admitted(hand.peer):
+            raise HandshakeError("admission", f"party {hand.peer} is not admitted here")
         if hand.lane == "control":
             old = self._generations.get(hand.peer)
             if old is not None:
@@ -606,6 +616,9 @@ class Mesh:
         backoff = FIRST_BACKOFF
         while True:
             generation = None
+            while not self.admitted(peer.party):
+                self._refused[peer.party] = "it is not admitted"
+                await self._change.wait()
             try:
                 for lane in LANES:
                     with trio.fail_after(self._deadline + CONNECT_DEADLINE):
@@ -862,6 +875,7 @@ async def open_mesh(
     handshake_deadline: float = HANDSHAKE_DEADLINE,
     bind: Bind | None = None,
     dead_after: float = DEAD_AFTER,
+    admitted: Admitted = _everybody,
 ) -> AsyncIterator[Mesh]:
     """Keep connections to all peers for as long as the block runs; use `wait_up` to wait for them.
 
@@ -869,7 +883,8 @@ async def open_mesh(
     no tunnel: whoever carries the links can then read and change everything on them, and the log says so.
     `bind` ties every socket to the tunnel, for as long as it lives: the kernel would otherwise take packets
     for the inner address from the underlay as well, where nothing protects them. A peer whose program is
-    silent for `dead_after` seconds is cut off, and its sessions end.
+    silent for `dead_after` seconds is cut off, and its sessions end. Only peers that are `admitted` get
+    links; whoever stops admitting one has to `cut` it.
     """
     if not protected:
         log.warning(
@@ -879,7 +894,9 @@ async def open_mesh(
         )
     try:
         async with trio.open_nursery() as nursery:
-            mesh = Mesh(party, identity, peers, config_digest, handshake_deadline, nursery, bind, dead_after)
+            mesh = Mesh(
+                party, identity, peers, config_digest, handshake_deadline, nursery, bind, dead_after, admitted
+            )
             listeners: Sequence[trio.SocketListener] = ()
             try:
                 if any(peer.party < party for peer in peers):  # nobody calls the lowest number

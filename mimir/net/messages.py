@@ -10,6 +10,8 @@ Every message has a type, field "t". A message that is not exactly one of these 
     offsets   the masked prompt                         progress  token  done     (done ends a turn)
     close                                               error     ends the request, a session included
     put_model chunk commit    (owners)                  have      committed
+    revocations                                         revoked   the statement in force, if any
+    revoke    a statement                               revoked   the one in force then
 
 Words: `Open` are the agreed terms of a session; every client of it sends the same.
 """
@@ -30,6 +32,7 @@ from mimir.errors import BadInput, MimirError
 
 MAX_MESSAGE = 8 << 20  # bytes of one message on the wire, sealed
 MAX_CHUNK = 1 << 20  # bytes of one piece of a component
+MAX_STATEMENT = 256 << 10  # bytes of what owners say is revoked
 MAX_CLIENTS = 8
 MAX_SLOTS = 1 << 16  # token positions of one prompt part, and of one answer
 MAX_TURNS = 1 << 16
@@ -159,6 +162,8 @@ FROM_CLIENT: dict[str, dict[str, Rule]] = {
     "turn": {"turn": _turn, "buckets": _buckets, "max_new": _slots},
     "offsets": {"turn": _turn, "names": _map(_words(1), MAX_NAMES)},
     "close": {},
+    "revocations": {},
+    "revoke": {"statement": _blob(1, MAX_STATEMENT)},
     "put_model": {"manifest": _free},
     "chunk": {
         "tensor": _text(64),
@@ -190,6 +195,7 @@ FROM_PARTY: dict[str, dict[str, Rule]] = {
     "error": {"code": _text(32), "message": _text(MAX_TEXT)},
     "have": {"tensors": _map(_list(_count, 2, least=2), MAX_ENTRIES), "complete": _flag},
     "committed": {"model": _hash},
+    "revoked": {"epoch": _count, "statement": _blob(0, MAX_STATEMENT)},
 }
 
 
