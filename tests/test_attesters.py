@@ -795,6 +795,39 @@ def test_a_peer_at_the_socket_that_is_no_tpm_is_refused(tmp_path: Path) -> None:
             trio.run(served, answer)
 
 
+@pytest.mark.parametrize("family", [socket.AF_INET, socket.AF_UNIX])
+def test_a_program_that_starts_is_waited_for(chip: SoftwareTpm, tmp_path: Path, family: int) -> None:
+    """Over TCP and over a path: its socket is there before it listens. One that is gone is given up soon."""
+
+    async def serve(listener: trio.socket.SocketType) -> None:
+        await trio.sleep(0.1)
+        listener.listen(1)
+        peer, _ = await listener.accept()
+        back, _ = await tpm2._connect(chip.socket)
+        with peer:
+            while command := await peer.recv(4096):
+                await peer.send(bytes(await back.exchange(bytearray(command))))
+        back.close()
+
+    async def work() -> None:
+        with trio.socket.socket(family, socket.SOCK_STREAM) as listener:
+            place: Any = tmp_path / "s"
+            await listener.bind(("127.0.0.1", 0) if family == socket.AF_INET else str(place))
+            if family == socket.AF_INET:
+                place = config.Address(*listener.getsockname())
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(serve, listener)
+                async with tpm2.open_tpm(place) as opened:
+                    assert len(await opened.get_random(8)) == 8
+        with pytest.raises(EnvironmentMissing, match="refused"):
+            async with tpm2.open_tpm(place):
+                pass
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tpm2, "START_SECONDS", 0.5)
+        trio.run(work)
+
+
 def test_a_character_device_is_one_write_and_one_read(chip: SoftwareTpm) -> None:
     """The kernel's way, over a pair of sockets that keep messages apart as the device does."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
