@@ -483,7 +483,8 @@ def test_a_listener_between_sees_no_secret_and_changes_nothing(chip: SoftwareTpm
         (-create, 20, "altered on its way"),
         (-create, -1, "altered on its way"),
         (-unseal, 20, "altered on its way"),  # in the secret
-        (-unseal, -40, "altered on its way"),  # the attributes, or the authorization
+        (-unseal, -40, "altered on its way"),  # in the nonce
+        (-unseal, -35, "altered on its way"),  # the attributes: whether the answer is encrypted
         (-unseal, -1, "altered on its way"),
     ):
         with pytest.raises(tpm2.TpmError, match=what):
