@@ -401,7 +401,9 @@ def lab(tmp_path: Path) -> Iterator[Lab]:
 
 
 @pytest.mark.netns
-@pytest.mark.parametrize("rotates", [False, True], ids=["one-port", "rotating"])
+@pytest.mark.parametrize(
+    "rotates", [pytest.param(False, marks=pytest.mark.slow), True], ids=["one-port", "rotating"]
+)
 def test_wireguard_in_a_namespace_without_network_reaches_its_peer(lab: Lab, rotates: bool) -> None:
     inside = Enclave(lab, 0)
     try:
