@@ -86,7 +86,7 @@ def test_another_library_reads_the_same_and_needs_nothing_more() -> None:
     read = x509.load_der_x509_certificate(ISSUED)
     alternative = read.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
     assert alternative.get_values_for_type(x509.DNSName) == [server_name(KEYS[1])]
-    assert alternative.get_values_for_type(x509.UniformResourceIdentifier) == ["mimir://beta"]
+    assert alternative.get_values_for_type(x509.UniformResourceIdentifier) == ["mimir:beta"]
     critical = {each.oid.dotted_string for each in read.extensions if each.critical}
     assert critical == {"2.5.29.19", "2.5.29.15"}
     own = [each.oid.dotted_string for each in read.extensions if each.oid.dotted_string.startswith(ARC)]

@@ -41,7 +41,7 @@ from mimir.admission.revocation import (
     enforce,
 )
 from mimir.admission.tls import utc_now
-from mimir.attest import policy
+from mimir.attest import signatures
 from mimir.attest.appraisal import Verdict
 from mimir.client import federation as federation_file
 from mimir.client.connection import PartyError, connect
@@ -840,5 +840,5 @@ def test_the_same_words_in_policies_and_statements_are_different_signatures() ->
     made = OWNERS.statement(1)
     assert made.message().startswith(b"mimir revocation signature\0")
     signed = signature(OWNERS.signers[0], made)
-    assert policy.verifies(made.message(), signed)
-    assert not policy.verifies(b"mimir policy signature\0" + made.digest(), signed)
+    assert signatures.verifies(made.message(), signed)
+    assert not signatures.verifies(b"mimir policy signature\0" + made.digest(), signed)
