@@ -376,6 +376,9 @@ def test_what_is_over_or_revoked_is_not_shown(tmp_path: Path) -> None:
     at("revoked.identity", lambda: party.install(by_gamma))
     time[0] = NOW + HOUR
     assert party.certificate().grounds is None
+    time[0] += HOUR
+    assert party.certificate().not_after > time[0]  # its own is renewed as well
+    time[0] = NOW + HOUR
     foreign = issue(ALPHA, KEYS[1], TLS.public, verdict_on(KEYS[1], later), later)
     at("certificate.key", lambda: party.install(foreign))
     at("certificate.identity", lambda: party.install(issue_for_gamma(party, time[0])))

@@ -452,7 +452,7 @@ class Gossip:
     def __init__(self, transport: Transport, revocations: Revocations) -> None:
         self._transport = transport
         self._revocations = revocations
-        self._complained: dict[int, str] = {}  # once a reason, not once a second
+        self._complained: set[tuple[int, str]] = set()  # once a step, not once a second
         transport.on_request(GOSSIP, self._answer)
 
     async def run(self) -> None:
@@ -502,8 +502,9 @@ class Gossip:
             try:
                 self._revocations.offer(raw)
             except (AttestationError, EnvironmentMissing) as error:
-                if self._complained.get(peer) != str(error):
-                    self._complained[peer] = str(error)
+                step = error.step if isinstance(error, AttestationError) else "disk"
+                if (peer, step) not in self._complained:
+                    self._complained.add((peer, step))
                     log.warning("a peer's revocations are not taken", peer=peer, why=str(error))
         assert isinstance(digest, bytes)
         return epoch, digest
