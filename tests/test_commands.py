@@ -582,7 +582,10 @@ def test_every_command_explains_itself_and_the_exit_codes_are_those_of_the_error
 ) -> None:
     for arguments in (
         [],
-        *([name] for name in "run keygen pubkey provision generate chat status doctor".split()),
+        *(
+            [name]
+            for name in "run keygen pubkey provision generate chat status doctor revoke certificate".split()
+        ),
     ):
         with pytest.raises(SystemExit) as caught:
             main([*arguments, "--help"])

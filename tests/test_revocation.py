@@ -835,6 +835,18 @@ def test_what_cannot_be_revoked_is_said_in_one_line(
     assert "other parties" in capsys.readouterr().err
 
 
+def test_more_signatures_than_owners_cannot_be_asked_for(tmp_path: Path) -> None:
+    configs, (client,) = write_federation(tmp_path)
+    for file, table in ((configs[0], "attestation"), (client, "revocation")):
+        text = file.read_text()
+        load = configuration.load if table == "attestation" else federation_file.load
+        file.write_text(f'{text}[{table}]\nowners = ["{CLIENT}"]\nthreshold = 2\n')
+        with pytest.raises(ConfigError, match=rf"{table}\.threshold"):
+            load(file)
+        file.write_text(f'{text}[{table}]\nowners = ["{CLIENT}"]\n')
+        load(file)
+
+
 def test_the_same_words_in_policies_and_statements_are_different_signatures() -> None:
     """A signature over one kind of message is none over another."""
     made = OWNERS.statement(1)
