@@ -710,6 +710,25 @@ def test_three_real_parties_end_sessions_and_tell_each_other(tmp_path: Path) -> 
     run(test)
 
 
+def test_a_real_party_with_tls_tells_its_state_before_it_is_admitted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    configs, (client,) = write_federation(tmp_path, "[tls]\nenabled = true\n")
+    client.write_text(client.read_text() + "[tls]\nenabled = true\n")
+
+    async def test() -> None:
+        async with running(configs):
+            while await trio.to_thread.run_sync(main, ["status", "--federation", str(client)]) != 0:
+                capsys.readouterr()
+                await trio.sleep(0.05)
+            assert capsys.readouterr().out.count("no peer has admitted it") == 3
+            ask = ["generate", "x", "--federation", str(client)]
+            assert await trio.to_thread.run_sync(main, ask) == 8
+            assert "no TLS 1.3 with it" in capsys.readouterr().err
+
+    run(test)
+
+
 # --- the command -------------------------------------------------------------------------------------------
 
 
