@@ -26,7 +26,7 @@ from mimir import config
 from mimir.attest import azure, nitro, rules, snp, tdx, tpm
 from mimir.attest.certs import Revocations
 from mimir.attest.evidence import KINDS, SIMULATED
-from mimir.attest.trail import Step, Trail
+from mimir.attest.trail import Anchor, Step, Trail
 from mimir.errors import AttestationError, BadInput, ConfigError
 
 FORMAT = 1
@@ -62,6 +62,8 @@ class Facts(Protocol):
     def advisories(self) -> tuple[str, ...]: ...
     @property
     def tcb_text(self) -> str: ...
+    @property
+    def anchor(self) -> Anchor: ...
     @property
     def made(self) -> datetime | None: ...
     @property
@@ -179,7 +181,8 @@ class Policy:
                 continue
             return entry, (*trail.steps, *own.steps)
         if len(refusals) == 1:
-            raise refusals[0][1]
+            only = refusals[0][1]
+            raise AttestationError(only.step, only.expected, only.got, (*trail.steps, *only.passed))
         kinds = sorted({each.kind for each in self.allow}) or ["nothing"]
         if not refusals:
             trail.refuse("entry", "an entry of kind " + " or ".join(kinds), facts.kind)
