@@ -22,7 +22,7 @@ from mimir.config import Address, Config, Control, Deadlines, Mesh, Peer, Schedu
 from mimir.errors import BadInput
 from mimir.manifest import Manifest, Tensor
 from mimir.model.checkpoint import PlanSpec
-from mimir.net.control import ClientHandle, serve_control
+from mimir.net.control import ClientHandle, Evidence, serve_control
 from mimir.net.identity import Identity
 from mimir.net.messages import Message, Open
 from mimir.store import SIDES, ComponentsDiffer, ModelStore
@@ -131,6 +131,7 @@ class FakeParty:
         self.party = party
         self.fake = fake
         self.store = store
+        self.evidence: Evidence | None = None
 
     def status(self) -> dict[str, Any]:
         return {"sessions": len(self.fake.conversations)}

@@ -38,7 +38,41 @@ CLIENT: list[Message] = [
     {"t": "put_model", "manifest": {"anything": [1]}},
     {"t": "chunk", "tensor": "0.o", "side": "a", "offset": 0, "data": b"x"},
     {"t": "commit"},
+    {"t": "attest", "nonce": bytes(32)},
 ]
+PEER: Message = {
+    "party": 1,
+    "state": "refused",
+    "entry": None,
+    "kind": "snp",
+    "simulated": False,
+    "valid_until": "2026-11-26T12:00:00Z",
+    "evidence": KEY,
+    "tunnel_key": None,
+    "attempts": 3,
+    "refusal": {"step": "snp.chain", "expected": "a", "got": "b", "by": 0},
+    "seconds": 1.5,
+}
+ADMISSION: Message = {
+    "mode": "required",
+    "policy": {"name": "mesh", "version": 1, "digest": KEY},
+    "kind": "snp",
+    "simulated": False,
+    "peers": [PEER],
+    "revocation_epoch": 0,
+}
+EVIDENCE: Message = {
+    "t": "evidence",
+    "envelope": b"x",
+    "tunnel": bytes(32),
+    "kem": bytes(1216),
+    "config": KEY,
+    "terms": {"topk": 40, "buckets": [1, 2]},
+    "admission": ADMISSION,
+    "shown": [{"party": 2, "evidence": [KEY]}],
+    "certificates": [{"issuer": 1, "certificate": b"x"}],
+    "rotations": [{"party": 1, "epoch": 3, "age": 0.5}, {"party": 2, "epoch": None, "age": None}],
+}
 PARTY: list[Message] = [
     {"t": "status", "status": {}},
     {"t": "opened"},
@@ -49,6 +83,7 @@ PARTY: list[Message] = [
     {"t": "error", "code": "aborted", "message": "x"},
     {"t": "have", "tensors": {"0.o": [0, 8]}, "complete": False},
     {"t": "committed", "model": "cd" * 32},
+    EVIDENCE,
 ]
 ALL = [(message, FROM_CLIENT) for message in CLIENT] + [(message, FROM_PARTY) for message in PARTY]
 
@@ -177,6 +212,27 @@ def test_bombs_are_refused_before_they_grow() -> None:
         (PARTY[3], "seconds", float("inf")),
         (PARTY[3], "phase", "thinking"),
         (PARTY[6], "message", "x" * 501),
+        (CLIENT[9], "nonce", bytes(31)),
+        (CLIENT[9], "nonce", "0" * 32),
+        (EVIDENCE, "envelope", b""),
+        (EVIDENCE, "envelope", bytes((256 << 10) + 1)),
+        (EVIDENCE, "tunnel", bytes(31)),
+        (EVIDENCE, "kem", bytes(1215)),
+        (EVIDENCE, "config", "ab"),
+        (EVIDENCE, "terms", {"a": {1: 2}}),
+        (EVIDENCE, "admission", ADMISSION | {"mode": "maybe"}),
+        (EVIDENCE, "admission", ADMISSION | {"more": 1}),
+        (EVIDENCE, "admission", ADMISSION | {"peers": [PEER] * 3}),
+        (EVIDENCE, "admission", ADMISSION | {"peers": [PEER | {"party": 3}]}),
+        (EVIDENCE, "admission", ADMISSION | {"peers": [PEER | {"evidence": "no digest"}]}),
+        (EVIDENCE, "admission", ADMISSION | {"peers": [PEER | {"refusal": {"step": "x"}}]}),
+        (EVIDENCE, "admission", ADMISSION | {"policy": {"name": "x", "version": -1, "digest": KEY}}),
+        (EVIDENCE, "shown", [{"party": 1, "evidence": [KEY] * 5}]),
+        (EVIDENCE, "shown", [{"party": 1, "evidence": []}] * 3),
+        (EVIDENCE, "certificates", [{"issuer": 0, "certificate": bytes(8193)}]),
+        (EVIDENCE, "certificates", [{"issuer": True, "certificate": b"x"}]),
+        (EVIDENCE, "rotations", [{"party": 1, "epoch": -1, "age": 0.0}]),
+        (EVIDENCE, "rotations", [{"party": 1, "epoch": 1, "age": float("nan")}]),
     ],
 )
 def test_values_at_the_bounds(message: Message, field: str, value: Any) -> None:

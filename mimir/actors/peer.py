@@ -20,7 +20,7 @@ from mimir.model.checkpoint import PlanSpec
 from mimir.mpc.domain import Ring
 from mimir.mpc.nonlinear import Settings
 from mimir.net import Transport
-from mimir.net.control import ClientHandle, serve_control
+from mimir.net.control import ClientHandle, Evidence, serve_control
 from mimir.net.identity import BadSignature, Identity, parse_public, verify
 from mimir.net.mesh import PeerAt, open_mesh
 from mimir.net.messages import Open
@@ -81,6 +81,7 @@ class PartyService:
             str, dict[int, str]
         ] = {}  # model -> component -> hash, as this party received it
         self.tunnel: Tunnel | None = None
+        self.evidence: Evidence | None = None
         transport.on_request(DIGEST_ASK, self._tell_digest)
 
     # --- sessions -------------------------------------------------------------------------------------------
@@ -189,6 +190,8 @@ class PartyService:
             "kernels": kernels.level(),
             "peers": {str(p): self.transport.up(p) for p in self.transport.peers},
         }
+        if self.evidence is not None:
+            out["admission"] = self.evidence.view()
         if self.tunnel is not None:
             rotations = {
                 r.index: {"epoch": r.epoch, "epoch_age": r.age, "rotation": r.state}

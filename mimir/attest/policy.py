@@ -307,11 +307,14 @@ class Signatures:
 
 def load_signatures(path: Path) -> tuple[Signature, ...]:
     """The signatures in a file; none where there is no such file."""
-    if not path.exists():
-        return ()
-    found = config.read_table(Signatures, config.read_toml(path), path).signature
+    return parse_signatures(config.read_text(path), path) if path.exists() else ()
+
+
+def parse_signatures(text: str, source: Path) -> tuple[Signature, ...]:
+    """The same from a text; `source` is what errors name."""
+    found = config.read_table(Signatures, config.parse_toml(text, source), source).signature
     if len(found) > MAX_SIGNATURES:
-        raise ConfigError(f"{path}: more than {MAX_SIGNATURES} signatures")
+        raise ConfigError(f"{source}: more than {MAX_SIGNATURES} signatures")
     return found
 
 
