@@ -50,7 +50,7 @@ PEER: Message = {
     "evidence": KEY,
     "tunnel_key": None,
     "attempts": 3,
-    "refusal": {"step": "snp.chain", "expected": "a", "got": "b", "by": 0},
+    "refusal": {"step": "snp.chain", "expected": "a", "got": "b", "by": "us"},
     "seconds": 1.5,
 }
 ADMISSION: Message = {

@@ -83,7 +83,7 @@ def appraise(
     """Admit a peer by its evidence, or raise `AttestationError` that names the first step that does not hold.
 
     `expected` is what the verifier itself knows: the peer's keys, the nonce it sent, the digests of policy
-    and configuration; its times are not looked at. The error's `passed` are all steps before the one it names.
+    and configuration; its times are not looked at. An error's `passed` are all steps before it.
     """
     trail = Trail("claims")
     facts: Facts | None = None

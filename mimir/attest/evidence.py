@@ -34,6 +34,7 @@ MAX_ENDORSEMENT = 64 << 10
 MAX_LOG = 128 << 10
 MAX_TEXT = 128
 HASH = 32
+_ED25519_SPKI = bytes.fromhex("302a300506032b6570032100")  # RFC 8410: what stands before the key
 MAX_LIFE = timedelta(hours=24)
 
 SIMULATED = frozenset({"swtpm"})  # proves the protocol, not the machine: the host owns the key
@@ -124,6 +125,11 @@ class Claims:
     def qualifying_data(self) -> bytes:
         """32 bytes for a TPM's quote."""
         return hashlib.sha256(TAG + b"\0" + self.encode()).digest()
+
+
+def identity_hash(public: bytes) -> bytes:
+    """How claims name an Ed25519 public key: the hash of its SubjectPublicKeyInfo."""
+    return hashlib.sha256(_ED25519_SPKI + public).digest()
 
 
 def expect(carried: Claims, expected: Claims, now: datetime, trail: Trail) -> Claims:

@@ -39,9 +39,6 @@ from mimir.secret import ExchangeKey, IdentityKey, LinkSecret
 PUBLIC_BYTES = 32
 NONCE_BYTES = 32
 MAX_FILE = 4096
-_SPKI_HEAD = bytes.fromhex(
-    "302a300506032b6570032100"
-)  # DER of an Ed25519 SubjectPublicKeyInfo, up to the key
 _FILE_MARK = "mimir-identity-v1"
 
 
@@ -139,11 +136,6 @@ def exchange_public(public: bytes) -> bytes:
         return sodium.crypto_sign_ed25519_pk_to_curve25519(public)
     except (nacl.exceptions.CryptoError, ValueError, RuntimeError):
         raise BadInput("not an Ed25519 public key: no point of the right order") from None
-
-
-def spki_digest(public: bytes) -> bytes:
-    """SHA-256 of an identity's SubjectPublicKeyInfo (RFC 8410): how claims and deny lists name it."""
-    return hashlib.sha256(_SPKI_HEAD + public).digest()
 
 
 def parse_public(text: str) -> bytes:

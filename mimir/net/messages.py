@@ -172,7 +172,8 @@ PEER = _table(
     evidence=_digest_or_none,  # SHA-256 of the envelope that it was admitted by
     tunnel_key=_digest_or_none,  # of its bootstrap tunnel, hexadecimal
     attempts=_count,  # exchanges begun since the party started
-    refusal=_or_none(_table(step=_text(64), expected=_said, got=_said, by=_party)),  # the last; by whom
+    # The last one: ours of its evidence ("us"), or its of ours ("peer").
+    refusal=_or_none(_table(step=_text(64), expected=_said, got=_said, by=_one_of("us", "peer"))),
     seconds=_or_none(_seconds),  # since this state began
 )
 ADMISSION = _table(
