@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
+from datetime import UTC, datetime
 from typing import Any
 
 import trio
 from trio_websocket import ConnectionClosed, HandshakeError, WebSocketConnection, wrap_client_stream
 
+from mimir.attest.trail import stamp
 from mimir.client.federation import Party
-from mimir.errors import AbortError, BadInput, ClientError, MimirError
+from mimir.errors import AbortError, AttestationError, BadInput, ClientError, MimirError
 from mimir.net import messages
 from mimir.net.identity import Identity, exchange_public
 from mimir.net.messages import MAX_MESSAGE, Message, MessageError
@@ -37,6 +39,8 @@ class Connection:
     def __init__(self, party: Party, socket: WebSocketConnection, seal: Seal, silence: float) -> None:
         self.party = party
         self.silence = silence  # seconds that the party may owe an answer
+        self.channel = seal.channel  # what binds evidence to this connection
+        self.until: datetime | None = None  # when the evidence ends without which nothing may be sent
         self.sent = 0  # bytes, sealed
         self.received = 0
         self._socket = socket
@@ -44,7 +48,11 @@ class Connection:
         self._sending = trio.Lock()
 
     async def send(self, message: Mapping[str, Any]) -> None:
-        """Send one of the messages a client may send."""
+        """Send one of the messages a client may send; nothing once the evidence it is sent on has ended."""
+        if self.until is not None and datetime.now(UTC) >= self.until:
+            raise AttestationError(
+                "evidence.life", f"evidence of {self.party.name} until now", f"until {stamp(self.until)}"
+            )
         raw = messages.pack(message, messages.FROM_CLIENT)
         with trio.move_on_after(self.silence):
             async with self._sending:  # sealing numbers the messages: they must leave in that order

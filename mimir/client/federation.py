@@ -57,7 +57,9 @@ class Attestation:
     def flaw(self) -> str | None:
         """What no single key can tell, or None."""
         if self.policy is None:
-            return None if self == Attestation() else "policy: missing; the other keys mean nothing without it"
+            return (
+                None if self == Attestation() else "policy: missing; the other keys mean nothing without it"
+            )
         if not self.owners:
             return "owners: missing; name the keys that may sign the policy"
         if self.threshold > len(self.owners):

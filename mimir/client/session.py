@@ -21,6 +21,8 @@ import numpy as np
 import numpy.typing as npt
 import trio
 
+from mimir.client import attestation
+from mimir.client.attestation import Document
 from mimir.client.connection import Connection, connect, plain_errors
 from mimir.client.federation import Federation
 from mimir.errors import BadInput, ClientError, LocalError, MimirError, ModelError
@@ -103,16 +105,35 @@ def bucket_for(length: int, buckets: Sequence[int], what: str) -> int:
 
 
 @asynccontextmanager
-async def connect_all(federation: Federation, identity: Identity) -> AsyncIterator[list[Connection]]:
-    """Sealed connections to the three parties, in party order; all or `ClientError`."""
-    deadlines = federation.deadlines
+async def connect_all(
+    federation: Federation, identity: Identity, seen: Callable[[Document], None] | None = None
+) -> AsyncIterator[list[Connection]]:
+    """Sealed connections to the three parties, in party order; all or `ClientError`.
+
+    If the federation file names a policy, each party attests itself on its connection before anything else is
+    said, and `seen` gets the document. Where that is required and does not hold, this raises
+    `AttestationError`; later the connections take nothing once the evidence has ended.
+    """
+    deadlines, settings = federation.deadlines, federation.attestation
+    basis = attestation.read_basis(settings) if settings.policy is not None else None
     async with AsyncExitStack() as stack:
-        yield [
+        connections = [
             await stack.enter_async_context(
                 connect(party, identity, within=deadlines.connect, silence=deadlines.silence)
             )
             for party in federation.parties
         ]
+        if basis is not None:
+            answers = await attestation.ask_all(connections)
+            now = attestation.utc_now()
+            document = attestation.judge(answers, federation.parties, identity.public_hex, basis, now)
+            if seen is not None:
+                seen(document)
+            if settings.required:
+                until = document.require()
+                for connection in connections:
+                    connection.until = until
+        yield connections
 
 
 async def statuses(connections: Sequence[Connection]) -> list[dict[str, Any]]:
