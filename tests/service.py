@@ -257,6 +257,7 @@ async def world(
         "control": Control(Address("127.0.0.1", 0)),
         "scheduler": Scheduler(max_context=200, prompt_buckets=(8, 16), output_buckets=(4, 8)),
         "deadlines": Deadlines(round=20, step=20, client=20, handshake=2),
+        "tunnel": Tunnel(mode="none"),
         **changes,
     }
     fake = Fake(model)
@@ -272,7 +273,6 @@ async def world(
                 data_dir=tmp / f"data{party}",
                 mesh=Mesh(Address("127.0.0.1", 0)),
                 peers=peers,
-                tunnel=Tunnel(mode="none"),
                 clients=tuple(client.public_hex for client in clients),
                 owners=(owner.public_hex,),
                 **settings,

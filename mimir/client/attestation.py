@@ -590,8 +590,12 @@ def judge_saved(
         )
         answers = [_answer(each) for each in kept["answers"]]
         now, client, texts = _time(kept["time"]), str(kept["client"]), (kept["policy"], kept["signatures"])
-        if len(answers) != len(parties) or not all(isinstance(text, str) for text in texts):
-            raise ValueError("three answers, a policy and signatures are due")
+        if (
+            len(bytes.fromhex(client)) != NONCE_BYTES
+            or len(answers) != len(parties)
+            or not all(isinstance(text, str) for text in texts)
+        ):
+            raise ValueError("a client, three answers, a policy and signatures are due")
     except (KeyError, TypeError, ValueError, AttributeError, AttestationError, MessageError) as error:
         raise BadInput(f"{path}: nothing that `mimir verify --save` wrote: {error}") from None
     basis = _basis(texts[0], path, texts[1], path, owners, threshold, collateral)
