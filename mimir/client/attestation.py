@@ -248,7 +248,7 @@ def judge(
         if not row["holds"]
     ]
     first = refusals[0] if refusals else None
-    ends = [each.verdict.valid_until for each in seen if each.verdict is not None]
+    ends = [_end(each.verdict) for each in seen if each.verdict is not None]
     plain = {
         "format": FORMAT,
         "verdict": "verified" if first is None else "refused",
@@ -339,7 +339,9 @@ def _check_statement(
     trail.require(admission["kind"] == verdict.kind, "kind", verdict.kind, admission["kind"])
     digest = trail.guard("terms", "terms as text", lambda: config.terms_digest(terms))
     trail.same("terms", bytes.fromhex(message["config"]), digest)
-    trail.require(terms.get("parties") == identities, "parties", ", ".join(identities), terms.get("parties"))
+    parties = terms.get("parties")
+    same = parties == identities
+    trail.require(same, "parties", ", ".join(identities), ", ".join(identities) if same else parties)
     mode = terms.get("tunnel.mode")
     trail.require(mode == "wireguard", "tunnel", "links through WireGuard", mode)
 
@@ -372,9 +374,10 @@ def _cross_check(seen: Sequence[_Seen], now: datetime) -> list[dict[str, Any]]:
     good = [each for each in seen if each.verdict is not None]
     for says in good:
         others = [each for each in seen if each is not says]
-        numbers = sorted(each["party"] for each in says.message["admission"]["peers"])
-        wanted = [each.number for each in others]
-        checks.note(numbers == wanted, "peers.listed", says, None, wanted, numbers)
+        listed = sorted(each["party"] for each in says.message["admission"]["peers"])
+        names = ", ".join(seen[number].party.name for number in listed)
+        wanted = ", ".join(each.party.name for each in others)
+        checks.note(names == wanted, "peers.listed", says, None, wanted, names or "nobody")
         for of in others:
             if of.verdict is not None and says.says_of(of.number):
                 _check_peer(checks, says, of, now)
@@ -405,15 +408,10 @@ def _check_peer(checks: _Checks, says: _Seen, of: _Seen, now: datetime) -> None:
     tunnel = of.message["tunnel"].hex()
     checks.note(entry["tunnel_key"] == tunnel, "peers.tunnel", says, of, tunnel, entry["tunnel_key"])
     checks.note(entry["kind"] == verdict.kind, "peers.kind", says, of, verdict.kind, entry["kind"])
+    got = entry["evidence"]
     showed = [d for each in of.message["shown"] if each["party"] == says.number for d in each["evidence"]]
-    checks.note(
-        entry["evidence"] in showed,
-        "peers.evidence",
-        says,
-        of,
-        f"what {of.party.name} showed: " + (", ".join(showed) or "nothing"),
-        entry["evidence"],
-    )
+    want = got if got in showed else f"what {of.party.name} showed: " + (", ".join(showed) or "nothing")
+    checks.note(got in showed, "peers.evidence", says, of, want, got)
 
 
 def _moment(text: str | None) -> datetime | None:
@@ -481,10 +479,15 @@ def _report(seen: _Seen, all_seen: Sequence[_Seen], now: datetime) -> dict[str, 
             "sha256": verdict.evidence,
             "asked": stamp(answer.asked),
             "age_s": round((now - answer.asked).total_seconds(), 3),
-            "valid_until": stamp(verdict.valid_until),
-            "life_s": round((verdict.valid_until - now).total_seconds()),
+            "valid_until": stamp(_end(verdict)),
+            "life_s": round((_end(verdict) - now).total_seconds()),
         }
     return out
+
+
+def _end(verdict: Verdict) -> datetime:
+    """When a verdict, or the evidence by its own word, is over."""
+    return min(verdict.valid_until, datetime.fromtimestamp(verdict.claims.not_after, UTC))
 
 
 def _notes(seen: Sequence[_Seen]) -> list[str]:

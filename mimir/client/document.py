@@ -117,13 +117,20 @@ class _Page:
                 head = ""
 
     def step(self, name: str, expected: str, got: str, holds: bool, who: str = "") -> None:
-        """A check, with both values unless they are the same."""
-        values = [got] if expected == got else [f"want {expected}", f"got  {got}"]
-        lines = [] if not who else [who]
+        """A check, with both values unless they are the same; in one line where that holds it."""
+        room, before = WIDTH - NAME - 6, f"{who}: " if who else ""
+        if expected == f"one of {got}":
+            expected = got
+        short = f"{before}{got}" if expected == got else f"{before}{got}  (want {expected})"
+        if len(short) <= room:
+            values = [short]
+        elif expected == got:
+            values = [got]
+        else:
+            values = [f"want {expected}", f"got  {got}"]
+        lines = [who] if who and values != [short] else []
         for value in values:
-            lines += textwrap.wrap(
-                value, WIDTH - NAME - 6, subsequent_indent="     ", break_on_hyphens=False
-            ) or [""]
+            lines += textwrap.wrap(value, room, subsequent_indent="     ", break_on_hyphens=False) or [""]
         for index, line in enumerate(lines):
             if index == 0:
                 self._terminal.text("  ok  " if holds else "  NO  ", GOOD if holds else BAD)
