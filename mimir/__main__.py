@@ -169,6 +169,15 @@ def _policy(name: str) -> Any:
     return call
 
 
+def _revoke(name: str) -> Any:
+    def call(options: argparse.Namespace) -> int:
+        from mimir import revoke
+
+        return int(getattr(revoke, name)(options))
+
+    return call
+
+
 def _client(name: str) -> Any:
     def call(options: argparse.Namespace) -> int:
         from mimir.client import commands
@@ -385,6 +394,59 @@ def _parser(program: str) -> argparse.ArgumentParser:
         "A TOML file that owners sign. Empty, it admits nobody. configs/policy.toml has every key.",
     )
     _policy_commands(policy)
+
+    revoke = add(
+        "revoke",
+        _revoke("run"),
+        "revoke parties, clients, certificates, measurements or tunnel keys",
+        "Extends a statement that lists all that is revoked, signs it as one of the owners, and tells the\n"
+        "parties, who drop what it names within seconds and tell each other. Owners sign one after another\n"
+        "and pass the file on. Nothing is ever taken back: who was revoked comes back under new keys.\n\n"
+        "examples:\n"
+        "  mimir revoke --peer beta --statement revoked.toml --key owner1.key --federation f.toml\n"
+        "  mimir revoke --statement revoked.toml --key owner2.key               then the next owner\n"
+        "  mimir revoke --statement revoked.toml --push --federation f.toml\n"
+        "  mimir revoke --statement revoked.toml --fetch --federation f.toml    what they hold",
+    )
+    for option, metavar, text in (
+        ("--peer", "NAME_OR_KEY", "a party, by its name in the federation file or its identity key"),
+        ("--client", "KEY", "a client, or an owner of models, by its identity key"),
+        ("--certificate", "HEX", "SHA-256 of a certificate"),
+        ("--measurement", "HEX", "of a machine, as `mimir policy explain` prints it"),
+        ("--tunnel", "HEX", "a WireGuard public key"),
+    ):
+        revoke.add_argument(option, action="append", default=[], metavar=metavar, help=f"{text}; repeatable")
+    revoke.add_argument(
+        "--statement", required=True, metavar="FILE", help="made if it is not there, else extended"
+    )
+    revoke.add_argument("--key", metavar="FILE", help="sign as this owner (`mimir keygen`)")
+    revoke.add_argument(
+        "--federation",
+        metavar="FILE",
+        help="who the parties are: to begin one, for names, --push and --fetch",
+    )
+    revoke.add_argument(
+        "--push", action="store_true", help="tell the parties, as the federation file's client"
+    )
+    revoke.add_argument(
+        "--fetch", action="store_true", help="first take over what the parties hold, if newer"
+    )
+    revoke.add_argument("--json", action="store_true", help="one JSON object per event and line")
+
+    certificate = add(
+        "certificate",
+        _revoke("certificate"),
+        "write a TLS certificate for an hour, for programs that read a party's figures",
+        "Prometheus and others need files. Makes DIR/tls.pem (a fresh key and a certificate by --key) and\n"
+        "DIR/parties.pem (the parties' identities as authorities); prints the name that each party's own\n"
+        "certificate has. Run it again within the hour. The key stands there in clear: give a directory in\n"
+        "memory. The public half of --key must stand in `metrics.readers` of the party.\n\n"
+        "example:\n  mimir certificate --key reader.key --federation f.toml --out /run/mimir-reader",
+    )
+    certificate.add_argument("--key", required=True, metavar="FILE", help="identity (`mimir keygen`)")
+    certificate.add_argument("--federation", required=True, metavar="FILE", help="who the parties are")
+    certificate.add_argument("--out", required=True, metavar="DIR", help="where to")
+    certificate.add_argument("--json", action="store_true", help="one JSON object")
     return parser
 
 

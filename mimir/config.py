@@ -41,6 +41,12 @@ T = TypeVar("T")
 # ValueError saying what was expected. Where the value stands is added by the caller.
 
 
+def flag_rule(value: Any, folder: Path) -> bool:
+    if not isinstance(value, bool):
+        raise ValueError("true or false")
+    return value
+
+
 def integer_rule(low: int, high: int) -> Parser:
     def parse(value: Any, folder: Path) -> int:
         if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
@@ -250,6 +256,15 @@ class Metrics:
     """[metrics] Prometheus figures over HTTP; off unless an address is given."""
 
     listen: Annotated[Address | None, address_rule] = None
+    readers: Annotated[tuple[str, ...], keys_rule] = ()  # identities that may read them over TLS
+
+
+@dataclass(frozen=True)
+class Tls:
+    """[tls] TLS 1.3, both ends by certificate, for clients and readers of figures. Needs attestation: the
+    certificates are what admission gives out."""
+
+    enabled: Annotated[bool, flag_rule] = False
 
 
 @dataclass(frozen=True)
@@ -313,6 +328,7 @@ class Config:
     triple_pool: TriplePool = field(default_factory=TriplePool)
     deadlines: Deadlines = field(default_factory=Deadlines)
     metrics: Metrics = field(default_factory=Metrics)
+    tls: Tls = field(default_factory=Tls)
     log: Log = field(default_factory=Log)
 
     @property

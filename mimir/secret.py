@@ -145,6 +145,12 @@ class TunnelKey(Secret):
     SIZE = KEY_BYTES
 
 
+class TlsPrivateKey(Secret):
+    """Ed25519 seed of a TLS key."""
+
+    SIZE = KEY_BYTES
+
+
 class LinkSecret(Secret):
     """What the two ends of one link know and the third party does not."""
 

@@ -18,7 +18,9 @@ from attest_pki import NOW
 from test_policy import ANCHORS, HEAD, entry, evidence_for, stored
 
 from mimir import config
+from mimir.admission import certificates
 from mimir.attest import policy as policies
+from mimir.attest.appraisal import Verdict, appraise
 from mimir.attest.collateral import Collateral
 from mimir.attest.evidence import Claims, Envelope, identity_hash
 from mimir.attest.policy import SIGNATURE_SUFFIX, Policy, Signature, format_signatures, signed_message
@@ -51,6 +53,7 @@ class Machine:
     claim: Callable[[Claims], Claims] = lambda claims: claims
     lie: Callable[[dict[str, Any]], None] = lambda said: None  # changes statement and view in place
     peers: list[Machine] = field(default_factory=list)
+    certificates: list[dict[str, Any]] = field(default_factory=list)
     error: Exception | None = None
 
     @property
@@ -92,7 +95,7 @@ class Machine:
             "tunnel": self.tunnel,
             "kem": self.kem.public,
             "shown": [{"party": each.number, "evidence": [self.showed(each.number)]} for each in self.peers],
-            "certificates": [],
+            "certificates": [dict(each) for each in self.certificates],
             "admission": {
                 "mode": "required",
                 "policy": {
@@ -144,6 +147,7 @@ class Three:
     basis: Basis
     client: str
     now: datetime
+    identities: list[Identity]
     nonce: bytes = digest_of("nonce")
     silent: set[int] = field(default_factory=set)
     tamper: Callable[[int, Message], None] = lambda number, message: None
@@ -152,13 +156,39 @@ class Three:
     def make(cls, kind: str = "swtpm", now: datetime = NOW, text: str = "") -> Three:
         basis = replace(basis_of(text or text_for(kind, now + timedelta(days=1))), collateral=stored(now))
         policy = basis.policy
-        identities = [Identity.generate().public_hex for _ in NAMES]
+        made = [Identity.generate() for _ in NAMES]
+        identities = [each.public_hex for each in made]
         terms = {"parties": identities, "tunnel.mode": "wireguard", "topk": 40}
         digest = config.terms_digest(terms)
         machines = [Machine(n, key, policy, digest, kind, now) for n, key in enumerate(identities)]
         introduce(machines)
         parties = [Party(n, "192.0.2.1", 7100, key) for n, key in zip(NAMES, identities, strict=True)]
-        return cls(machines, parties, [dict(terms) for _ in NAMES], basis, "ab" * 32, now)
+        return cls(machines, parties, [dict(terms) for _ in NAMES], basis, "ab" * 32, now, made)
+
+    def certify(self) -> None:
+        """Have each issue certificates to the other two, as an admission with TLS would."""
+        for of in self.machines:
+            verdict = self.verdict_of(of)
+            key = certificates.TlsKey()
+            of.certificates = [
+                {
+                    "issuer": by.number,
+                    "certificate": certificates.issue(
+                        self.identities[by.number],
+                        of.identity,
+                        key.public,
+                        replace(verdict, evidence=of.showed(by.number)),
+                        self.now,
+                    ),
+                }
+                for by in of.peers
+            ]
+
+    def verdict_of(self, of: Machine) -> Verdict:
+        """A peer's of its evidence."""
+        claims = of.claims(self.nonce, "admission", self.channel(of.number), "party")
+        raw = evidence_for(of.kind, claims).encode()
+        return appraise(raw, of.policy, self.basis.collateral, claims, self.now, ANCHORS)
 
     def channel(self, number: int) -> bytes:
         return digest_of(f"channel {number}")

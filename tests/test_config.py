@@ -42,7 +42,17 @@ def test_the_example_is_valid_and_shows_every_key_with_its_default() -> None:
             walk(kind, "")
     # What the example says of defaults is true: leaving the optional keys out changes nothing.
     data = example()
-    for name in ("fixed_point", "cheby", "scheduler", "triple_pool", "deadlines", "metrics", "log", "topk"):
+    for name in (
+        "fixed_point",
+        "cheby",
+        "scheduler",
+        "triple_pool",
+        "deadlines",
+        "metrics",
+        "tls",
+        "log",
+        "topk",
+    ):
         del data[name]
     for name in ("clients", "owners"):
         del data[name]
@@ -167,7 +177,7 @@ OWN = {  # one's own business: the digest stays
     "party": 1, "identity_key": "k", "data_dir": "d", "clients": ["ab" * 32], "owners": ["ab" * 32],
     "control.listen": "h:1", "mesh.listen": "h:1", "deadlines.round": 1, "deadlines.step": 1,
     "deadlines.client": 1, "deadlines.handshake": 1, "deadlines.link": 5, "log.level": "debug",
-    "metrics.listen": "h:1",
+    "metrics.listen": "h:1", "metrics.readers": ["ab" * 32], "tls.enabled": True,
     "scheduler.max_sessions": 2, "peers.1.host": "elsewhere", "tunnel.interface": "wg7",
     "tunnel.rotate_seconds": 60,
 }  # fmt: skip

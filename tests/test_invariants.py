@@ -118,6 +118,10 @@ ORDER = (
     ("mimir/manifest",),
     ("mimir/store",),
     ("mimir/net",),
+    ("mimir/admission/__init__", "mimir/admission/revocation"),
+    ("mimir/admission/certificates",),
+    ("mimir/admission/tls",),
+    ("mimir/net/metrics", "mimir/net/control"),
     ("mimir/mpc/__init__", "mimir/mpc/domain", "mimir/mpc/drbg", "mimir/mpc/offload"),
     ("mimir/mpc/share", "mimir/mpc/replicated"),
     ("mimir/mpc/doors",),
@@ -130,7 +134,7 @@ ORDER = (
     ("mimir/client",),
     ("mimir/dryrun",),
     ("mimir/cost",),
-    ("mimir/doctor", "mimir/party", "mimir/policy"),
+    ("mimir/doctor", "mimir/party", "mimir/policy", "mimir/revoke"),
     ("mimir/__main__",),
 )
 

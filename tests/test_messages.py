@@ -39,6 +39,8 @@ CLIENT: list[Message] = [
     {"t": "chunk", "tensor": "0.o", "side": "a", "offset": 0, "data": b"x"},
     {"t": "commit"},
     {"t": "attest", "nonce": bytes(32)},
+    {"t": "revocations"},
+    {"t": "revoke", "statement": b"x"},
 ]
 PEER: Message = {
     "party": 1,
@@ -84,6 +86,7 @@ PARTY: list[Message] = [
     {"t": "have", "tensors": {"0.o": [0, 8]}, "complete": False},
     {"t": "committed", "model": "cd" * 32},
     EVIDENCE,
+    {"t": "revoked", "epoch": 3, "statement": b""},
 ]
 ALL = [(message, FROM_CLIENT) for message in CLIENT] + [(message, FROM_PARTY) for message in PARTY]
 

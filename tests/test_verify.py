@@ -4,6 +4,7 @@ nothing of a prompt or a weight leaves before."""
 from __future__ import annotations
 
 import functools
+import hashlib
 import io
 import json
 import re
@@ -26,6 +27,8 @@ from test_commands import make_tokenizer
 from test_provision import plan
 
 from mimir.__main__ import main
+from mimir.admission import certificates
+from mimir.admission.revocation import Statement
 from mimir.attest.evidence import KINDS
 from mimir.attest.policy import Signature
 from mimir.client import attestation, commands, document
@@ -124,6 +127,26 @@ GOLDEN = {
             "tunnel_key": "str",
             "kem": "str",
             "config": "str",
+            "certificates": [
+                {
+                    "issuer": "str",
+                    "identity": "str",
+                    "node": "str",
+                    "key": "str",
+                    "not_before": "str",
+                    "not_after": "str",
+                    "sha256": "str",
+                    "grounds": {
+                        "kind": "str",
+                        "evidence": "str",
+                        "measurements": ["str"],
+                        "entry": "str",
+                        "simulated": "bool",
+                        "tunnel": "str",
+                        "policy": "str",
+                    },
+                }
+            ],
             "revocation_epoch": "int",
             "rotations": [{"peer": "str", "epoch": "int", "age_s": "float"}],
             "peers": [
@@ -169,7 +192,9 @@ GOLDEN = {
 
 
 def test_the_document_has_its_published_form() -> None:
-    found = Three.make("snp").judge()
+    three = Three.make("snp")
+    three.certify()
+    found = three.judge()
     plain = json.loads(json.dumps(found.plain))
     assert skeleton(plain) == GOLDEN
     assert found.require() == NOW + timedelta(minutes=59) and found.collateral == {"amd/genoa/crl.der"}
@@ -355,6 +380,106 @@ def test_a_refusal_among_peers_is_told_with_its_step() -> None:
     assert row["about"] == "gamma" and row["got"] == "refused at snp.tcb: expected 23; got 22"
     (said,) = [each for each in found.plain["parties"][2]["said_by_peers"] if each["peer"] == "beta"]
     assert said["state"] == "refused" and said["refusal"] == refusal
+
+
+def of_another(three: Three, held: list[dict[str, Any]]) -> None:
+    held[0] = three.machines[2].certificates[0]
+
+
+def by_itself(three: Three, held: list[dict[str, Any]]) -> None:
+    own = certificates.issue_own(three.identities[1], "party1", certificates.TlsKey().public, NOW)
+    held[0] = {"issuer": 1, "certificate": own}
+
+
+def without_grounds(three: Three, held: list[dict[str, Any]]) -> None:
+    """Vouched for by nobody: what its issuer would say of itself."""
+    own = certificates.issue_own(three.identities[0], "party1", certificates.TlsKey().public, NOW)
+    held[0] = {"issuer": 0, "certificate": own}
+
+
+def by_a_stranger(three: Three, held: list[dict[str, Any]]) -> None:
+    held[0] = held[0] | {"issuer": 2}
+
+
+def altered(three: Three, held: list[dict[str, Any]]) -> None:
+    raw = held[0]["certificate"]
+    held[0] = held[0] | {"certificate": raw[:-1] + bytes((raw[-1] ^ 1,))}
+
+
+def reissued(**changes: Any) -> Callable[[Three, list[dict[str, Any]]], None]:
+    """By the right peer, on other grounds."""
+
+    def lie(three: Three, held: list[dict[str, Any]]) -> None:
+        beta = three.machines[1]
+        verdict = three.verdict_of(beta)
+        own = {name: each for name, each in changes.items() if hasattr(verdict.claims, name)}
+        others = {name: each for name, each in changes.items() if name not in own}
+        if isinstance(own.get("policy"), str):  # a digest in the verdict, not bytes in the claims
+            others["policy"] = own.pop("policy")
+        verdict = replace(verdict, evidence=beta.showed(0))
+        verdict = replace(verdict, **others)
+        verdict = replace(verdict, claims=replace(verdict.claims, **own))
+        key = certificates.TlsKey().public
+        raw = certificates.issue(three.identities[0], beta.identity, key, verdict, NOW)
+        held[0] = {"issuer": 0, "certificate": raw}
+
+    return lie
+
+
+CERTIFICATES: dict[str, tuple[Callable[[Three, list[dict[str, Any]]], None], str]] = {
+    "another's": (of_another, "certificate.identity"),
+    "by itself": (by_itself, "certificate.issuer"),
+    "by a stranger": (by_a_stranger, "certificate.issuer"),
+    "of the issuer itself": (without_grounds, "certificate.identity"),
+    "altered": (altered, "certificate.signature"),
+    "for another node": (reissued(node="party2"), "certificate.node"),
+    "for another tunnel key": (reissued(tunnel=b"\7" * 32), "certificate.tunnel"),
+    "under another policy": (reissued(policy="07" * 32), "certificate.policy"),
+    "on evidence that was never shown": (reissued(evidence="07" * 32), "certificate.evidence"),
+}
+
+
+@pytest.mark.parametrize("what", CERTIFICATES)
+def test_a_certificate_must_be_a_peers_word_for_these_very_keys(what: str) -> None:
+    lie, step = CERTIFICATES[what]
+    three = Three.make("snp")
+    three.certify()
+    assert three.judge().refusal is None
+    lie(three, three.machines[1].certificates)
+    found = three.judge()
+    assert failed(found)[1] == "peers.certificate"
+    (row,) = [each for each in found.plain["checks"] if not each["holds"]]
+    assert row["about"] == "beta" and row["expected"].startswith(step + ": ")
+    assert len(found.plain["parties"][1]["certificates"]) == 1
+
+
+def test_a_certificate_ends() -> None:
+    three = Three.make(text=text_for("swtpm", NOW + DAY))
+    three.certify()
+    three.now = NOW + timedelta(hours=1)
+    for machine in three.machines:
+        machine.at = three.now
+    assert failed(three.judge()) == ("beta", "peers.certificate")
+
+
+@pytest.mark.parametrize("what", ["identity", "tunnel", "measurement", "certificate"])
+def test_what_owners_revoked_is_refused(what: str) -> None:
+    three = Three.make("snp")
+    three.certify()
+    beta = three.machines[1]
+    listed: dict[str, frozenset[str]] = {
+        "identity": frozenset({beta.identity}),
+        "tunnel": frozenset({beta.tunnel.hex()}),
+        "measurement": frozenset({"11" * 48}),
+        "certificate": frozenset({hashlib.sha256(beta.certificates[0]["certificate"]).hexdigest()}),
+    }
+    kind = "identities" if what == "identity" else what + "s"
+    found = three.judge(revocations=Statement("ab" * 32, 5, NOW, **{kind: listed[what]}))
+    party, step = failed(found)
+    if what == "certificate":
+        assert (party, step) == ("alpha", "peers.certificate")
+    else:
+        assert (party, step) == ("alpha" if what == "measurement" else "beta", f"revoked.{what}")
 
 
 @pytest.mark.parametrize(

@@ -10,12 +10,12 @@ from typing import Any, Final
 
 import structlog
 import trio
-from prometheus_client import Counter, Enum, Gauge, start_http_server
+from prometheus_client import Counter, Enum, Gauge
 
 from mimir import kernels
 from mimir.actors.session import Limits, SessionActor
 from mimir.config import Config
-from mimir.errors import BadInput, ConfigError, MimirError, PeerError
+from mimir.errors import AbortError, BadInput, ConfigError, MimirError, PeerError
 from mimir.model.checkpoint import PlanSpec
 from mimir.mpc.domain import Ring
 from mimir.mpc.nonlinear import Settings
@@ -53,6 +53,7 @@ class _Gathering:
     clients: dict[str, ClientHandle] = field(default_factory=dict)
     complete: trio.Event = field(default_factory=trio.Event)
     over: trio.Event = field(default_factory=trio.Event)
+    scope: trio.CancelScope = field(default_factory=trio.CancelScope)
     error: BaseException | None = None
 
 
@@ -102,7 +103,11 @@ class PartyService:
         gathering.clients[client.key] = client
         if len(gathering.clients) == len(terms.clients):
             gathering.complete.set()
-        await gathering.over.wait()
+        try:
+            await gathering.over.wait()
+        except trio.Cancelled:  # this client was cut off: its session does not wait to notice
+            gathering.scope.cancel()
+            raise
         if gathering.error is not None:
             raise gathering.error
 
@@ -111,11 +116,14 @@ class PartyService:
         terms = gathering.terms
         SESSIONS.inc()
         try:
-            with trio.move_on_after(self.config.deadlines.client) as waiting:
-                await gathering.complete.wait()
-            if waiting.cancelled_caught:
-                raise BadInput("the other clients of this session did not come in time")
-            await self._run(gathering)
+            with gathering.scope:
+                with trio.move_on_after(self.config.deadlines.client) as waiting:
+                    await gathering.complete.wait()
+                if waiting.cancelled_caught:
+                    raise BadInput("the other clients of this session did not come in time")
+                await self._run(gathering)
+            if gathering.scope.cancelled_caught:
+                raise AbortError("a client was cut off")
             ENDED.labels("closed").inc()
         except Exception as error:
             gathering.error = error
@@ -262,8 +270,6 @@ async def run_peer(config: Config, orders: trio.MemoryReceiveChannel[None] | Non
             f"for party {config.party}; give every party its own file"
         )
     store = ModelStore(config.data_dir, config.party, tuple(p.identity for p in config.peers))
-    if config.metrics.listen is not None:
-        start_http_server(config.metrics.listen.port, config.metrics.listen.host)
     log.info("starting", party=config.party, name=config.me.name, kernels=kernels.level())
     async with AsyncExitStack() as stack:
         stack.callback(store.close)

@@ -51,6 +51,7 @@ class Verdict:
     steps: tuple[Step, ...]
     anchor: Anchor
     fetched: datetime | None  # when the oldest collateral that was used came from its authority
+    measurements: tuple[str, ...]  # that the evidence shows, hex: what a revocation may name
 
     def public(self) -> dict[str, Any]:
         """Plain values, for JSON."""
@@ -68,6 +69,7 @@ class Verdict:
             "valid_until": stamp(self.valid_until),
             "anchor": vars(self.anchor),
             "fetched": None if self.fetched is None else stamp(self.fetched),
+            "measurements": list(self.measurements),
             "steps": [vars(each) for each in self.steps],
         }
 
@@ -118,6 +120,7 @@ def appraise(
         (*facts.steps, *trail.steps, *judged),
         facts.anchor,
         fetched,
+        tuple(sorted(value for kind, value in facts.names() if kind == "measurements")),
     )
 
 

@@ -327,7 +327,12 @@ def format_signatures(signatures: Collection[Signature]) -> str:
 
 def signed_by(policy: Policy, signature: Signature) -> bool:
     """Whether this signature is over this policy. Whose key it is, and whether that counts, is not said."""
-    signed = bytes.fromhex(signature.signature) + signed_message(policy)
+    return verifies(signed_message(policy), signature)
+
+
+def verifies(message: bytes, signature: Signature) -> bool:
+    """The same for any message that owners sign."""
+    signed = bytes.fromhex(signature.signature) + message
     try:
         sodium.crypto_sign_open(signed, bytes.fromhex(signature.key))
     except (nacl.exceptions.BadSignatureError, ValueError):
@@ -343,6 +348,14 @@ def check_signatures(
     Owners and threshold are the verifier's own: a policy does not say who may sign it.
     """
     trail = Trail("policy")
+    require_owners(trail, signed_message(policy), signatures, owners, threshold)
+    return tuple(trail.steps)
+
+
+def require_owners(
+    trail: Trail, message: bytes, signatures: Collection[Signature], owners: Collection[str], threshold: int
+) -> None:
+    """The same for any message that owners sign; the trail says of what."""
     keys = set(owners)
     if not 1 <= threshold <= len(keys):
         raise BadInput(f"{threshold} of {len(keys)} owners must sign: from 1 to all of them is possible")
@@ -350,12 +363,11 @@ def check_signatures(
     for each in signatures:
         if each.key not in keys:
             continue
-        if not signed_by(policy, each):
-            trail.refuse("signature", f"one by {each.key} over this policy", "one that does not verify")
+        if not verifies(message, each):
+            trail.refuse("signature", f"one by {each.key} over this", "one that does not verify")
         good.add(each.key)
     step = f"{threshold} of {len(keys)} owners"
     trail.require(len(good) >= threshold, "signatures", step, ", ".join(sorted(good)) or "none")
-    return tuple(trail.steps)
 
 
 def check_version(policy: Policy, at_least: int) -> None:

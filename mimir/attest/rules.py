@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mimir.config import Parser
+from mimir.config import flag_rule as flag_rule
 
 MAX_VALUES = 256
 ANY = "any"  # must be written out: leaving a restriction away does not lift it
@@ -75,12 +76,6 @@ def words_rule(*choices: str) -> Parser:
         return tuple(value)
 
     return parse
-
-
-def flag_rule(value: Any, folder: Path) -> bool:
-    if type(value) is not bool:
-        raise ValueError("true or false")
-    return value
 
 
 def pcrs_rule(last: int, *sizes: int) -> Parser:

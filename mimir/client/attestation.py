@@ -21,7 +21,7 @@ import base64
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,8 @@ from typing import Any
 import trio
 
 from mimir import config, hpke
+from mimir.admission.certificates import Certificate, verify_certificate
+from mimir.admission.revocation import Revocations
 from mimir.attest import policy as policies
 from mimir.attest.appraisal import REAL, Anchors, Verdict, appraise
 from mimir.attest.collateral import Collateral, Item, Store
@@ -138,16 +140,21 @@ async def ask_all(connections: Sequence[Connection]) -> list[Answer]:
     return [answers[number] for number in range(len(connections))]
 
 
-async def question(federation: Federation, identity: Identity) -> list[Answer]:
+async def question(
+    federation: Federation, identity: Identity, revocations: Revocations | None
+) -> list[Answer]:
     """The same over connections of their own; a party that cannot be reached has not answered."""
     answers: dict[int, Answer] = {}
     within = federation.deadlines.connect
+    tls = federation.client_tls(identity, revocations)
 
     async def one(number: int, party: Party) -> None:
         began = utc_now()
         try:
             with plain_errors():
-                async with connect(party, identity, within=within, silence=within) as connection:
+                async with connect(
+                    party, identity, within=within, silence=within, tls=tls, unadmitted=True
+                ) as connection:
                     answers[number] = await ask(connection)
         except MimirError as error:
             answers.setdefault(number, Answer(bytes(32), bytes(32), began, None, str(error)))
@@ -211,6 +218,7 @@ class _Seen:
     verdict: Verdict | None = None
     steps: tuple[Step, ...] = ()
     failed: AttestationError | None = None
+    certificates: list[Certificate] = field(default_factory=list)  # that hold
 
     @property
     def message(self) -> Message:
@@ -228,18 +236,20 @@ def judge(
     client: str,
     basis: Basis,
     now: datetime,
+    revocations: Revocations | None = None,
     anchors: Anchors = REAL,
 ) -> Document:
     """Judge three answers, in party order; `client` is the key that asked, hexadecimal. Raises nothing that
-    an answer could cause: all is in the document.
+    an answer could cause: all is in the document. Without `revocations` the owners have revoked nothing.
     """
     used: set[str] = set()
     collateral = _Watched(basis.collateral.items, used)
     policy, refused = _judge_policy(basis, now)
     seen = [_Seen(n, *each) for n, each in enumerate(zip(parties, answers, strict=True))]
+    identities = [party.identity for party in parties]
     for each in seen:
-        _judge_party(each, [party.identity for party in parties], client, basis, collateral, now, anchors)
-    checks = _cross_check(seen, now)
+        _judge_party(each, identities, client, basis, collateral, now, revocations, anchors)
+    checks = _cross_check(seen, basis.policy, now, revocations)
     refusals = [PartyRefused("", refused)] if refused is not None else []
     refusals += [PartyRefused(each.party.name, each.failed) for each in seen if each.failed is not None]
     refusals += [
@@ -295,6 +305,7 @@ def _judge_party(
     basis: Basis,
     collateral: Collateral,
     now: datetime,
+    revocations: Revocations | None,
     anchors: Anchors,
 ) -> None:
     """The party's evidence, and what it says of itself."""
@@ -319,6 +330,9 @@ def _judge_party(
         )
         verdict = appraise(message["envelope"], basis.policy, collateral, expected, now, anchors)
         seen.steps = verdict.steps
+        if revocations is not None:
+            tunnel = message["tunnel"].hex()
+            revocations.check(identity=seen.party.identity, tunnel=tunnel, measurements=verdict.measurements)
         _check_statement(trail, message, identities, basis.policy, verdict)
     except AttestationError as error:
         seen.failed = error
@@ -368,7 +382,9 @@ class _Checks:
         )
 
 
-def _cross_check(seen: Sequence[_Seen], now: datetime) -> list[dict[str, Any]]:
+def _cross_check(
+    seen: Sequence[_Seen], policy: Policy, now: datetime, revocations: Revocations | None
+) -> list[dict[str, Any]]:
     """What the parties say of each other, held against what each has proved of itself."""
     checks = _Checks()
     good = [each for each in seen if each.verdict is not None]
@@ -381,6 +397,11 @@ def _cross_check(seen: Sequence[_Seen], now: datetime) -> list[dict[str, Any]]:
         for of in others:
             if of.verdict is not None and says.says_of(of.number):
                 _check_peer(checks, says, of, now)
+    for of in good:
+        for held in of.message["certificates"]:
+            _check_certificate(
+                checks, seen[held["issuer"]], of, held["certificate"], policy, now, revocations
+            )
     if len(good) > 1:
         first = good[0].message["config"]
         for each in good[1:]:
@@ -412,6 +433,38 @@ def _check_peer(checks: _Checks, says: _Seen, of: _Seen, now: datetime) -> None:
     showed = [d for each in of.message["shown"] if each["party"] == says.number for d in each["evidence"]]
     want = got if got in showed else f"what {of.party.name} showed: " + (", ".join(showed) or "nothing")
     checks.note(got in showed, "peers.evidence", says, of, want, got)
+
+
+def _check_certificate(
+    checks: _Checks,
+    issuer: _Seen,
+    of: _Seen,
+    der: bytes,
+    policy: Policy,
+    now: datetime,
+    revocations: Revocations | None,
+) -> None:
+    """A peer's word in writing: it must be for the very keys and evidence that the party shows us."""
+    trail = Trail("certificate")
+    showed = [d for each in of.message["shown"] if each["party"] == issuer.number for d in each["evidence"]]
+    try:
+        trail.require(issuer is not of, "issuer", "a peer of it", "itself")
+        found = verify_certificate(der, [issuer.party.identity], now, revocations, subject=of.party.identity)
+        grounds = found.grounds
+        if grounds is None:
+            trail.refuse("grounds", "evidence that it rests on", "none")
+        trail.require(found.node == f"party{of.number}", "node", f"party{of.number}", found.node)
+        trail.same("tunnel", of.message["tunnel"], bytes.fromhex(grounds.tunnel))
+        trail.same("policy", policy.digest(), bytes.fromhex(grounds.policy))
+        trail.require(
+            grounds.evidence in showed, "evidence", ", ".join(showed) or "none shown", grounds.evidence
+        )
+    except AttestationError as error:
+        want, got = f"{error.step}: {error.expected}", error.got
+        checks.note(False, "peers.certificate", issuer, of, want, got)
+        return
+    of.certificates.append(found)
+    checks.note(True, "peers.certificate", issuer, of, found.fingerprint, found.fingerprint)
 
 
 def _moment(text: str | None) -> datetime | None:
@@ -448,6 +501,7 @@ def _report(seen: _Seen, all_seen: Sequence[_Seen], now: datetime) -> dict[str, 
         "tunnel_key": message["tunnel"].hex() if message else None,
         "kem": hpke.digest(message["kem"]).hex() if message else None,
         "config": message.get("config"),
+        "certificates": [each.public() for each in seen.certificates],
         "revocation_epoch": message["admission"]["revocation_epoch"] if message else None,
         "rotations": [
             {"peer": names[each["party"]], "epoch": each["epoch"], "age_s": each["age"]}
@@ -567,10 +621,12 @@ def judge_saved(
     owners: tuple[str, ...],
     threshold: int,
     at: datetime | None = None,
+    revocations: Revocations | None = None,
     anchors: Anchors = REAL,
 ) -> Document:
     """Judge what `save` stored again, by its own policy and collateral, but by our federation's identities,
-    owners and threshold; at the time of the check, or at another. `BadInput` if the file cannot be read.
+    owners, threshold and revocations; at the time of the check, or at another. `BadInput` if the file cannot
+    be read.
     """
     path = Path(path)
     try:
@@ -602,7 +658,7 @@ def judge_saved(
     except (KeyError, TypeError, ValueError, AttributeError, AttestationError, MessageError) as error:
         raise BadInput(f"{path}: nothing that `mimir verify --save` wrote: {error}") from None
     basis = _basis(texts[0], path, texts[1], path, owners, threshold, collateral)
-    return judge(answers, parties, client, basis, now if at is None else at, anchors)
+    return judge(answers, parties, client, basis, now if at is None else at, revocations, anchors)
 
 
 def _answer(kept: dict[str, Any]) -> Answer:

@@ -281,6 +281,8 @@ async def _status(options: argparse.Namespace, terminal: Terminal) -> int:
     federation, identity = _load(options)
     settings = federation.attestation
     basis = attestation.read_basis(settings) if settings.policy is not None else None
+    revocations = federation.revocations()
+    tls = federation.client_tls(identity, revocations)
     answers: list[dict[str, Any] | MimirError] = []
     proofs: list[Answer] = [
         Answer(bytes(32), bytes(32), attestation.utc_now(), None, "no answer") for _ in federation.parties
@@ -291,7 +293,12 @@ async def _status(options: argparse.Namespace, terminal: Terminal) -> int:
         try:
             with plain_errors():
                 async with connect(
-                    party, identity, within=deadlines.connect, silence=deadlines.connect
+                    party,
+                    identity,
+                    within=deadlines.connect,
+                    silence=deadlines.connect,
+                    tls=tls,
+                    unadmitted=True,
                 ) as connection:
                     await connection.send({"t": "status"})
                     answers[index] = (await connection.receive("status"))["status"]
@@ -307,7 +314,7 @@ async def _status(options: argparse.Namespace, terminal: Terminal) -> int:
     proved = None
     if basis is not None:
         now = attestation.utc_now()
-        proved = attestation.judge(proofs, federation.parties, identity.public_hex, basis, now)
+        proved = attestation.judge(proofs, federation.parties, identity.public_hex, basis, now, revocations)
     good = True
     for party, answer in zip(federation.parties, answers, strict=True):
         if isinstance(answer, MimirError):
@@ -379,7 +386,12 @@ async def _verify(options: argparse.Namespace, terminal: Terminal) -> int:
         if not settings.owners:
             raise BadInput(f"{federation.source}: attestation.owners: missing; or give --owners")
         found = attestation.judge_saved(
-            options.offline, federation.parties, settings.owners, settings.threshold, options.at
+            options.offline,
+            federation.parties,
+            settings.owners,
+            settings.threshold,
+            options.at,
+            federation.revocations(),
         )
         return _print_document(terminal, found, offline=True)
     if settings.policy is None:
@@ -390,9 +402,10 @@ async def _verify(options: argparse.Namespace, terminal: Terminal) -> int:
     first = True
     while True:
         basis = attestation.read_basis(settings)
-        answers = await attestation.question(federation, identity)
+        revocations = federation.revocations()
+        answers = await attestation.question(federation, identity, revocations)
         now = attestation.utc_now()
-        found = attestation.judge(answers, federation.parties, identity.public_hex, basis, now)
+        found = attestation.judge(answers, federation.parties, identity.public_hex, basis, now, revocations)
         if options.save is not None:
             attestation.save(options.save, found, answers, basis, now)
         if first or found.refusal is not None or options.json:

@@ -10,13 +10,15 @@ from typing import Any
 import trio
 from trio_websocket import ConnectionClosed, HandshakeError, WebSocketConnection, wrap_client_stream
 
+from mimir.admission.certificates import Certificate
+from mimir.admission.tls import ClientTls, Secured, TlsError, reason
 from mimir.attest.trail import stamp
 from mimir.client.federation import Party
 from mimir.errors import AbortError, AttestationError, BadInput, ClientError, MimirError
 from mimir.net import messages
 from mimir.net.identity import Identity, exchange_public
 from mimir.net.messages import MAX_MESSAGE, Message, MessageError
-from mimir.net.seal import TAG, Handshake, Seal, SealError
+from mimir.net.seal import PROLOGUE, TAG, Handshake, Seal, SealError
 
 RECEIVE_BUFFER = 65536
 MAX_FRAME = MAX_MESSAGE + TAG
@@ -36,8 +38,16 @@ class PartyError(ClientError):
 class Connection:
     """Messages to and from one party. Made by `connect`."""
 
-    def __init__(self, party: Party, socket: WebSocketConnection, seal: Seal, silence: float) -> None:
+    def __init__(
+        self,
+        party: Party,
+        socket: WebSocketConnection,
+        seal: Seal,
+        silence: float,
+        certificate: Certificate | None = None,
+    ) -> None:
         self.party = party
+        self.certificate = certificate  # that it showed, with TLS
         self.silence = silence  # seconds that the party may owe an answer
         self.channel = seal.channel  # what binds evidence to this connection
         self.until: datetime | None = None  # when the evidence ends without which nothing may be sent
@@ -101,15 +111,23 @@ class Connection:
 
 @asynccontextmanager
 async def connect(
-    party: Party, identity: Identity, *, within: float, silence: float
+    party: Party,
+    identity: Identity,
+    *,
+    within: float,
+    silence: float,
+    tls: ClientTls | None = None,
+    unadmitted: bool = False,
 ) -> AsyncIterator[Connection]:
     """Reach a party, prove who we are and make it prove that it holds the key in the federation file.
 
+    With `tls` another party must vouch for it too, unless `unadmitted` allows one that is not admitted yet;
+    such a party answers about its state alone. `AttestationError` says what is wrong with its certificate.
     Errors of the block it guards come out as they are, although a nursery is around them.
     """
     try:
         with plain_errors():
-            async with _connect(party, identity, within, silence) as connection:
+            async with _connect(party, identity, within, silence, tls, unadmitted) as connection:
                 yield connection
     except HandshakeError:  # raised by the websocket's own task
         raise PartyError(
@@ -119,22 +137,35 @@ async def connect(
 
 @asynccontextmanager
 async def _connect(
-    party: Party, identity: Identity, within: float, silence: float
+    party: Party,
+    identity: Identity,
+    within: float,
+    silence: float,
+    tls: ClientTls | None,
+    unadmitted: bool,
 ) -> AsyncIterator[Connection]:
     expected = exchange_public(bytes.fromhex(party.identity))
     async with trio.open_nursery() as nursery:
         socket: WebSocketConnection | None = None
         try:
             ended = False
+            secured: Secured | None = None
+            why = HUNG_UP
             with trio.move_on_after(within) as scope:
 
-                def hung_up() -> None:
-                    nonlocal ended
+                def hung_up(error: BaseException | None) -> None:
+                    nonlocal ended, why
                     ended = True
+                    if secured is not None and error is not None:
+                        why = f"ended TLS: {reason(error)}"
                     scope.cancel()  # does nothing once the party has answered
 
                 try:
-                    stream = _Stream(await trio.open_tcp_stream(party.host, party.port), hung_up)
+                    outer: trio.abc.Stream = await trio.open_tcp_stream(party.host, party.port)
+                    if tls is not None:
+                        secured = await tls.connect(outer, party.identity, unadmitted=unadmitted)
+                        outer = secured.stream
+                    stream = _Stream(outer, hung_up)
                     socket = await wrap_client_stream(
                         nursery,
                         stream,  # type: ignore[arg-type]
@@ -144,19 +175,26 @@ async def _connect(
                         max_message_size=MAX_FRAME,
                         receive_buffer_size=RECEIVE_BUFFER,
                     )
-                    seal = await _handshake(socket, Handshake.initiator(identity.exchange_key(), expected))
+                    bound = b"" if secured is None else secured.binding
+                    own = identity.exchange_key()
+                    seal = await _handshake(socket, Handshake.initiator(own, expected, PROLOGUE + bound))
                 except ConnectionClosed:
-                    raise PartyError(party, HUNG_UP) from None
+                    raise PartyError(party, why) from None
+                except TlsError as error:
+                    raise PartyError(party, f"no TLS 1.3 with it: {error}") from None
+                except AttestationError as error:
+                    raise PartyError(party, f"its certificate does not hold: {error}") from error
                 except SealError as error:
                     raise PartyError(party, f"is not who the federation file says: {error}") from None
                 except OSError as error:
                     raise PartyError(party, f"cannot be reached: {_reason(error)}; is it running?") from None
             if scope.cancelled_caught or socket is None:
                 if ended:
-                    raise PartyError(party, HUNG_UP)
+                    raise PartyError(party, why)
                 raise PartyError(party, f"no answer within {within:g} s; is it running, is the port open?")
             try:
-                connection = Connection(party, socket, seal, silence)
+                shown = None if secured is None else secured.peer
+                connection = Connection(party, socket, seal, silence, shown)
                 await connection.send({"t": "hello"})
                 yield connection
             finally:
@@ -178,20 +216,20 @@ async def _handshake(socket: WebSocketConnection, handshake: Handshake) -> Seal:
 
 
 class _Stream(trio.abc.Stream):
-    """A TCP stream that says when the other end hangs up: the websocket library would wait on for ever."""
+    """A stream that says when the other end hangs up: the websocket library would wait on for ever."""
 
-    def __init__(self, stream: trio.SocketStream, hung_up: Callable[[], None]) -> None:
+    def __init__(self, stream: trio.abc.Stream, hung_up: Callable[[BaseException | None], None]) -> None:
         self._stream = stream
         self._hung_up = hung_up
 
     async def receive_some(self, max_bytes: int | None = None) -> bytes | bytearray:
         try:
             data = await self._stream.receive_some(max_bytes)
-        except trio.BrokenResourceError:
-            self._hung_up()
+        except trio.BrokenResourceError as error:
+            self._hung_up(error)
             raise
         if not data:
-            self._hung_up()
+            self._hung_up(None)
         return data
 
     async def send_all(self, data: bytes | bytearray | memoryview) -> None:

@@ -188,6 +188,8 @@ def _party(page: _Page, party: Mapping[str, Any]) -> None:
     for each in party["rotations"]:
         age = "" if each["age_s"] is None else f", {each['age_s']:.0f} s old"
         page.field("rotation", f"with {each['peer']}: epoch {each['epoch']}{age}")
+    for each in party["certificates"]:
+        page.field("certified", f"by {each['issuer']}", f"until {each['not_after']}")
     for each in party["said_by_peers"]:
         page.field("peers say", f"{each['peer']}: {shown(_standing(each))}")
     for each in party["steps"]:

@@ -6,10 +6,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
+from mimir.admission.revocation import Revocations, context_of
+from mimir.admission.tls import ClientTls
 from mimir.attest.rules import flag_rule
 from mimir.config import (
     PARTIES,
     Address,
+    Tls,
     integer_rule,
     key_rule,
     keys_rule,
@@ -20,6 +23,7 @@ from mimir.config import (
     text_rule,
 )
 from mimir.errors import ConfigError
+from mimir.net.identity import Identity
 
 
 @dataclass(frozen=True)
@@ -68,6 +72,15 @@ class Attestation:
 
 
 @dataclass(frozen=True)
+class Revocation:
+    """[revocation] Who says what is revoked, and where we keep it. Without owners nothing is looked at."""
+
+    owners: Annotated[tuple[str, ...], keys_rule] = ()
+    threshold: Annotated[int, integer_rule(1, 64)] = 1
+    file: Annotated[Path | None, path_rule] = None  # beside client_key if left out
+
+
+@dataclass(frozen=True)
 class Federation:
     """Everything a client is told."""
 
@@ -78,6 +91,20 @@ class Federation:
     tokenizer: Annotated[Path | None, path_rule] = None  # model directory, for its tokenizer alone
     attestation: Attestation = field(default_factory=Attestation)
     deadlines: Deadlines = field(default_factory=Deadlines)
+    tls: Tls = field(default_factory=Tls)  # as at the parties
+    revocation: Revocation = field(default_factory=Revocation)
+
+    def revocations(self) -> Revocations | None:
+        """What this client knows to be revoked; None where its file names no owners."""
+        wanted = self.revocation
+        if not wanted.owners:
+            return None
+        file = wanted.file or self.client_key.with_name(self.client_key.name + ".revocations")
+        return Revocations(file, context_of(self.identities), wanted.owners, wanted.threshold)
+
+    def client_tls(self, identity: Identity, revocations: Revocations | None) -> ClientTls | None:
+        """Our end of TLS; None where it is off."""
+        return ClientTls(identity, self.identities, revocations) if self.tls.enabled else None
 
     @property
     def identities(self) -> tuple[str, ...]:
@@ -94,6 +121,8 @@ def load(path: str | Path) -> Federation:
         raise ConfigError(
             f"{source}: parties: {PARTIES} are needed, in party order; here are {len(federation.parties)}"
         )
+    if federation.revocation.threshold > max(1, len(federation.revocation.owners)):
+        raise ConfigError(f"{source}: revocation.threshold: more than there are owners")
     for name in ("identity", "name"):
         if len({getattr(party, name) for party in federation.parties}) != PARTIES:
             raise ConfigError(f"{source}: parties[].{name}: two parties have the same")

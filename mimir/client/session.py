@@ -21,11 +21,12 @@ import numpy as np
 import numpy.typing as npt
 import trio
 
+from mimir.admission.revocation import Revocations
 from mimir.client import attestation
 from mimir.client.attestation import Document
-from mimir.client.connection import Connection, connect, plain_errors
+from mimir.client.connection import Connection, PartyError, connect, plain_errors
 from mimir.client.federation import Federation
-from mimir.errors import BadInput, ClientError, LocalError, MimirError, ModelError
+from mimir.errors import AttestationError, BadInput, ClientError, LocalError, MimirError, ModelError
 from mimir.model.checkpoint import PlanSpec
 from mimir.net.identity import Identity
 from mimir.net.messages import SESSION_BYTES, Message, Open, Sampler
@@ -110,23 +111,30 @@ async def connect_all(
 ) -> AsyncIterator[list[Connection]]:
     """Sealed connections to the three parties, in party order; all or `ClientError`.
 
-    If the federation file names a policy, each party attests itself on its connection before anything else is
-    said, and `seen` gets the document. Where that is required and does not hold, this raises
-    `AttestationError`; later the connections take nothing once the evidence has ended.
+    Where the federation file names owners, what they revoked is exchanged with the parties first, and a party
+    that turns out to be revoked is refused. If it names a policy, each party then attests itself on its
+    connection before anything else is said, and `seen` gets the document. Where that is required and does not
+    hold, this raises `AttestationError`; later the connections take nothing once the evidence has ended.
     """
     deadlines, settings = federation.deadlines, federation.attestation
     basis = attestation.read_basis(settings) if settings.policy is not None else None
+    revocations = federation.revocations()
+    tls = federation.client_tls(identity, revocations)
     async with AsyncExitStack() as stack:
         connections = [
             await stack.enter_async_context(
-                connect(party, identity, within=deadlines.connect, silence=deadlines.silence)
+                connect(party, identity, within=deadlines.connect, silence=deadlines.silence, tls=tls)
             )
             for party in federation.parties
         ]
+        if revocations is not None:
+            await _agree_on_revocations(connections, revocations)
         if basis is not None:
             answers = await attestation.ask_all(connections)
             now = attestation.utc_now()
-            document = attestation.judge(answers, federation.parties, identity.public_hex, basis, now)
+            document = attestation.judge(
+                answers, federation.parties, identity.public_hex, basis, now, revocations
+            )
             if seen is not None:
                 seen(document)
             if settings.required:
@@ -134,6 +142,40 @@ async def connect_all(
                 for connection in connections:
                     connection.until = until
         yield connections
+
+
+async def _agree_on_revocations(connections: Sequence[Connection], revocations: Revocations) -> None:
+    """Learn from every party what is revoked, tell those that are behind, and refuse parties that are."""
+
+    async def exchange(connection: Connection) -> None:
+        await connection.send({"t": "revocations"})
+        answer = await connection.receive("revoked")
+        if answer["statement"]:
+            try:
+                revocations.offer(answer["statement"])
+            except AttestationError as error:
+                if error.step != "revocation.epoch":  # it is behind: it will be told
+                    raise PartyError(
+                        connection.party, f"shows revocations that do not hold: {error}"
+                    ) from error
+
+    async def tell(connection: Connection) -> None:
+        if revocations.epoch:
+            await connection.send({"t": "revoke", "statement": revocations.raw})
+            await connection.receive("revoked")
+
+    await gather(connections, exchange)
+    await gather(connections, tell)
+    for connection in connections:
+        shown = connection.certificate
+        try:
+            revocations.check(identity=connection.party.identity)
+            if shown is not None:
+                revocations.check(identity=shown.issuer, certificate=shown.fingerprint)
+                if shown.grounds is not None:
+                    revocations.check(tunnel=shown.grounds.tunnel, measurements=shown.grounds.measurements)
+        except AttestationError as error:
+            raise PartyError(connection.party, str(error)) from error
 
 
 async def statuses(connections: Sequence[Connection]) -> list[dict[str, Any]]:

@@ -1,5 +1,9 @@
 """The door for clients and model owners: a websocket per connection, sealed, and a request at a time.
 
+With TLS around it (`mimir.admission.tls`) both ends show certificates first, and the sealed handshake is
+bound to them. A party that no peer has certified answers about its state alone (UNADMITTED). Whoever is
+revoked is not let in, and is cut off, session and all, when that becomes known.
+
 A connection must say who it is within a deadline and be on a list (`clients`, `owners`) before anything it
 says is looked at. Each has its own task and a bounded mailbox; what breaks one connection, from garbage to
 an error of ours, closes that connection and no other. The party itself stands behind `Service`.
@@ -15,12 +19,22 @@ import trio
 from trio_websocket import ConnectionClosed, WebSocketConnection, wrap_server_stream
 
 from mimir import __version__
+from mimir.admission.revocation import Revocations
+from mimir.admission.tls import PartyTls, Secured, TlsError
 from mimir.config import Address, Config
-from mimir.errors import AbortError, BadInput, LocalError, MimirError, PeerError
+from mimir.errors import (
+    AbortError,
+    AttestationError,
+    BadInput,
+    EnvironmentMissing,
+    LocalError,
+    MimirError,
+    PeerError,
+)
 from mimir.net import messages
 from mimir.net.identity import Identity, exchange_public
 from mimir.net.messages import MAX_MESSAGE, Message, MessageError, Open
-from mimir.net.seal import TAG, Handshake, Seal, SealError
+from mimir.net.seal import PROLOGUE, TAG, Handshake, Seal, SealError
 from mimir.store import ComponentsDiffer, Incoming, ModelStore, StoreError
 
 RECEIVE_BUFFER = 65536  # trio-websocket's default of 4 KiB costs a third of its throughput
@@ -28,6 +42,8 @@ MAX_FRAME = MAX_MESSAGE + TAG
 MAILBOX = 8  # messages read ahead of the task that handles them; then the sender waits
 CLOSE_SECONDS = 2.0  # for the closing handshake of a websocket
 RESOURCE = "/mimir/1"
+# What a party does before it is admitted.
+UNADMITTED = frozenset({"status", "attest", "revocations", "revoke", "close"})
 
 log = structlog.get_logger("mimir.control")
 
@@ -125,10 +141,12 @@ async def serve_control(
     identity: Identity,
     service: Service,
     *,
+    tls: PartyTls | None = None,
+    revocations: Revocations | None = None,
     task_status: trio.TaskStatus[list[Address]] = trio.TASK_STATUS_IGNORED,
 ) -> None:
     """Serve clients and owners until cancelled. Started with the addresses that are listened on."""
-    door = _Door(config, identity, service)
+    door = _Door(config, identity, service, tls, revocations)
     listen = config.control.listen
     try:
         listeners = await trio.open_tcp_listeners(listen.port, host=listen.host)
@@ -137,6 +155,8 @@ async def serve_control(
     bound = [Address(*listener.socket.getsockname()[:2]) for listener in listeners]
     async with trio.open_nursery() as nursery:
         await nursery.start(trio.serve_listeners, door.connection, listeners)
+        if revocations is not None:
+            nursery.start_soon(door.cut_off_revoked, revocations)
         log.info("listening for clients", listen=[str(address) for address in bound])
         task_status.started(bound)
 
@@ -144,9 +164,19 @@ async def serve_control(
 class _Door:
     """Who may enter, and what is done for them."""
 
-    def __init__(self, config: Config, identity: Identity, service: Service) -> None:
+    def __init__(
+        self,
+        config: Config,
+        identity: Identity,
+        service: Service,
+        tls: PartyTls | None,
+        revocations: Revocations | None,
+    ) -> None:
         self._config = config
         self._service = service
+        self._tls = tls
+        self._revocations = revocations
+        self._inside: dict[trio.CancelScope, str] = {}  # conversations, and whose they are
         self._exchange = identity.exchange_key()
         # The handshake proves possession of the X25519 form of an identity; lists name the Ed25519 form.
         self._known: dict[bytes, str] = {}
@@ -169,7 +199,9 @@ class _Door:
             await self._websocket(stream, where)
         except Exception as error:
             first = _first(error)
-            if isinstance(first, MessageError | SealError | ClientGone | trio.TooSlowError):
+            if isinstance(
+                first, MessageError | SealError | ClientGone | TlsError | AttestationError | trio.TooSlowError
+            ):
                 log.warning(
                     "closed a connection", client=where, why=str(first) or "too slow to say who it is"
                 )
@@ -179,37 +211,62 @@ class _Door:
             self._connections -= 1
             await trio.aclose_forcefully(stream)
 
+    async def cut_off_revoked(self, revocations: Revocations) -> None:
+        """End every conversation of a client that is revoked, as soon as that is known."""
+        while True:
+            epoch = revocations.epoch
+            for scope, key in list(self._inside.items()):
+                try:
+                    revocations.check(identity=key)
+                except AttestationError as error:
+                    log.warning("cut off a client that is revoked", key=key[:16], why=str(error))
+                    scope.cancel()
+            await revocations.wait_past(epoch)
+
     async def _websocket(self, stream: trio.SocketStream, where: str) -> None:
+        secured: Secured | None = None
         async with trio.open_nursery() as nursery:
             with trio.fail_after(self._config.deadlines.handshake):
-                request = await wrap_server_stream(nursery, stream, 1, MAX_FRAME, RECEIVE_BUFFER)
+                inner: trio.abc.Stream = stream
+                if self._tls is not None:
+                    secured = await self._tls.accept(stream, self._known.values())
+                    inner = secured.stream
+                request = await wrap_server_stream(nursery, inner, 1, MAX_FRAME, RECEIVE_BUFFER)
                 if request.path != RESOURCE:
                     await request.reject(404)
                     raise MessageError(f"asked for {request.path[:40]!r}: not a Mimir client of this version")
                 socket = await request.accept()
                 try:
-                    seal, key = await self._handshake(socket)
+                    seal, key = await self._handshake(socket, secured)
                 except ConnectionClosed:
                     raise MessageError("hung up before saying who it is") from None
             try:
-                await self._conversation(socket, seal, key, where)
+                await self._conversation(socket, seal, key, where, secured)
             finally:
                 seal.wipe()
                 with trio.move_on_after(CLOSE_SECONDS):
                     await socket.aclose()
                 nursery.cancel_scope.cancel()
 
-    async def _handshake(self, socket: WebSocketConnection) -> tuple[Seal, bytes]:
-        handshake = Handshake.responder(self._exchange)
+    async def _handshake(self, socket: WebSocketConnection, secured: Secured | None) -> tuple[Seal, bytes]:
+        bound = b"" if secured is None else secured.binding
+        handshake = Handshake.responder(self._exchange, PROLOGUE + bound)
         first = await socket.get_message()
         if not isinstance(first, bytes):
             raise MessageError("text instead of a handshake")
         key = handshake.accept(first)
+        if secured is not None and self._known.get(key) != secured.peer.identity:
+            raise MessageError("one key in its certificate, another in the handshake inside")
         await socket.send_message(handshake.answer())
         return handshake.seal, key
 
     async def _conversation(
-        self, socket: WebSocketConnection, seal: Seal, raw_key: bytes, where: str
+        self,
+        socket: WebSocketConnection,
+        seal: Seal,
+        raw_key: bytes,
+        where: str,
+        secured: Secured | None,
     ) -> None:
         send, receive = trio.open_memory_channel[Message](MAILBOX)
         key = self._known.get(raw_key, "")
@@ -222,16 +279,34 @@ class _Door:
             if not key:
                 log.warning("refused a client: its key is on no list", client=where)
                 await client.send(_error("refused", "your key is neither in `clients` nor in `owners` here"))
+            elif self._is_revoked(key):
+                log.warning("refused a client: its key is revoked", client=where, key=key[:16])
+                await client.send(_error("refused", "your key is revoked"))
             else:
                 log.info("client connected", client=where, key=key[:16])
-                await self._requests(client)
+                self._inside[nursery.cancel_scope] = key
+                try:
+                    await self._requests(client, secured is None or secured.own.grounds is not None)
+                finally:
+                    del self._inside[nursery.cancel_scope]
             nursery.cancel_scope.cancel()
 
-    async def _requests(self, client: ClientHandle) -> None:
+    def _is_revoked(self, key: str) -> bool:
+        try:
+            if self._revocations is not None:
+                self._revocations.check(identity=key)
+        except AttestationError:
+            return True
+        return False
+
+    async def _requests(self, client: ClientHandle, admitted: bool) -> None:
         """Serve requests one after another until the client hangs up or one fails."""
         while True:
             try:
-                await self._request(client, await client.receive())
+                message = await client.receive()
+                if not admitted and message["t"] not in UNADMITTED:
+                    raise BadInput("no peer has admitted this party yet: it answers about its state alone")
+                await self._request(client, message)
             except (ClientGone, MessageError, SealError):
                 if client.gone.is_set():
                     log.info("client left", key=client.key[:16])
@@ -254,6 +329,8 @@ class _Door:
             await client.send({"t": "status", "status": await self._status()})
         elif kind == "attest":
             await self._attest(client, message["nonce"])
+        elif kind in ("revocations", "revoke"):
+            await self._tell_revocations(client, message)
         elif kind == "open":
             if client.key not in self._config.clients:
                 raise BadInput("your key is not in `clients` here")
@@ -281,6 +358,17 @@ class _Door:
             raise BadInput(f"topk {terms.sampler.topk} is over this federation's {self._config.topk}")
         return terms
 
+    async def _tell_revocations(self, client: ClientHandle, message: Message) -> None:
+        known = self._revocations
+        if known is None:
+            raise BadInput("this party keeps no revocations: it has no `attestation.owners`")
+        if message["t"] == "revoke":  # whoever brings it: a statement speaks for itself
+            try:
+                known.offer(message["statement"])
+            except (AttestationError, EnvironmentMissing) as error:
+                raise BadInput(str(error)) from None
+        await client.send({"t": "revoked", "epoch": known.epoch, "statement": known.raw})
+
     async def _status(self) -> dict[str, Any]:
         config = self._config
         models = await trio.to_thread.run_sync(self._service.store.models)
@@ -300,6 +388,8 @@ class _Door:
                 digest: {"name": manifest.name, "model": manifest.spec.public()}
                 for digest, manifest in models.items()
             },
+            "tls": None if self._tls is None else self._tls.certificate().public(),
+            "revocations": None if self._revocations is None else self._revocations.status(),
             "service": self._service.status(),
         }
 

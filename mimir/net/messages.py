@@ -11,6 +11,8 @@ Every message has a type, field "t". A message that is not exactly one of these 
     offsets   the masked prompt                         progress  token  done     (done ends a turn)
     close                                               error     ends the request, a session included
     put_model chunk commit    (owners)                  have      committed
+    revocations                                         revoked   the statement in force, if any
+    revoke    a statement                               revoked   the one in force then
 
 Words: `Open` are the agreed terms of a session; every client of it sends the same.
 """
@@ -27,6 +29,7 @@ from typing import Any, Literal
 
 import msgpack
 
+from mimir.attest.certs import MAX_CERTIFICATE
 from mimir.attest.evidence import MAX_ENVELOPE
 from mimir.attest.trail import MAX_SHOWN
 from mimir.config import PARTIES
@@ -35,6 +38,7 @@ from mimir.hpke import PUBLIC_BYTES
 
 MAX_MESSAGE = 8 << 20  # bytes of one message on the wire, sealed
 MAX_CHUNK = 1 << 20  # bytes of one piece of a component
+MAX_STATEMENT = 256 << 10  # bytes of what owners say is revoked
 MAX_CLIENTS = 8
 MAX_SLOTS = 1 << 16  # token positions of one prompt part, and of one answer
 MAX_TURNS = 1 << 16
@@ -46,7 +50,6 @@ MAX_TEMPERATURE = 100.0
 MIN_TEMPERATURE = 0.01
 SESSION_BYTES = 16
 NONCE_BYTES = 32
-MAX_CERTIFICATE = 8 << 10
 MAX_REMEMBERED = 4  # digests of evidence that a party keeps of what it showed to one peer
 WORD = 8
 _HEX_64 = re.compile(r"[0-9a-f]{64}")
@@ -201,6 +204,8 @@ FROM_CLIENT: dict[str, dict[str, Rule]] = {
     "turn": {"turn": _turn, "buckets": _buckets, "max_new": _slots},
     "offsets": {"turn": _turn, "names": _map(_words(1), MAX_NAMES)},
     "close": {},
+    "revocations": {},
+    "revoke": {"statement": _blob(1, MAX_STATEMENT)},
     "put_model": {"manifest": _free},
     "chunk": {
         "tensor": _text(64),
@@ -245,6 +250,7 @@ FROM_PARTY: dict[str, dict[str, Rule]] = {
     "error": {"code": _text(32), "message": _text(MAX_TEXT)},
     "have": {"tensors": _map(_list(_count, 2, least=2), MAX_ENTRIES), "complete": _flag},
     "committed": {"model": _hash},
+    "revoked": {"epoch": _count, "statement": _blob(0, MAX_STATEMENT)},
 }
 
 
