@@ -14,8 +14,8 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-from attest_pki import NOW
-from test_policy import ANCHORS, HEAD, entry, evidence_for, stored
+from attest_pki import NOW, Tpm
+from test_policy import ANCHORS, HEAD, RSA_TPM, TPM, entry, evidence_for, stored
 
 from mimir import config
 from mimir.admission import certificates
@@ -25,6 +25,7 @@ from mimir.attest.collateral import Collateral
 from mimir.attest.evidence import Claims, Envelope, identity_hash
 from mimir.attest.policy import SIGNATURE_SUFFIX, Policy, Signature, format_signatures, signed_message
 from mimir.attest.trail import stamp
+from mimir.attesters import Attester
 from mimir.client.attestation import Answer, Basis, judge
 from mimir.client.federation import Party
 from mimir.hpke import HpkeKey
@@ -55,6 +56,7 @@ class Machine:
     peers: list[Machine] = field(default_factory=list)
     certificates: list[dict[str, Any]] = field(default_factory=list)
     error: Exception | None = None
+    attester: Attester | None = None  # a real one, in place of the authorities in attest_pki
 
     @property
     def tunnel(self) -> bytes:
@@ -82,11 +84,16 @@ class Machine:
         )
 
     def envelope(self, nonce: bytes, source: str, channel: bytes, role: str = "party") -> Envelope:
-        return evidence_for(self.kind, self.claim(self.claims(nonce, source, channel, role)), **self.changes)
+        own = {"own": tpm_of(self.number, self.kind)} if "tpm" in self.kind else {}
+        claims = self.claim(self.claims(nonce, source, channel, role))
+        return evidence_for(self.kind, claims, **own | self.changes)
 
     async def evidence_for(self, nonce: bytes, nonce_source: str, channel: bytes, role: str) -> bytes:
         if self.error is not None:
             raise self.error
+        if self.attester is not None:
+            claims = self.claim(self.claims(nonce, nonce_source, channel, role))
+            return (await self.attester.attest(claims)).encode()
         return self.envelope(nonce, nonce_source, channel, role).encode()
 
     def said(self) -> dict[str, Any]:
@@ -187,7 +194,7 @@ class Three:
     def verdict_of(self, of: Machine) -> Verdict:
         """A peer's of its evidence."""
         claims = of.claims(self.nonce, "admission", self.channel(of.number), "party")
-        raw = evidence_for(of.kind, claims).encode()
+        raw = of.envelope(self.nonce, "admission", self.channel(of.number)).encode()
         return appraise(raw, of.policy, self.basis.collateral, claims, self.now, ANCHORS)
 
     def channel(self, number: int) -> bytes:
@@ -236,7 +243,13 @@ def text_for(kind: str, until: datetime) -> str:
     """A policy file that wants the evidence made here."""
     environment = "simulation" if kind == "swtpm" else "production"
     head = HEAD.format(environment=environment).replace("2027-01-01T00:00:00Z", stamp(until))
-    return head + entry(kind)
+    names = ", ".join(f'"{tpm_of(number, kind).name}"' for number in range(3)) if kind.endswith("tpm") else ""
+    return head + entry(kind).replace(f'"{TPM.name}"', names)
+
+
+def tpm_of(number: int, kind: str) -> Tpm:
+    """A party's own TPM."""
+    return (TPM if kind in ("tpm", "swtpm") else RSA_TPM).with_label(f"ak{number}")
 
 
 def basis_of(text: str, threshold: int = 2, signers: int = 2, **changes: Any) -> Basis:

@@ -124,10 +124,10 @@ def evidence_for(kind: str, claims: Claims, **changes: Any) -> Envelope:
     if kind == "nitro":
         document = AWS.document(**{"user_data": data, "nonce": claims.nonce} | changes)
         return Envelope(kind, document, claims.encode())
-    own = TPM if kind in ("tpm", "swtpm") else RSA_TPM
+    own = changes.pop("own", TPM if kind in ("tpm", "swtpm") else RSA_TPM)
     quote, signature = own.quote(changes.pop("extra", short))
     parts: dict[str, Any] = {"quote": quote, "signature": signature, "pcrs": {"sha256": own.pcrs}}
-    if own is TPM:
+    if kind in ("tpm", "swtpm"):
         return Envelope(kind, cbor2.dumps(parts | {"ak": own.public()}, canonical=True), claims.encode())
     parts["signature"] = signature[6:]  # Azure gives the bare bytes
     hardware = {"report_data": pki.hcl_digest(own)} | changes

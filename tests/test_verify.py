@@ -8,8 +8,9 @@ import hashlib
 import io
 import json
 import re
+import tempfile
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -19,18 +20,22 @@ import attest_pki as pki
 import pytest
 import structlog
 import trio
-from attested import ANCHORS, NOW, Machine, Three, basis_of, introduce, text_for, write_basis
+from attested import ANCHORS, NOW, Machine, Three, basis_of, introduce, text_for, tpm_of, write_basis
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from service import World, world
+from service import NAMES, World, world
+from software_tpm import software_tpm
 from test_commands import make_tokenizer
 from test_provision import plan
 
+from mimir import config as configuration
 from mimir.__main__ import main
 from mimir.admission import certificates
 from mimir.admission.revocation import Statement
 from mimir.attest.evidence import KINDS
 from mimir.attest.policy import Signature
+from mimir.attesters import open_attester
+from mimir.attesters.enrolment import enrol
 from mimir.client import attestation, commands, document
 from mimir.client import federation as federation_file
 from mimir.client.attestation import Document, PartyRefused, judge_saved, save
@@ -187,7 +192,7 @@ GOLDEN = {
             "holds": "bool",
         }
     ],
-    "notes": [],
+    "notes": ["str"],
 }
 
 
@@ -345,6 +350,7 @@ LIES: dict[str, tuple[str, Lie, str]] = {
     "a peer of another kind": ("swtpm", peer(kind="snp"), "peers.kind"),
     "a peer by evidence it never showed": ("swtpm", peer(evidence="07" * 32), "peers.evidence"),
     "evidence shown to nobody": ("swtpm", say(lambda said: said.update(shown=[])), "peers.evidence"),
+    "another's machine": ("swtpm", evidence_of("swtpm", own=tpm_of(0, "swtpm")), "parties.machine"),
     "nothing": ("swtpm", lambda three: three.silent.add(1), "evidence.answer"),
 }
 
@@ -358,7 +364,8 @@ def test_a_party_that_lies_is_refused_at_a_named_step(what: str) -> None:
     found = three.judge()
     party, caught = failed(found)
     # Two parties' word against each other: the first in order is named.
-    assert caught == step and party == ("alpha" if what == "evidence shown to nobody" else "beta")
+    first = {"evidence shown to nobody", "another's machine"}
+    assert caught == step and party == ("alpha" if what in first else "beta")
     if not step.startswith(("peers.", "parties.")):
         report = found.plain["parties"][1]
         assert report["verdict"] == "refused" and report["failed"]["step"] == step
@@ -532,6 +539,11 @@ def test_stale_collateral_is_refused_and_its_age_is_told() -> None:
     assert failed(three.judge()) == ("alpha", "policy.crl.age")
 
 
+def test_one_processor_under_two_parties_is_told() -> None:
+    notes = Three.make("snp").judge().plain["notes"]
+    assert len(notes) == 3 and notes[0].startswith("alpha and beta run on one processor: 00010203")
+
+
 def test_different_revocation_epochs_are_told() -> None:
     three = Three.make()
     say(lambda said: said["admission"].update(revocation_epoch=5))(three)
@@ -644,19 +656,26 @@ def leaves(value: Any, at: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
         yield at
 
 
-@settings(max_examples=20, deadline=None)
+@functools.cache
+def one_saved() -> tuple[Three, str]:
+    """Three parties, and the text of a document of theirs."""
+    three = Three.make()
+    with tempfile.TemporaryDirectory() as folder:
+        kept(three, Path(folder) / "saved.json")
+        return three, (Path(folder) / "saved.json").read_text()
+
+
+@settings(max_examples=40, deadline=None)
 @given(data=st.data())
 def test_no_file_makes_it_fail_otherwise(data: Any, tmp_path_factory: pytest.TempPathFactory) -> None:
-    folder = tmp_path_factory.mktemp("saved")
-    three, path = Three.make(), folder / "saved.json"
-    kept(three, path)
-    whole = json.loads(path.read_text())
-    places = list(leaves(whole["record"]))
-    place = data.draw(st.sampled_from(places))
+    three, text = one_saved()
+    whole = json.loads(text)
+    place = data.draw(st.sampled_from(list(leaves(whole["record"]))))
     inner = whole["record"]
     for key in place[:-1]:
         inner = inner[key]
     inner[place[-1]] = data.draw(st.none() | st.integers() | st.text(max_size=20) | st.just([]) | st.just({}))
+    path = tmp_path_factory.getbasetemp() / "odd.json"
     path.write_text(json.dumps(whole))
     try:
         again(three, path)
@@ -803,6 +822,38 @@ async def test_honest_parties_are_believed_on_the_connection_that_is_used(
             "attest",
             "status",
         }
+
+
+@in_trio
+async def test_three_software_tpms_are_verified_and_one_that_nobody_enrolled_is_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Real quotes, each by a TPM of its own; then beta answers with the TPM of nobody."""
+    async with AsyncExitStack() as stack:
+        attesters = []
+        for _ in range(4):
+            chip = stack.enter_context(software_tpm())
+            settings = configuration.Attester(kind="swtpm", device=str(chip.socket))
+            attesters.append(await stack.enter_async_context(open_attester(settings)))
+        text = text_for("swtpm", datetime.now(UTC) + DAY).split("[[allow]]")[0]
+        some = Three.make().machines[0].claims(b"\7" * 32, "us", b"\7" * 32, "party")
+        for name, attester in zip(NAMES, attesters, strict=False):
+            text += enrol(await attester.attest(some), f"host-of-{name}", configured=False).entry
+        running = await stack.enter_async_context(attested(tmp_path, monkeypatch, text))
+        for machine, attester in zip(running.machines, attesters, strict=False):
+            machine.attester = attester
+        assert await running("verify") == 0
+        out = capsys.readouterr().out
+        for name in NAMES:
+            assert f'accepted by entry "host-of-{name}"' in out
+        assert "swtpm.signature" in out and "SIMULATED" in out
+        running.machines[1].attester = attesters[3]
+        assert await running("generate", "Once upon") == 10
+        assert "party beta: policy.entry" in capsys.readouterr().err
+        running.machines[1].attester = attesters[0]  # a machine that is wanted, but another's
+        assert await running("generate", "Once upon") == 10
+        assert "party alpha: parties.machine" in capsys.readouterr().err
+        assert "open" not in running.kinds()
 
 
 @pytest.mark.parametrize("command", ["generate", "chat", "provision"])

@@ -52,6 +52,7 @@ class Verdict:
     anchor: Anchor
     fetched: datetime | None  # when the oldest collateral that was used came from its authority
     measurements: tuple[str, ...]  # that the evidence shows, hex: what a revocation may name
+    machine: tuple[tuple[str, str], ...]  # what tells it from others: "ak_spki", "chip_ids" and their values
 
     def public(self) -> dict[str, Any]:
         """Plain values, for JSON."""
@@ -121,6 +122,7 @@ def appraise(
         facts.anchor,
         fetched,
         tuple(sorted(value for kind, value in facts.names() if kind == "measurements")),
+        tuple(sorted(name for name in facts.names() if name[0] in ("ak_spki", "chip_ids"))),
     )
 
 

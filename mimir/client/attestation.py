@@ -10,6 +10,7 @@ elsewhere (`save`, `load`). What a verified document says:
   names. So its word counts for what only it can know: whom it admitted, and by what.
 - Each party has admitted, in its tunnel, the very keys that its two peers attested to us, by evidence that
   those peers say they showed. Nobody shows us another machine than the one that its peers talk to.
+- No two of them quote by one TPM: whoever took another's identity key has not got its machine.
 - All three work under one configuration, whose terms we have seen, and under our policy.
 
 It does not say that nonce and channel of a *saved* document were fresh: only who asked knows that.
@@ -18,6 +19,7 @@ It does not say that nonce and channel of a *saved* document were fresh: only wh
 from __future__ import annotations
 
 import base64
+import itertools
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -402,12 +404,23 @@ def _cross_check(
             _check_certificate(
                 checks, seen[held["issuer"]], of, held["certificate"], policy, now, revocations
             )
+    for one, other in itertools.combinations(good, 2):
+        key = _shared(one, other, "ak_spki")
+        checks.note(key is None, "parties.machine", one, other, "a TPM of its own", key or "its own")
     if len(good) > 1:
         first = good[0].message["config"]
         for each in good[1:]:
             mine = each.message["config"]
             checks.note(mine == first, "parties.config", each, good[0], first, mine)
     return checks.rows
+
+
+def _shared(one: _Seen, other: _Seen, what: str) -> str | None:
+    """What two parties' evidence has in common that only one machine can have."""
+    if one.verdict is None or other.verdict is None:
+        return None
+    both = set(one.verdict.machine) & set(other.verdict.machine)
+    return next((value for kind, value in sorted(both) if kind == what), None)
 
 
 def _check_peer(checks: _Checks, says: _Seen, of: _Seen, now: datetime) -> None:
@@ -551,6 +564,12 @@ def _notes(seen: Sequence[_Seen]) -> list[str]:
     if len(set(epochs.values())) > 1:
         listed = ", ".join(f"{name} {epoch}" for name, epoch in epochs.items())
         notes.append(f"revocation epochs differ, one party lacks a statement that another has: {listed}")
+    # Virtual machines of one provider may come to share a processor: for people to judge.
+    notes += [
+        f"{one.party.name} and {other.party.name} run on one processor: {chip}"
+        for one, other in itertools.combinations(seen, 2)
+        if (chip := _shared(one, other, "chip_ids")) is not None
+    ]
     notes += [
         f"{each.party.name}: {caution}" for each in seen if each.verdict for caution in each.verdict.cautions
     ]
