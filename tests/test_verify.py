@@ -225,6 +225,13 @@ def test_the_document_has_its_published_form() -> None:
             } <= rows
 
 
+def test_the_published_form_is_the_one_that_users_read() -> None:
+    text = (Path(__file__).parent.parent / "README.md").read_text()
+    keys = {*GOLDEN, *GOLDEN["policy"], *GOLDEN["parties"][0], *GOLDEN["checks"][0]}
+    keys |= {*GOLDEN["parties"][0]["evidence"], *GOLDEN["parties"][0]["rotations"][0]}
+    assert not [key for key in keys if f"`{key}`" not in text and f"`{key}[]`" not in text]
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_is_verified_and_simulation_is_loud(kind: str) -> None:
     found = Three.make(kind).judge()
