@@ -272,6 +272,14 @@ class Metrics:
 
 
 @dataclass(frozen=True)
+class Attestation:
+    """[attestation] Whose word counts on who takes part, and on who no longer does."""
+
+    owners: Annotated[tuple[str, ...], keys_rule] = ()  # Ed25519 keys; they sign what is revoked
+    threshold: Annotated[int, integer_rule(1, 64)] = 1  # so many of them must
+
+
+@dataclass(frozen=True)
 class Tls:
     """[tls] TLS 1.3, both ends by certificate, for clients and readers of figures. Needs attestation: the
     certificates are what admission gives out."""
@@ -367,6 +375,7 @@ class Config:
     triple_pool: TriplePool = field(default_factory=TriplePool)
     deadlines: Deadlines = field(default_factory=Deadlines)
     metrics: Metrics = field(default_factory=Metrics)
+    attestation: Attestation = field(default_factory=Attestation)
     tls: Tls = field(default_factory=Tls)
     log: Log = field(default_factory=Log)
     attester: Attester | None = None
@@ -526,6 +535,8 @@ def _cross_check(config: Config) -> None:
             refuse(f"peers[].{name}", "two parties have the same; one operator must not hold two roles")
     if config.cheby.bins & (config.cheby.bins - 1):
         refuse("cheby.bins", "must be a power of two")
+    if config.attestation.threshold > max(1, len(config.attestation.owners)):
+        refuse("attestation.threshold", "more than there are owners")
     scheduler = config.scheduler
     if scheduler.prompt_buckets[0] + scheduler.output_buckets[0] > scheduler.max_context:
         refuse("scheduler.max_context", "smaller than the smallest prompt and output bucket together")

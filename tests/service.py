@@ -9,16 +9,22 @@ import hashlib
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import trio
+from trust import Owners, verdict_on
 
 from mimir import store as store_module
+from mimir.admission import revocation
+from mimir.admission.certificates import issue
+from mimir.admission.revocation import Revocations
+from mimir.admission.tls import PartyTls, utc_now
 from mimir.client.federation import Deadlines as ClientDeadlines
-from mimir.client.federation import Federation, Party
-from mimir.config import Address, Config, Control, Deadlines, Mesh, Peer, Scheduler, Tunnel
+from mimir.client.federation import Federation, Party, Revocation
+from mimir.config import Address, Config, Control, Deadlines, Mesh, Peer, Scheduler, Tls, Tunnel
 from mimir.errors import BadInput
 from mimir.manifest import Manifest, Tensor
 from mimir.model.checkpoint import PlanSpec
@@ -236,6 +242,17 @@ class World:
     owner: Identity
     federation: Federation
     model: str = ""
+    owners: Owners | None = None  # who may revoke
+    revocations: list[Revocations] = field(default_factory=list)
+    tls: list[PartyTls] = field(default_factory=list)
+
+    def certify(self, party: int, by: int, **changes: Any) -> bytes:
+        """Have one party admit another, as if it had seen evidence; returns the certificate."""
+        now = utc_now()
+        verdict = verdict_on(self.keys[party], now, node=NAMES[party], **changes)
+        der = issue(self.identities[by], self.keys[party], self.tls[party].key.public, verdict, now)
+        self.tls[party].install(der)
+        return der
 
     @property
     def keys(self) -> tuple[str, str, str]:
@@ -245,9 +262,18 @@ class World:
 
 @asynccontextmanager
 async def world(
-    tmp: Path, model: PlanSpec | None = None, *, hold: bool = True, silence: float = 5.0, **changes: Any
+    tmp: Path,
+    model: PlanSpec | None = None,
+    *,
+    hold: bool = True,
+    silence: float = 5.0,
+    trust: bool = False,
+    **changes: Any,
 ) -> AsyncIterator[World]:
-    """Run three control doors on loopback; `hold` gives them a model. `changes` go into every `Config`."""
+    """Run three control doors on loopback; `hold` gives them a model. `changes` go into every `Config`.
+
+    `trust`: with TLS, each party certified by the next one, and owners who may revoke.
+    """
     model = model or spec()
     identities = [Identity.generate() for _ in range(3)]
     clients, owner = [Identity.generate() for _ in range(2)], Identity.generate()
@@ -262,6 +288,9 @@ async def world(
     }
     fake = Fake(model)
     parties, configs = [], []
+    owners = Owners(keys) if trust else None
+    known: list[Revocations] = []
+    ends: list[PartyTls] = []
     sync, store_module._sync = store_module._sync, lambda path: None  # the disk is not what is tested here
     async with trio.open_nursery() as nursery:
         entries = []
@@ -279,7 +308,15 @@ async def world(
             )
             store = ModelStore(config.data_dir, party, keys)
             member = FakeParty(party, fake, store)
-            bound = await nursery.start(serve_control, config, identity, member)
+            door: Callable[..., Any] = serve_control
+            if owners is not None:
+                file = config.data_dir / revocation.FILE
+                known.append(Revocations(file, owners.context, owners.keys, owners.threshold))
+                ends.append(
+                    PartyTls(identity, NAMES[party], [k for k in keys if k != keys[party]], known[-1])
+                )
+                door = partial(door, tls=ends[-1], revocations=known[-1])
+            bound = await nursery.start(door, config, identity, member)
             parties.append(member)
             configs.append(config)
             entries.append(Party(NAMES[party], "127.0.0.1", bound[0].port, identity.public_hex))
@@ -290,6 +327,13 @@ async def world(
             deadlines=ClientDeadlines(connect=20, silence=silence),
         )
         made = World(fake, parties, identities, configs, clients, owner, federation)
+        if owners is not None:
+            made.owners, made.revocations, made.tls = owners, known, ends
+            made.federation = replace(
+                federation, tls=Tls(True), revocation=Revocation(owners.keys, owners.threshold)
+            )
+            for party in range(3):
+                made.certify(party, (party + 1) % 3)
         if hold:
             manifest, components = shared_model(model, keys)
             for member in parties:

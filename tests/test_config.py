@@ -50,6 +50,7 @@ def test_the_example_is_valid_and_shows_every_key_with_its_default() -> None:
         "deadlines",
         "metrics",
         "tls",
+        "attestation",
         "log",
         "topk",
     ):
@@ -178,6 +179,7 @@ OWN = {  # one's own business: the digest stays
     "control.listen": "h:1", "mesh.listen": "h:1", "deadlines.round": 1, "deadlines.step": 1,
     "deadlines.client": 1, "deadlines.handshake": 1, "deadlines.link": 5, "log.level": "debug",
     "metrics.listen": "h:1", "metrics.readers": ["ab" * 32], "tls.enabled": True,
+    "attestation.owners": ["ab" * 32],
     "scheduler.max_sessions": 2, "peers.1.host": "elsewhere", "tunnel.interface": "wg7",
     "tunnel.rotate_seconds": 60,
 }  # fmt: skip

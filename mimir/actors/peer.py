@@ -6,6 +6,7 @@ import hashlib
 import ipaddress
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Final
 
 import structlog
@@ -14,16 +15,20 @@ from prometheus_client import Counter, Enum, Gauge
 
 from mimir import kernels
 from mimir.actors.session import Limits, SessionActor
+from mimir.admission import revocation
+from mimir.admission.revocation import Gossip, Revocations, context_of
+from mimir.admission.tls import PartyTls
 from mimir.config import Config
-from mimir.errors import AbortError, BadInput, ConfigError, MimirError, PeerError
+from mimir.errors import AbortError, AttestationError, BadInput, ConfigError, MimirError, PeerError
 from mimir.model.checkpoint import PlanSpec
 from mimir.mpc.domain import Ring
 from mimir.mpc.nonlinear import Settings
 from mimir.net import Transport
 from mimir.net.control import ClientHandle, Evidence, serve_control
 from mimir.net.identity import BadSignature, Identity, parse_public, verify
-from mimir.net.mesh import PeerAt, open_mesh
+from mimir.net.mesh import Mesh, PeerAt, open_mesh
 from mimir.net.messages import Open
+from mimir.net.metrics import serve_metrics
 from mimir.store import ComponentsDiffer, ModelStore, SharedModel
 from wg import PeerState, RotationPlan, Tunnel, TunnelConfig, raise_tunnel
 
@@ -83,11 +88,18 @@ class PartyService:
         ] = {}  # model -> component -> hash, as this party received it
         self.tunnel: Tunnel | None = None
         self.evidence: Evidence | None = None
+        self.revocations: Revocations | None = None
         transport.on_request(DIGEST_ASK, self._tell_digest)
 
     # --- sessions -------------------------------------------------------------------------------------------
 
     async def open(self, client: ClientHandle, terms: Open) -> None:
+        for party in self.config.peers:
+            try:
+                if self.revocations is not None:
+                    self.revocations.check(identity=party.identity)
+            except AttestationError as error:
+                raise BadInput(f"party {party.party} ({party.name}) is revoked: {error}") from None
         gathering = self._sessions.get(terms.session)
         if gathering is None:
             if len(self._sessions) >= self.config.scheduler.max_sessions:
@@ -273,6 +285,12 @@ async def run_peer(config: Config, orders: trio.MemoryReceiveChannel[None] | Non
     log.info("starting", party=config.party, name=config.me.name, kernels=kernels.level())
     async with AsyncExitStack() as stack:
         stack.callback(store.close)
+        revocations = open_revocations(config)
+        tls: PartyTls | None = None
+        if config.tls.enabled:
+            others = [peer.identity for peer in config.others]
+            tls = PartyTls(identity, config.me.name, others, revocations)
+            stack.callback(tls.wipe)
         tunnel: Tunnel | None = None
         if config.tunnel.mode == "wireguard":
             tunnel = await stack.enter_async_context(
@@ -294,13 +312,49 @@ async def run_peer(config: Config, orders: trio.MemoryReceiveChannel[None] | Non
         nursery = await stack.enter_async_context(trio.open_nursery())
         service = PartyService(config, mesh, store, nursery)
         service.tunnel = tunnel
-        await nursery.start(serve_control, config, identity, service)
+        service.revocations = revocations
+        door = partial(serve_control, config, identity, service, tls=tls, revocations=revocations)
+        await nursery.start(door)
+        await nursery.start(serve_metrics, config, tls)
+        if revocations is not None:
+            nursery.start_soon(Gossip(mesh, revocations).run)
+            nursery.start_soon(_cut_off_revoked, config, mesh, revocations)
         nursery.start_soon(_say_when_up, mesh, config)
         if orders is not None:
             nursery.start_soon(_rotate_when_told, tunnel, orders)
         if tunnel is not None:
             nursery.start_soon(_measure, tunnel)
         await trio.sleep_forever()
+
+
+def open_revocations(config: Config) -> Revocations | None:
+    """What this party knows to be revoked; None where nobody may revoke."""
+    if not config.attestation.owners:
+        return None
+    return Revocations(
+        config.data_dir / revocation.FILE,
+        context_of(peer.identity for peer in config.peers),
+        config.attestation.owners,
+        config.attestation.threshold,
+    )
+
+
+async def _cut_off_revoked(config: Config, mesh: Mesh, revocations: Revocations) -> None:
+    """End the sessions that a revoked party is in; none begins (`PartyService.open`). Whether there is a link
+    at all is the admission's to say."""
+    while True:
+        epoch = revocations.epoch
+        for peer in config.peers:
+            try:
+                revocations.check(identity=peer.identity)
+            except AttestationError as error:
+                if peer.party == config.party:
+                    log.error(
+                        "THIS PARTY'S IDENTITY IS REVOKED: nobody works with it any more", why=str(error)
+                    )
+                else:
+                    mesh.cut(peer.party, str(error))
+        await revocations.wait_past(epoch)
 
 
 async def _say_when_up(mesh: Any, config: Config) -> None:

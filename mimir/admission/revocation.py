@@ -20,7 +20,7 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, Any, Protocol
+from typing import TYPE_CHECKING, Annotated, Any, Protocol
 
 import cbor2
 import structlog
@@ -28,19 +28,21 @@ import trio
 from prometheus_client import Counter, Gauge
 
 from mimir import config
-from mimir.attest.appraisal import Verdict
-from mimir.attest.policy import (
+from mimir.attest.rules import maybe_empty_hexes_rule
+from mimir.attest.signatures import (
     MAX_SIGNATURES,
     Signature,
     format_signatures,
     require_owners,
     verifies,
 )
-from mimir.attest.rules import maybe_empty_hexes_rule
 from mimir.attest.trail import Trail, read_canonical_cbor, stamp
 from mimir.errors import AttestationError, BadInput, ConfigError, EnvironmentMissing, PeerError
 from mimir.net import Transport
 from mimir.net.messages import MAX_STATEMENT
+
+if TYPE_CHECKING:  # clients know nothing of the verifiers behind it, which take a second to load
+    from mimir.attest.appraisal import Verdict
 
 FORMAT = 1
 KINDS: Mapping[str, tuple[int, ...]] = {  # and the sizes in bytes of their values
