@@ -13,8 +13,10 @@ import os
 import shutil
 import socket
 import subprocess
+import sys
 import tomllib
 from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import fields, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -450,6 +452,44 @@ def test_a_secret_is_given_back_to_the_same_registers_of_the_same_tpm(
     on(chip, damaged)
 
 
+def test_a_listener_between_sees_no_secret_and_changes_nothing(chip: SoftwareTpm) -> None:
+    """A probe on the bus of a TPM on a board: what passes is encrypted, and what was changed is refused."""
+    secret = os.urandom(32)
+
+    async def work(alter: Callable[[int, bytearray], Any]) -> bytes:
+        channel, _ = await tpm2._connect(chip.socket)
+        recorder = Recorder(channel, alter)
+        try:
+            opened = tpm2.Tpm(recorder, "it")
+            assert await opened.unseal(await opened.seal({0: bytes(32)}, secret)) == secret
+            return recorder.passed
+        finally:
+            channel.close()
+
+    passed = trio.run(work, lambda code, message: None)
+    assert secret not in passed and secret[:8] not in passed and len(passed) > 2000
+
+    def flip(wanted: int, at: int) -> Callable[[int, bytearray], None]:
+        def alter(code: int, message: bytearray) -> None:
+            if code == wanted:
+                message[at] ^= 1
+
+        return alter
+
+    create, unseal = tpm2._CREATE, tpm2._UNSEAL
+    for code, at, what in (
+        (create, 100, "Create"),  # in the secret
+        (create, -1, "Create"),  # behind it
+        (-create, 20, "altered on its way"),
+        (-create, -1, "altered on its way"),
+        (-unseal, 20, "altered on its way"),  # in the secret
+        (-unseal, -40, "altered on its way"),  # the attributes, or the authorization
+        (-unseal, -1, "altered on its way"),
+    ):
+        with pytest.raises(tpm2.TpmError, match=what):
+            trio.run(work, flip(code, at))
+
+
 def test_sealing_is_to_something(chip: SoftwareTpm) -> None:
     for pcrs, secret in (({}, b"x"), ({24: bytes(32)}, b"x"), ({0: b"x"}, b"x"), ({0: bytes(32)}, b"")):
         with pytest.raises(LocalError):
@@ -595,15 +635,21 @@ def test_a_cancelled_caller_hears_the_answer_and_flushes() -> None:
 
 
 class Recorder:
-    """Passes commands on, and keeps which they were and their answers."""
+    """Passes commands on, and keeps which they were and their answers. `alter` may change either."""
 
-    def __init__(self, inner: tpm2.Channel) -> None:
-        self.inner = inner
+    def __init__(
+        self, inner: tpm2.Channel, alter: Callable[[int, bytearray], Any] = lambda c, m: None
+    ) -> None:
+        self.inner, self.alter = inner, alter
         self.heard: list[tuple[int, bytes]] = []
+        self.passed = b""
 
     async def exchange(self, command: bytearray) -> bytearray:
         code = code_of(command)
+        self.alter(code, command)
         answer = await self.inner.exchange(command)
+        self.alter(-code, answer)
+        self.passed += bytes(command) + bytes(answer)
         self.heard.append((code, bytes(answer[: int.from_bytes(answer[2:6], "big")])))
         return answer
 
@@ -643,7 +689,18 @@ def heard(chip: SoftwareTpm) -> dict[str, list[tuple[int, bytes]]]:
             channel.close()
         return found
 
-    return trio.run(record)
+    with no_randomness():
+        return trio.run(record)
+
+
+@contextmanager
+def no_randomness() -> Iterator[None]:
+    """Sessions with the TPM agree on the same keys each time, so that recorded answers fit."""
+    with pytest.MonkeyPatch.context() as patch:
+        key = ec.derive_private_key(77, ec.SECP256R1())
+        patch.setattr(os, "urandom", lambda size: b"\x33" * size)
+        patch.setattr(ec, "generate_private_key", lambda curve: key)
+        yield
 
 
 async def replay(name: str, answers: list[bytes]) -> bool:
@@ -685,7 +742,8 @@ def test_answers_that_end_early_or_late_are_refused(heard: dict[str, list[tuple[
         # Every command that this client knows how to ask, but for the one that makes the counter.
         assert seen == set(tpm2._NAMES) - {0x12A, 0x137, 0x122}
 
-    trio.run(work, clock=MockClock(autojump_threshold=0))
+    with no_randomness():
+        trio.run(work, clock=MockClock(autojump_threshold=0))
 
 
 @hypothesis_settings(max_examples=200, deadline=None)
@@ -702,7 +760,8 @@ def test_no_answer_brings_anything_but_our_own_error(
         patch = data.draw(st.binary(max_size=6))
         raw[where : where + data.draw(st.sampled_from((len(patch), 0, 1)))] = patch
     changed[at] = bytes(raw)
-    trio.run(replay, name, changed, clock=MockClock(autojump_threshold=0))
+    with no_randomness():
+        trio.run(replay, name, changed, clock=MockClock(autojump_threshold=0))
 
 
 def test_a_peer_at_the_socket_that_is_no_tpm_is_refused(tmp_path: Path) -> None:
@@ -734,6 +793,39 @@ def test_a_peer_at_the_socket_that_is_no_tpm_is_refused(tmp_path: Path) -> None:
     ):
         with pytest.RaisesGroup(pytest.RaisesExc(tpm2.TpmError, match=what)):
             trio.run(served, answer)
+
+
+@pytest.mark.parametrize("family", [socket.AF_INET, socket.AF_UNIX])
+def test_a_program_that_starts_is_waited_for(chip: SoftwareTpm, tmp_path: Path, family: int) -> None:
+    """Over TCP and over a path: its socket is there before it listens. One that is gone is given up soon."""
+
+    async def serve(listener: trio.socket.SocketType) -> None:
+        await trio.sleep(0.1)
+        listener.listen(1)
+        peer, _ = await listener.accept()
+        back, _ = await tpm2._connect(chip.socket)
+        with peer:
+            while command := await peer.recv(4096):
+                await peer.send(bytes(await back.exchange(bytearray(command))))
+        back.close()
+
+    async def work() -> None:
+        with trio.socket.socket(family, socket.SOCK_STREAM) as listener:
+            place: Any = tmp_path / "s"
+            await listener.bind(("127.0.0.1", 0) if family == socket.AF_INET else str(place))
+            if family == socket.AF_INET:
+                place = config.Address(*listener.getsockname())
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(serve, listener)
+                async with tpm2.open_tpm(place) as opened:
+                    assert len(await opened.get_random(8)) == 8
+        with pytest.raises(EnvironmentMissing, match="refused"):
+            async with tpm2.open_tpm(place):
+                pass
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tpm2, "START_SECONDS", 0.5)
+        trio.run(work)
 
 
 def test_a_character_device_is_one_write_and_one_read(chip: SoftwareTpm) -> None:
@@ -1075,6 +1167,21 @@ def test_recorded_nitro_documents_pass_the_attester(shared_dir: Path, name: str)
             enrol(envelope, "it", configured=False)
     else:
         policy_of(enrol(envelope, "it", configured=False).entry, "production")
+
+
+# --- figures ---
+
+
+def test_the_benchmark_verifies_what_it_times(shared_dir: Path) -> None:
+    sys.path.insert(0, str(ROOT / "bench"))
+    import attestation
+
+    kinds = []
+    for case in attestation.cases(shared_dir):
+        facts, _ = appraisal.verify(case.envelope, case.store, case.now, timedelta(0))
+        kinds.append(facts.kind)
+    assert kinds == ["snp", "snp", "tdx", "nitro", "az-snp-vtpm", "az-tdx-vtpm"]
+    assert set(attestation.timed(lambda: None, 3)) == {"median_ms", "worst_ms", "cpu_ms"}
 
 
 # --- entries ---------------------------------------------------------------------------------------------
