@@ -1021,11 +1021,13 @@ async def test_status_shows_who_admitted_whom(
 ) -> None:
     async with attested(tmp_path, monkeypatch) as running:
         for party, machine in zip(running.made.parties, running.machines, strict=True):
-            party.status = lambda m=machine: {"admission": m.view()}  # type: ignore[method-assign, misc]
+            boot = {"attested": 0.25, "serving": 1.5}
+            party.status = lambda m=machine, b=boot: {"admission": m.view(), "boot": b}  # type: ignore[method-assign, misc]
         assert await running("status") == 0
         out, err = capsys.readouterr()
         assert out.count('admitted by entry "it" until ') == 6 and out.count("revocation epoch 4") == 3
         assert "SIMULATED" in out and "VERIFIED: three parties" in err
+        assert out.count("boot: attested after 0.25 s, serving after 1.5 s") == 3
         refusal = {"step": "snp.tcb", "expected": "23", "got": "22", "by": "peer"}
         change = {"state": "refused", "refusal": refusal, "attempts": 3}
         running.machines[0].lie = lambda said: said["admission"]["peers"][0].update(change)

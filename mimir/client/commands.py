@@ -13,6 +13,7 @@ from typing import Any
 
 import trio
 
+from mimir.attest.trail import shown
 from mimir.client import attestation, document
 from mimir.client import federation as federation_file
 from mimir.client.attestation import Answer, Document
@@ -335,6 +336,10 @@ async def _status(options: argparse.Namespace, terminal: Terminal) -> int:
             terminal.text(f"  {line}\n")
         details = answer.get("service")
         for name, value in details.items() if isinstance(details, dict) else ():
+            if name == "boot" and isinstance(value, dict):
+                steps = ", ".join(f"{step} after {seconds} s" for step, seconds in value.items())
+                terminal.text(f"  boot: {shown(steps)}\n")
+                continue
             if name == "admission":
                 for line in document.admission_lines(value):
                     terminal.text(f"  {line}\n")

@@ -167,7 +167,8 @@ _digest_or_none = _or_none(_hash)
 # How a party's admission of its two peers stands: `status()["admission"]` of a party, and part of "evidence".
 PEER = _table(
     party=_party,
-    state=_text(32),  # "admitted" is the only one that lets a peer in; others: waiting, refused, revoked
+    # "admitted" is the only one that lets a peer in; others: unknown, exchanging, refused, expelled, expired.
+    state=_text(32),
     entry=_or_none(_text(64)),  # of the policy, that its evidence satisfied
     kind=_or_none(_text(32)),  # of its evidence
     simulated=_or_none(_flag),
