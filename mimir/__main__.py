@@ -44,6 +44,7 @@ examples:
   mimir provision model/ --federation federation.toml   share a checkpoint with the three
   mimir generate "Once upon a time" --federation federation.toml
   mimir chat --federation federation.toml
+  mimir verify --federation federation.toml             what runs at the other end, before you type a word
   mimir cost --model model/ --context 128               what it will take, before anything runs
   mimir doctor                                          what this host lacks to be a party
   mimir attester enroll --config party0.toml            the policy entry that admits this machine
@@ -323,6 +324,33 @@ def _parser(program: str) -> argparse.ArgumentParser:
     chat.add_argument("--template", type=_template, default="{}", help="text around each line (default: {})")
     _answer_options(chat)
     _client_options(chat)
+
+    verify = add(
+        "verify",
+        _client("verify"),
+        "have the three parties prove what they run",
+        "Each party attests itself for a nonce of ours, on this connection. Its evidence is judged by our\n"
+        "own policy and held against what its peers say of it. Prints the verification document. Sends\n"
+        "nothing of a prompt. With --watch it goes on until something does not hold.\n\n"
+        "examples:\n"
+        "  mimir verify --federation f.toml --save today.json\n"
+        "  mimir verify --federation f.toml --offline today.json",
+    )
+    verify.add_argument("--policy", metavar="FILE", help="judge by this one, signatures in FILE.sig")
+    verify.add_argument("--owners", type=_keys, metavar="KEY,KEY", help="public keys that may sign it")
+    verify.add_argument("--threshold", type=_positive, metavar="K", help="how many of them must have")
+    verify.add_argument("--collateral", metavar="DIR", help="filled by `mimir policy fetch`")
+    verify.add_argument("--save", metavar="FILE", help="keep the document, and all that it was judged from")
+    verify.add_argument("--watch", type=_positive, metavar="SECONDS", help="ask again and again")
+    verify.add_argument(
+        "--offline",
+        metavar="FILE",
+        help="judge a saved document again, by our identities and owners; its nonces are as recorded",
+    )
+    verify.add_argument(
+        "--at", type=_moment, metavar="TIME", help="with --offline: as of then (default: when it was made)"
+    )
+    _client_options(verify)
 
     status = add("status", _client("status"), "ask the three parties how they are")
     _client_options(status)

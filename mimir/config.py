@@ -421,8 +421,13 @@ class Config:
 
     def digest(self) -> bytes:
         """SHA-256 over the shared terms: 32 bytes, equal at parties that may work together."""
-        terms = json.dumps(self.shared_terms(), sort_keys=True, separators=(",", ":"), ensure_ascii=True)
-        return hashlib.sha256(b"mimir shared terms\0" + terms.encode()).digest()
+        return terms_digest(self.shared_terms())
+
+
+def terms_digest(terms: Mapping[str, Any]) -> bytes:
+    """SHA-256 over terms as `Config.shared_terms` gives them; for whoever is shown them."""
+    text = json.dumps(terms, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+    return hashlib.sha256(b"mimir shared terms\0" + text.encode()).digest()
 
 
 # --- a whole file ------------------------------------------------------------------------------------------
@@ -442,16 +447,29 @@ def parse(data: Mapping[str, Any], source: Path) -> Config:
 
 def read_toml(path: str | Path) -> dict[str, Any]:
     """A TOML file as a table, or a ConfigError that says why not."""
+    return parse_toml(read_text(path), path)
+
+
+def read_text(path: str | Path) -> str:
+    """A configuration file's text, or a ConfigError that says why not."""
     try:
         with open(path, "rb") as file:
             raw = file.read(MAX_CONFIG_BYTES + 1)
         if len(raw) > MAX_CONFIG_BYTES:
             raise ConfigError(f"{path}: larger than {MAX_CONFIG_BYTES} bytes; is this a configuration file?")
-        return tomllib.loads(raw.decode())
+        return raw.decode()
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: not valid TOML: {error}") from None
+
+
+def parse_toml(text: str, source: str | Path) -> dict[str, Any]:
+    """The table in a text; `source` is what an error names."""
+    try:
+        return tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{source}: not valid TOML: {error}") from None
 
 
 def read_table(

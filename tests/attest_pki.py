@@ -502,10 +502,14 @@ class Tpm:
     pcrs: dict[int, bytes] = field(default_factory=lambda: {n: bytes((n,)) * 32 for n in range(8)})
     kind: str = "ecc"
     bank: str = "sha256"
+    label: str = "ak"  # another one is another TPM
 
     @property
     def key(self) -> Any:
-        return ec_key("ak") if self.kind == "ecc" else rsa_key("ak")
+        return ec_key(self.label) if self.kind == "ecc" else rsa_key(self.label)
+
+    def with_label(self, label: str) -> Tpm:
+        return replace(self, label=label)
 
     def with_kind(self, kind: str) -> Tpm:
         return replace(self, kind=kind)

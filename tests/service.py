@@ -28,7 +28,7 @@ from mimir.config import Address, Config, Control, Deadlines, Mesh, Peer, Schedu
 from mimir.errors import BadInput
 from mimir.manifest import Manifest, Tensor
 from mimir.model.checkpoint import PlanSpec
-from mimir.net.control import ClientHandle, serve_control
+from mimir.net.control import ClientHandle, Evidence, serve_control
 from mimir.net.identity import Identity
 from mimir.net.messages import Message, Open
 from mimir.store import SIDES, ComponentsDiffer, ModelStore
@@ -137,6 +137,7 @@ class FakeParty:
         self.party = party
         self.fake = fake
         self.store = store
+        self.evidence: Evidence | None = None
 
     def status(self) -> dict[str, Any]:
         return {"sessions": len(self.fake.conversations)}
@@ -282,6 +283,7 @@ async def world(
         "control": Control(Address("127.0.0.1", 0)),
         "scheduler": Scheduler(max_context=200, prompt_buckets=(8, 16), output_buckets=(4, 8)),
         "deadlines": Deadlines(round=20, step=20, client=20, handshake=2),
+        "tunnel": Tunnel(mode="none"),
         **changes,
     }
     fake = Fake(model)
@@ -300,7 +302,6 @@ async def world(
                 data_dir=tmp / f"data{party}",
                 mesh=Mesh(Address("127.0.0.1", 0)),
                 peers=peers,
-                tunnel=Tunnel(mode="none"),
                 clients=tuple(client.public_hex for client in clients),
                 owners=(owner.public_hex,),
                 **settings,

@@ -7,6 +7,7 @@ is expected can be changed alone.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import re
 import tomllib
@@ -20,6 +21,8 @@ from typing import Any
 import attest_pki as pki
 import cbor2
 import pytest
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+from cryptography.x509.oid import ObjectIdentifier
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -121,10 +124,10 @@ def evidence_for(kind: str, claims: Claims, **changes: Any) -> Envelope:
     if kind == "nitro":
         document = AWS.document(**{"user_data": data, "nonce": claims.nonce} | changes)
         return Envelope(kind, document, claims.encode())
-    own = TPM if kind in ("tpm", "swtpm") else RSA_TPM
+    own = changes.pop("own", TPM if kind in ("tpm", "swtpm") else RSA_TPM)
     quote, signature = own.quote(changes.pop("extra", short))
     parts: dict[str, Any] = {"quote": quote, "signature": signature, "pcrs": {"sha256": own.pcrs}}
-    if own is TPM:
+    if kind in ("tpm", "swtpm"):
         return Envelope(kind, cbor2.dumps(parts | {"ak": own.public()}, canonical=True), claims.encode())
     parts["signature"] = signature[6:]  # Azure gives the bare bytes
     hardware = {"report_data": pki.hcl_digest(own)} | changes
@@ -177,6 +180,58 @@ def test_each_kind_is_admitted_by_an_entry_that_wants_it(kind: str) -> None:
     names = [each["name"] for each in plain["steps"]]
     assert plain["verdict"] == "accept" and "claims.binding" in names and "policy.deny" in names
     assert all(each["expected"] and each["got"] for each in plain["steps"])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_verdict_names_its_trust_anchor_and_the_age_of_collateral(kind: str) -> None:
+    verdict = admit(kind, collateral=stored(NOW - timedelta(hours=2)))
+    spki = TPM.key.public_key().public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
+    roots = {
+        "amd": ("AMD root key for genoa", AMD.roots["genoa"]),
+        "intel": ("Intel SGX Root CA", next(iter(INTEL.roots))),
+        "aws": ("AWS Nitro Enclaves Root G1", next(iter(AWS.roots))),
+        "key": ("the attestation key itself, enrolled by name", hashlib.sha256(spki).hexdigest()),
+    }
+    owner = {"snp": "amd", "az-snp-vtpm": "amd", "tdx": "intel", "az-tdx-vtpm": "intel", "nitro": "aws"}
+    assert (verdict.anchor.name, verdict.anchor.sha256) == roots[owner.get(kind, "key")]
+    aged = owner.get(kind) in ("amd", "intel")
+    assert verdict.fetched == (NOW - timedelta(hours=2) if aged else None)
+    plain = verdict.public()
+    assert plain["anchor"] == {"name": verdict.anchor.name, "sha256": verdict.anchor.sha256}
+    assert plain["fetched"] == ("2026-11-26T10:00:00Z" if aged else None)
+
+
+def test_a_certified_key_rests_on_the_root_of_its_authority() -> None:
+    leaf, top = TPM.certified()
+    root = tpm.Root("a cloud", frozenset({ObjectIdentifier("2.23.133.8.3")}), True)
+    wanted = policy_of(entry("tpm").replace("ak_names", "ak_roots").replace(TPM.name, pki.digest(top)))
+    claims = claims_for(wanted)
+    given = {"ak_certificate": pki.pem(leaf), "ak_authorities": pki.pem(top)}
+    raw = replace(evidence_for("tpm", claims), endorsements=given).encode()
+    anchors = replace(ANCHORS, tpm={pki.digest(top): root})
+    verdict = admit("tpm", wanted, raw=raw, anchors=anchors)
+    assert (verdict.anchor.name, verdict.anchor.sha256) == ("a cloud", pki.digest(top))
+
+
+def test_a_refusal_carries_every_step_that_passed_before_it() -> None:
+    """Whichever stage ends it: claims, evidence, binding, policy."""
+    whole = [each.name for each in admit("snp").steps]
+    wanted = policy_for("snp")
+    claims = claims_for(wanted)
+
+    def passed(**changes: Any) -> tuple[str, list[str]]:
+        with pytest.raises(AttestationError) as caught:
+            admit("snp", wanted, **changes)
+        return caught.value.step, [each.name for each in caught.value.passed]
+
+    step, before = passed(expected=replace(claims, config=b"\7" * 32))
+    assert step == "claims.config" and before == [n for n in whole if n.startswith("claims.")][:12]
+    step, before = passed(raw=evidence_for("snp", claims, measurement=b"\7" * 48).encode())
+    assert step == "policy.measurement" and before == whole[: len(before)] and "policy.deny" in before
+    step, before = passed(raw=evidence_for("snp", claims, reported=dict(pki.TCB, snp=1)).encode())
+    assert step == "snp.tcb" and "claims.config" in before and "snp.signature" in before
+    step, before = passed(raw=evidence_for("snp", claims, report_data=bytes(64)).encode())
+    assert step == "claims.binding" and before == whole[: whole.index("claims.binding")]
 
 
 @pytest.mark.parametrize("kind", KINDS)

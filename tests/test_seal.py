@@ -73,6 +73,7 @@ def test_public_vector() -> None:
     ends = [client.finish(second), party.seal]
     assert client.payload.hex() == MESSAGES[1][0]
     assert client.transcript.hex() == party.transcript.hex() == TRANSCRIPT
+    assert ends[0].channel.hex() == ends[1].channel.hex() == TRANSCRIPT
     for index, (plain, sealed) in enumerate(MESSAGES[2:]):
         assert ends[index % 2].close(bytes.fromhex(plain)).hex() == sealed
         assert ends[1 - index % 2].open(bytes.fromhex(sealed)).hex() == plain
@@ -89,6 +90,13 @@ def test_sizes_are_as_declared() -> None:
 def test_two_connections_share_no_key_stream() -> None:
     first, second = established()[0].close(bytes(64)), established()[0].close(bytes(64))
     assert first != second
+
+
+def test_the_channel_is_known_at_its_two_ends_and_is_never_another() -> None:
+    """A party that serves as client at another sees two values, so it cannot pass evidence on."""
+    pairs = [established() for _ in range(3)]
+    assert all(client.channel == party.channel for client, party in pairs)
+    assert len({client.channel for client, _ in pairs}) == 3
 
 
 def test_a_party_with_another_key_is_refused() -> None:

@@ -12,6 +12,7 @@ from mimir.admission.revocation import Statement, context_of
 from mimir.attest.appraisal import Verdict
 from mimir.attest.evidence import Claims, identity_hash
 from mimir.attest.signatures import Signature
+from mimir.attest.trail import Anchor
 from mimir.net.identity import Identity
 
 MEASUREMENT = "11" * 48
@@ -49,6 +50,9 @@ def verdict_on(identity: str, now: datetime, **changes: Any) -> Verdict:
         valid_until=now + timedelta(hours=2),
         steps=(),
         measurements=(MEASUREMENT,),
+        anchor=Anchor("AMD root key for genoa", "77" * 32),
+        fetched=None,
+        machine=(("chip_ids", "88" * 64),),
     )
     return replace(made, **changes)
 

@@ -27,7 +27,7 @@ from mimir.model.checkpoint import PlanSpec
 from mimir.mpc.domain import Ring
 from mimir.mpc.nonlinear import Settings
 from mimir.net import Transport
-from mimir.net.control import ClientHandle, serve_control
+from mimir.net.control import ClientHandle, Evidence, serve_control
 from mimir.net.identity import BadSignature, Identity, parse_public, verify
 from mimir.net.mesh import Mesh, PeerAt, open_listeners, open_mesh
 from mimir.net.messages import Open
@@ -95,8 +95,8 @@ class PartyService:
             str, dict[int, str]
         ] = {}  # model -> component -> hash, as this party received it
         self.tunnel: Tunnel | None = None
+        self.evidence: Evidence | None = None
         self.revocations: Revocations | None = None
-        self.admission: Admission | None = None
         self.boot: dict[str, float] = {}  # steps of the start that are done, in seconds after its beginning
         transport.on_request(DIGEST_ASK, self._tell_digest)
 
@@ -220,8 +220,8 @@ class PartyService:
             "peers": {str(p): self.transport.up(p) for p in self.transport.peers},
             "boot": {step: round(seconds, 3) for step, seconds in self.boot.items()},
         }
-        if self.admission is not None:
-            out["admission"] = self.admission.view()
+        if self.evidence is not None:
+            out["admission"] = self.evidence.view()
         if self.tunnel is not None:
             rotations = {
                 r.index: {"epoch": r.epoch, "epoch_age": r.age, "rotation": r.state}
@@ -381,7 +381,7 @@ async def run_peer(config: Config, orders: trio.MemoryReceiveChannel[str] | None
         gate.mesh = mesh
         nursery = await stack.enter_async_context(trio.open_nursery())
         service = PartyService(config, mesh, store, nursery)
-        service.tunnel, service.revocations, service.admission = tunnel, revocations, admission
+        service.tunnel, service.revocations, service.evidence = tunnel, revocations, admission
         service.boot = boot
         if admission is not None:
             assert config.attestation.listen is not None

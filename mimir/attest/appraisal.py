@@ -16,7 +16,7 @@ from mimir.attest import azure, nitro, snp, tdx, tpm
 from mimir.attest.collateral import AUTHORITIES, Collateral, Item, vek_name
 from mimir.attest.evidence import Claims, Envelope, expect
 from mimir.attest.policy import Facts, Policy
-from mimir.attest.trail import Step, Trail, stamp
+from mimir.attest.trail import Anchor, Step, Trail, stamp
 from mimir.errors import AttestationError
 
 
@@ -49,7 +49,10 @@ class Verdict:
     evidence: str  # SHA-256 of the envelope, hex
     valid_until: datetime
     steps: tuple[Step, ...]
+    anchor: Anchor
+    fetched: datetime | None  # when the oldest collateral that was used came from its authority
     measurements: tuple[str, ...]  # that the evidence shows, hex: what a revocation may name
+    machine: tuple[tuple[str, str], ...]  # what tells it from others: "ak_spki", "chip_ids" and their values
 
     def public(self) -> dict[str, Any]:
         """Plain values, for JSON."""
@@ -65,6 +68,8 @@ class Verdict:
             "policy_version": self.policy_version,
             "evidence": self.evidence,
             "valid_until": stamp(self.valid_until),
+            "anchor": vars(self.anchor),
+            "fetched": None if self.fetched is None else stamp(self.fetched),
             "measurements": list(self.measurements),
             "steps": [vars(each) for each in self.steps],
         }
@@ -81,18 +86,24 @@ def appraise(
     """Admit a peer by its evidence, or raise `AttestationError` that names the first step that does not hold.
 
     `expected` is what the verifier itself knows: the peer's keys, the nonce it sent, the digests of policy
-    and configuration; its times are not looked at.
+    and configuration; its times are not looked at. An error's `passed` are all steps before it.
     """
     trail = Trail("claims")
-    policy.check_time(now, Trail("policy"))
-    trail.same("policy", policy.digest(), expected.policy)
-    envelope = Envelope.decode(raw)
-    own = expect(Claims.decode(envelope.claims, trail), expected, now, trail)
-    denied = {("identities", own.identity.hex()), ("tunnels", own.tunnel.hex())}
-    policy.check_deny(denied, Trail("policy"))
-    facts, fetched = verify(envelope, collateral, now, policy.grace, anchors)
-    bind(facts, own, trail)
-    entry, judged = policy.judge(facts, now, fetched)
+    facts: Facts | None = None
+    try:
+        policy.check_time(now, Trail("policy"))
+        trail.same("policy", policy.digest(), expected.policy)
+        envelope = Envelope.decode(raw)
+        own = expect(Claims.decode(envelope.claims, trail), expected, now, trail)
+        denied = {("identities", own.identity.hex()), ("tunnels", own.tunnel.hex())}
+        policy.check_deny(denied, Trail("policy"))
+        facts, fetched = verify(envelope, collateral, now, policy.grace, anchors)
+        bind(facts, own, trail)
+        entry, judged = policy.judge(facts, now, fetched)
+    except AttestationError as error:
+        before = [*(facts.steps if facts is not None else ()), *trail.steps]
+        more = [each for each in error.passed if each not in before]
+        raise AttestationError(error.step, error.expected, error.got, (*before, *more)) from None
     ends = [policy.not_after, now + timedelta(seconds=policy.freshness.reattest_s)]
     ends += [facts.until] if facts.until is not None else []
     return Verdict(
@@ -108,7 +119,10 @@ def appraise(
         hashlib.sha256(raw).hexdigest(),
         min(ends),
         (*facts.steps, *trail.steps, *judged),
+        facts.anchor,
+        fetched,
         tuple(sorted(value for kind, value in facts.names() if kind == "measurements")),
+        tuple(sorted(name for name in facts.names() if name[0] in ("ak_spki", "chip_ids"))),
     )
 
 

@@ -12,7 +12,7 @@ from datetime import datetime
 
 from mimir.attest import certs, snp, tdx, tpm
 from mimir.attest.tpm import Hcl
-from mimir.attest.trail import Step, Trail
+from mimir.attest.trail import Anchor, Step, Trail
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,11 @@ class Facts:
     @property
     def tcb_text(self) -> str:
         return self.hardware.tcb_text
+
+    @property
+    def anchor(self) -> Anchor:
+        """The processor's: it vouches for the vTPM's key."""
+        return self.hardware.anchor
 
     @property
     def until(self) -> datetime:

@@ -20,7 +20,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.utils import encode_dss_signature
 
 from mimir.attest import certs, rules
-from mimir.attest.trail import Step, Trail, read_cbor
+from mimir.attest.trail import Anchor, Step, Trail, read_cbor
 
 MAX_DOCUMENT = 16 << 10
 PROTECTED = bytes.fromhex("a1013822")  # {1: -35}: ES384
@@ -138,6 +138,11 @@ class Facts:
     def binding(self) -> bytes:
         """What the enclave asked to have signed, for `evidence`: its user_data."""
         return self.document.user_data
+
+    @property
+    def anchor(self) -> Anchor:
+        """What the chain ends in."""
+        return Anchor("AWS Nitro Enclaves Root G1", self.root)
 
     def names(self) -> frozenset[tuple[str, str]]:
         """By what a deny list may call this evidence."""

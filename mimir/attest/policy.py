@@ -26,7 +26,7 @@ from mimir.attest.evidence import KINDS, SIMULATED
 from mimir.attest.signatures import MAX_SIGNATURES, Signatures, require_owners, verifies
 from mimir.attest.signatures import Signature as Signature
 from mimir.attest.signatures import format_signatures as format_signatures
-from mimir.attest.trail import Step, Trail
+from mimir.attest.trail import Anchor, Step, Trail
 from mimir.errors import AttestationError, ConfigError
 
 FORMAT = 1
@@ -61,6 +61,8 @@ class Facts(Protocol):
     def advisories(self) -> tuple[str, ...]: ...
     @property
     def tcb_text(self) -> str: ...
+    @property
+    def anchor(self) -> Anchor: ...
     @property
     def made(self) -> datetime | None: ...
     @property
@@ -178,7 +180,8 @@ class Policy:
                 continue
             return entry, (*trail.steps, *own.steps)
         if len(refusals) == 1:
-            raise refusals[0][1]
+            only = refusals[0][1]
+            raise AttestationError(only.step, only.expected, only.got, (*trail.steps, *only.passed))
         kinds = sorted({each.kind for each in self.allow}) or ["nothing"]
         if not refusals:
             trail.refuse("entry", "an entry of kind " + " or ".join(kinds), facts.kind)
@@ -281,11 +284,14 @@ def signed_message(policy: Policy) -> bytes:
 
 def load_signatures(path: Path) -> tuple[Signature, ...]:
     """The signatures in a file; none where there is no such file."""
-    if not path.exists():
-        return ()
-    found = config.read_table(Signatures, config.read_toml(path), path).signature
+    return parse_signatures(config.read_text(path), path) if path.exists() else ()
+
+
+def parse_signatures(text: str, source: Path) -> tuple[Signature, ...]:
+    """The same from a text; `source` is what errors name."""
+    found = config.read_table(Signatures, config.parse_toml(text, source), source).signature
     if len(found) > MAX_SIGNATURES:
-        raise ConfigError(f"{path}: more than {MAX_SIGNATURES} signatures")
+        raise ConfigError(f"{source}: more than {MAX_SIGNATURES} signatures")
     return found
 
 

@@ -22,7 +22,7 @@ from cryptography.hazmat.primitives.asymmetric.utils import encode_dss_signature
 from cryptography.x509.oid import NameOID
 
 from mimir.attest import certs, rules
-from mimir.attest.trail import Reader, Step, Trail
+from mimir.attest.trail import Anchor, Reader, Step, Trail
 from mimir.config import choice_rule, integer_rule
 
 REPORT_BYTES = 1184
@@ -418,6 +418,11 @@ class Facts:
     def lists(self) -> tuple[certs.Revocations | None, ...]:
         """The revocation lists that a policy may demand, None where one was not given."""
         return (self.crl,)
+
+    @property
+    def anchor(self) -> Anchor:
+        """What the chain ends in."""
+        return Anchor(f"AMD root key for {self.product}", self.root)
 
     @property
     def cautions(self) -> tuple[str, ...]:

@@ -24,7 +24,7 @@ from cryptography.hazmat.primitives.asymmetric.utils import encode_dss_signature
 from cryptography.hazmat.primitives.serialization import Encoding
 
 from mimir.attest import certs, rules
-from mimir.attest.trail import Reader, Step, Trail, read_json
+from mimir.attest.trail import Anchor, Reader, Step, Trail, read_json
 from mimir.config import integer_rule
 
 MAX_QUOTE = 16 << 10
@@ -533,6 +533,11 @@ class Facts:
     def binding(self) -> bytes:
         """What the guest asked to have signed: 64 bytes."""
         return self.quote.report_data
+
+    @property
+    def anchor(self) -> Anchor:
+        """What the chain ends in."""
+        return Anchor("Intel SGX Root CA", self.root)
 
     @property
     def advisories(self) -> tuple[str, ...]:

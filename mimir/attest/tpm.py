@@ -25,7 +25,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from cryptography.x509.oid import ObjectIdentifier
 
 from mimir.attest import certs, rules
-from mimir.attest.trail import Reader, Step, Trail, read_json
+from mimir.attest.trail import Anchor, Reader, Step, Trail, read_json
 from mimir.config import choice_rule
 
 MAX_QUOTE, MAX_SIGNATURE, MAX_PUBLIC = 1024, 1024, 1024
@@ -356,6 +356,7 @@ class Facts:
     until: datetime | None  # of the key's certificates
     steps: tuple[Step, ...]
     kind: str = "tpm"
+    ak_root_name: str = ""
     made: None = None  # a quote has the TPM's own clock alone
     lists: tuple[None, ...] = ()
     cautions: tuple[str, ...] = ()
@@ -369,6 +370,13 @@ class Facts:
     def binding(self) -> bytes:
         """What was asked to be signed along: the nonce or a hash."""
         return self.attest.extra_data
+
+    @property
+    def anchor(self) -> Anchor:
+        """What vouches for the key: its certificates' root, or its enrolment alone."""
+        if self.ak_root:
+            return Anchor(self.ak_root_name, self.ak_root)
+        return Anchor("the attestation key itself, enrolled by name", self.key.spki_digest)
 
     def names(self) -> frozenset[tuple[str, str]]:
         """By what a deny list may call this evidence."""
@@ -424,10 +432,11 @@ def verify(
                 if index in values:
                     trail.same(f"log.pcr{index}", value, values[index])
         events = parsed.events
-    root, until = "", None
+    root, name, until = "", "", None
     if certificate:
         root, until = verify_key(key, certificate, authorities, now, trail, roots)
-    return Facts(attest, signed, key, kept, root, events, until, tuple(trail.steps), kind)
+        name = roots[root].name
+    return Facts(attest, signed, key, kept, root, events, until, tuple(trail.steps), kind, name)
 
 
 def _check_signature(public: PublicKey, signed: Signature, quote: bytes, trail: Trail) -> None:

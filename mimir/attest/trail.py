@@ -33,6 +33,14 @@ class Step:
     got: str
 
 
+@dataclass(frozen=True)
+class Anchor:
+    """What all belief in a piece of evidence rests on: a pinned root, or a key that the policy enrols."""
+
+    name: str
+    sha256: str  # of the root certificate, or of the enrolled key's SubjectPublicKeyInfo; hex
+
+
 class Trail:
     """Collects what was checked. `prefix` names the kind of evidence in every step."""
 

@@ -1,4 +1,4 @@
-"""The client commands: generate, chat, status, provision. Each returns an exit code."""
+"""The client commands: generate, chat, status, verify, provision. Each returns an exit code."""
 
 from __future__ import annotations
 
@@ -6,14 +6,19 @@ import argparse
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import AbstractAsyncContextManager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import trio
 
+from mimir.attest.trail import shown
+from mimir.client import attestation, document
 from mimir.client import federation as federation_file
-from mimir.client.connection import connect, plain_errors
-from mimir.client.federation import Federation, Party
+from mimir.client.attestation import Answer, Document
+from mimir.client.connection import Connection, connect, plain_errors
+from mimir.client.federation import Attestation, Federation, Party
 from mimir.client.session import (
     Progress,
     Service,
@@ -26,7 +31,7 @@ from mimir.client.session import (
     terms_for,
 )
 from mimir.client.terminal import Terminal, amount, bar
-from mimir.errors import BadInput, ClientError, MimirError
+from mimir.errors import AttestationError, BadInput, ClientError, ConfigError, MimirError
 from mimir.model.checkpoint import load_checkpoint
 from mimir.model.tokenizer import Tokenizer
 from mimir.net.identity import Identity
@@ -106,7 +111,7 @@ def chat(options: argparse.Namespace) -> int:
 
 async def _generate(options: argparse.Namespace, terminal: Terminal) -> int:
     federation, identity = _load(options)
-    async with connect_all(federation, identity) as connections:
+    async with _connect_all(terminal, federation, identity) as connections:
         service = await survey(connections, federation)
         model = service.model(options.model or federation.model)
         limit = options.max_new or min(DEFAULT_MAX_NEW, service.output_buckets[-1])
@@ -157,7 +162,7 @@ async def _generate(options: argparse.Namespace, terminal: Terminal) -> int:
 
 async def _chat(options: argparse.Namespace, terminal: Terminal) -> int:
     federation, identity = _load(options)
-    async with connect_all(federation, identity) as connections:
+    async with _connect_all(terminal, federation, identity) as connections:
         service = await survey(connections, federation)
         model = service.model(options.model or federation.model)
         tokenizer = _tokenizer(options, federation, service, model)
@@ -275,8 +280,14 @@ def status(options: argparse.Namespace) -> int:
 
 async def _status(options: argparse.Namespace, terminal: Terminal) -> int:
     federation, identity = _load(options)
-    tls = federation.client_tls(identity, federation.revocations())
+    settings = federation.attestation
+    basis = attestation.read_basis(settings) if settings.policy is not None else None
+    revocations = federation.revocations()
+    tls = federation.client_tls(identity, revocations)
     answers: list[dict[str, Any] | MimirError] = []
+    proofs: list[Answer] = [
+        Answer(bytes(32), bytes(32), attestation.utc_now(), None, "no answer") for _ in federation.parties
+    ]
 
     async def ask(index: int, party: Party) -> None:
         deadlines = federation.deadlines
@@ -292,6 +303,8 @@ async def _status(options: argparse.Namespace, terminal: Terminal) -> int:
                 ) as connection:
                     await connection.send({"t": "status"})
                     answers[index] = (await connection.receive("status"))["status"]
+                    if basis is not None:
+                        proofs[index] = await attestation.ask(connection)
         except MimirError as error:
             answers[index] = error
 
@@ -299,6 +312,10 @@ async def _status(options: argparse.Namespace, terminal: Terminal) -> int:
     async with trio.open_nursery() as nursery:
         for index, party in enumerate(federation.parties):
             nursery.start_soon(ask, index, party)
+    proved = None
+    if basis is not None:
+        now = attestation.utc_now()
+        proved = attestation.judge(proofs, federation.parties, identity.public_hex, basis, now, revocations)
     good = True
     for party, answer in zip(federation.parties, answers, strict=True):
         if isinstance(answer, MimirError):
@@ -319,6 +336,14 @@ async def _status(options: argparse.Namespace, terminal: Terminal) -> int:
             terminal.text(f"  {line}\n")
         details = answer.get("service")
         for name, value in details.items() if isinstance(details, dict) else ():
+            if name == "boot" and isinstance(value, dict):
+                steps = ", ".join(f"{step} after {seconds} s" for step, seconds in value.items())
+                terminal.text(f"  boot: {shown(steps)}\n")
+                continue
+            if name == "admission":
+                for line in document.admission_lines(value):
+                    terminal.text(f"  {line}\n")
+                continue
             if name == "tunnel" and isinstance(value, list):
                 for entry in value:
                     terminal.text(f"  tunnel to {_tunnel_line(entry)}\n")
@@ -329,7 +354,15 @@ async def _status(options: argparse.Namespace, terminal: Terminal) -> int:
         if len(agreed) != 1:
             terminal.note("The parties' shared terms differ: compare their configuration files.")
             return ClientError.exit_code
-    return 0 if good else ClientError.exit_code
+    if not good:
+        return ClientError.exit_code
+    if proved is None:
+        _by_key_alone(terminal)
+    else:
+        _believed(terminal, proved, settings.required)
+        if settings.required:
+            proved.require()
+    return 0
 
 
 def _trust_lines(answer: dict[str, Any]) -> list[str]:
@@ -364,6 +397,74 @@ def _tunnel_line(entry: object) -> str:
     )
 
 
+# --- verify ------------------------------------------------------------------------------------------------
+
+
+def verify(options: argparse.Namespace) -> int:
+    """Have the three parties prove what they run; 0, or 10 if anything does not hold."""
+    return _run(options, _verify)
+
+
+async def _verify(options: argparse.Namespace, terminal: Terminal) -> int:
+    federation = federation_file.load(options.federation)
+    settings = _overridden(options, federation)
+    if options.offline is not None:
+        if not settings.owners:
+            raise BadInput(f"{federation.source}: attestation.owners: missing; or give --owners")
+        found = attestation.judge_saved(
+            options.offline,
+            federation.parties,
+            settings.owners,
+            settings.threshold,
+            options.at,
+            federation.revocations(),
+        )
+        return _print_document(terminal, found, offline=True)
+    if settings.policy is None:
+        raise ConfigError(
+            f"{federation.source}: attestation.policy: missing; write the table, or give --policy, --owners"
+        )
+    identity = Identity.load(options.key or federation.client_key)
+    first = True
+    while True:
+        basis = attestation.read_basis(settings)
+        revocations = federation.revocations()
+        answers = await attestation.question(federation, identity, revocations)
+        now = attestation.utc_now()
+        found = attestation.judge(answers, federation.parties, identity.public_hex, basis, now, revocations)
+        if options.save is not None:
+            attestation.save(options.save, found, answers, basis, now)
+        if first or found.refusal is not None or options.json:
+            code = _print_document(terminal, found)
+        else:
+            terminal.text(f"{found.plain['time']} {document.verdict_line(found.plain)}\n")
+        if options.watch is None or found.refusal is not None:
+            return code
+        first = False
+        await trio.sleep(options.watch)
+
+
+def _overridden(options: argparse.Namespace, federation: Federation) -> Attestation:
+    """The table [attestation], as flags change it."""
+    given = {
+        "policy": options.policy and Path(options.policy).absolute(),
+        "owners": options.owners and tuple(options.owners),
+        "threshold": options.threshold,
+        "collateral": options.collateral and Path(options.collateral).absolute(),
+    }
+    settings = replace(federation.attestation, **{name: value for name, value in given.items() if value})
+    flaw = settings.flaw()
+    if flaw is not None and (options.offline is None or settings.policy is not None):
+        raise BadInput(f"attestation.{flaw} (a flag, or the table in {federation.source})")
+    return settings
+
+
+def _print_document(terminal: Terminal, found: Document, *, offline: bool = False) -> int:
+    terminal.event("verification", offline=offline, **found.plain)
+    document.show(terminal, found.plain, offline=offline)
+    return 0 if found.refusal is None else AttestationError.exit_code
+
+
 # --- provision ---------------------------------------------------------------------------------------------
 
 
@@ -386,7 +487,7 @@ async def _provision(options: argparse.Namespace, terminal: Terminal) -> int:
             advance.phase, f"{advance.phase:8} {bar(advance.done, advance.total)} of {advance.total} weights"
         )
 
-    async with connect_all(federation, identity) as connections:
+    async with _connect_all(terminal, federation, identity) as connections:
         service = await survey(connections, federation)
     state = Path(options.state) if options.state else federation.client_key.parent
     key = await trio.to_thread.run_sync(sharing.seed_name, plan, service.scale_bits, federation.identities)
@@ -397,7 +498,7 @@ async def _provision(options: argparse.Namespace, terminal: Terminal) -> int:
     manifest = await trio.to_thread.run_sync(share.manifest, name, federation.identities, watch)
     terminal.event("manifest", model=manifest.digest(), name=name, bytes_per_component=manifest.nbytes)
     # Connected afresh: hashing a large model takes longer than a party waits for a silent owner.
-    async with connect_all(federation, identity) as connections:
+    async with _connect_all(terminal, federation, identity, again=True) as connections:
         digest = await sharing.provision(connections, share, manifest, watch)
     seeds.forget()
     terminal.clear()
@@ -417,7 +518,10 @@ def _run(options: argparse.Namespace, command: Any) -> int:
         return code
     except MimirError as error:
         terminal.clear()
-        terminal.event("error", code=error.exit_code, kind=type(error).__name__, message=str(error))
+        more = {}
+        if isinstance(error, AttestationError):
+            more = {"step": error.step, "expected": error.expected, "got": error.got}
+        terminal.event("error", code=error.exit_code, kind=type(error).__name__, message=str(error), **more)
         raise
     finally:
         terminal.clear()
@@ -426,6 +530,46 @@ def _run(options: argparse.Namespace, command: Any) -> int:
 def _load(options: argparse.Namespace) -> tuple[Federation, Identity]:
     federation = federation_file.load(options.federation)
     return federation, Identity.load(options.key or federation.client_key)
+
+
+def _connect_all(
+    terminal: Terminal, federation: Federation, identity: Identity, again: bool = False
+) -> AbstractAsyncContextManager[list[Connection]]:
+    """Connections to parties who are who they should be, saying how that is known. `again`: said before."""
+    if federation.attestation.policy is None and not again:
+        _by_key_alone(terminal)
+    required = federation.attestation.required
+
+    def seen(found: Document) -> None:
+        if not again:
+            _believed(terminal, found, required)
+
+    return connect_all(federation, identity, seen)
+
+
+def _by_key_alone(terminal: Terminal) -> None:
+    terminal.note(
+        "The parties are believed by their keys alone: without [attestation] in the federation file nothing "
+        "is known of what they run."
+    )
+
+
+def _believed(terminal: Terminal, found: Document, required: bool) -> None:
+    """Say in a line what the parties' evidence came to; where it must hold, a refusal says so itself."""
+    plain = found.plain
+    policy = {name: plain["policy"][name] for name in ("name", "version", "digest")}
+    terminal.event(
+        "attestation",
+        verdict=plain["verdict"],
+        failed=plain["failed"],
+        simulated=plain["simulated"],
+        policy=policy,
+    )
+    if found.refusal is None:
+        terminal.note(document.verdict_line(plain))
+    elif not required:
+        terminal.note(document.verdict_line(plain))
+        terminal.note("Going on all the same: attestation.required = false in the federation file.")
 
 
 def _tokenizer(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
+from datetime import UTC, datetime
 from typing import Any
 
 import trio
@@ -11,6 +12,7 @@ from trio_websocket import ConnectionClosed, HandshakeError, WebSocketConnection
 
 from mimir.admission.certificates import Certificate
 from mimir.admission.tls import ClientTls, Secured, TlsError, reason
+from mimir.attest.trail import stamp
 from mimir.client.federation import Party
 from mimir.errors import AbortError, AttestationError, BadInput, ClientError, MimirError
 from mimir.net import messages
@@ -47,6 +49,8 @@ class Connection:
         self.party = party
         self.certificate = certificate  # that it showed, with TLS
         self.silence = silence  # seconds that the party may owe an answer
+        self.channel = seal.channel  # what binds evidence to this connection
+        self.until: datetime | None = None  # when the evidence ends without which nothing may be sent
         self.sent = 0  # bytes, sealed
         self.received = 0
         self._socket = socket
@@ -54,7 +58,11 @@ class Connection:
         self._sending = trio.Lock()
 
     async def send(self, message: Mapping[str, Any]) -> None:
-        """Send one of the messages a client may send."""
+        """Send one of the messages a client may send; nothing once the evidence it is sent on has ended."""
+        if self.until is not None and datetime.now(UTC) >= self.until:
+            raise AttestationError(
+                "evidence.life", f"evidence of {self.party.name} until now", f"until {stamp(self.until)}"
+            )
         raw = messages.pack(message, messages.FROM_CLIENT)
         with trio.move_on_after(self.silence):
             async with self._sending:  # sealing numbers the messages: they must leave in that order

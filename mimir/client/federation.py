@@ -8,6 +8,7 @@ from typing import Annotated
 
 from mimir.admission.revocation import Revocations, context_of
 from mimir.admission.tls import ClientTls
+from mimir.attest.rules import flag_rule
 from mimir.config import (
     PARTIES,
     Address,
@@ -48,6 +49,29 @@ class Deadlines:
 
 
 @dataclass(frozen=True)
+class Attestation:
+    """[attestation] By which evidence the parties are believed; left out, by their identity keys alone."""
+
+    policy: Annotated[Path | None, path_rule] = None  # signatures stand beside it, in the same name with .sig
+    owners: Annotated[tuple[str, ...], keys_rule] = ()  # who may sign it
+    threshold: Annotated[int, integer_rule(1, 64)] = 1  # how many of them must have
+    collateral: Annotated[Path | None, path_rule] = None  # directory of `mimir policy fetch`
+    required: Annotated[bool, flag_rule] = True  # false: say what does not hold, and go on
+
+    def flaw(self) -> str | None:
+        """What no single key can tell, or None."""
+        if self.policy is None:
+            return (
+                None if self == Attestation() else "policy: missing; the other keys mean nothing without it"
+            )
+        if not self.owners:
+            return "owners: missing; name the keys that may sign the policy"
+        if self.threshold > len(self.owners):
+            return f"threshold: {self.threshold}, but there are {len(self.owners)} owners"
+        return None
+
+
+@dataclass(frozen=True)
 class Revocation:
     """[revocation] Who says what is revoked, and where we keep it. Without owners nothing is looked at."""
 
@@ -65,6 +89,7 @@ class Federation:
     parties: tuple[Party, ...]  # in party order
     model: Annotated[str | None, text_rule(64)] = None  # name or digest; may be left out if there is only one
     tokenizer: Annotated[Path | None, path_rule] = None  # model directory, for its tokenizer alone
+    attestation: Attestation = field(default_factory=Attestation)
     deadlines: Deadlines = field(default_factory=Deadlines)
     tls: Tls = field(default_factory=Tls)  # as at the parties
     revocation: Revocation = field(default_factory=Revocation)
@@ -90,7 +115,8 @@ class Federation:
 def load(path: str | Path) -> Federation:
     """Read a federation file; `ConfigError` names file and key."""
     source = Path(path).absolute()
-    federation = read_table(Federation, read_toml(path), source, given={"source": source})
+    data = read_toml(path)
+    federation = read_table(Federation, data, source, given={"source": source})
     if len(federation.parties) != PARTIES:
         raise ConfigError(
             f"{source}: parties: {PARTIES} are needed, in party order; here are {len(federation.parties)}"
@@ -100,4 +126,9 @@ def load(path: str | Path) -> Federation:
     for name in ("identity", "name"):
         if len({getattr(party, name) for party in federation.parties}) != PARTIES:
             raise ConfigError(f"{source}: parties[].{name}: two parties have the same")
+    flaw = federation.attestation.flaw()
+    if flaw is None and "attestation" in data and federation.attestation.policy is None:
+        flaw = "policy: missing; leave the whole table out to believe the parties by key alone"
+    if flaw is not None:
+        raise ConfigError(f"{source}: attestation.{flaw}")
     return federation

@@ -22,6 +22,8 @@ import numpy.typing as npt
 import trio
 
 from mimir.admission.revocation import Revocations
+from mimir.client import attestation
+from mimir.client.attestation import Document
 from mimir.client.connection import Connection, PartyError, connect, plain_errors
 from mimir.client.federation import Federation
 from mimir.errors import AttestationError, BadInput, ClientError, LocalError, MimirError, ModelError
@@ -104,13 +106,18 @@ def bucket_for(length: int, buckets: Sequence[int], what: str) -> int:
 
 
 @asynccontextmanager
-async def connect_all(federation: Federation, identity: Identity) -> AsyncIterator[list[Connection]]:
+async def connect_all(
+    federation: Federation, identity: Identity, seen: Callable[[Document], None] | None = None
+) -> AsyncIterator[list[Connection]]:
     """Sealed connections to the three parties, in party order; all or `ClientError`.
 
     Where the federation file names owners, what they revoked is exchanged with the parties first, and a party
-    that turns out to be revoked is refused.
+    that turns out to be revoked is refused. If it names a policy, each party then attests itself on its
+    connection before anything else is said, and `seen` gets the document. Where that is required and does not
+    hold, this raises `AttestationError`; later the connections take nothing once the evidence has ended.
     """
-    deadlines = federation.deadlines
+    deadlines, settings = federation.deadlines, federation.attestation
+    basis = attestation.read_basis(settings) if settings.policy is not None else None
     revocations = federation.revocations()
     tls = federation.client_tls(identity, revocations)
     async with AsyncExitStack() as stack:
@@ -122,6 +129,18 @@ async def connect_all(federation: Federation, identity: Identity) -> AsyncIterat
         ]
         if revocations is not None:
             await _agree_on_revocations(connections, revocations)
+        if basis is not None:
+            answers = await attestation.ask_all(connections)
+            now = attestation.utc_now()
+            document = attestation.judge(
+                answers, federation.parties, identity.public_hex, basis, now, revocations
+            )
+            if seen is not None:
+                seen(document)
+            if settings.required:
+                until = document.require()
+                for connection in connections:
+                    connection.until = until
         yield connections
 
 

@@ -7,6 +7,7 @@ every event is one JSON object on one line of standard output and nothing else i
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from typing import Any, TextIO
@@ -14,6 +15,11 @@ from typing import Any, TextIO
 REFRESH = 0.1  # seconds between two drawings of the progress line
 WIDTH = 100
 BAR = 30
+STYLES = {
+    "good": "32",
+    "bad": "1;31",
+    "loud": "1;33",
+}  # SGR parameters; on terminals only, NO_COLOR is heeded
 
 
 class Terminal:
@@ -26,6 +32,7 @@ class Terminal:
         self._live = self._err.isatty()
         self._show = (self._live if progress is None else progress) and not as_json
         self._guard = self._out.isatty()
+        self._colours = self._guard and not os.environ.get("NO_COLOR")
         self._line = ""
         self._last = 0.0
         self._phase = ""
@@ -36,12 +43,14 @@ class Terminal:
             self._out.write(json.dumps({"event": kind, **values}) + "\n")
             self._out.flush()
 
-    def text(self, piece: str) -> None:
-        """A piece of the answer, at once. On a terminal, control characters are shown and not obeyed."""
+    def text(self, piece: str, style: str = "") -> None:
+        """A piece of the answer, at once. On a terminal, control characters are shown and not obeyed, and a
+        style of STYLES is used."""
         if self.as_json or not piece:
             return
         self.clear()
-        self._out.write(visible(piece) if self._guard else piece)
+        piece = visible(piece) if self._guard else piece
+        self._out.write(f"\x1b[{STYLES[style]}m{piece}\x1b[0m" if style and self._colours else piece)
         self._out.flush()
 
     def note(self, line: str) -> None:

@@ -42,17 +42,33 @@ MAX_FRAME = MAX_MESSAGE + TAG
 MAILBOX = 8  # messages read ahead of the task that handles them; then the sender waits
 CLOSE_SECONDS = 2.0  # for the closing handshake of a websocket
 RESOURCE = "/mimir/1"
-UNADMITTED = frozenset(
-    {"status", "revocations", "revoke", "close"}
-)  # what a party does before it is admitted
+# What a party does before it is admitted.
+UNADMITTED = frozenset({"status", "attest", "revocations", "revoke", "close"})
 
 log = structlog.get_logger("mimir.control")
+
+
+class Evidence(Protocol):
+    """A party's own evidence, and what it knows of its peers'."""
+
+    async def evidence_for(self, nonce: bytes, nonce_source: str, channel: bytes, role: str) -> bytes:
+        """A fresh envelope whose claims bind this party's keys to nonce, channel and role."""
+        ...
+
+    def statement(self) -> dict[str, Any]:
+        """The fields "tunnel", "kem", "shown" and "certificates" of an "evidence" message."""
+        ...
+
+    def view(self) -> dict[str, Any]:
+        """How the admission of the peers stands, as `messages.ADMISSION` says it."""
+        ...
 
 
 class Service(Protocol):
     """What a party does for those who connect."""
 
     store: ModelStore
+    evidence: Evidence | None  # None: attestation is off
 
     async def open(self, client: ClientHandle, terms: Open) -> None:
         """Serve one client's part of one session until it is over. Raise to end it with an error message."""
@@ -87,6 +103,7 @@ class ClientHandle:
         self.key = key  # its identity, hex
         self.gone = trio.Event()  # set as soon as the connection is lost
         self.timeout = timeout  # for one message, either way
+        self.channel = seal.channel  # what binds evidence to this connection
         self._socket = socket
         self._seal = seal
         self._mailbox = mailbox
@@ -310,6 +327,8 @@ class _Door:
         kind = message["t"]
         if kind == "status":
             await client.send({"t": "status", "status": await self._status()})
+        elif kind == "attest":
+            await self._attest(client, message["nonce"])
         elif kind in ("revocations", "revoke"):
             await self._tell_revocations(client, message)
         elif kind == "open":
@@ -373,6 +392,36 @@ class _Door:
             "revocations": None if self._revocations is None else self._revocations.status(),
             "service": self._service.status(),
         }
+
+    async def _attest(self, client: ClientHandle, nonce: bytes) -> None:
+        """Evidence for the client's nonce on its own connection. A refusal does not end the connection: it is
+        for the client to decide what it asks of a party without evidence."""
+        evidence = self._service.evidence
+        try:
+            if evidence is None:
+                raise BadInput('this party has no evidence: attestation.mode is "off" here')
+            envelope = await evidence.evidence_for(
+                nonce, messages.nonce_source(client.key), client.channel, "party"
+            )
+        except MimirError as error:
+            log.warning("no evidence for a client", key=client.key[:16], why=str(error))
+            await client.send(error_message(error))
+            return
+        tunnels = self._service.status().get("tunnel", ())
+        await client.send(
+            {
+                "t": "evidence",
+                "envelope": envelope,
+                "config": self._config.digest().hex(),
+                "terms": self._config.shared_terms(),
+                "admission": evidence.view(),
+                "rotations": [
+                    {"party": each["party"], "epoch": each.get("epoch"), "age": each.get("epoch_age")}
+                    for each in tunnels
+                ],
+                **evidence.statement(),
+            }
+        )
 
     async def _put_model(self, client: ClientHandle, manifest: Any) -> None:
         incoming = await trio.to_thread.run_sync(self._service.store.begin, manifest)

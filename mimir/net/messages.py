@@ -5,6 +5,7 @@ Every message has a type, field "t". A message that is not exactly one of these 
     client to party                                     party to client
     hello     first, to prove that it is there
     status                                              status    what the party is and can do
+    attest    a nonce                                   evidence  for it, and what the party says besides
     open      the terms of a session                    opened
     turn      one more prompt in it                     masks     of this client's part of the prompt
     offsets   the masked prompt                         progress  token  done     (done ends a turn)
@@ -28,7 +29,12 @@ from typing import Any, Literal
 
 import msgpack
 
+from mimir.attest.certs import MAX_CERTIFICATE
+from mimir.attest.evidence import MAX_ENVELOPE
+from mimir.attest.trail import MAX_SHOWN
+from mimir.config import PARTIES
 from mimir.errors import BadInput, MimirError
+from mimir.hpke import PUBLIC_BYTES
 
 MAX_MESSAGE = 8 << 20  # bytes of one message on the wire, sealed
 MAX_CHUNK = 1 << 20  # bytes of one piece of a component
@@ -43,6 +49,8 @@ MAX_DEPTH = 8  # of plain data inside a message
 MAX_TEMPERATURE = 100.0
 MIN_TEMPERATURE = 0.01
 SESSION_BYTES = 16
+NONCE_BYTES = 32
+MAX_REMEMBERED = 4  # digests of evidence that a party keeps of what it showed to one peer
 WORD = 8
 _HEX_64 = re.compile(r"[0-9a-f]{64}")
 
@@ -147,9 +155,44 @@ _sampler = _table(
     topk=_whole(1, 1 << 16),
 )
 
+
+def _or_none(rule: Rule) -> Rule:
+    return lambda value: value is None or rule(value)
+
+
+_party = _whole(0, PARTIES - 1)
+_said = _text(MAX_SHOWN)
+_digest_or_none = _or_none(_hash)
+
+# How a party's admission of its two peers stands: `status()["admission"]` of a party, and part of "evidence".
+PEER = _table(
+    party=_party,
+    # "admitted" is the only one that lets a peer in; others: unknown, exchanging, refused, expelled, expired.
+    state=_text(32),
+    entry=_or_none(_text(64)),  # of the policy, that its evidence satisfied
+    kind=_or_none(_text(32)),  # of its evidence
+    simulated=_or_none(_flag),
+    valid_until=_or_none(_text(32)),  # ISO 8601, as `trail.stamp` writes it
+    evidence=_digest_or_none,  # SHA-256 of the envelope that it was admitted by
+    tunnel_key=_digest_or_none,  # of its bootstrap tunnel, hexadecimal
+    attempts=_count,  # exchanges begun since the party started
+    # The last one: ours of its evidence ("us"), or its of ours ("peer").
+    refusal=_or_none(_table(step=_text(64), expected=_said, got=_said, by=_one_of("us", "peer"))),
+    seconds=_or_none(_seconds),  # since this state began
+)
+ADMISSION = _table(
+    mode=_one_of("required", "off"),
+    policy=_or_none(_table(name=_text(64), version=_count, digest=_hash)),
+    kind=_or_none(_text(32)),  # of the party's own evidence
+    simulated=_flag,
+    peers=_list(PEER, PARTIES - 1),
+    revocation_epoch=_count,
+)
+
 FROM_CLIENT: dict[str, dict[str, Rule]] = {
     "hello": {},
     "status": {},
+    "attest": {"nonce": _blob(NONCE_BYTES, NONCE_BYTES)},
     "open": {
         "session": _blob(SESSION_BYTES, SESSION_BYTES),
         "model": _hash,
@@ -176,6 +219,19 @@ FROM_CLIENT: dict[str, dict[str, Rule]] = {
 
 FROM_PARTY: dict[str, dict[str, Rule]] = {
     "status": {"status": _free},
+    "evidence": {
+        "envelope": _blob(1, MAX_ENVELOPE),  # bound to the nonce, this connection and what follows
+        "tunnel": _blob(32, 32),  # public key of the bootstrap tunnel
+        "kem": _blob(PUBLIC_BYTES, PUBLIC_BYTES),  # HPKE public key
+        "config": _hash,  # digest of the terms
+        "terms": _free,  # what the three parties share (`Config.shared_terms`)
+        "admission": ADMISSION,
+        # Own evidence that each peer was shown lately, newest first: SHA-256 of envelopes.
+        "shown": _list(_table(party=_party, evidence=_list(_hash, MAX_REMEMBERED)), PARTIES - 1),
+        # Certificates that peers issued to this party, DER.
+        "certificates": _list(_table(issuer=_party, certificate=_blob(1, MAX_CERTIFICATE)), PARTIES - 1),
+        "rotations": _list(_table(party=_party, epoch=_or_none(_count), age=_or_none(_seconds)), PARTIES - 1),
+    },
     "opened": {},
     "masks": {
         "turn": _turn,
@@ -243,6 +299,11 @@ def check(message: Any, rules: Mapping[str, Mapping[str, Rule]]) -> None:
     for name, rule in fields.items():
         if not rule(message[name]):
             raise MessageError(f"message {kind}: field {name} is of the wrong type or out of range")
+
+
+def nonce_source(client: str) -> str:
+    """How claims name the client whose nonce they answer; `client` is its key, hexadecimal."""
+    return f"client:{client[:16]}"
 
 
 # --- the terms of a session --------------------------------------------------------------------------------

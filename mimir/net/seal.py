@@ -13,6 +13,9 @@ session: the replayer cannot seal anything afterwards, so act only on sealed mes
 Every later message goes through `Seal.close` and `Seal.open`: ChaCha20-Poly1305, one key per direction, the
 message's number as the nonce. A lost, repeated, reordered or altered message fails, and the seal is broken.
 
+`Seal.channel` is the hash of the whole handshake: equal at both ends of one connection and at no other, since
+both put fresh keys into it. Evidence that names it is of no use on another connection (Noise, section 11.2).
+
 Python's cipher library hands out `bytes` for shared secrets; those cannot be wiped. Ours are.
 """
 
@@ -78,9 +81,10 @@ class _Direction:
 
 
 class Seal:
-    """An established connection's two directions."""
+    """An established connection's two directions, and `channel`, its 32 bytes of channel binding."""
 
-    def __init__(self, sending: bytes, receiving: bytes) -> None:
+    def __init__(self, sending: bytes, receiving: bytes, channel: bytes) -> None:
+        self.channel = channel
         self._sending = _Direction(sending)
         self._receiving = _Direction(receiving)
         self._broken = False
@@ -161,7 +165,7 @@ class Handshake:
         self.payload = self._decrypt(sealed)
         first, second = _hkdf(self._chain, b"")
         self._forget()
-        return Seal(first, second)
+        return Seal(first, second, self._hash)
 
     # -- the party
 
@@ -190,7 +194,7 @@ class Handshake:
         message = ephemeral + self._encrypt(payload)
         first, second = _hkdf(self._chain, b"")
         self._forget()
-        self._seal = Seal(second, first)
+        self._seal = Seal(second, first, self._hash)
         return message
 
     @property
