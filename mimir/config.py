@@ -261,6 +261,13 @@ class Log:
 
 
 @dataclass(frozen=True)
+class Confinement:
+    """[confinement] What the running party gives up (mimir/confine.py). Mode "off" leaves it all."""
+
+    mode: Annotated[str, choice_rule("enforce", "off")] = "enforce"
+
+
+@dataclass(frozen=True)
 class Tunnel:
     """[tunnel] WireGuard between the parties. Mode "none" leaves the links readable: tests only."""
 
@@ -314,6 +321,7 @@ class Config:
     deadlines: Deadlines = field(default_factory=Deadlines)
     metrics: Metrics = field(default_factory=Metrics)
     log: Log = field(default_factory=Log)
+    confinement: Confinement = field(default_factory=Confinement)
 
     @property
     def me(self) -> Peer:

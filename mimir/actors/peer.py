@@ -14,6 +14,7 @@ from prometheus_client import Counter, Enum, Gauge, start_http_server
 
 from mimir import kernels
 from mimir.actors.session import Limits, SessionActor
+from mimir.boot import Boot
 from mimir.config import Config
 from mimir.errors import BadInput, ConfigError, MimirError, PeerError
 from mimir.model.checkpoint import PlanSpec
@@ -70,9 +71,15 @@ class PartyService:
     """What the control door offers (mimir.net.control.Service)."""
 
     def __init__(
-        self, config: Config, transport: Transport, store: ModelStore, nursery: trio.Nursery
+        self,
+        config: Config,
+        transport: Transport,
+        store: ModelStore,
+        nursery: trio.Nursery,
+        boot: Boot | None = None,
     ) -> None:
         self.config = config
+        self.boot = boot or Boot()
         self.transport = transport
         self.store = store
         self._nursery = nursery
@@ -188,6 +195,7 @@ class PartyService:
             "sessions": len(self._sessions),
             "kernels": kernels.level(),
             "peers": {str(p): self.transport.up(p) for p in self.transport.peers},
+            "boot": self.boot.status(),
         }
         if self.tunnel is not None:
             rotations = {
@@ -250,15 +258,21 @@ def _tunnel_config(config: Config, identity: Identity) -> TunnelConfig:
     )
 
 
-async def run_peer(config: Config, orders: trio.MemoryReceiveChannel[None] | None = None) -> None:
-    """Run this party until cancelled. What comes on `orders` asks for new tunnel keys now."""
-    identity = Identity.load(config.identity_key)
-    if identity.public_hex != config.me.identity:
-        raise ConfigError(
-            f"{config.source}: identity_key {config.identity_key} is not the identity that [[peers]] lists "
-            f"for party {config.party}; give every party its own file"
-        )
-    store = ModelStore(config.data_dir, config.party, tuple(p.identity for p in config.peers))
+async def run_peer(
+    config: Config, orders: trio.MemoryReceiveChannel[None] | None = None, boot: Boot | None = None
+) -> None:
+    """Run this party until cancelled. What comes on `orders` asks for new tunnel keys now; `boot` has the
+    steps that were taken before."""
+    boot = boot or Boot()
+    with boot.step("identity"):
+        identity = Identity.load(config.identity_key)
+        if identity.public_hex != config.me.identity:
+            raise ConfigError(
+                f"{config.source}: identity_key {config.identity_key} is not the identity that [[peers]] "
+                f"lists for party {config.party}; give every party its own file"
+            )
+    with boot.step("store"):
+        store = ModelStore(config.data_dir, config.party, tuple(p.identity for p in config.peers))
     if config.metrics.listen is not None:
         start_http_server(config.metrics.listen.port, config.metrics.listen.host)
     log.info("starting", party=config.party, name=config.me.name, kernels=kernels.level())
@@ -266,27 +280,32 @@ async def run_peer(config: Config, orders: trio.MemoryReceiveChannel[None] | Non
         stack.callback(store.close)
         tunnel: Tunnel | None = None
         if config.tunnel.mode == "wireguard":
-            tunnel = await stack.enter_async_context(
-                raise_tunnel(_tunnel_config(config, identity), wait=None, said=_count_rotation)
+            with boot.step("tunnel"):
+                tunnel = await stack.enter_async_context(
+                    raise_tunnel(_tunnel_config(config, identity), wait=None, said=_count_rotation)
+                )
+        else:
+            boot.skip("tunnel", "none")
+        with boot.step("mesh"):
+            mesh = await stack.enter_async_context(
+                open_mesh(
+                    party=config.party,
+                    identity=identity,
+                    peers=[PeerAt(p.party, p.host, p.port, parse_public(p.identity)) for p in config.others],
+                    config_digest=config.digest(),
+                    listen=(config.mesh.listen.host, config.mesh.listen.port),
+                    protected=tunnel is not None,
+                    handshake_deadline=config.deadlines.handshake,
+                    bind=tunnel.bind if tunnel is not None else None,
+                    dead_after=config.deadlines.link,
+                )
             )
-        mesh = await stack.enter_async_context(
-            open_mesh(
-                party=config.party,
-                identity=identity,
-                peers=[PeerAt(p.party, p.host, p.port, parse_public(p.identity)) for p in config.others],
-                config_digest=config.digest(),
-                listen=(config.mesh.listen.host, config.mesh.listen.port),
-                protected=tunnel is not None,
-                handshake_deadline=config.deadlines.handshake,
-                bind=tunnel.bind if tunnel is not None else None,
-                dead_after=config.deadlines.link,
-            )
-        )
         nursery = await stack.enter_async_context(trio.open_nursery())
-        service = PartyService(config, mesh, store, nursery)
+        service = PartyService(config, mesh, store, nursery, boot)
         service.tunnel = tunnel
-        await nursery.start(serve_control, config, identity, service)
-        nursery.start_soon(_say_when_up, mesh, config)
+        with boot.step("serve"):
+            await nursery.start(serve_control, config, identity, service)
+        nursery.start_soon(_say_when_up, mesh, config, boot)
         if orders is not None:
             nursery.start_soon(_rotate_when_told, tunnel, orders)
         if tunnel is not None:
@@ -294,15 +313,16 @@ async def run_peer(config: Config, orders: trio.MemoryReceiveChannel[None] | Non
         await trio.sleep_forever()
 
 
-async def _say_when_up(mesh: Any, config: Config) -> None:
-    while True:
-        try:
-            await mesh.wait_up(config.deadlines.client)
-        except PeerError as error:
-            log.warning("still waiting for a peer", why=str(error))
-        else:
-            log.info("mesh is up: ready for clients")
-            return
+async def _say_when_up(mesh: Any, config: Config, boot: Boot) -> None:
+    with boot.step("peers"):
+        while True:
+            try:
+                await mesh.wait_up(config.deadlines.client)
+            except PeerError as error:
+                log.warning("still waiting for a peer", why=str(error))
+            else:
+                break
+    log.info("mesh is up: ready for clients")
 
 
 async def _rotate_when_told(tunnel: Tunnel | None, orders: trio.MemoryReceiveChannel[None]) -> None:
