@@ -247,7 +247,9 @@ def rights(config: Config) -> Iterator[tuple[Path, int]]:
     for name in sorted(python):
         yield Path(name), READ
     yield Path(sys.prefix) / "pyvenv.cfg", READ_FILE
-    # Libraries, and what the C library reads for itself.
+    # Libraries where they usually are, and those that this process runs; what the C library reads for itself.
+    for name in sorted(_mapped()):
+        yield Path(name), READ_FILE
     for name in ("/lib", "/lib64", "/usr/lib", "/usr/lib64", "/usr/local/lib"):
         yield Path(name), READ
     for name in _SYSTEM_FILES:
@@ -328,6 +330,12 @@ def _make_directories(config: Config, tunnel: bool) -> None:
             raise BadInput(
                 f"{directory}: cannot be made: {problem.strerror}; make it for user {os.geteuid()}"
             ) from None
+
+
+def _mapped() -> set[str]:
+    """Every file whose code is in this process."""
+    lines = [line.split(maxsplit=5) for line in Path("/proc/self/maps").read_text().splitlines()]
+    return {line[5] for line in lines if len(line) == 6 and "x" in line[1] and line[5].startswith("/")}
 
 
 def _loader(program: Path) -> Path | None:
@@ -492,12 +500,22 @@ def _libseccomp() -> ctypes.CDLL:
     library.seccomp_arch_add.argtypes = (ctypes.c_void_p, ctypes.c_uint32)
     library.seccomp_arch_remove.argtypes = (ctypes.c_void_p, ctypes.c_uint32)
     library.seccomp_export_bpf.argtypes = (ctypes.c_void_p, ctypes.c_int)
-    library.seccomp_syscall_resolve_name_arch.argtypes = (ctypes.c_uint32, ctypes.c_char_p)
+    library.seccomp_syscall_resolve_name.argtypes = (ctypes.c_char_p,)
     library.seccomp_rule_add_array.argtypes = (
         *(ctypes.c_void_p, ctypes.c_uint32, ctypes.c_int, ctypes.c_uint),
         ctypes.POINTER(_ArgCmp),
     )
     return library
+
+
+def can_filter() -> bool:
+    """Whether this host can make the filter, and its kernel knows filters."""
+    try:
+        library = _libseccomp()
+        library.seccomp_release(_compile(library, platform.machine(), True))
+    except EnvironmentMissing:
+        return False
+    return Path("/proc/sys/kernel/seccomp/actions_avail").exists()
 
 
 def _compile(library: ctypes.CDLL, machine: str, tunnel: bool) -> int:
@@ -523,9 +541,10 @@ def _compile(library: ctypes.CDLL, machine: str, tunnel: bool) -> int:
     plain = {ALLOW: [*CALLS, *(CHILDREN if tunnel else ())], ENOSYS: ABSENT, KILL: FATAL}
     rules = [(action, name, ()) for action, names in plain.items() for name in names]
     for action, name, matches in (*rules, *((ALLOW, *each) for each in _conditions(tunnel))):
-        number = library.seccomp_syscall_resolve_name_arch(token, name.encode())
-        if number < 0:
-            continue  # a call of another architecture, or newer than the library: then EPERM
+        # By this host's number, which the library takes for a name; below -1 for what only others have.
+        number = library.seccomp_syscall_resolve_name(name.encode())
+        if number == -1:
+            continue  # newer than the library: then EPERM
         arguments = (_ArgCmp * len(matches))(
             *(_ArgCmp(each.argument, _MASKED_EQ, each.mask, each.value) for each in matches)
         )
