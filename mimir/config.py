@@ -301,6 +301,13 @@ class Log:
 
 
 @dataclass(frozen=True)
+class Confinement:
+    """[confinement] What the running party gives up (mimir/confine.py). Mode "off" leaves it all."""
+
+    mode: Annotated[str, choice_rule("enforce", "off")] = "enforce"
+
+
+@dataclass(frozen=True)
 class Tunnel:
     """[tunnel] WireGuard between the parties. Mode "none" leaves the links readable: tests only."""
 
@@ -385,6 +392,7 @@ class Config:
     tls: Tls = field(default_factory=Tls)
     log: Log = field(default_factory=Log)
     attester: Attester | None = None
+    confinement: Confinement = field(default_factory=Confinement)
 
     @property
     def attested(self) -> bool:

@@ -24,6 +24,7 @@ from typing import Literal
 
 from mimir.config import Address, Attester, Config, load
 from mimir.errors import EnvironmentMissing, MimirError
+from wg.uapi import SOCKET_DIRECTORY
 
 OLDEST_PYTHON = (3, 11)
 CAP_NET_ADMIN = 12
@@ -74,6 +75,8 @@ def examine(config: Config | None, role: str) -> Iterator[Finding]:
     checks: list[Callable[[], Iterator[Finding]]] = [_python, _packages, lambda: _kernels(role), _clock]
     if role == "party":
         checks += [_memory, _secrecy]
+        if config is None or config.confinement.mode == "enforce":
+            checks.append(_confinement)
         if config is None or config.tunnel.mode == "wireguard":
             checks += [_privilege, _wireguard]
             if config is None or config.tunnel.rotates:
@@ -207,6 +210,37 @@ def _privilege() -> Iterator[Finding]:
         "run the party as root, or: setpriv --ambient-caps +net_admin --inh-caps +net_admin ...; "
         'or AmbientCapabilities=CAP_NET_ADMIN in its systemd unit; tests may use tunnel.mode = "none"',
     )
+
+
+def _confinement() -> Iterator[Finding]:
+    from mimir import confine
+
+    version = confine.landlock_version()
+    yield Finding(
+        "landlock",
+        version >= confine.OLDEST_LANDLOCK,
+        "needed",
+        f"Landlock {version}" if version else "no Landlock",
+        'Linux 5.19 with landlock after lsm= at boot; or confinement.mode = "off"',
+    )
+    able = confine.can_filter()
+    yield Finding(
+        "seccomp",
+        able,
+        "needed",
+        f"a filter of system calls {'can' if able else 'cannot'} be made for {os.uname().machine}",
+        'apt install libseccomp2; or confinement.mode = "off"',
+    )
+    sockets = Path(SOCKET_DIRECTORY)
+    if os.geteuid() != 0:
+        able = sockets.is_dir() and os.access(sockets, os.W_OK)
+        yield Finding(
+            "sockets",
+            able,
+            "better",
+            f"{sockets}: {'usable' if able else 'not writable'}",
+            f"install -d -m 0700 -o USER {sockets}, which wireguard-go needs; or RuntimeDirectory=wireguard",
+        )
 
 
 def _exchange() -> Iterator[Finding]:

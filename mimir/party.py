@@ -13,9 +13,13 @@ from contextlib import suppress
 import structlog
 import trio
 
+from mimir.boot import Boot
 from mimir.config import ROTATION_PORTS, Config, Log
+from mimir.confine import confine
 from mimir.errors import BadInput, ConfigError
 from mimir.net.identity import Identity
+
+log = structlog.get_logger("mimir.party")
 
 GARBAGE = 20_000  # objects made, less those freed, between two searches for cycles
 ORDERS = {signal.SIGUSR1: "rotate", signal.SIGHUP: "reload"}
@@ -25,12 +29,20 @@ STOP_SECONDS = 10.0  # for tunnel and connections to be taken down
 def run(config: Config) -> int:
     """Run the party until SIGTERM or Ctrl-C; returns 0 after a clean stop. SIGUSR1 rotates keys, SIGHUP
     has policy and collateral read again."""
-    from mimir.actors.peer import run_peer
-
     start_log(config.log)
+    boot = Boot()
     # Keys and shares are in this process's memory: no core dumps, no files for others.
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     os.umask(0o077)
+    if config.confinement.mode == "enforce":
+        with boot.step("confine") as step:
+            step.note = str(confine(config))
+    else:
+        boot.skip("confine", "off")
+        log.warning("not confined: whoever breaks in may do all that this user may")
+    # Only now: numpy starts threads when it is imported, and they have to be confined too.
+    from mimir.actors.peer import run_peer
+
     # What is loaded by now stays; looking through it for garbage again and again takes time for nothing.
     gc.freeze()
     gc.set_threshold(GARBAGE)
@@ -40,7 +52,7 @@ def run(config: Config) -> int:
         async with trio.open_nursery() as nursery:
 
             async def party() -> None:
-                await run_peer(config, orders)
+                await run_peer(config, orders, boot)
                 nursery.cancel_scope.cancel()
 
             nursery.start_soon(party)
@@ -50,7 +62,7 @@ def run(config: Config) -> int:
                         with suppress(trio.WouldBlock):  # some are waiting already
                             tell.send_nowait(ORDERS[signal.Signals(number)])
                         continue
-                    structlog.get_logger("mimir.party").info("stopping", signal=signal.Signals(number).name)
+                    log.info("stopping", signal=signal.Signals(number).name)
                     nursery.cancel_scope.deadline = trio.current_time()
                     break
             # From here on a second signal ends the process at once, as if nobody had caught it.
@@ -109,6 +121,8 @@ def check(config: Config) -> int:
     if config.data_dir.exists() and config.data_dir.stat().st_mode & 0o077:
         raise BadInput(f"{config.data_dir}: open to others; chmod 700 it")
     print(f"model shares in {config.data_dir}")
+    if config.confinement.mode == "off":
+        print("NOT confined: whoever breaks into the party may do all that its user may")
     return 0
 
 

@@ -123,7 +123,7 @@ def test_arrows_go_one_way(place: str) -> None:
 ORDER = (
     ("mimir/__init__", "mimir/errors"),
     ("mimir/secret", "mimir/hpke", "mimir/kernels"),
-    ("mimir/config",),
+    ("mimir/config", "mimir/boot"),
     ("mimir/attest/__init__", "mimir/attest/trail"),
     ("mimir/attest/certs", "mimir/attest/rules"),
     ("mimir/attest/signatures",),
@@ -154,6 +154,7 @@ ORDER = (
     ("mimir/client",),
     ("mimir/dryrun",),
     ("mimir/cost",),
+    ("mimir/confine",),
     ("mimir/doctor", "mimir/party", "mimir/policy", "mimir/attester", "mimir/revoke"),
     ("mimir/__main__",),
 )

@@ -93,9 +93,14 @@ class Userspace:
         return self.version < OLDEST_FAST_VERSION
 
 
+def locate_userspace(path: str | None = None) -> str | None:
+    """Where the wireguard-go at `path` or on the search path is; None if there is none."""
+    return shutil.which(path or "wireguard-go") or shutil.which(f"/usr/sbin/{path or 'wireguard-go'}")
+
+
 def find_userspace(path: str | None = None) -> Userspace | None:
     """The wireguard-go at `path` or on the search path, with its version; None if there is none."""
-    found = shutil.which(path or "wireguard-go") or shutil.which(f"/usr/sbin/{path or 'wireguard-go'}")
+    found = locate_userspace(path)
     if found is None:
         return None
     try:

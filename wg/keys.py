@@ -188,6 +188,14 @@ def save_private(path: str | os.PathLike[str], key: PrivateKey) -> None:
         text[:] = bytes(len(text))
 
 
+def _given_by_systemd(where: Path, facts: os.stat_result) -> bool:
+    """Whether this is a credential of our unit: root's, with an access list that lets our user read it, which
+    shows as a right of root's group and lets nobody else in."""
+    folder = os.environ.get("CREDENTIALS_DIRECTORY")
+    ours = folder is not None and where.absolute().parent == Path(folder)
+    return ours and (facts.st_uid, facts.st_gid) == (0, 0) and not facts.st_mode & 0o037
+
+
 def load_private(path: str | os.PathLike[str]) -> PrivateKey:
     """Read a key from a file that only its owner may read. Else raises `KeyFileError` naming it."""
     where = Path(path)
@@ -203,7 +211,7 @@ def load_private(path: str | os.PathLike[str]) -> PrivateKey:
             raise KeyFileError(
                 f"{where}: belongs to another user (uid {facts.st_uid}), who can read and change it"
             )
-        if facts.st_mode & 0o077:
+        if facts.st_mode & 0o077 and not _given_by_systemd(where, facts):
             raise KeyFileError(
                 f"{where}: others may read or change this key (mode {stat.S_IMODE(facts.st_mode):04o}); "
                 "chmod 600 it, and make a new key if anybody could have read it"

@@ -21,6 +21,7 @@ from mimir.admission.bootstrap import POLICY_RECORD, Admission, GateError, Place
 from mimir.admission.revocation import Gossip, Revocations, context_of
 from mimir.admission.tls import PartyTls
 from mimir.attesters import open_attester
+from mimir.boot import Boot
 from mimir.config import Address, Config
 from mimir.errors import AbortError, AttestationError, BadInput, ConfigError, MimirError, PeerError
 from mimir.model.checkpoint import PlanSpec
@@ -84,9 +85,15 @@ class PartyService:
     """What the control door offers (mimir.net.control.Service)."""
 
     def __init__(
-        self, config: Config, transport: Transport, store: ModelStore, nursery: trio.Nursery
+        self,
+        config: Config,
+        transport: Transport,
+        store: ModelStore,
+        nursery: trio.Nursery,
+        boot: Boot | None = None,
     ) -> None:
         self.config = config
+        self.boot = boot or Boot()
         self.transport = transport
         self.store = store
         self._nursery = nursery
@@ -97,7 +104,6 @@ class PartyService:
         self.tunnel: Tunnel | None = None
         self.evidence: Evidence | None = None
         self.revocations: Revocations | None = None
-        self.boot: dict[str, float] = {}  # steps of the start that are done, in seconds after its beginning
         transport.on_request(DIGEST_ASK, self._tell_digest)
 
     # --- sessions -------------------------------------------------------------------------------------------
@@ -218,7 +224,7 @@ class PartyService:
             "sessions": len(self._sessions),
             "kernels": kernels.level(),
             "peers": {str(p): self.transport.up(p) for p in self.transport.peers},
-            "boot": {step: round(seconds, 3) for step, seconds in self.boot.items()},
+            "boot": self.boot.status(),
         }
         if self.evidence is not None:
             out["admission"] = self.evidence.view()
@@ -318,23 +324,21 @@ def _tunnel_config(config: Config, key: PrivateKey | None, rotation: RotationPla
     )
 
 
-async def run_peer(config: Config, orders: trio.MemoryReceiveChannel[str] | None = None) -> None:
+async def run_peer(
+    config: Config, orders: trio.MemoryReceiveChannel[str] | None = None, boot: Boot | None = None
+) -> None:
     """Run this party until cancelled. `orders`: "rotate" asks for new tunnel keys, "reload" for another look
-    at policy and collateral."""
-    began = trio.current_time()
-    boot: dict[str, float] = {}
-
-    def done(step: str, **facts: Any) -> None:
-        boot[step] = trio.current_time() - began
-        log.info("boot", step=step, seconds=round(boot[step], 3), **facts)
-
-    identity = Identity.load(config.identity_key)
-    if identity.public_hex != config.me.identity:
-        raise ConfigError(
-            f"{config.source}: identity_key {config.identity_key} is not the identity that [[peers]] lists "
-            f"for party {config.party}; give every party its own file"
-        )
-    store = ModelStore(config.data_dir, config.party, tuple(p.identity for p in config.peers))
+    at policy and collateral. `boot` has the steps that were taken before."""
+    boot = boot or Boot()
+    with boot.step("identity"):
+        identity = Identity.load(config.identity_key)
+        if identity.public_hex != config.me.identity:
+            raise ConfigError(
+                f"{config.source}: identity_key {config.identity_key} is not the identity that [[peers]] "
+                f"lists for party {config.party}; give every party its own file"
+            )
+    with boot.step("store"):
+        store = ModelStore(config.data_dir, config.party, tuple(p.identity for p in config.peers))
     log.info("starting", party=config.party, name=config.me.name, kernels=kernels.level())
     async with AsyncExitStack() as stack:
         stack.callback(store.close)
@@ -348,56 +352,63 @@ async def run_peer(config: Config, orders: trio.MemoryReceiveChannel[str] | None
         key = generate_tunnel_key() if config.attested else None
         admission: Admission | None = None
         if key is not None:
-            admission = await stack.enter_async_context(
-                _open_admission(config, identity, key.public().raw, gate, revocations, tls)
-            )
-            done("attest", entry=await _own_entry(admission))
+            with boot.step("attest") as step:
+                admission = await stack.enter_async_context(
+                    _open_admission(config, identity, key.public().raw, gate, revocations, tls)
+                )
+                step.note = f"entry {await _own_entry(admission)}"
+        else:
+            boot.skip("attest", "attestation is off")
+            boot.skip("admit", "attestation is off")
+            log.warning("NO ATTESTATION: peers are believed by their keys alone", party=config.party)
 
         def admitted(party: int) -> bool:
             return admission is None or admission.admitted(party) is not None
 
         tunnel: Tunnel | None = None
         if config.tunnel.mode == "wireguard":
-            rotation = rotation_plan(config, identity, admitted)
-            tunnel = await stack.enter_async_context(
-                raise_tunnel(_tunnel_config(config, key, rotation), wait=None, said=_count)
-            )
+            with boot.step("tunnel") as step:
+                step.note = "keys in memory" if key is not None else "keys from files"
+                rotation = rotation_plan(config, identity, admitted)
+                tunnel = await stack.enter_async_context(
+                    raise_tunnel(_tunnel_config(config, key, rotation), wait=None, said=_count)
+                )
             gate.tunnel = tunnel
-        done("keys", tunnel="in memory" if key is not None else "from a file" if tunnel else "none")
-        mesh = await stack.enter_async_context(
-            open_mesh(
-                party=config.party,
-                identity=identity,
-                peers=[PeerAt(p.party, p.host, p.port, parse_public(p.identity)) for p in config.others],
-                config_digest=config.digest(),
-                listen=(config.mesh.listen.host, config.mesh.listen.port),
-                protected=tunnel is not None,
-                handshake_deadline=config.deadlines.handshake,
-                bind=tunnel.bind if tunnel is not None else None,
-                dead_after=config.deadlines.link,
-                admitted=admitted,
+        else:
+            boot.skip("tunnel", "none")
+        with boot.step("mesh"):
+            mesh = await stack.enter_async_context(
+                open_mesh(
+                    party=config.party,
+                    identity=identity,
+                    peers=[PeerAt(p.party, p.host, p.port, parse_public(p.identity)) for p in config.others],
+                    config_digest=config.digest(),
+                    listen=(config.mesh.listen.host, config.mesh.listen.port),
+                    protected=tunnel is not None,
+                    handshake_deadline=config.deadlines.handshake,
+                    bind=tunnel.bind if tunnel is not None else None,
+                    dead_after=config.deadlines.link,
+                    admitted=admitted,
+                )
             )
-        )
-        gate.mesh = mesh
+            gate.mesh = mesh
         nursery = await stack.enter_async_context(trio.open_nursery())
-        service = PartyService(config, mesh, store, nursery)
+        service = PartyService(config, mesh, store, nursery, boot)
         service.tunnel, service.revocations, service.evidence = tunnel, revocations, admission
-        service.boot = boot
         if admission is not None:
             assert config.attestation.listen is not None
             listen = config.attestation.listen
             listeners = await open_listeners(listen.host, listen.port)
             await nursery.start(admission.run, listeners)
-            nursery.start_soon(_say_when_admitted, admission, done)
-        else:
-            log.warning("NO ATTESTATION: peers are believed by their keys alone", party=config.party)
-        door = partial(serve_control, config, identity, service, tls=tls, revocations=revocations)
-        await nursery.start(door)
-        await nursery.start(serve_metrics, config, tls)
+            nursery.start_soon(_say_when_admitted, admission, boot)
+        with boot.step("serve"):
+            door = partial(serve_control, config, identity, service, tls=tls, revocations=revocations)
+            await nursery.start(door)
+            await nursery.start(serve_metrics, config, tls)
         if revocations is not None:
             nursery.start_soon(Gossip(mesh, revocations).run)
             nursery.start_soon(_cut_off_revoked, config, mesh, revocations)
-        nursery.start_soon(_say_when_up, mesh, config, done)
+        nursery.start_soon(_say_when_up, mesh, config, boot)
         if orders is not None:
             nursery.start_soon(_obey, tunnel, admission, orders)
         if tunnel is not None:
@@ -461,9 +472,9 @@ async def _own_entry(admission: Admission) -> str:
         return "none"
 
 
-async def _say_when_admitted(admission: Admission, done: Callable[..., None]) -> None:
-    await admission.wait_admitted()
-    done("admit")
+async def _say_when_admitted(admission: Admission, boot: Boot) -> None:
+    with boot.step("admit"):
+        await admission.wait_admitted()
 
 
 def open_revocations(config: Config) -> Revocations | None:
@@ -496,16 +507,16 @@ async def _cut_off_revoked(config: Config, mesh: Mesh, revocations: Revocations)
         await revocations.wait_past(epoch)
 
 
-async def _say_when_up(mesh: Any, config: Config, done: Callable[..., None]) -> None:
-    while True:
-        try:
-            await mesh.wait_up(config.deadlines.client)
-        except PeerError as error:
-            log.warning("still waiting for a peer", why=str(error))
-        else:
-            done("serve")
-            log.info("mesh is up: ready for clients")
-            return
+async def _say_when_up(mesh: Any, config: Config, boot: Boot) -> None:
+    with boot.step("peers"):
+        while True:
+            try:
+                await mesh.wait_up(config.deadlines.client)
+            except PeerError as error:
+                log.warning("still waiting for a peer", why=str(error))
+            else:
+                break
+    log.info("mesh is up: ready for clients")
 
 
 async def _obey(

@@ -348,6 +348,10 @@ async def _status(options: argparse.Namespace, terminal: Terminal) -> int:
                 for entry in value:
                     terminal.text(f"  tunnel to {_tunnel_line(entry)}\n")
                 continue
+            if name == "boot" and isinstance(value, list):
+                for entry in value:
+                    terminal.text(f"  boot: {_boot_line(entry)}\n")
+                continue
             terminal.text(f"  {name}: {value}\n")
     if good:
         agreed = {answer.get("terms") for answer in answers if isinstance(answer, dict)}
@@ -382,6 +386,17 @@ def _trust_lines(answer: dict[str, Any]) -> list[str]:
         if known.get("forks"):
             lines.append("THE OWNERS SIGNED TWO STATEMENTS OF ONE EPOCH")
     return lines
+
+
+def _boot_line(entry: object) -> str:
+    """One step of a party's start, as it reports it; nothing in it is trusted."""
+    if not isinstance(entry, dict):
+        return str(entry)
+    began, seconds = entry.get("began"), entry.get("seconds")
+    when = f" at {began:.2f} s" if isinstance(began, int | float) else ""
+    took = f", {seconds:.2f} s" if isinstance(seconds, int | float) else ""
+    note = f" ({entry['note']})" if entry.get("note") else ""
+    return f"{entry.get('step')!s:8} {entry.get('state')}{when}{took}{note}"
 
 
 def _tunnel_line(entry: object) -> str:

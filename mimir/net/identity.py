@@ -42,6 +42,14 @@ MAX_FILE = 4096
 _FILE_MARK = "mimir-identity-v1"
 
 
+def _given_by_systemd(path: str | Path, status: os.stat_result) -> bool:
+    """Whether this is a credential of our unit: root's, with an access list that lets our user read it, which
+    shows as a right of root's group and lets nobody else in."""
+    folder = os.environ.get("CREDENTIALS_DIRECTORY")
+    ours = folder is not None and Path(path).absolute().parent == Path(folder)
+    return ours and (status.st_uid, status.st_gid) == (0, 0) and not status.st_mode & 0o037
+
+
 class Identity:
     """An Ed25519 key pair. Signs; never shows its seed."""
 
@@ -69,7 +77,7 @@ class Identity:
         except OSError as exc:
             raise BadInput(f"identity {path}: {exc.strerror}; `mimir keygen` makes one") from None
         try:
-            if status.st_mode & 0o077:
+            if status.st_mode & 0o077 and not _given_by_systemd(path, status):
                 mode = status.st_mode & 0o777
                 raise BadInput(f"identity {path}: mode {mode:04o} lets others read it; run: chmod 600 {path}")
             if status.st_uid not in (os.geteuid(), 0):
