@@ -487,7 +487,7 @@ class Tpm:
         name = _NAMES[code]
         body = bytearray(b"".join(_big(each, 4) for each in handles))
         if session is not None:
-            assert isinstance(parameters, bytearray)
+            parameters = bytearray(parameters)  # encrypted in place
             area = session[0].ask(code, session[2], parameters, session[1])
             body += _big(len(area), 4) + area
         elif auth is not None:
@@ -840,7 +840,7 @@ class Tpm:
     async def _unseal(self, handle: int, name: bytes, session: _Session, chosen: list[int]) -> bytearray:
         how = (session, _CONTINUE | _ENCRYPTED_ANSWER, name)
         try:
-            _, found, buffer = await self._run(_UNSEAL, (handle,), bytearray(), session=how)
+            _, found, buffer = await self._run(_UNSEAL, (handle,), session=how)
         except TpmError as error:
             if error.code != POLICY_FAIL:
                 raise
