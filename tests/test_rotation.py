@@ -267,6 +267,19 @@ def stages() -> Iterator[tuple[Pair, int, bytes]]:
         yield pair, *pair.post[0]
 
 
+def test_a_pair_that_is_ended_anywhere_leaves_no_key() -> None:
+    """What becomes of the pair then is what becomes of it after a crash: see the model."""
+    for index in (0, 1):
+        for pair, _, _ in stages():
+            end = pair.ends[index]
+            kept = [each for each in (end.live, end.old, end.candidate) if each is not None]
+            keys = [key for each in kept for key in (each.private, each.preshared, each.chain)]
+            keys += [end._offering.private] if end._offering is not None else []
+            assert keys
+            end.forget()
+            assert all("wiped" in repr(key) for key in keys) and not pair.up(index)
+
+
 def shape(end: Rotation) -> tuple[Any, ...]:
     return (end.seen, end.live, end.old, end.candidate, end.phase, end.heard_ready, end.confirmed)
 

@@ -11,7 +11,7 @@ more when they are not, because crossing initiations make both ends discard each
    both ends see the other's received bytes grow and neither breaks rule 1.
 
 Health is read from `rx_bytes`, since a handshake's age shows a dead peer only after 180 s, and from the
-answers to the application's pings (`wg.probe.ping`), since a device speaks also for one that hangs.
+answers to the application's pings (`wg.probe.ping`), since a host acknowledges TCP also for one that hangs.
 
 Peers come and go while the interface is up. What is wanted stands in `entries` before the device is told, so
 that a device that is lost meanwhile is revived with exactly those.

@@ -1,8 +1,8 @@
 """Through the tunnel and back: a bulk transfer with a deadline, and the application's pings.
 
 A tunnel whose MTU is too large for the path under it answers every ping, also at full size, and yet moves no
-TCP: its packets become fragments that the path drops. Only a transfer of some size shows it. And WireGuard
-sends keepalives for an application that hangs: only an answer of its own shows that it lives.
+TCP: its packets become fragments that the path drops. Only a transfer of some size shows it. And a host
+sends keepalives and acknowledges TCP for an application that hangs: only its own answer shows that it lives.
 """
 
 from __future__ import annotations

@@ -56,7 +56,7 @@ MAX_PAYLOAD = 65507  # of UDP over IPv4
 MAX_PIECES, PIECES_AT_ONCE = 128, 64
 #: Waiting for a stream; 2 ms at 1 Gbit/s, 20 ms at 100 Mbit/s. More would only add delay.
 QUEUE_BYTES = 256 * 1024
-RECEIVE_BYTES = 256 * 1024
+RECEIVE_BYTES = 64 * 1024
 SOCKET_BUFFER_BYTES = 4 << 20  # as far as the host allows
 BURST = 16  # receptions from one socket before others have their turn
 GREETING_SECONDS = 5.0
@@ -102,7 +102,7 @@ class Frames:
         self._rest = bytearray()
         self._due = HEAD.size  # before that many are there, nothing is complete
 
-    def feed(self, data: bytes | bytearray) -> Iterator[Frame]:
+    def feed(self, data: bytes | memoryview) -> Iterator[Frame]:
         """The frames that are complete now. At most one incomplete frame is kept."""
         self._rest += data
         if len(self._rest) < self._due:
@@ -145,16 +145,16 @@ class Streams:
     def __str__(self) -> str:
         return ":".join(map(str, self.address)) if isinstance(self.address, tuple) else str(self.address)
 
-    async def connect(self) -> trio.SocketStream:
+    async def connect(self) -> trio.socket.SocketType:
         made = trio.socket.socket(self.family, socket.SOCK_STREAM)
         try:
             await made.connect(self.address)
         except BaseException:
             made.close()
             raise
-        return trio.SocketStream(made)
+        return made
 
-    async def listen(self) -> trio.SocketListener:
+    async def listen(self) -> trio.socket.SocketType:
         made = trio.socket.socket(self.family, socket.SOCK_STREAM)
         try:
             await made.bind(self.address)
@@ -162,7 +162,7 @@ class Streams:
         except OSError as problem:
             made.close()
             raise TunnelError(f"{self}: cannot listen: {problem.strerror}") from None
-        return trio.SocketListener(made)
+        return made
 
 
 @dataclass
@@ -185,55 +185,96 @@ class Link:
     deliver: Callable[[Frame], bool]  # by UDP
     counts: Counts = field(default_factory=Counts)
     _waiting: bytearray = field(default_factory=bytearray)
-    _some: trio.Event = field(default_factory=trio.Event)
+    _last: tuple[int, int, int, int] | None = (
+        None  # the frame at its end: where, and of what it may have more
+    )
+    _stream: socket.socket | None = None
+    _full: trio.Event = field(default_factory=trio.Event)  # the stream is
     _scope: trio.CancelScope | None = None
 
     def put(self, frame: Frame) -> None:
-        """Towards the stream, or nowhere if it is full or there is none."""
-        if self._scope is None or len(self._waiting) + HEAD.size + len(frame.data) > QUEUE_BYTES:
+        """Towards the stream at the next `flush`, or nowhere if it is full or there is none."""
+        if self._stream is None or len(self._waiting) + HEAD.size + len(frame.data) > QUEUE_BYTES:
             self.counts.full += frame.pieces
             return
-        self._waiting += head(frame)
-        self._waiting += frame.data
+        self._append(frame)
         self.counts.towards += frame.pieces
-        self._some.set()
 
-    async def serve(self, stream: trio.abc.Stream) -> str:
+    def _append(self, frame: Frame) -> None:
+        """To the frame before it where it goes on with that: the other end then hands on both at once."""
+        kind = (frame.segment, frame.here, frame.there)
+        if self._last is not None and self._last[1:] == kind:
+            at = self._last[0]
+            size = len(self._waiting) - at - HEAD.size
+            most = min(frame.segment * PIECES_AT_ONCE, MAX_PAYLOAD)
+            if size % frame.segment == 0 and size + len(frame.data) <= most:
+                HEAD.pack_into(self._waiting, at, size + len(frame.data), *kind)
+                self._waiting += frame.data
+                return
+        self._last = (len(self._waiting), *kind)
+        self._waiting += head(frame) + frame.data
+
+    def flush(self) -> None:
+        """Write what the stream takes now; `_empty` goes on with the rest."""
+        if self._stream is None or not self._waiting or self._full.is_set():
+            return
+        try:
+            sent = self._stream.send(self._waiting)
+        except OSError as problem:  # one that is broken is found so by `_receive`
+            sent = 0 if problem.errno in (errno.EAGAIN, errno.ENOBUFS) else len(self._waiting)
+        del self._waiting[:sent]
+        self._last = None
+        if self._waiting:
+            self._full.set()
+
+    async def serve(self, connection: trio.socket.SocketType) -> str:
         """Move frames until the stream ends or another takes its place; why it did."""
         if self._scope is not None:
             self._scope.cancel()
+        # Without trio's own layer, which costs more than the rest.
+        stream = socket.socket(fileno=connection.detach())
+        stream.setblocking(False)
         scope = self._scope = trio.CancelScope()
-        self._waiting = bytearray()
+        self._stream, self._full = stream, trio.Event()
+        self._waiting, self._last = bytearray(), None
         self.counts.streams += 1
         why = "replaced by another"
         try:
             with scope:
                 try:
                     async with trio.open_nursery() as nursery:
-                        nursery.start_soon(self._send, stream)
+                        nursery.start_soon(self._empty, stream)
                         await self._receive(stream)
                         why = "ended by the other end"
                         nursery.cancel_scope.cancel()
-                except* (OSError, trio.BrokenResourceError, RelayError) as problems:
-                    why = "; ".join(str(problem) or type(problem).__name__ for problem in problems.exceptions)
+                except* (OSError, RelayError) as problems:
+                    why = "; ".join(str(problem) for problem in problems.exceptions)
         finally:
             if self._scope is scope:
-                self._scope = None
-            await trio.aclose_forcefully(stream)
+                self._scope = self._stream = None
+            trio.lowlevel.notify_closing(stream)
+            stream.close()
         return why
 
-    async def _send(self, stream: trio.abc.Stream) -> None:
+    async def _empty(self, stream: socket.socket) -> None:
         while True:
-            if not self._waiting:
-                self._some = trio.Event()
-                await self._some.wait()
-            batch, self._waiting = self._waiting, bytearray()
-            await stream.send_all(batch)
+            await self._full.wait()
+            await trio.lowlevel.wait_writable(stream)
+            self._full = trio.Event()
+            self.flush()
 
-    async def _receive(self, stream: trio.abc.Stream) -> None:
-        frames = Frames(self.ports)
-        while data := await stream.receive_some(RECEIVE_BYTES):
-            for frame in frames.feed(data):
+    async def _receive(self, stream: socket.socket) -> None:
+        frames, buffer = Frames(self.ports), bytearray(RECEIVE_BYTES)
+        view = memoryview(buffer)
+        while True:
+            await trio.lowlevel.wait_readable(stream)
+            try:
+                size = stream.recv_into(buffer)
+            except BlockingIOError:
+                continue
+            if not size:
+                return
+            for frame in frames.feed(view[:size]):
                 if self.deliver(frame):
                     self.counts.back += frame.pieces
                 else:
@@ -283,8 +324,10 @@ class Port:
         for at in range(0, len(data), segment):
             self._socket.sendto(data[at : at + segment], target)
 
-    async def receive(self, heard: Callable[[memoryview, int, str, int], None]) -> None:
-        """Hand on all that arrives: datagrams, their size, and from where."""
+    async def receive(
+        self, heard: Callable[[memoryview, int, str, int], None], links: Sequence[Link]
+    ) -> None:
+        """Hand on all that arrives: datagrams, their size, and from where. It goes to some of `links`."""
         buffer = bytearray(1 << 16)
         view, room = memoryview(buffer).toreadonly(), socket.CMSG_SPACE(_PLAIN.size)
         while True:
@@ -302,6 +345,8 @@ class Port:
                 )
                 if 0 < size <= MAX_PAYLOAD and size <= segment * MAX_PIECES:
                     heard(view[:size], min(segment, size), source[0], source[1])
+            for link in links:
+                link.flush()
 
 
 _GRO_MESSAGE = (socket.IPPROTO_UDP, _UDP_GRO)
@@ -345,7 +390,7 @@ async def enclave(
                         if source == str(node[0]) and 0 <= here < ports:
                             link.put(Frame(data, segment, here, there))
 
-                    nursery.start_soon(port.receive, heard)
+                    nursery.start_soon(port.receive, heard, [link])
                 nursery.start_soon(_keep_connected, parent, link)
             nursery.start_soon(_report, links)
             task_status.started({link.peer: link.counts for link in links})
@@ -356,8 +401,8 @@ async def _keep_connected(parent: Streams, link: Link) -> None:
     while True:
         try:
             stream = await parent.connect()
-            await stream.send_all(GREETING.pack(MAGIC, link.peer, link.ports))
-        except (OSError, trio.BrokenResourceError) as problem:
+            await _say(stream, GREETING.pack(MAGIC, link.peer, link.ports))
+        except OSError as problem:
             if pause == FIRST_PAUSE:
                 log.warning(
                     "no stream to the parent; trying on", at=str(parent), peer=link.peer, why=str(problem)
@@ -371,6 +416,15 @@ async def _keep_connected(parent: Streams, link: Link) -> None:
                 pause = FIRST_PAUSE
         await trio.sleep(pause)
         pause = min(2 * pause, LONGEST_PAUSE)
+
+
+async def _say(stream: trio.socket.SocketType, data: bytes) -> None:
+    try:
+        while data:
+            data = data[await stream.send(data) :]
+    except BaseException:
+        stream.close()
+        raise
 
 
 async def parent(
@@ -402,7 +456,8 @@ async def parent(
             links[index] = Link(index, ports, deliver)
             known |= {(str(host), base + there): (links[index], there) for there in range(ports)}
         listener = await streams.listen()
-        async with listener, trio.open_nursery() as nursery:
+        stack.callback(listener.close)
+        async with trio.open_nursery() as nursery:
             for here, port in enumerate(own):
 
                 def heard(data: memoryview, segment: int, source: str, number: int, here: int = here) -> None:
@@ -410,20 +465,24 @@ async def parent(
                         link, there = found
                         link.put(Frame(data, segment, here, there))
 
-                nursery.start_soon(port.receive, heard)
+                nursery.start_soon(port.receive, heard, list(links.values()))
             nursery.start_soon(_report, list(links.values()))
             nursery.start_soon(_accept, listener, links, ports, only, nursery)
             task_status.started({index: link.counts for index, link in links.items()})
 
 
 async def _accept(
-    listener: trio.SocketListener, links: dict[int, Link], ports: int, only: int | None, nursery: trio.Nursery
+    listener: trio.socket.SocketType,
+    links: dict[int, Link],
+    ports: int,
+    only: int | None,
+    nursery: trio.Nursery,
 ) -> None:
     strangers = trio.Semaphore(MAX_STRANGERS)
     while True:
         await strangers.acquire()  # the longest wait is for one greeting
         try:
-            stream = await listener.accept()
+            stream, _ = await listener.accept()
         except OSError as problem:
             strangers.release()
             log.warning("a stream could not be accepted", why=str(problem))
@@ -433,7 +492,7 @@ async def _accept(
 
 
 async def _greet(
-    stream: trio.SocketStream,
+    stream: trio.socket.SocketType,
     links: dict[int, Link],
     ports: int,
     only: int | None,
@@ -442,25 +501,26 @@ async def _greet(
     link, why = None, "it said nothing"
     try:
         with trio.move_on_after(GREETING_SECONDS):
-            if only is not None and (cid := stream.socket.getpeername()[0]) != only:
+            if only is not None and (cid := stream.getpeername()[0]) != only:
                 raise RelayError(f"from CID {cid}, not {only}")
             link = links[await _greeting(stream, links, ports)]
-    except (OSError, trio.BrokenResourceError, RelayError) as problem:
+    except (OSError, RelayError) as problem:
         why = str(problem)
     finally:
         strangers.release()
+        if link is None:
+            stream.close()
     if link is None:
         log.warning("stream refused", why=why)
-        await trio.aclose_forcefully(stream)
         return
     log.info("stream of the enclave", peer=link.peer)
     log.info("stream of the enclave over", peer=link.peer, why=await link.serve(stream))
 
 
-async def _greeting(stream: trio.abc.ReceiveStream, links: dict[int, Link], ports: int) -> int:
+async def _greeting(stream: trio.socket.SocketType, links: dict[int, Link], ports: int) -> int:
     data = b""
     while len(data) < GREETING.size:
-        piece = await stream.receive_some(GREETING.size - len(data))
+        piece = await stream.recv(GREETING.size - len(data))
         if not piece:
             raise RelayError("it ended within its greeting")
         data += piece
