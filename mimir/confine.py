@@ -91,7 +91,7 @@ CALLS: Final = (
     # files, by name and by descriptor; Landlock says which
     "access faccessat faccessat2 open openat close close_range read readv pread64 preadv write writev "
     "pwrite64 pwritev lseek stat lstat fstat newfstatat statx statfs fstatfs readlink readlinkat "
-    "getdents64 getcwd mkdir mkdirat rmdir unlink unlinkat rename renameat renameat2 ftruncate "
+    "memfd_create getdents64 getcwd mkdir mkdirat rmdir unlink unlinkat rename renameat renameat2 ftruncate "
     "fallocate fadvise64 fsync fdatasync flock fcntl dup dup2 dup3 pipe pipe2 umask inotify_init1 "
     "inotify_add_watch inotify_rm_watch "
     # memory
@@ -116,7 +116,7 @@ CALLS: Final = (
 #: Starting wireguard-go; Landlock leaves it and our own interpreter to be started.
 CHILDREN: Final = ("execve", "fork", "vfork")
 ABSENT: Final = (
-    "clone3 openat2 futex_wait futex_wake futex_requeue futex_waitv memfd_create memfd_secret mseal "
+    "clone3 openat2 futex_wait futex_wake futex_requeue futex_waitv memfd_secret mseal "
     "map_shadow_stack rseq_slice_yield "
 ).split()
 FATAL: Final = (
@@ -229,6 +229,9 @@ def ports(config: Config) -> tuple[set[int], set[int]]:
     """TCP ports that may be listened on, and that may be connected to."""
     listening = {address.port for _, address in _listens(config)}
     connecting = {peer.port for peer in config.others}
+    connecting |= {peer.admission.port for peer in config.others if peer.admission is not None}
+    if config.attester is not None and isinstance(config.attester.device, Address):
+        connecting.add(config.attester.device.port)
     if config.tunnel.mode == "wireguard":
         listening.add(CONTROL_PORT)  # the proof of a new generation, inside it
         connecting.add(CONTROL_PORT)
@@ -258,7 +261,13 @@ def rights(config: Config) -> Iterator[tuple[Path, int]]:
         yield Path(name), READ_FILE | (WRITE if name == "/dev/null" else 0)
     # The party's own.
     for key, path in _paths(config):
+        if key == "attestation.policy":  # with its signatures; both may be replaced while we run
+            path = path.parent
         yield path, KEEP if key == "data_dir" else READ
+    if config.attester is not None and isinstance(config.attester.place, Path):
+        # A device, or for configfs the folder in which each report has one of its own.
+        yield config.attester.place, READ | WRITE | IOCTL_DEV | MAKE_DIR | REMOVE_DIR
+        yield Path("/sys/kernel/security"), READ  # the log of a measured boot
     if config.tunnel.mode == "wireguard":
         yield Path("/proc/sys/net/ipv4/conf"), READ | WRITE  # reverse-path filters of our interfaces
         yield Path("/dev/net/tun"), READ_FILE | WRITE_FILE | IOCTL_DEV

@@ -323,11 +323,11 @@ class _Peer:
     shown: deque[str] = field(default_factory=lambda: deque(maxlen=MAX_SHOWN))  # newest first
     ends: float = 0.0  # of the verdict, by the clock that nobody sets
     seconds: float | None = None
-    attested: float = -BETWEEN_SECONDS
+    attested: float = float("-inf")
     down: float | None = None
-    patience: float = UP_SECONDS
+    patience: float = field(default_factory=lambda: UP_SECONDS)
     call_at: float = 0.0
-    backoff: float = FIRST_BACKOFF
+    backoff: float = field(default_factory=lambda: FIRST_BACKOFF)
     addresses: frozenset[str] = frozenset()  # of its configured host
     change: trio.Event = field(default_factory=trio.Event)
 
