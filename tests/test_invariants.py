@@ -197,6 +197,7 @@ WG_ORDER = (
     "rotation",
     "generations",
     "tunnel",
+    "vsock",
     "relay",
     "capture",
 )
