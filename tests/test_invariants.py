@@ -222,6 +222,7 @@ WG_ORDER = (
     "rotation",
     "generations",
     "tunnel",
+    "vsock",
     "relay",
     "capture",
 )
