@@ -20,6 +20,8 @@ error and on Ctrl-C. Run again at once, it works again.
   --json             events as JSON lines on standard output and nothing else there
   --wan RTT[:MBIT]   delay what passes between the parties by RTT milliseconds there and back, and limit it to
                      so many Mbit/s each way, such as 20:100; the way between client and parties stays short
+  --rotate SECONDS   new tunnel keys so often, at least 5 (default: 10)
+  --no-attest        let the parties believe each other by their keys alone, without software TPMs
   --no-tunnel        on loopback, without root and WITHOUT TRANSPORT PROTECTION: for trying out only
   --base-port N      ports N to N+39 are used (default: 7100)
   --workdir DIR      keep keys, configurations, shares and logs here, and use them again (default: a
@@ -43,7 +45,7 @@ root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 model=$root/demo
 prompt="Once upon a time"
 max_new=24
-chat='' keep='' json='' wan='' tunnel=1 base_port=7100 workdir='' verbose='' setup=1
+chat='' keep='' json='' wan='' tunnel=1 base_port=7100 workdir='' verbose='' setup=1 attest=1 rotate=10
 settings=()
 
 say() { printf '%s\n' "$*" >&2; }
@@ -54,7 +56,7 @@ die() { # status, message
 
 while (($#)); do
     case $1 in
-        --model | --prompt | --max-new | --wan | --base-port | --workdir | --set)
+        --model | --prompt | --max-new | --wan | --base-port | --workdir | --set | --rotate)
             (($# > 1)) || die 2 "$1 needs a value; see --help"
             case $1 in
                 --model) model=$2 ;;
@@ -63,6 +65,7 @@ while (($#)); do
                 --wan) wan=$2 ;;
                 --base-port) base_port=$2 ;;
                 --workdir) workdir=$2 ;;
+                --rotate) rotate=$2 ;;
                 --set) settings+=(--set "$2") ;;
             esac
             shift
@@ -71,6 +74,7 @@ while (($#)); do
         --keep) keep=1 ;;
         --json) json=1 ;;
         --no-tunnel) tunnel='' ;;
+        --no-attest) attest='' ;;
         --no-setup) setup='' ;;
         -v | --verbose) verbose=1 ;;
         -h | --help) usage; exit 0 ;;
@@ -83,6 +87,8 @@ done
     die 2 "--base-port $base_port: must be from 1024 to 65000"
 [[ -z $wan || -n $tunnel ]] || die 2 "--wan delays the tunnels, so it cannot go with --no-tunnel"
 [[ -z $wan || $wan =~ ^[0-9]+(\.[0-9]+)?(:[0-9]+(\.[0-9]+)?)?$ ]] || die 2 "--wan $wan: must be RTT or RTT:MBIT"
+[[ $rotate =~ ^[0-9]{1,6}$ ]] || die 2 "--rotate $rotate: must be seconds"
+[[ -n $tunnel ]] || attest='' # evidence vouches for the keys of tunnels
 [[ -f $model/config.json ]] || die 4 "$model: no model there (config.json is missing); give --model DIR"
 
 offer() {
@@ -102,6 +108,7 @@ fi
 export MIMIR_VENV=${MIMIR_VENV:-$root/.venv}
 want=()
 [[ -z $tunnel ]] || want+=(--tunnel)
+[[ -z $attest ]] || want+=(--attester)
 ((EUID != 0)) || want+=(--packages)
 [[ -z $verbose ]] || want+=(-v)
 status=0
@@ -207,7 +214,7 @@ clean() {
     if [[ -n $temporary ]]; then
         if ((status != 0 && status < 128)); then
             # Logs help to find out why; keys and shares do not.
-            rm -rf -- "$workdir"/party?/data "$workdir"/party?/*.key "$workdir"/*.key
+            rm -rf -- "$workdir"/party?/{data,tpm} "$workdir"/party?/*.key "$workdir"/*.key
             say "logs are kept in $workdir"
         else
             rm -rf -- "$workdir"
@@ -290,16 +297,46 @@ making=()
 for party in 0 1 2; do
     mkdir -p -m 0700 "$workdir/party$party"
     make_key identity "party$party/identity" & making+=($!)
-    make_key tunnel "party$party/tunnel" & making+=($!)
+    [[ -n $attest ]] || { make_key tunnel "party$party/tunnel" & making+=($!); }
 done
 make_key identity owner & making+=($!)
 make_key identity client & making+=($!)
 for pid in "${making[@]}"; do wait "$pid"; done
 
-render=("$workdir" --base-port "$base_port" --interface "mm$id" --tokenizer "$model" "${settings[@]}")
+if [[ -n $attest ]]; then
+    # One software TPM for each party. It proves the protocol and nothing of the machine: whoever reads its directory
+    # can sign whatever he likes, and everything that it signs is shown as SIMULATED.
+    for party in 0 1 2; do
+        mapfile -t where < <(inside "$PREFIX-$id-$party")
+        launch "$workdir/party$party/tpm.log" "${where[@]}" "$root/scripts/software_tpm" "$workdir/party$party/tpm"
+    done
+fi
+
+render=("$workdir" --base-port "$base_port" --interface "mm$id" --tokenizer "$model")
+[[ -z $tunnel ]] || render+=(--set "tunnel.rotate_seconds=$rotate")
 [[ -n $tunnel ]] || render+=(--no-tunnel)
+[[ -z $attest ]] || render+=(--attested)
 [[ -z $wan ]] || render+=(--relay 10.90.0.254)
-"$bin/python" "$root/scripts/render_configs.py" "${render[@]}"
+"$bin/python" "$root/scripts/render_configs.py" "${render[@]}" "${settings[@]}"
+
+if [[ -n $attest ]]; then
+    # The policy: exactly these three machines, with this code and these terms, signed by the model's owner.
+    policy=$workdir/policy.toml
+    rm -f -- "$policy" "$policy.sig"
+    "$bin/mimir" policy new "$policy" --environment simulation --days 30 2>>"$workdir/policy.log"
+    sed -i "s/^version = 1 /version = $(date +%s) /" "$policy" # later than any that the parties have seen here
+    making=()
+    for party in 0 1 2; do
+        for _ in {1..200}; do [[ -S $workdir/party$party/tpm/socket ]] && break || sleep 0.05; done
+        "$bin/mimir" attester enroll --config "$workdir/party$party/party.toml" --id "party$party" \
+            >"$workdir/party$party/entry.toml" 2>"$workdir/party$party/enroll.log" & making+=($!)
+    done
+    for party in 0 1 2; do
+        wait "${making[party]}" || { cat "$workdir/party$party"/{tpm,enroll}.log >&2; die 5 "no evidence to be had"; }
+        cat "$workdir/party$party/entry.toml" >>"$policy"
+    done
+    "$bin/mimir" policy sign "$policy" --key "$workdir/owner.key" 2>>"$workdir/policy.log"
+fi
 
 # --- the wide area ---
 

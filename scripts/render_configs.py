@@ -1,11 +1,12 @@
 """Write the configuration files of three parties, an owner and a client on one machine, for local_mesh.sh.
 
     python scripts/render_configs.py WORKDIR --base-port 7100 --interface mm123 [--no-tunnel]
-                                     [--relay ADDRESS] [--tokenizer DIR] [--set KEY=VALUE ...]
+                                     [--attested] [--relay ADDRESS] [--tokenizer DIR] [--set KEY=VALUE ...]
 
 Starts from configs/three.toml, so that what runs here is what three hosts would run but for addresses and
-keys. The key files must be in WORKDIR already: party0 to party2 with identity.key and tunnel.key, owner.key
-and client.key, each with its public half beside it as NAME.pub.
+keys. The key files must be in WORKDIR already: party0 to party2 with identity.key (and tunnel.key, where peers
+are not admitted by evidence), owner.key and client.key, each with its public half beside it as NAME.pub. With
+--attested a policy by the owner is expected as policy.toml, and a software TPM at the socket in partyN/tpm.
 """
 
 from __future__ import annotations
@@ -30,6 +31,10 @@ def control_port(base: int, party: int) -> int:
 
 def mesh_port(base: int, party: int) -> int:
     return base + 10 + party
+
+
+def admission_port(base: int, party: int) -> int:
+    return base + 3 + party
 
 
 def tunnel_port(base: int, party: int) -> int:
@@ -85,6 +90,7 @@ def main() -> None:
     parser.add_argument("--base-port", type=int, required=True)
     parser.add_argument("--interface", required=True, help="name of the tunnels, to which the party is added")
     parser.add_argument("--no-tunnel", action="store_true")
+    parser.add_argument("--attested", action="store_true", help="peers are admitted by evidence")
     parser.add_argument("--relay", help="outside address of the relay, if there is one")
     parser.add_argument("--tokenizer", type=Path)
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
@@ -110,6 +116,14 @@ def main() -> None:
         settings["mesh"]["listen"] = f"{inside[party]}:{mesh_port(base, party)}"
         settings["attestation"] = {"mode": "off"}
         del settings["attester"]
+        if options.attested:
+            settings["attestation"] = {
+                "policy": "../policy.toml",
+                "owners": [public("owner")],
+                "listen": f"{outside[party]}:{admission_port(base, party)}",
+            }
+            settings["attester"] = {"kind": "swtpm", "device": "tpm/socket"}
+            settings["tls"]["enabled"] = True
         settings["peers"] = []
         for other in range(PARTIES):
             entry: dict[str, Any] = {
@@ -123,11 +137,11 @@ def main() -> None:
                 endpoint = f"{outside[other]}:{tunnel_port(base, other)}"
                 if options.relay and other != party:
                     endpoint = f"{options.relay}:{relay_port(base, party, other)}"
-                entry |= {
-                    "tunnel_public_key": public(f"party{other}/tunnel"),
-                    "tunnel_endpoint": endpoint,
-                    "tunnel_allowed": [f"{inside[other]}/32"],
-                }
+                entry |= {"tunnel_endpoint": endpoint, "tunnel_allowed": [f"{inside[other]}/32"]}
+                if options.attested:
+                    entry["admission"] = f"{outside[other]}:{admission_port(base, other)}"
+                else:
+                    entry["tunnel_public_key"] = public(f"party{other}/tunnel")
             settings["peers"].append(entry)
         settings["tunnel"] = {"mode": "none"}
         if not options.no_tunnel:
@@ -135,9 +149,10 @@ def main() -> None:
                 "mode": "wireguard",
                 "interface": f"{options.interface}-{party}",
                 "address": f"{inside[party]}/24",
-                "private_key": "tunnel.key",
                 "listen_port": tunnel_port(base, party),
             }
+            if not options.attested:
+                settings["tunnel"]["private_key"] = "tunnel.key"
         for text in options.set:
             set_key(settings, text)
         (work / f"party{party}" / "party.toml").write_text(dump(settings) + "\n")
@@ -154,6 +169,10 @@ def main() -> None:
             }
             for party in range(PARTIES)
         ]
+        if options.attested:
+            told["attestation"] = {"policy": "policy.toml", "owners": [public("owner")]}
+            told["revocation"] = {"owners": [public("owner")]}
+            told["tls"] = {"enabled": True}
         (work / f"{who}.toml").write_text(dump(told) + "\n")
 
 
