@@ -14,8 +14,9 @@ from typing import Any
 
 import numpy as np
 import trio
+from storage import open_store
 
-from mimir import store as store_module
+from mimir import vault as at_rest
 from mimir.client.federation import Deadlines as ClientDeadlines
 from mimir.client.federation import Federation, Party
 from mimir.config import Address, Config, Control, Deadlines, Mesh, Peer, Scheduler, Tunnel
@@ -260,44 +261,46 @@ async def world(
     }
     fake = Fake(model)
     parties, configs = [], []
-    sync, store_module._sync = store_module._sync, lambda path: None  # the disk is not what is tested here
-    async with trio.open_nursery() as nursery:
-        entries = []
-        for party, identity in enumerate(identities):
-            config = Config(
-                source=tmp / f"party{party}.toml",
-                party=party,
-                identity_key=tmp / f"party{party}.key",
-                data_dir=tmp / f"data{party}",
-                mesh=Mesh(Address("127.0.0.1", 0)),
-                peers=peers,
-                tunnel=Tunnel(mode="none"),
-                clients=tuple(client.public_hex for client in clients),
-                owners=(owner.public_hex,),
-                **settings,
+    sync, at_rest.sync = at_rest.sync, lambda path: None  # the disk is not what is tested here
+    try:
+        async with trio.open_nursery() as nursery:
+            entries = []
+            for party, identity in enumerate(identities):
+                config = Config(
+                    source=tmp / f"party{party}.toml",
+                    party=party,
+                    identity_key=tmp / f"party{party}.key",
+                    data_dir=tmp / f"data{party}",
+                    mesh=Mesh(Address("127.0.0.1", 0)),
+                    peers=peers,
+                    tunnel=Tunnel(mode="none"),
+                    clients=tuple(client.public_hex for client in clients),
+                    owners=(owner.public_hex,),
+                    **settings,
+                )
+                store = open_store(config.data_dir, party, keys)
+                member = FakeParty(party, fake, store)
+                bound = await nursery.start(serve_control, config, identity, member)
+                parties.append(member)
+                configs.append(config)
+                entries.append(Party(NAMES[party], "127.0.0.1", bound[0].port, identity.public_hex))
+            federation = Federation(
+                tmp / "federation.toml",
+                tmp / "client.key",
+                tuple(entries),
+                deadlines=ClientDeadlines(connect=20, silence=silence),
             )
-            store = ModelStore(config.data_dir, party, keys)
-            member = FakeParty(party, fake, store)
-            bound = await nursery.start(serve_control, config, identity, member)
-            parties.append(member)
-            configs.append(config)
-            entries.append(Party(NAMES[party], "127.0.0.1", bound[0].port, identity.public_hex))
-        federation = Federation(
-            tmp / "federation.toml",
-            tmp / "client.key",
-            tuple(entries),
-            deadlines=ClientDeadlines(connect=20, silence=silence),
-        )
-        made = World(fake, parties, identities, configs, clients, owner, federation)
-        if hold:
-            manifest, components = shared_model(model, keys)
-            for member in parties:
-                put(member.store, manifest, components)
-            made.model = manifest.digest()
-        try:
-            yield made
-        finally:
-            nursery.cancel_scope.cancel()
-            store_module._sync = sync
-            for member in parties:
-                member.store.close()
+            made = World(fake, parties, identities, configs, clients, owner, federation)
+            if hold:
+                manifest, components = shared_model(model, keys)
+                for member in parties:
+                    put(member.store, manifest, components)
+                made.model = manifest.digest()
+            try:
+                yield made
+            finally:
+                nursery.cancel_scope.cancel()
+    finally:
+        at_rest.sync = sync
+        for member in parties:  # nobody is in the midst of anything any more
+            member.store.close()
