@@ -17,6 +17,7 @@ import tomllib
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from pathlib import Path
+from types import NoneType, UnionType
 from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
 
 from mimir.errors import ConfigError
@@ -184,6 +185,17 @@ def address_rule(value: Any, folder: Path) -> Address:
     return Address(host, int(port))
 
 
+def device_rule(value: Any, folder: Path) -> Path | Address:
+    """Where a device answers: a path, or "tcp:HOST:PORT"."""
+    if isinstance(value, str) and value.startswith("tcp:"):
+        address: Address = address_rule(value.removeprefix("tcp:"), folder)
+        return address
+    try:
+        return Path(path_rule(value, folder))
+    except ValueError:
+        raise ValueError('a path, or an address such as "tcp:127.0.0.1:2321"') from None
+
+
 # --- the tables --------------------------------------------------------------------------------------------
 
 
@@ -278,6 +290,33 @@ class Tunnel:
         return self.mode == "wireguard" and self.rotate_seconds > 0
 
 
+ATTESTERS = ("snp", "tdx", "nitro", "tpm", "swtpm")
+DEVICES: Mapping[str, Path] = {  # where the kernel puts them; a software TPM has no such place
+    "snp": Path("/sys/kernel/config/tsm/report"),
+    "tdx": Path("/sys/kernel/config/tsm/report"),
+    "nitro": Path("/dev/nsm"),
+    "tpm": Path("/dev/tpmrm0"),
+}
+
+
+@dataclass(frozen=True)
+class Attester:
+    """[attester] What makes this party's evidence. "swtpm" is a simulation: it proves nothing of the
+    machine."""
+
+    kind: Annotated[str, choice_rule(*ATTESTERS)]
+    device: Annotated[Path | Address | None, device_rule] = None  # default: where the kernel has it
+
+    @property
+    def place(self) -> Path | Address:
+        """Where the device is."""
+        if self.device is not None:
+            return self.device
+        if self.kind not in DEVICES:
+            raise ConfigError(f'attester.device: missing; kind "{self.kind}" has no usual place')
+        return DEVICES[self.kind]
+
+
 @dataclass(frozen=True)
 class Peer:
     """[[peers]] One entry per party, this one included, the same list in the files of all three."""
@@ -314,6 +353,7 @@ class Config:
     deadlines: Deadlines = field(default_factory=Deadlines)
     metrics: Metrics = field(default_factory=Metrics)
     log: Log = field(default_factory=Log)
+    attester: Attester | None = None
 
     @property
     def me(self) -> Peer:
@@ -420,6 +460,8 @@ def read_table(
 
 def _table_kind(hint: Any) -> tuple[Any, bool]:
     """(settings class, whether a list of it) behind a field type; (None, False) for plain values."""
+    if get_origin(hint) is UnionType:  # a table that may be left out
+        hint = next((each for each in get_args(hint) if each is not NoneType), hint)
     if isinstance(hint, type) and is_dataclass(hint):
         return hint, False
     if get_origin(hint) is tuple:
@@ -453,6 +495,11 @@ def _cross_check(config: Config) -> None:
     scheduler = config.scheduler
     if scheduler.prompt_buckets[0] + scheduler.output_buckets[0] > scheduler.max_context:
         refuse("scheduler.max_context", "smaller than the smallest prompt and output bucket together")
+    attester = config.attester
+    if attester is not None and attester.device is None and attester.kind not in DEVICES:
+        refuse("attester.device", f'missing; kind "{attester.kind}" has no usual place')
+    if attester is not None and isinstance(attester.device, Address) and attester.kind != "swtpm":
+        refuse("attester.device", f'kind "{attester.kind}" is a device of this host, which has a path')
     tunnel = config.tunnel
     if tunnel.mode == "wireguard":
         for name in ("interface", "address", "private_key", "listen_port"):

@@ -45,6 +45,11 @@ class EnvironmentMissing(MimirError):
     exit_code = 5
 
 
+class DeviceError(EnvironmentMissing):
+    """A device that makes evidence or keeps secrets refused, or answered nonsense; names it and the
+    request."""
+
+
 class PeerError(MimirError):
     """A peer was silent, broke the protocol, or failed a check. `party` is its number, `step` where."""
 

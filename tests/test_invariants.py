@@ -30,6 +30,14 @@ FORBIDDEN = {
         "mimir.client",
         "mimir.kernels",
     ),
+    "mimir/attesters": (
+        "mimir.mpc",
+        "mimir.net",
+        "mimir.model",
+        "mimir.actors",
+        "mimir.client",
+        "mimir.kernels",
+    ),
     "mimir/kernels": ("mimir.mpc", "mimir.net", "mimir.model", "mimir.actors", "mimir.client"),
     "mimir/net": ("mimir.mpc", "mimir.actors", "mimir.client", "mimir.kernels"),
     "mimir/client": ("mimir.actors", "mimir.mpc.share", "mimir.mpc.doors", "mimir.mpc.prep", "mimir.mpc.ops"),
@@ -118,6 +126,7 @@ ORDER = (
     ("mimir/manifest",),
     ("mimir/store",),
     ("mimir/net",),
+    ("mimir/attesters",),
     ("mimir/mpc/__init__", "mimir/mpc/domain", "mimir/mpc/drbg", "mimir/mpc/offload"),
     ("mimir/mpc/share", "mimir/mpc/replicated"),
     ("mimir/mpc/doors",),
@@ -130,7 +139,7 @@ ORDER = (
     ("mimir/client",),
     ("mimir/dryrun",),
     ("mimir/cost",),
-    ("mimir/doctor", "mimir/party", "mimir/policy"),
+    ("mimir/doctor", "mimir/party", "mimir/policy", "mimir/attester"),
     ("mimir/__main__",),
 )
 
