@@ -8,10 +8,13 @@ import traceback
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mimir import __version__
-from mimir.errors import LocalError, MimirError
+from mimir.errors import BadInput, LocalError, MimirError
+
+if TYPE_CHECKING:
+    from mimir.secret import StorageKey
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells count
 
@@ -110,6 +113,10 @@ def _run(options: argparse.Namespace) -> int:
 
 
 def _keygen(options: argparse.Namespace) -> int:
+    if options.kind == "storage":
+        return _storage_key(options)
+    if options.out is None or (options.sealed_by and options.kind == "tunnel"):
+        raise BadInput("--out is needed; --sealed-by is for identity and storage keys")
     out = Path(options.out)
     if options.kind == "tunnel":
         from wg import keys
@@ -122,11 +129,61 @@ def _keygen(options: argparse.Namespace) -> int:
         from mimir.net.identity import Identity
 
         identity = Identity.generate()
-        identity.save(out)
+        if options.sealed_by:
+            if out.exists():
+                raise BadInput(f"identity {out}: exists already; move it away first if it may go")
+            identity.seal(out, _storage(options.sealed_by))
+        else:
+            identity.save(out)
         public = identity.public_hex
     print(public)
+    how = f"encrypted under the storage key of {options.sealed_by}" if options.sealed_by else "mode 0600"
+    print(f"Private key in {out}, {how}; it cannot be had back if lost. Public key above.", file=sys.stderr)
+    return 0
+
+
+def _storage_key(options: argparse.Namespace) -> int:
+    import trio
+
+    from mimir import config, keys
+    from mimir.keys.file import save
+    from mimir.secret import StorageKey
+
+    if options.sealed_by and not options.out:
+        settings, attester = config.load_keys(options.sealed_by)
+        source = keys.open_source(settings, attester)
+        trio.run(source.create)
+        print(f"Storage key made: {source.protection}.", file=sys.stderr)
+    elif options.out and not options.sealed_by:
+        save(Path(options.out), StorageKey.random())
+        print(f"Storage key in {options.out}, mode 0600, in the clear: for development.", file=sys.stderr)
+    else:
+        raise BadInput("a storage key needs --out FILE (development), or --sealed-by FILE, and not both")
+    return 0
+
+
+def _storage(path: str) -> StorageKey:
+    import trio
+
+    from mimir import config, keys
+
+    settings, attester = config.load_keys(path)
+    return trio.run(keys.open_source(settings, attester).obtain)
+
+
+def _seal(options: argparse.Namespace) -> int:
+    from mimir import config
+    from mimir.net.identity import Identity, is_sealed
+
+    path = config.load(options.config).identity_key
+    if is_sealed(path):
+        raise BadInput(f"identity {path}: encrypted already")
+    identity = Identity.load(path)
+    identity.seal(path, _storage(options.config))
+    print(identity.public_hex)
     print(
-        f"Private key in {out}, mode 0600; it cannot be had back if lost. Public key above.", file=sys.stderr
+        f"{path} is encrypted now. What it was may still be on the disk: where that matters, make another.",
+        file=sys.stderr,
     )
     return 0
 
@@ -223,14 +280,21 @@ def _parser(program: str) -> argparse.ArgumentParser:
         "keygen",
         _keygen,
         "make a key pair and print its public half",
-        "An identity key says who a party, a client or a model owner is; a tunnel key is for WireGuard. The\n"
-        "private half is written to a new file of mode 0600.\n\n"
-        "examples:\n  mimir keygen --out identity.key\n  mimir keygen --kind tunnel --out tunnel.key",
+        "An identity key says who a party, a client or a model owner is; a tunnel key is for WireGuard; a\n"
+        "storage key is what a party's disk is encrypted under. A private half is written to a new file of\n"
+        "mode 0600, or, with --sealed-by, as the [keys] of a party's file say.\n\n"
+        "examples:\n  mimir keygen --out identity.key\n  mimir keygen --kind tunnel --out tunnel.key\n"
+        "  mimir keygen --kind storage --sealed-by party0.toml\n"
+        "  mimir keygen --sealed-by party0.toml --out identity.key",
     )
-    keygen.add_argument("--out", required=True, metavar="FILE", help="file to make; never overwritten")
+    keygen.add_argument("--out", metavar="FILE", help="file to make; never overwritten")
     keygen.add_argument(
-        "--kind", choices=("identity", "tunnel"), default="identity", help="default: identity"
+        "--kind", choices=("identity", "tunnel", "storage"), default="identity", help="default: identity"
     )
+    keygen.add_argument("--sealed-by", metavar="FILE", help="a party's or a broker's file, for its [keys]")
+
+    seal = add("seal", _seal, "encrypt a party's identity file under its storage key, in place")
+    seal.add_argument("--config", required=True, metavar="FILE", help="this party's TOML file")
 
     pubkey = add("pubkey", _show_key, "print the public half of a key file")
     pubkey.add_argument("file", metavar="FILE", help="made by `mimir keygen`")

@@ -13,9 +13,9 @@ from contextlib import suppress
 import structlog
 import trio
 
+from mimir import keys
 from mimir.config import ROTATION_PORTS, Config, Log
 from mimir.errors import BadInput, ConfigError
-from mimir.net.identity import Identity
 
 GARBAGE = 20_000  # objects made, less those freed, between two searches for cycles
 STOP_SECONDS = 10.0  # for tunnel and connections to be taken down
@@ -59,7 +59,10 @@ def run(config: Config) -> int:
 
 def check(config: Config) -> int:
     """Say what the configuration means, after reading every file that it names."""
-    identity = Identity.load(config.identity_key)
+    source = keys.open_source(config.keys, config.attester)
+    key = trio.run(source.obtain)
+    identity = keys.load_identity(config, key)
+    key.wipe()
     if identity.public_hex != config.me.identity:
         raise ConfigError(
             f"{config.source}: peers[{config.party}].identity is not the public half of "
@@ -69,10 +72,10 @@ def check(config: Config) -> int:
     print(f"shared terms {config.digest().hex()[:16]}..., to be equal at all three parties")
     tunnel = config.tunnel
     if tunnel.mode == "wireguard":
-        from wg import keys
+        from wg import keys as tunnel_keys
 
         assert tunnel.private_key is not None and tunnel.listen_port is not None
-        private = keys.load_private(tunnel.private_key)
+        private = tunnel_keys.load_private(tunnel.private_key)
         public = private.public().hex()
         private.wipe()
         if config.me.tunnel_public_key is not None and public != config.me.tunnel_public_key:
@@ -95,7 +98,7 @@ def check(config: Config) -> int:
         print("nobody may open a session: `clients` is empty")
     if config.data_dir.exists() and config.data_dir.stat().st_mode & 0o077:
         raise BadInput(f"{config.data_dir}: open to others; chmod 700 it")
-    print(f"model shares in {config.data_dir}")
+    print(f"model shares in {config.data_dir}, encrypted; their key: {source.protection}")
     return 0
 
 

@@ -83,6 +83,11 @@ def _why_not(number: int) -> str:
     )
 
 
+def _zero(memory: bytearray | memoryview) -> None:
+    # Same length, so the buffer is written in place; a C call that CPython cannot optimise away.
+    memory[:] = bytes(len(memory))
+
+
 class _Arena:
     """Slots of locked pages, by size. Slots are zero while they are free."""
 
@@ -236,11 +241,6 @@ class Secret:
 
     def __getstate__(self) -> NoReturn:
         self._refuse("pickling")
-
-
-def _zero(memory: bytearray | memoryview) -> None:
-    # Same length, so the buffer is written in place; a C call that CPython cannot optimise away.
-    memory[:] = bytes(len(memory))
 
 
 class IdentityKey(Secret):

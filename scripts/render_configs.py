@@ -103,6 +103,7 @@ def main() -> None:
             "party": party,
             "identity_key": "identity.key",
             "data_dir": "data",
+            "keys": {"file": "storage.key"},
             "clients": [public("client")],
             "owners": [public("owner")],
         }

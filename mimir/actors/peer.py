@@ -12,10 +12,10 @@ import structlog
 import trio
 from prometheus_client import Counter, Enum, Gauge, start_http_server
 
-from mimir import kernels
+from mimir import kernels, keys
 from mimir.actors.session import Limits, SessionActor
 from mimir.config import Config
-from mimir.errors import BadInput, ConfigError, MimirError, PeerError
+from mimir.errors import BadInput, ConfigError, EnvironmentMissing, MimirError, PeerError
 from mimir.model.checkpoint import PlanSpec
 from mimir.mpc.domain import Ring
 from mimir.mpc.nonlinear import Settings
@@ -24,7 +24,9 @@ from mimir.net.control import ClientHandle, serve_control
 from mimir.net.identity import BadSignature, Identity, parse_public, verify
 from mimir.net.mesh import PeerAt, open_mesh
 from mimir.net.messages import Open
+from mimir.secret import lock_state
 from mimir.store import ComponentsDiffer, ModelStore, SharedModel
+from mimir.vault import Vault
 from wg import PeerState, RotationPlan, Tunnel, TunnelConfig, raise_tunnel
 
 log = structlog.get_logger("mimir.peer")
@@ -81,6 +83,7 @@ class PartyService:
             str, dict[int, str]
         ] = {}  # model -> component -> hash, as this party received it
         self.tunnel: Tunnel | None = None
+        self.protection = ""  # of the storage key
         transport.on_request(DIGEST_ASK, self._tell_digest)
 
     # --- sessions -------------------------------------------------------------------------------------------
@@ -188,6 +191,11 @@ class PartyService:
             "sessions": len(self._sessions),
             "kernels": kernels.level(),
             "peers": {str(p): self.transport.up(p) for p in self.transport.peers},
+            "storage": {
+                "source": self.config.keys.source,
+                "protection": self.protection,
+                "keys_in_swap": lock_state() or "never",
+            },
         }
         if self.tunnel is not None:
             rotations = {
@@ -252,13 +260,28 @@ def _tunnel_config(config: Config, identity: Identity) -> TunnelConfig:
 
 async def run_peer(config: Config, orders: trio.MemoryReceiveChannel[None] | None = None) -> None:
     """Run this party until cancelled. What comes on `orders` asks for new tunnel keys now."""
-    identity = Identity.load(config.identity_key)
+    source = keys.open_source(config.keys, config.attester)
+    key = await source.obtain()
+    log.info("storage key obtained", source=config.keys.source, protection=source.protection)
+    identity = keys.load_identity(config, key)
     if identity.public_hex != config.me.identity:
         raise ConfigError(
             f"{config.source}: identity_key {config.identity_key} is not the identity that [[peers]] lists "
             f"for party {config.party}; give every party its own file"
         )
-    store = ModelStore(config.data_dir, config.party, tuple(p.identity for p in config.peers))
+    if (why := lock_state()) is not None:
+        if config.keys.require_locked:
+            raise EnvironmentMissing(f"keys.require_locked: keys may go to swap: {why}")
+        log.warning("keys may go to swap", why=why)
+    vault = await trio.to_thread.run_sync(Vault, config.data_dir, key, source.counter)
+    store = ModelStore(
+        vault,
+        config.party,
+        tuple(p.identity for p in config.peers),
+        config.keys.keep_mib << 20,
+        config.keys.lock_shares,
+    )
+    log.info("shares can be decrypted", models=len(store.models()))
     if config.metrics.listen is not None:
         start_http_server(config.metrics.listen.port, config.metrics.listen.host)
     log.info("starting", party=config.party, name=config.me.name, kernels=kernels.level())
@@ -285,6 +308,7 @@ async def run_peer(config: Config, orders: trio.MemoryReceiveChannel[None] | Non
         nursery = await stack.enter_async_context(trio.open_nursery())
         service = PartyService(config, mesh, store, nursery)
         service.tunnel = tunnel
+        service.protection = source.protection
         await nursery.start(serve_control, config, identity, service)
         nursery.start_soon(_say_when_up, mesh, config)
         if orders is not None:

@@ -1,0 +1,66 @@
+"""Where a party's storage key comes from, and the counter that shows when its disk was put back.
+
+A `KeySource` gives one 32-byte key, from which `mimir.vault` derives every key of what lies on disk:
+
+    file        the key lies beside the configuration: development, and nothing else
+    tpm         sealed to this machine's TPM and its boot registers
+    kms         AWS KMS, which encrypts it to a key that an enclave's evidence names
+    threshold   t of n brokers, each of which appraises this machine's evidence by its own policy
+    oci         OCI Vault, for a broker's own share; nothing is attested
+
+The counter is in the TPM where there is one. The others keep it in a file outside `data_dir`: whoever can put
+that file back as well can put back everything, unnoticed.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from mimir import config
+from mimir.errors import BadInput, ConfigError, LocalError
+from mimir.keys.file import FileCounter, FileSource
+from mimir.keys.tpm import TpmSource
+from mimir.net.identity import Identity, is_sealed
+from mimir.secret import StorageKey
+from mimir.vault import Counter
+
+
+class KeySource(Protocol):
+    """One place that a storage key comes from."""
+
+    @property
+    def protection(self) -> str:
+        """What guards the key, in one line, for people."""
+
+    @property
+    def counter(self) -> Counter:
+        """Outside `data_dir`. To be called from a thread that Trio started."""
+
+    async def obtain(self) -> StorageKey:
+        """The key; raises an error of ours that says what is missing or who refused."""
+
+    async def create(self) -> None:
+        """Make a fresh key and keep it where the source has it, never over one that is there."""
+
+
+def open_source(keys: config.Keys, attester: config.Attester | None = None) -> KeySource:
+    """The source that the settings name. `attester` makes the evidence that brokers ask for."""
+    file, counter = keys.file, keys.counter
+    if file is None or counter is None:
+        raise LocalError("settings of keys that were never placed")
+    if keys.source == "file":
+        return FileSource(file, FileCounter(counter))
+    if keys.source == "tpm":
+        return TpmSource(file, keys.tpm)
+    raise ConfigError(f"keys.source: {keys.source} is not built yet")
+
+
+def load_identity(settings: config.Config, key: StorageKey) -> Identity:
+    """A party's identity. In the clear it may lie only where the storage key does as well."""
+    path = settings.identity_key
+    if settings.keys.source != "file" and path.exists() and not is_sealed(path):
+        raise BadInput(
+            f'identity {path}: lies in the clear, which keys.source = "{settings.keys.source}" forbids; '
+            f"run: mimir seal --config {settings.source}"
+        )
+    return Identity.load(path, key)
