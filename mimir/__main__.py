@@ -214,6 +214,42 @@ def _cost(options: argparse.Namespace) -> int:
     return command(options)
 
 
+def _broker_run(options: argparse.Namespace) -> int:
+    import os
+    import resource
+
+    from mimir.keys import broker
+    from mimir.party import start_log
+
+    settings = broker.load(options.config)
+    start_log(settings.log)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    os.umask(0o077)
+    return broker.run(settings)
+
+
+def _broker_split(options: argparse.Namespace) -> int:
+    from mimir.keys import broker, file, release, shamir
+    from mimir.secret import StorageKey
+
+    if len(dict(options.broker)) != len(options.broker):
+        raise BadInput("--broker: two brokers have the same name")
+    if not options.threshold <= len(options.broker) <= shamir.MAX_SHARES:
+        raise BadInput(f"--threshold {options.threshold} of {len(options.broker)} brokers cannot be")
+    with file.load(Path(options.key)) if options.key else StorageKey.random() as key:
+        split, shares = release.deal(key, options.threshold, dict(options.broker))
+    for path in broker.write_split(split, shares, Path(options.out)):
+        print(path)
+    for share in shares.values():
+        share.wipe()
+    print(
+        f"storage.toml goes to the party, as keys.file, and to every broker; each share to its broker alone, "
+        f"which alone can open it. Any {options.threshold} of them give the key.",
+        file=sys.stderr,
+    )
+    return 0
+
+
 def _policy(name: str) -> Any:
     def call(options: argparse.Namespace) -> int:
         from mimir import policy
@@ -421,6 +457,39 @@ def _parser(program: str) -> argparse.ArgumentParser:
         "A TOML file that owners sign. Empty, it admits nobody. configs/policy.toml has every key.",
     )
     _policy_commands(policy)
+
+    broker = add(
+        "broker",
+        None,
+        "hold a share of a party's storage key, or split one",
+        "A broker gives its share to machines whose evidence its own policy admits; t of n shares make the\n"
+        "key. configs/broker.toml has every key of a broker's file.",
+    )
+    actions = broker.add_subparsers(metavar="ACTION", required=True)
+    serve = actions.add_parser("run", help="run one broker until it is stopped")
+    serve.add_argument("--config", required=True, metavar="FILE", help="this broker's TOML file")
+    serve.set_defaults(call=_broker_run)
+    split = actions.add_parser(
+        "split",
+        help="make a storage key and split it among brokers",
+        description="Make a storage key, or take one, and write the public description and each broker's\n"
+        "share, sealed to its identity.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    split.add_argument(
+        "--threshold", type=_positive, required=True, metavar="T", help="shares that are needed"
+    )
+    split.add_argument(
+        "--broker",
+        type=_broker,
+        action="append",
+        required=True,
+        metavar="NAME=HOST:PORT=KEY",
+        help="a broker, where it listens, and its identity; repeat for each",
+    )
+    split.add_argument("--out", required=True, metavar="DIR", help="where to write; nothing is overwritten")
+    split.add_argument("--key", metavar="FILE", help="split this storage key instead of a fresh one")
+    split.set_defaults(call=_broker_split)
     return parser
 
 
@@ -535,6 +604,18 @@ def _positive(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError("must be at least 1")
     return value
+
+
+def _broker(text: str) -> tuple[str, tuple[Any, str]]:
+    from mimir.config import address_rule, key_rule, text_rule
+
+    name, _, rest = text.partition("=")
+    address, _, key = rest.rpartition("=")
+    try:
+        named = text_rule(64)(name, Path())
+        return str(named), (address_rule(address, Path()), str(key_rule(key, Path())))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text[:40]!r}: NAME=HOST:PORT=KEY; {error}") from None
 
 
 def _session(text: str) -> bytes:

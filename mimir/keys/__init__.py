@@ -17,8 +17,11 @@ from __future__ import annotations
 from typing import Protocol
 
 from mimir import config
-from mimir.errors import BadInput, ConfigError, LocalError
+from mimir.errors import BadInput, LocalError
 from mimir.keys.file import FileCounter, FileSource
+from mimir.keys.kms import KmsSource
+from mimir.keys.oci import OciSource
+from mimir.keys.threshold import ThresholdSource
 from mimir.keys.tpm import TpmSource
 from mimir.net.identity import Identity, is_sealed
 from mimir.secret import StorageKey
@@ -52,7 +55,14 @@ def open_source(keys: config.Keys, attester: config.Attester | None = None) -> K
         return FileSource(file, FileCounter(counter))
     if keys.source == "tpm":
         return TpmSource(file, keys.tpm)
-    raise ConfigError(f"keys.source: {keys.source} is not built yet")
+    outside = FileCounter(counter)
+    if keys.source == "kms" and keys.kms is not None:
+        return KmsSource(file, outside, keys.kms)
+    if keys.source == "oci" and keys.oci is not None:
+        return OciSource(file, outside, keys.oci)
+    if keys.source == "threshold" and keys.threshold is not None:
+        return ThresholdSource(file, outside, keys.threshold, attester)
+    raise LocalError(f"settings of keys that were never checked: {keys.source}")
 
 
 def load_identity(settings: config.Config, key: StorageKey) -> Identity:
