@@ -49,6 +49,7 @@ examples:
   mimir chat --federation federation.toml
   mimir cost --model model/ --context 128               what it will take, before anything runs
   mimir doctor                                          what this host lacks to be a party
+  mimir attester enroll --config party0.toml            the policy entry that admits this machine
 
 `mimir COMMAND --help` says more.
 
@@ -257,6 +258,15 @@ def _policy(name: str) -> Any:
 
         options.get = https_get
         return policy.run(getattr(policy, name), options)
+
+    return call
+
+
+def _attester(name: str) -> Any:
+    def call(options: argparse.Namespace) -> int:
+        from mimir import attester, policy
+
+        return policy.run(getattr(attester, name), options)
 
     return call
 
@@ -490,6 +500,14 @@ def _parser(program: str) -> argparse.ArgumentParser:
     split.add_argument("--out", required=True, metavar="DIR", help="where to write; nothing is overwritten")
     split.add_argument("--key", metavar="FILE", help="split this storage key instead of a fresh one")
     split.set_defaults(call=_broker_split)
+
+    attester = add(
+        "attester",
+        None,
+        "say what evidence this machine gives",
+        "Run it on the machine that a party will run on. A software TPM (kind swtpm) is a simulation.",
+    )
+    _attester_commands(attester)
     return parser
 
 
@@ -562,6 +580,50 @@ def _policy_commands(parser: argparse.ArgumentParser) -> None:
         action.add_argument(
             "--at", type=_moment, metavar="TIME", help="judge as of then, such as 2026-07-01T00:00:00Z"
         )
+
+
+def _attester_commands(parser: argparse.ArgumentParser) -> None:
+    from mimir.config import ATTESTERS
+
+    commands = parser.add_subparsers(metavar="ACTION", required=True)
+
+    def add(name: str, text: str, more: str) -> argparse.ArgumentParser:
+        action = commands.add_parser(
+            name,
+            help=text,
+            description=f"{text[0].upper()}{text[1:]}.\n\n{more}",
+            epilog=EXIT_CODES,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        action.add_argument("--config", metavar="FILE", help="the party's file: its [attester] and its terms")
+        action.add_argument("--kind", choices=ATTESTERS, help="instead of what the file says")
+        action.add_argument(
+            "--device", metavar="PATH", help="a path, or tcp:HOST:PORT; default: as the kernel has it"
+        )
+        action.add_argument("--json", action="store_true", help="one JSON object")
+        action.set_defaults(call=_attester(name))
+        return action
+
+    enroll = add(
+        "enroll",
+        "print this machine's measurements, and the policy entry that admits it",
+        "The entry goes to standard output, the rest to standard error. PCR 16 of a TPM depends on the\n"
+        "party's configuration, so the entry names it with --config alone.\n\n"
+        "examples:\n"
+        "  mimir attester enroll --config party.toml --id alpha >> mesh.toml\n"
+        "  mimir attester enroll --kind swtpm --device /run/tpm/socket --json",
+    )
+    enroll.add_argument("--id", default="enrolled", metavar="NAME", help="of the entry (default: enrolled)")
+    show = add(
+        "show",
+        "make evidence for a nonce of our own and write it out",
+        "It serves nobody but `mimir policy explain`: no verifier gave that nonce.\n\n"
+        "example:\n"
+        "  mimir attester show --config party.toml --policy mesh.toml --out evidence.cbor\n"
+        "  mimir policy explain evidence.cbor --policy mesh.toml",
+    )
+    show.add_argument("--policy", metavar="FILE", help="the policy to bind it to (default: none)")
+    show.add_argument("--out", metavar="FILE", help="the envelope (default: hexadecimal, on standard output)")
 
 
 def _client_options(parser: argparse.ArgumentParser) -> None:

@@ -15,13 +15,14 @@ import re
 import resource
 import shutil
 import socket
+import stat
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
-from mimir.config import Address, Config, load
+from mimir.config import Address, Attester, Config, load
 from mimir.errors import BadInput, EnvironmentMissing, MimirError
 
 OLDEST_PYTHON = (3, 11)
@@ -79,6 +80,9 @@ def examine(config: Config | None, role: str) -> Iterator[Finding]:
                 checks.append(_exchange)
         if config is not None:
             checks += [lambda: _files(config), lambda: _ports(config)]
+            if config.attester is not None:
+                settings = config.attester
+                checks.append(lambda: _attester(settings))
     for check in checks:
         yield from check()
 
@@ -335,6 +339,35 @@ def _files(config: Config) -> Iterator[Finding]:
         f"{free / 1e9:.1f} GB free at {place}",
         "a party stores 16 bytes per weight of each model",
     )
+
+
+def _attester(settings: Attester) -> Iterator[Finding]:
+    """Whether what makes evidence is there and may be used. It is not asked for anything."""
+    place, kind = settings.place, settings.kind
+    remedies = {
+        "snp": "a guest of AMD SEV-SNP with Linux 6.7, CONFIG_TSM_REPORTS and sev-guest: modprobe sev-guest; "
+        "mount -t configfs none /sys/kernel/config",
+        "tdx": "a guest of Intel TDX with Linux 6.7, CONFIG_TSM_REPORTS and tdx-guest: modprobe tdx-guest; "
+        "mount -t configfs none /sys/kernel/config",
+        "nitro": "a Nitro enclave: /dev/nsm exists nowhere else",
+        "tpm": "modprobe tpm_crb or tpm_tis; add this user to the group of the device (Debian: tss)",
+        "swtpm": "scripts/setup --attester --packages; scripts/software_tpm DIR makes the device DIR/socket",
+    }
+    if isinstance(place, Address):
+        what, fine = "an address, which is not tried", True
+    else:
+        try:
+            mode = place.stat().st_mode
+            wanted = {
+                "snp": stat.S_ISDIR(mode),
+                "tdx": stat.S_ISDIR(mode),
+                "swtpm": stat.S_ISSOCK(mode) or stat.S_ISCHR(mode),
+            }.get(kind, stat.S_ISCHR(mode))
+            fine = wanted and os.access(place, os.R_OK | os.W_OK)
+            what = "usable" if fine else "no access for this user" if wanted else "something else"
+        except OSError as error:
+            what, fine = error.strerror or str(error), False
+    yield Finding("attester", fine, "needed", f"{kind} at {place}: {what}", remedies[kind])
 
 
 def _ports(config: Config) -> Iterator[Finding]:

@@ -12,7 +12,7 @@ import hashlib
 import importlib.machinery
 import importlib.util
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from mimir.errors import LocalError
@@ -23,21 +23,27 @@ PACKAGES = ("mimir", "wg")
 _SUFFIXES = tuple(importlib.machinery.SOURCE_SUFFIXES + importlib.machinery.EXTENSION_SUFFIXES)
 
 
-def code_digest() -> bytes:
+def code_digest(roots: Mapping[str, Path] | None = None) -> bytes:
     """SHA-256 over every module of `mimir` and `wg` that is installed here, compiled kernels included: for
     each in the order of names, its name and the hash of its content. Equal installations give equal digests
     wherever they lie; kernels that another compiler made differ. Interpreter, libraries and bytecode caches
-    are not in it."""
+    are not in it. `roots` are other folders of the packages, by name."""
     whole = hashlib.sha256(b"mimir code\0")
-    for package in PACKAGES:
-        found = importlib.util.find_spec(package)
-        if found is None or not found.submodule_search_locations:
-            raise LocalError(f"the package {package} has no folder to be measured")
-        root = Path(found.submodule_search_locations[0])
-        for name, path in _modules(root):
+    for package, root in sorted((roots or {each: _folder(each) for each in PACKAGES}).items()):
+        modules = list(_modules(root))
+        if not modules:
+            raise LocalError(f"{root}: no module of {package} to be measured")
+        for name, path in modules:
             whole.update(f"{package}/{name}\0".encode())
             whole.update(hashlib.sha256(path.read_bytes()).digest())
     return whole.digest()
+
+
+def _folder(package: str) -> Path:
+    found = importlib.util.find_spec(package)
+    if found is None or not found.submodule_search_locations:
+        raise LocalError(f"the package {package} has no folder to be measured")
+    return Path(found.submodule_search_locations[0])
 
 
 def _modules(root: Path) -> Iterator[tuple[str, Path]]:

@@ -23,6 +23,10 @@ from mimir.errors import AttestationError, BadInput, DeviceError
 
 # Every register but 10: Linux measures each file that it opens there, so that it never stands still.
 QUOTED = tuple(index for index in range(tpm2.PCRS) if index != 10)
+# A TPM that lost its power does not vouch for its clock until it has passed what was last stored, and
+# verifiers refuse it as long: four seconds with swtpm. With others it may be an hour, for which nobody waits
+# here.
+CLOCK_SECONDS, CLOCK_PAUSE = 10.0, 0.5
 ATTEMPTS = 5  # another program may change a register between our commands
 # Where a cloud that certifies its vTPM's key keeps the certificate, and the template of the key (Google's).
 CERTIFIED = ((0x01C10002, 0x01C10003), (0x01C10000, 0x01C10001))
@@ -64,7 +68,17 @@ class TpmAttester:
         measured into again. The quote is verified before it is given out. `DeviceError` where it cannot be
         had.
         """
-        async with self._turn, tpm2.open_tpm(self._device) as tpm:
+        end = trio.current_time() + CLOCK_SECONDS
+        async with self._turn:
+            while True:
+                envelope, safe = await self._quote(claims)
+                if safe or trio.current_time() >= end:
+                    return envelope
+                await trio.sleep(CLOCK_PAUSE)
+
+    async def _quote(self, claims: Claims) -> tuple[Envelope, bool]:
+        """The evidence, and whether the TPM vouches for its clock."""
+        async with tpm2.open_tpm(self._device) as tpm:
             template, certificate = await self._key(tpm)
             expected = measurement.code_pcr(self._code, claims.config)
             for _ in range(ATTEMPTS):
@@ -73,7 +87,8 @@ class TpmAttester:
                     await tpm.extend_pcr(measurement.CODE_PCR, each)
                 quote = await tpm.quote(claims.qualifying_data(), QUOTED, template)
                 pcrs = await tpm.read_pcrs(QUOTED)
-                if pcrs[measurement.CODE_PCR] == expected and self._holds(quote, pcrs, certificate, claims):
+                facts = self._verify(quote, pcrs, certificate, claims)
+                if facts is not None and pcrs[measurement.CODE_PCR] == expected:
                     break
             else:
                 raise DeviceError(f"TPM {self._device}: registers change faster than they can be quoted")
@@ -83,16 +98,19 @@ class TpmAttester:
             "pcrs": {"sha256": pcrs},
             "ak": quote.public,
         }
-        return Envelope(
+        envelope = Envelope(
             self.kind,
             cbor2.dumps(parts, canonical=True),
             claims.encode(),
             {"ak_certificate": certificate} if certificate else {},
             self._log(),
         )
+        return envelope, facts.attest.safe == 1
 
-    def _holds(self, quote: tpm2.Quote, pcrs: dict[int, bytes], certificate: bytes, claims: Claims) -> bool:
-        """Whether the quote verifies; False where registers changed meanwhile."""
+    def _verify(
+        self, quote: tpm2.Quote, pcrs: dict[int, bytes], certificate: bytes, claims: Claims
+    ) -> verifier.Facts | None:
+        """What the quote says; None where registers changed meanwhile."""
         trail = Trail(self.kind)
         try:
             key = verifier.parse_public(quote.public, trail)
@@ -105,9 +123,9 @@ class TpmAttester:
                 trail.same("certificate", bytes.fromhex(own.spki_digest), bytes.fromhex(key.spki_digest))
         except AttestationError as error:
             if error.step == f"{self.kind}.pcr_digest":
-                return False
+                return None
             raise DeviceError(f"TPM {self._device}: its own quote does not verify: {error}") from None
-        return True
+        return facts
 
     async def _key(self, tpm: tpm2.Tpm) -> tuple[bytes, bytes]:
         """The template of the key to quote with, and its certificate if there is one."""

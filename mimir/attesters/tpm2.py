@@ -19,23 +19,27 @@ Source: TCG TPM 2.0 Library, parts 2 (structures) and 3 (commands).
 from __future__ import annotations
 
 import hashlib
+import hmac
 import os
 import socket
 import stat
-from collections.abc import AsyncIterator, Collection, Mapping
+from collections.abc import AsyncIterator, Callable, Collection, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import trio
+from cryptography.hazmat.decrepit.ciphers.modes import CFB
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.ciphers import Cipher, algorithms
 
 from mimir.config import Address
 from mimir.errors import BadInput, DeviceError, EnvironmentMissing, LocalError
 
 MAX_ANSWER = 4096  # a TPM's buffers are smaller
-ANSWER_SECONDS = 60.0  # for one command: making a key takes a slow chip several seconds
-CLOSE_SECONDS = 5.0  # for flushing on the way out
+ANSWER_SECONDS = 30.0  # for one command: making a key takes a slow chip several seconds
+START_SECONDS, START_PAUSE = 3.0, 0.05  # for a socket that refuses, and between two tries
 MAX_RETRIES = 12
 FIRST_PAUSE, LONGEST_PAUSE = 0.005, 1.0  # seconds between tries of a busy TPM
 HEAD = 10  # bytes: tag, size, code
@@ -51,7 +55,8 @@ _OWNER, _NULL, _PASSWORD, _ENDORSEMENT = 0x40000001, 0x40000007, 0x40000009, 0x4
 _PLAIN, _SESSIONS = 0x8001, 0x8002
 _SHA256, _ALG_NULL, _AES, _CFB = 0x000B, 0x0010, 0x0006, 0x0043
 _KEYEDHASH, _ECC, _ECDSA, _P256 = 0x0008, 0x0023, 0x0018, 0x0003
-_CONTINUE = 1  # keep the session after its use: it is flushed by us
+_CONTINUE, _ENCRYPTED_COMMAND, _ENCRYPTED_ANSWER = 1, 0x20, 0x40  # of a session; it is flushed by us
+_BY_HMAC, _BY_POLICY_SESSION = 0, 1
 
 _CREATE_PRIMARY, _NV_INCREMENT, _NV_DEFINE, _PCR_RESET = 0x131, 0x134, 0x12A, 0x13D
 _NV_READ, _CREATE, _LOAD, _QUOTE, _UNSEAL, _FLUSH = 0x14E, 0x153, 0x157, 0x158, 0x15E, 0x165
@@ -230,6 +235,84 @@ def _base(code: int) -> int:
     return 0x80 | code & 0x3F if code & 0x80 else code
 
 
+# --- a session whose parameters are encrypted --------------------------------------------------------------
+
+
+def _kdfa(key: bytes, label: bytes, newer: bytes, older: bytes, bits: int) -> bytes:
+    """KDFa of part 1, 11.4.10.2, with SHA-256: up to 256 bits."""
+    data = _big(1, 4) + label + b"\0" + newer + older + _big(bits, 4)
+    return hmac.digest(key, data, "sha256")[: bits // 8]
+
+
+class _Session:
+    """A session whose key is agreed with the storage key, so that the first parameter of a command or of an
+    answer crosses the way to the TPM encrypted, and every byte of both is authenticated (part 1, 17 to 21).
+
+    Against who listens on a bus. Who can alter what passes there could have given us a storage key of his
+    own.
+    """
+
+    def __init__(self, public: bytes, refuse: Callable[[str], TpmError]) -> None:
+        head = _STORAGE_TEMPLATE[: -len(_sized(bytes(DIGEST)) + _sized(b""))]
+        x, y = public[len(head) + 2 : len(head) + 34], public[-DIGEST:]
+        if public != head + _sized(x) + _sized(y) or len(x) != DIGEST:
+            raise refuse("a storage key other than was asked for")
+        theirs = (int.from_bytes(x, "big"), int.from_bytes(y, "big"))
+        try:
+            point = ec.EllipticCurvePublicNumbers(*theirs, ec.SECP256R1()).public_key()
+        except ValueError:
+            raise refuse("a storage key that is no point") from None
+        own = ec.generate_private_key(ec.SECP256R1())
+        numbers = own.public_key().public_numbers()
+        mine = _big(numbers.x, DIGEST)
+        shared = own.exchange(ec.ECDH(), point)
+        # KDFe of part 1, 11.4.10.3
+        self._salt = hashlib.sha256(_big(1, 4) + shared + b"SECRET\0" + mine + x).digest()
+        self.ephemeral = _sized(mine) + _sized(_big(numbers.y, DIGEST))
+        self.nonce = os.urandom(DIGEST)
+        self.handle = 0
+        self._theirs = b""  # the TPM's last nonce
+
+    def start(self, handle: int, nonce: bytes) -> None:
+        """The TPM has agreed."""
+        self.handle, self._theirs = handle, nonce
+        self._key = _kdfa(self._salt, b"ATH", nonce, self.nonce, 256)
+
+    def _mac(self, hashed: bytes, newer: bytes, older: bytes, attributes: int) -> bytes:
+        return hmac.digest(self._key, hashed + newer + older + _big(attributes, 1), "sha256")
+
+    def _cipher(self, newer: bytes, older: bytes) -> Cipher[CFB]:
+        both = _kdfa(self._key, b"CFB", newer, older, 256)
+        return Cipher(algorithms.AES128(both[:16]), CFB(both[16:]))
+
+    def ask(self, code: int, names: bytes, parameters: bytearray, attributes: int) -> bytes:
+        """The session's part of a command; encrypts the first parameter in place where `attributes` say
+        so."""
+        self.nonce = os.urandom(DIGEST)
+        if attributes & _ENCRYPTED_COMMAND:
+            end = 2 + int.from_bytes(parameters[:2], "big")
+            with memoryview(parameters)[2:end] as first:
+                first[:] = self._cipher(self.nonce, self._theirs).encryptor().update(first)
+        hashed = hashlib.sha256(_big(code, 4) + names + parameters).digest()
+        mac = self._mac(hashed, self.nonce, self._theirs, attributes)
+        return _big(self.handle, 4) + _sized(self.nonce) + _big(attributes, 1) + _sized(mac)
+
+    def hear(self, code: int, parameters: memoryview, nonce: bytes, attributes: int, mac: bytes) -> bool:
+        """Whether an answer is the TPM's own; decrypts its first parameter in place where `attributes` say
+        so."""
+        self._theirs = nonce
+        hashed = hashlib.sha256(bytes(4) + _big(code, 4) + parameters).digest()
+        if not hmac.compare_digest(mac, self._mac(hashed, nonce, self.nonce, attributes)):
+            return False
+        if attributes & _ENCRYPTED_ANSWER:
+            end = 2 + int.from_bytes(parameters[:2], "big")
+            clear = bytearray(end + 16)
+            size = self._cipher(nonce, self.nonce).decryptor().update_into(parameters[2:end], clear)
+            parameters[2:end] = memoryview(clear)[:size]
+            clear[:] = bytes(len(clear))
+        return True
+
+
 # --- the way to the device ---------------------------------------------------------------------------------
 
 
@@ -296,11 +379,11 @@ class _Device:
 
 async def _connect(device: Path | Address) -> tuple[Channel, bool]:
     """The way to a TPM, and whether it is a socket."""
+    target: Any
     try:
         if isinstance(device, Address):
             found = await trio.socket.getaddrinfo(device.host, device.port, type=socket.SOCK_STREAM)
-            sock = trio.socket.socket(found[0][0], socket.SOCK_STREAM)
-            target: object = found[0][4]
+            family, target = int(found[0][0]), found[0][4]
         else:
             mode = os.stat(device).st_mode
             if stat.S_ISCHR(mode):
@@ -309,14 +392,19 @@ async def _connect(device: Path | Address) -> tuple[Channel, bool]:
                 raise BadInput(f"TPM {device}: neither a character device nor a socket")
             if len(os.fsencode(device)) > MAX_SOCKET_PATH:
                 raise BadInput(f"TPM {device}: a socket's path has at most {MAX_SOCKET_PATH} bytes")
-            sock = trio.socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-            target = os.fspath(device)
-        try:
-            await sock.connect(target)  # type: ignore[arg-type]
-        except BaseException:
-            sock.close()
-            raise
-        return _Socket(sock), True
+            family, target = int(socket.AF_UNIX), os.fspath(device)
+        end = trio.current_time() + START_SECONDS
+        while True:
+            sock = trio.socket.socket(family, socket.SOCK_STREAM)
+            try:
+                await sock.connect(target)
+                return _Socket(sock), True
+            except BaseException as error:
+                sock.close()
+                # A program that starts has made its socket a moment before it listens there.
+                if not isinstance(error, ConnectionRefusedError) or trio.current_time() >= end:
+                    raise
+            await trio.sleep(START_PAUSE)
     except OSError as error:
         raise EnvironmentMissing(
             f"TPM {device}: {error.strerror or error}; `mimir doctor` says what is there, "
@@ -367,6 +455,7 @@ class Tpm:
     async def _exchange(self, command: bytearray, name: str, shield: bool) -> bytearray:
         if self._broken:
             raise TpmError(self._device, name, f"this connection is of no more use: {self._broken}")
+        await trio.lowlevel.checkpoint_if_cancelled()  # the last moment at which nothing is lost
         self._broken = "a command without its answer"
         try:
             with trio.CancelScope(deadline=trio.current_time() + self._seconds, shield=shield):
@@ -388,18 +477,24 @@ class Tpm:
         parameters: bytes | bytearray = b"",
         *,
         auth: int | None = None,
+        session: tuple[_Session, int, bytes] | None = None,
         makes: bool = False,
         shield: bool = True,
     ) -> tuple[int, _Answer, bytearray]:
         """Send one command until the TPM is not busy. Returns the handle that it made (0 if none), the
-        parameters of its answer, and the buffer that holds them, for whoever must wipe it."""
+        parameters of its answer, and the buffer that holds them, for whoever must wipe it. `session`
+        authorizes instead of a password: the session, its attributes, and the names of all handles."""
         name = _NAMES[code]
         body = bytearray(b"".join(_big(each, 4) for each in handles))
-        if auth is not None:
-            area = _big(auth, 4) + _sized(b"") + _big(_CONTINUE if auth != _PASSWORD else 0, 1) + _sized(b"")
+        if session is not None:
+            assert isinstance(parameters, bytearray)
+            area = session[0].ask(code, session[2], parameters, session[1])
+            body += _big(len(area), 4) + area
+        elif auth is not None:
+            area = _big(auth, 4) + _sized(b"") + _big(0, 1) + _sized(b"")
             body += _big(len(area), 4) + area
         command = bytearray(HEAD) + body + parameters
-        tag = _PLAIN if auth is None else _SESSIONS
+        tag = _PLAIN if auth is None and session is None else _SESSIONS
         command[:HEAD] = _big(tag, 2) + _big(len(command), 4) + _big(code, 4)
         try:
             pause = FIRST_PAUSE
@@ -422,14 +517,17 @@ class Tpm:
         if got != tag:
             raise parsed.refuse(f"tag {got:#06x}, {tag:#06x} expected")
         made = parsed.number(4, "a handle") if makes else 0
-        if auth is not None:
+        if tag == _SESSIONS:
             length = parsed.number(4, "the length of the parameters")
-            inner = _Answer(parsed.view(length, "parameters"), self._device, name)
-            parsed.sized("nonce", 64)
-            parsed.number(1, "session attributes")
-            parsed.sized("authorization", 64)
+            view = parsed.view(length, "parameters")
+            nonce = parsed.sized("nonce", 64)
+            attributes = parsed.number(1, "session attributes")
+            mac = parsed.sized("authorization", 64)
             parsed.end()
-            parsed = inner
+            if session is not None:
+                if attributes != session[1] or not session[0].hear(code, view, nonce, attributes, mac):
+                    raise parsed.refuse("one that was altered on its way")
+            parsed = _Answer(view, self._device, name)
         return made, parsed, answer
 
     async def _plain(
@@ -477,8 +575,8 @@ class Tpm:
             raise found.refuse(f"{count} handles")
         handles = [found.number(4, "a handle") for _ in range(count)]
         found.end()
-        # A TPM lists from `start` on within the type of `start` and nothing beyond.
-        if any(each >> 24 not in (start >> 24, (start >> 24) + 1) for each in handles):
+        # Transient objects are of one type; sessions, listed as loaded or as saved, of two.
+        if any(each >> 24 not in ((0x80,) if start >> 24 == 0x80 else (2, 3)) for each in handles):
             raise found.refuse("a handle of another type")
         return handles
 
@@ -573,7 +671,7 @@ class Tpm:
             _skip_creation(found)
             name = found.sized("name", 66)
             found.end()
-            if name != _big(_SHA256, 2) + hashlib.sha256(public).digest():
+            if name != _name(public):
                 raise found.refuse("a name that is not of this key")
             yield handle, public
 
@@ -684,7 +782,7 @@ class Tpm:
         values. 1 to 128 bytes, at least one register. The blob is public; to lose it is to lose the secret,
         and so is clearing the TPM. Registers that can be reset (16, 23) protect nothing.
 
-        The secret passes to the TPM in clear: on a board, whoever probes the bus sees it.
+        On its way to the TPM and back the secret is encrypted, so that who listens on a bus does not see it.
         """
         _check_pcrs(pcrs)
         if not 0 < len(secret) <= MAX_SEALED:
@@ -706,8 +804,10 @@ class Tpm:
         given += secret
         given += _sized(template) + _sized(b"") + _big(0, 4)
         try:
-            async with self._primary(_OWNER, _STORAGE_TEMPLATE) as (parent, _):
-                _, found, _ = await self._run(_CREATE, (parent,), given, auth=_PASSWORD)
+            async with self._primary(_OWNER, _STORAGE_TEMPLATE) as (parent, parent_public):
+                async with self._session(_BY_HMAC, parent, parent_public) as session:
+                    how = (session, _CONTINUE | _ENCRYPTED_COMMAND, _name(parent_public))
+                    _, found, _ = await self._run(_CREATE, (parent,), given, session=how)
         finally:
             given[:] = bytes(len(given))
         private, public = found.sized("private area", 1024), found.sized("public area", 512)
@@ -724,37 +824,56 @@ class Tpm:
         """The secret of a blob of `seal`, in a buffer that is the caller's to wipe. `PcrMismatch` while the
         registers are others; `TpmError` for a blob that is damaged or of another TPM."""
         chosen, private, public = _parse_blob(blob)
-        async with self._primary(_OWNER, _STORAGE_TEMPLATE) as (parent, _):
+        async with self._primary(_OWNER, _STORAGE_TEMPLATE) as (parent, parent_public):
             handle, found, _ = await self._run(
                 _LOAD, (parent,), _sized(private) + _sized(public), auth=_PASSWORD, makes=True
             )
             async with self._loaded(handle):
-                found.sized("name", 66)
+                name = found.sized("name", 66)
                 found.end()
-                return await self._unseal(handle, chosen)
+                if name != _name(public):
+                    raise found.refuse("a name that is not of this object")
+                async with self._session(_BY_POLICY_SESSION, parent, parent_public) as session:
+                    policy = _sized(b"") + _selection(chosen)
+                    (await self._plain(_POLICY_PCR, (session.handle,), policy)).end()
+                    return await self._unseal(handle, name, session, chosen)
 
-    async def _unseal(self, handle: int, chosen: list[int]) -> bytearray:
-        start = _sized(os.urandom(DIGEST)) + _sized(b"") + _big(1, 1) + _big(_ALG_NULL, 2) + _big(_SHA256, 2)
-        session, found, _ = await self._run(_START_SESSION, (_NULL, _NULL), start, makes=True)
-        async with self._loaded(session):
-            found.sized("nonce", 64)
+    async def _unseal(self, handle: int, name: bytes, session: _Session, chosen: list[int]) -> bytearray:
+        how = (session, _CONTINUE | _ENCRYPTED_ANSWER, name)
+        try:
+            _, found, buffer = await self._run(_UNSEAL, (handle,), bytearray(), session=how)
+        except TpmError as error:
+            if error.code != POLICY_FAIL:
+                raise
+            named = ", ".join(map(str, chosen))
+            raise PcrMismatch(
+                self._device, "Unseal", f"PCRs {named} are not what it was sealed to", error.code
+            ) from None
+        try:
+            secret = bytearray(found.sized_view("secret", MAX_SEALED))
             found.end()
-            (await self._plain(_POLICY_PCR, (session,), _sized(b"") + _selection(chosen))).end()
-            try:
-                _, found, buffer = await self._run(_UNSEAL, (handle,), auth=session)
-            except TpmError as error:
-                if error.code != POLICY_FAIL:
-                    raise
-                named = ", ".join(map(str, chosen))
-                raise PcrMismatch(
-                    self._device, "Unseal", f"PCRs {named} are not what it was sealed to", error.code
-                ) from None
-            try:
-                secret = bytearray(found.sized_view("secret", MAX_SEALED))
-                found.end()
-                return secret
-            finally:
-                buffer[:] = bytes(len(buffer))
+            return secret
+        finally:
+            buffer[:] = bytes(len(buffer))
+
+    @asynccontextmanager
+    async def _session(self, kind: int, parent: int, public: bytes) -> AsyncIterator[_Session]:
+        """A session of this kind, whose key is agreed with the storage key."""
+        name = _NAMES[_START_SESSION]
+        made = _Session(public, lambda why: TpmError(self._device, name, f"a malformed answer: {why}"))
+        given = _sized(made.nonce) + _sized(made.ephemeral) + _big(kind, 1)
+        given += _big(_AES, 2) + _big(128, 2) + _big(_CFB, 2) + _big(_SHA256, 2)
+        handle, found, _ = await self._run(_START_SESSION, (parent, _NULL), given, makes=True)
+        async with self._loaded(handle):
+            nonce = found.sized("nonce", 64)
+            found.end()
+            made.start(handle, nonce)
+            yield made
+
+
+def _name(public: bytes) -> bytes:
+    """The TPM's name of an object."""
+    return _big(_SHA256, 2) + hashlib.sha256(public).digest()
 
 
 def _check_pcrs(chosen: Collection[int]) -> None:

@@ -126,7 +126,7 @@ class TsmAttester:
                 (entry / "privlevel").write_bytes(b"%d" % level)
                 generation += 1
         # Unbuffered and in one piece: the kernel takes an attribute as a whole.
-        with open(entry / "inblob", "wb", buffering=0) as file:
+        with (entry / "inblob").open("wb", buffering=0) as file:
             if file.write(data) != len(data):
                 raise DeviceError(f"{entry}/inblob: taken in part")
         generation += 1
@@ -163,7 +163,7 @@ class TsmAttester:
     @staticmethod
     def _read(path: Path, limit: int) -> bytes:
         raw = b""
-        with open(path, "rb", buffering=0) as file:
+        with path.open("rb", buffering=0) as file:
             while len(raw) <= limit:
                 piece = file.read(limit + 1 - len(raw))
                 if not piece:
