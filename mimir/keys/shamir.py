@@ -23,7 +23,7 @@ from mimir.secret import KEY_BYTES, Secret, StorageKey
 
 MAX_SHARES = 32
 BLINDING = 32
-_REDUCE = 0x1B  # x^8 = x^4 + x^3 + x + 1
+_POLYNOMIAL = 0x11B  # x^8 + x^4 + x^3 + x + 1
 
 Bytes = npt.NDArray[np.uint8]
 
@@ -40,20 +40,25 @@ def times(secret: Bytes, public: int) -> Bytes:
     for bit in range(8):
         if public >> bit & 1:
             out ^= power
-        power = (power << np.uint8(1)) ^ ((power >> np.uint8(7)) * np.uint8(_REDUCE))
+        power = (power << np.uint8(1)) ^ ((power >> np.uint8(7)) * np.uint8(_POLYNOMIAL & 0xFF))
     return out
 
 
 def _product(a: int, b: int) -> int:
-    """Of public elements."""
-    return int(times(np.array([a], np.uint8), b)[0])
+    """Of public elements: time depends on them."""
+    out = 0
+    while b:
+        out ^= a if b & 1 else 0
+        a, b = (a << 1) ^ (_POLYNOMIAL if a & 0x80 else 0), b >> 1
+    return out
 
 
 def _inverse(a: int) -> int:
     """Of a public element that is not 0: its 254th power."""
     out = 1
-    for _ in range(254):
-        out = _product(out, a)
+    for bit in f"{254:b}":
+        out = _product(out, out)
+        out = _product(out, a) if bit == "1" else out
     return out
 
 
