@@ -40,7 +40,7 @@ HANDSHAKE_AGE = Gauge("mimir_tunnel_handshake_age_seconds", "Since WireGuard's l
 EPOCH = Gauge("mimir_tunnel_epoch", "Generation of keys in use; 0 for none", ["party"])
 EPOCH_AGE = Gauge("mimir_tunnel_epoch_age_seconds", "Age of that generation", ["party"])
 ROTATIONS = Counter("mimir_tunnel_rotations_total", "Steps of rotations", ["party", "what"])
-EPOCHS_FILE: Final = "tunnel.epochs"  # in data_dir: the highest number used with each peer
+EPOCHS: Final = "epochs"  # the highest number of a tunnel's generation used with each peer
 MEASURE_SECONDS: Final = 1.0
 DIGEST_ASK: Final = "component digest"
 ASK_SECONDS: Final = 30.0
@@ -216,14 +216,34 @@ class PartyService:
         return out
 
 
-def rotation_plan(config: Config, identity: Identity) -> RotationPlan | None:
+class Journal:
+    """A small record in the vault, as `wg` wants it."""
+
+    def __init__(self, vault: Vault, name: str) -> None:
+        self._vault, self._name = vault, name
+
+    def __str__(self) -> str:
+        return f"{self._vault.root}: {self._name}"
+
+    def read(self) -> bytes | None:
+        content = self._vault.get("journal", self._name)
+        return None if content is None else bytes(content)
+
+    def write(self, content: bytes) -> None:
+        try:
+            self._vault.put("journal", self._name, content)
+        except MimirError as error:
+            raise OSError(str(error)) from None
+
+
+def rotation_plan(config: Config, identity: Identity, vault: Vault) -> RotationPlan | None:
     """How the tunnel's keys are renewed: announced by the identities of exactly these three parties."""
     if not config.tunnel.rotates:
         return None
     keys = [parse_public(peer.identity) for peer in config.peers]
     return RotationPlan(
         seconds=config.tunnel.rotate_seconds,
-        record=config.data_dir / EPOCHS_FILE,
+        record=Journal(vault, EPOCHS),
         sign=identity.sign,
         authenticate=lambda party, message, signature: verify(keys[party], message, signature),
         refusals=(BadSignature,),
@@ -231,7 +251,7 @@ def rotation_plan(config: Config, identity: Identity) -> RotationPlan | None:
     )
 
 
-def _tunnel_config(config: Config, identity: Identity) -> TunnelConfig:
+def _tunnel_config(config: Config, identity: Identity, vault: Vault) -> TunnelConfig:
     t = config.tunnel
     for name in ("interface", "address", "private_key", "listen_port"):
         if getattr(t, name) is None:
@@ -254,7 +274,7 @@ def _tunnel_config(config: Config, identity: Identity) -> TunnelConfig:
         address=t.address,
         peers=peers,
         mtu=t.mtu,
-        rotation=rotation_plan(config, identity),
+        rotation=rotation_plan(config, identity, vault),
     )
 
 
@@ -290,7 +310,7 @@ async def run_peer(config: Config, orders: trio.MemoryReceiveChannel[None] | Non
         tunnel: Tunnel | None = None
         if config.tunnel.mode == "wireguard":
             tunnel = await stack.enter_async_context(
-                raise_tunnel(_tunnel_config(config, identity), wait=None, said=_count_rotation)
+                raise_tunnel(_tunnel_config(config, identity, vault), wait=None, said=_count_rotation)
             )
         mesh = await stack.enter_async_context(
             open_mesh(
