@@ -41,7 +41,8 @@ class Pages(mmap.mmap):
     """
 
     def __new__(cls, size: int, *, lock: bool = False) -> Self:
-        self = super().__new__(cls, -1, max(1, size))
+        # Private: after a fork, wiping here must not wipe there.
+        self = super().__new__(cls, -1, max(1, size), mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         self.madvise(mmap.MADV_DONTDUMP)
         _PAGES.add(self)
         if lock and (number := self.lock()):

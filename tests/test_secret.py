@@ -153,3 +153,14 @@ def test_a_limit_that_allows_no_locking_is_told_with_the_remedy() -> None:
     assert "RLIMIT_MEMLOCK is 0 KiB; raise it (LimitMEMLOCK=, `ulimit -l`)" in said
     assert "pages 1048576 bytes cannot be locked in memory" in said
     assert "left False" in said
+
+
+def test_wiping_in_a_child_leaves_the_parent_s_alone() -> None:
+    secret = Secret(bytearray(b"\x5a" * 32))
+    child = os.fork()
+    if child == 0:
+        secret.wipe()
+        os._exit(0)
+    os.waitpid(child, 0)
+    with secret.reveal_to_kernel() as view:
+        assert bytes(view) == b"\x5a" * 32
