@@ -8,10 +8,13 @@ import traceback
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mimir import __version__
-from mimir.errors import LocalError, MimirError
+from mimir.errors import BadInput, LocalError, MimirError
+
+if TYPE_CHECKING:
+    from mimir.secret import StorageKey
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells count
 
@@ -112,6 +115,10 @@ def _run(options: argparse.Namespace) -> int:
 
 
 def _keygen(options: argparse.Namespace) -> int:
+    if options.kind == "storage":
+        return _storage_key(options)
+    if options.out is None or (options.sealed_by and options.kind == "tunnel"):
+        raise BadInput("--out is needed; --sealed-by is for identity and storage keys")
     out = Path(options.out)
     if options.kind == "tunnel":
         from wg import keys
@@ -124,11 +131,61 @@ def _keygen(options: argparse.Namespace) -> int:
         from mimir.net.identity import Identity
 
         identity = Identity.generate()
-        identity.save(out)
+        if options.sealed_by:
+            if out.exists():
+                raise BadInput(f"identity {out}: exists already; move it away first if it may go")
+            identity.seal(out, _storage(options.sealed_by))
+        else:
+            identity.save(out)
         public = identity.public_hex
     print(public)
+    how = f"encrypted under the storage key of {options.sealed_by}" if options.sealed_by else "mode 0600"
+    print(f"Private key in {out}, {how}; it cannot be had back if lost. Public key above.", file=sys.stderr)
+    return 0
+
+
+def _storage_key(options: argparse.Namespace) -> int:
+    import trio
+
+    from mimir import config, keys
+    from mimir.keys.file import save
+    from mimir.secret import StorageKey
+
+    if options.sealed_by and not options.out:
+        settings, attester = config.load_keys(options.sealed_by)
+        source = keys.open_source(settings, attester)
+        trio.run(source.create)
+        print(f"Storage key made: {source.protection}.", file=sys.stderr)
+    elif options.out and not options.sealed_by:
+        save(Path(options.out), StorageKey.random())
+        print(f"Storage key in {options.out}, mode 0600, in the clear: for development.", file=sys.stderr)
+    else:
+        raise BadInput("a storage key needs --out FILE (development), or --sealed-by FILE, and not both")
+    return 0
+
+
+def _storage(path: str) -> StorageKey:
+    import trio
+
+    from mimir import config, keys
+
+    settings, attester = config.load_keys(path)
+    return trio.run(keys.open_source(settings, attester).obtain)
+
+
+def _seal(options: argparse.Namespace) -> int:
+    from mimir import config
+    from mimir.net.identity import Identity, is_sealed
+
+    path = config.load(options.config).identity_key
+    if is_sealed(path):
+        raise BadInput(f"identity {path}: encrypted already")
+    identity = Identity.load(path)
+    identity.seal(path, _storage(options.config))
+    print(identity.public_hex)
     print(
-        f"Private key in {out}, mode 0600; it cannot be had back if lost. Public key above.", file=sys.stderr
+        f"{path} is encrypted now. What it was may still be on the disk: where that matters, make another.",
+        file=sys.stderr,
     )
     return 0
 
@@ -157,6 +214,42 @@ def _cost(options: argparse.Namespace) -> int:
     from mimir.cost import command
 
     return command(options)
+
+
+def _broker_run(options: argparse.Namespace) -> int:
+    import os
+    import resource
+
+    from mimir.keys import broker
+    from mimir.party import start_log
+
+    settings = broker.load(options.config)
+    start_log(settings.log)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    os.umask(0o077)
+    return broker.run(settings)
+
+
+def _broker_split(options: argparse.Namespace) -> int:
+    from mimir.keys import broker, file, release, shamir
+    from mimir.secret import StorageKey
+
+    if len(dict(options.broker)) != len(options.broker):
+        raise BadInput("--broker: two brokers have the same name")
+    if not options.threshold <= len(options.broker) <= shamir.MAX_SHARES:
+        raise BadInput(f"--threshold {options.threshold} of {len(options.broker)} brokers cannot be")
+    with file.load(Path(options.key)) if options.key else StorageKey.random() as key:
+        split, shares = release.deal(key, options.threshold, dict(options.broker))
+    for path in broker.write_split(split, shares, Path(options.out)):
+        print(path)
+    for share in shares.values():
+        share.wipe()
+    print(
+        f"storage.toml goes to the party, as keys.file, and to every broker; each share to its broker alone, "
+        f"which alone can open it. Any {options.threshold} of them give the key.",
+        file=sys.stderr,
+    )
+    return 0
 
 
 def _policy(name: str) -> Any:
@@ -243,14 +336,21 @@ def _parser(program: str) -> argparse.ArgumentParser:
         "keygen",
         _keygen,
         "make a key pair and print its public half",
-        "An identity key says who a party, a client or a model owner is; a tunnel key is for WireGuard. The\n"
-        "private half is written to a new file of mode 0600.\n\n"
-        "examples:\n  mimir keygen --out identity.key\n  mimir keygen --kind tunnel --out tunnel.key",
+        "An identity key says who a party, a client or a model owner is; a tunnel key is for WireGuard; a\n"
+        "storage key is what a party's disk is encrypted under. A private half is written to a new file of\n"
+        "mode 0600, or, with --sealed-by, as the [keys] of a party's file say.\n\n"
+        "examples:\n  mimir keygen --out identity.key\n  mimir keygen --kind tunnel --out tunnel.key\n"
+        "  mimir keygen --kind storage --sealed-by party0.toml\n"
+        "  mimir keygen --sealed-by party0.toml --out identity.key",
     )
-    keygen.add_argument("--out", required=True, metavar="FILE", help="file to make; never overwritten")
+    keygen.add_argument("--out", metavar="FILE", help="file to make; never overwritten")
     keygen.add_argument(
-        "--kind", choices=("identity", "tunnel"), default="identity", help="default: identity"
+        "--kind", choices=("identity", "tunnel", "storage"), default="identity", help="default: identity"
     )
+    keygen.add_argument("--sealed-by", metavar="FILE", help="a party's or a broker's file, for its [keys]")
+
+    seal = add("seal", _seal, "encrypt a party's identity file under its storage key, in place")
+    seal.add_argument("--config", required=True, metavar="FILE", help="this party's TOML file")
 
     pubkey = add("pubkey", _show_key, "print the public half of a key file")
     pubkey.add_argument("file", metavar="FILE", help="made by `mimir keygen`")
@@ -404,6 +504,39 @@ def _parser(program: str) -> argparse.ArgumentParser:
         "A TOML file that owners sign. Empty, it admits nobody. configs/policy.toml has every key.",
     )
     _policy_commands(policy)
+
+    broker = add(
+        "broker",
+        None,
+        "hold a share of a party's storage key, or split one",
+        "A broker gives its share to machines whose evidence its own policy admits; t of n shares make the\n"
+        "key. configs/broker.toml has every key of a broker's file.",
+    )
+    actions = broker.add_subparsers(metavar="ACTION", required=True)
+    serve = actions.add_parser("run", help="run one broker until it is stopped")
+    serve.add_argument("--config", required=True, metavar="FILE", help="this broker's TOML file")
+    serve.set_defaults(call=_broker_run)
+    split = actions.add_parser(
+        "split",
+        help="make a storage key and split it among brokers",
+        description="Make a storage key, or take one, and write the public description and each broker's\n"
+        "share, sealed to its identity.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    split.add_argument(
+        "--threshold", type=_positive, required=True, metavar="T", help="shares that are needed"
+    )
+    split.add_argument(
+        "--broker",
+        type=_broker,
+        action="append",
+        required=True,
+        metavar="NAME=HOST:PORT=KEY",
+        help="a broker, where it listens, and its identity; repeat for each",
+    )
+    split.add_argument("--out", required=True, metavar="DIR", help="where to write; nothing is overwritten")
+    split.add_argument("--key", metavar="FILE", help="split this storage key instead of a fresh one")
+    split.set_defaults(call=_broker_split)
 
     attester = add(
         "attester",
@@ -623,6 +756,18 @@ def _positive(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError("must be at least 1")
     return value
+
+
+def _broker(text: str) -> tuple[str, tuple[Any, str]]:
+    from mimir.config import address_rule, key_rule, text_rule
+
+    name, _, rest = text.partition("=")
+    address, _, key = rest.rpartition("=")
+    try:
+        named = text_rule(64)(name, Path())
+        return str(named), (address_rule(address, Path()), str(key_rule(key, Path())))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text[:40]!r}: NAME=HOST:PORT=KEY; {error}") from None
 
 
 def _session(text: str) -> bytes:

@@ -15,7 +15,7 @@ from mimir.errors import LocalError
 log = structlog.get_logger("mimir.boot")
 
 #: In the order in which they end; each waits for those that it needs, not for all before it.
-STEPS: Final = ("confine", "identity", "store", "attest", "tunnel", "mesh", "admit", "serve", "peers")
+STEPS: Final = ("confine", "key", "identity", "store", "attest", "tunnel", "mesh", "admit", "serve", "peers")
 
 
 @dataclass

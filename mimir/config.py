@@ -15,7 +15,7 @@ import hashlib
 import json
 import tomllib
 from collections.abc import Callable, Mapping
-from dataclasses import MISSING, dataclass, field, fields, is_dataclass
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
@@ -191,6 +191,30 @@ def address_rule(value: Any, folder: Path) -> Address:
     return Address(host, int(port))
 
 
+def endpoint_rule(value: Any, folder: Path) -> Address:
+    """HOST:PORT, or "vsock:CID:PORT" for what an enclave's parent passes on."""
+    if isinstance(value, str) and value.startswith("vsock:"):
+        cid, _, port = value.removeprefix("vsock:").partition(":")
+        if all(part.isascii() and part.isdigit() and int(part) < 1 << 32 for part in (cid, port)):
+            return Address(f"vsock:{cid}", int(port))
+    else:
+        try:
+            address: Address = address_rule(value, folder)
+            return address
+        except ValueError:
+            pass
+    raise ValueError('an address such as "kms.eu-west-1.amazonaws.com:443" or "vsock:3:8000"')
+
+
+def registers_rule(value: Any, folder: Path) -> tuple[int, ...]:
+    wanted = "a list of PCR numbers from 0 to 15, each once, such as [0, 2, 4, 7]"  # 16 and 23 can be reset
+    if not isinstance(value, list) or not value:
+        raise ValueError(wanted)
+    if any(type(each) is not int or not 0 <= each <= 15 for each in value) or len(set(value)) != len(value):
+        raise ValueError(wanted)
+    return tuple(value)
+
+
 def device_rule(value: Any, folder: Path) -> Path | Address:
     """Where a device answers: a path, or "tcp:HOST:PORT"."""
     if isinstance(value, str) and value.startswith("tcp:"):
@@ -353,6 +377,70 @@ class Attester:
 
 
 @dataclass(frozen=True)
+class TpmKey:
+    """[keys.tpm] A storage key that one TPM gives back while these registers hold what they held."""
+
+    device: Annotated[Path | Address, device_rule] = Path("/dev/tpmrm0")
+    pcrs: Annotated[tuple[int, ...], registers_rule] = (0, 2, 4, 7)
+    counter: Annotated[int, integer_rule(0x01800000, 0x01BFFFFF)] = 0x01804D49  # index of the counter
+
+
+@dataclass(frozen=True)
+class KmsKey:
+    """[keys.kms] A storage key that AWS KMS encrypts to an attested enclave."""
+
+    region: Annotated[str, text_rule(32)]
+    key_id: Annotated[str, text_rule(256)]  # of the KMS key, an ARN
+    endpoint: Annotated[Address | None, endpoint_rule] = None  # default: KMS of the region
+    metadata: Annotated[Address | None, endpoint_rule] = None  # for credentials; default: the environment's
+    device: Annotated[Path, path_rule] = Path("/dev/nsm")
+
+
+@dataclass(frozen=True)
+class OciKey:
+    """[keys.oci] A storage key under a key of OCI Vault, for a broker's own share: nothing is attested."""
+
+    endpoint: Annotated[Address, endpoint_rule]  # the vault's cryptographic endpoint
+    key_id: Annotated[str, text_rule(256)]
+    tenancy: Annotated[str, text_rule(256)]
+    user: Annotated[str, text_rule(256)]
+    fingerprint: Annotated[str, text_rule(64)]  # of the API key
+    api_key: Annotated[Path, path_rule]  # its private half, PEM, mode 0600
+
+
+@dataclass(frozen=True)
+class ThresholdKey:
+    """[keys.threshold] A storage key that t of n brokers give out in pieces, each for evidence."""
+
+    requester: Annotated[Path, path_rule]  # identity file that signs requests; brokers list its public half
+    seconds: Annotated[float, seconds_rule(0.1, 600)] = 30.0  # for one broker's answer
+
+
+@dataclass(frozen=True)
+class Keys:
+    """[keys] Where the storage key comes from, under which everything on this party's disk is encrypted."""
+
+    source: Annotated[str, choice_rule("file", "tpm", "kms", "oci", "threshold")] = "file"
+    # The key itself ("file", mode 0600), the sealed key ("tpm", "kms", "oci"), or what `mimir broker split`
+    # wrote for the party ("threshold"). Default: storage.key beside this file.
+    file: Annotated[Path | None, path_rule] = None
+    # Not for "tpm"; a file in a folder of its own. Default: counter/storage.key, after that file's name.
+    counter: Annotated[Path | None, path_rule] = None
+    keep_mib: Annotated[int, integer_rule(0, 1 << 24)] = 4096  # of decrypted shares, at most, kept in memory
+    lock_shares: Annotated[bool, flag_rule] = False  # keep decrypted shares out of swap; needs the right to
+    require_locked: Annotated[bool, flag_rule] = False  # do not start if keys cannot be kept out of swap
+    tpm: TpmKey = field(default_factory=TpmKey)
+    kms: KmsKey | None = None
+    oci: OciKey | None = None
+    threshold: ThresholdKey | None = None
+
+    def placed(self, folder: Path) -> Keys:
+        """The same with the two files' defaults filled in, for a configuration that lies in `folder`."""
+        file = self.file or folder / "storage.key"
+        return replace(self, file=file, counter=self.counter or file.parent / "counter" / file.name)
+
+
+@dataclass(frozen=True)
 class Peer:
     """[[peers]] One entry per party, this one included, the same list in the files of all three."""
 
@@ -393,6 +481,7 @@ class Config:
     log: Log = field(default_factory=Log)
     attester: Attester | None = None
     confinement: Confinement = field(default_factory=Confinement)
+    keys: Keys = field(default_factory=Keys)
 
     @property
     def attested(self) -> bool:
@@ -449,8 +538,25 @@ def load(path: str | Path) -> Config:
 def parse(data: Mapping[str, Any], source: Path) -> Config:
     """The same from a table already read; `source` is what errors name and paths are relative to."""
     config = read_table(Config, data, source, given={"source": source})
+    config = replace(config, keys=config.keys.placed(source.parent))
     _cross_check(config)
     return config
+
+
+@dataclass(frozen=True)
+class _KeysAlone:
+    keys: Keys = field(default_factory=Keys)
+    attester: Attester | None = None
+
+
+def load_keys(path: str | Path) -> tuple[Keys, Attester | None]:
+    """What a party's or a broker's file says of its storage key, whatever else is in it or still missing."""
+    source, data = Path(path).absolute(), read_toml(path)
+    found = read_table(
+        _KeysAlone, {name: data[name] for name in ("keys", "attester") if name in data}, source
+    )
+    check_keys(found.keys, source)
+    return found.keys.placed(source.parent), found.attester
 
 
 def read_toml(path: str | Path) -> dict[str, Any]:
@@ -541,6 +647,13 @@ def _shown(value: Any) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
+def check_keys(keys: Keys, source: Path) -> None:
+    """What must be there for a source of keys."""
+    name = keys.source
+    if name in ("kms", "oci", "threshold") and getattr(keys, name) is None:
+        raise ConfigError(f'{source}: missing key keys.{name}: keys.source = "{name}" needs this table')
+
+
 def _cross_check(config: Config) -> None:
     """What no single key can tell."""
 
@@ -565,6 +678,16 @@ def _cross_check(config: Config) -> None:
         refuse("attester.device", f'missing; kind "{attester.kind}" has no usual place')
     if attester is not None and isinstance(attester.device, Address) and attester.kind != "swtpm":
         refuse("attester.device", f'kind "{attester.kind}" is a device of this host, which has a path')
+    check_keys(config.keys, config.source)
+    counter = config.keys.counter
+    if config.keys.source != "tpm" and counter is not None and config.data_dir in counter.parents:
+        refuse("keys.counter", "must not be in data_dir: whoever puts that back would put back the counter")
+    if config.keys.source != "tpm" and counter is not None:
+        near = {config.source, config.identity_key, config.keys.file}
+        if counter.parent in {each.parent for each in near if each is not None}:
+            refuse(
+                "keys.counter", "needs a folder of its own: the running party may write there and not here"
+            )
     tunnel = config.tunnel
     if config.attested:
         _check_attested(config, refuse)

@@ -225,6 +225,9 @@ def confine(config: Config) -> Confinement:
 # --- what a party needs ------------------------------------------------------------------------------------
 
 
+_FETCHING: Final = ("keys.tpm.", "keys.kms.", "keys.oci.", "keys.threshold.", "keys.counter")
+
+
 def ports(config: Config) -> tuple[set[int], set[int]]:
     """TCP ports that may be listened on, and that may be connected to."""
     listening = {address.port for _, address in _listens(config)}
@@ -232,6 +235,8 @@ def ports(config: Config) -> tuple[set[int], set[int]]:
     connecting |= {peer.admission.port for peer in config.others if peer.admission is not None}
     if config.attester is not None and isinstance(config.attester.device, Address):
         connecting.add(config.attester.device.port)
+    if config.keys.source == "tpm" and isinstance(config.keys.tpm.device, Address):
+        connecting.add(config.keys.tpm.device.port)
     if config.tunnel.mode == "wireguard":
         listening.add(CONTROL_PORT)  # the proof of a new generation, inside it
         connecting.add(CONTROL_PORT)
@@ -263,7 +268,14 @@ def rights(config: Config) -> Iterator[tuple[Path, int]]:
     for key, path in _paths(config):
         if key == "attestation.policy":  # with its signatures; both may be replaced while we run
             path = path.parent
+        if key.startswith(_FETCHING):
+            continue  # what fetches the storage key ran before
         yield path, KEEP if key == "data_dir" else READ
+    if config.keys.source == "tpm":
+        if isinstance(config.keys.tpm.device, Path):  # the counter
+            yield config.keys.tpm.device, READ_FILE | WRITE_FILE | IOCTL_DEV
+    elif config.keys.counter is not None:
+        yield config.keys.counter.parent, KEEP
     if config.attester is not None and isinstance(config.attester.place, Path):
         # A device, or for configfs the folder in which each report has one of its own.
         yield config.attester.place, READ | WRITE | IOCTL_DEV | MAKE_DIR | REMOVE_DIR
@@ -332,6 +344,8 @@ def _refuse_low_ports(config: Config) -> None:
 def _make_directories(config: Config, tunnel: bool) -> None:
     """What is made on first use: a rule needs something to hold on to."""
     wanted = [config.data_dir, *([Path(SOCKET_DIRECTORY)] if tunnel else ())]
+    if config.keys.source != "tpm" and config.keys.counter is not None:
+        wanted.append(config.keys.counter.parent)
     for directory in wanted:
         try:
             directory.mkdir(mode=0o700, parents=True, exist_ok=True)

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Literal
 
 from mimir.config import Address, Attester, Config, load
-from mimir.errors import EnvironmentMissing, MimirError
+from mimir.errors import BadInput, EnvironmentMissing, MimirError
 from wg.uapi import SOCKET_DIRECTORY
 
 OLDEST_PYTHON = (3, 11)
@@ -315,16 +315,31 @@ def _has_kernel_wireguard() -> bool:
 
 
 def _files(config: Config) -> Iterator[Finding]:
-    from mimir.net.identity import Identity
+    import trio
 
+    from mimir import keys
+    from mimir.net.identity import Identity, is_sealed
+
+    key = None
+    if config.keys.source in ("file", "tpm"):  # the others are elsewhere, and nobody is asked here
+        try:
+            source = keys.open_source(config.keys, config.attester)
+            key = trio.run(source.obtain)
+            yield Finding("storage key", True, "needed", source.protection)
+        except MimirError as error:
+            remedy = f"mimir keygen --kind storage --sealed-by {config.source}"
+            yield Finding("storage key", False, "needed", str(error), remedy)
     try:
-        identity = Identity.load(config.identity_key)
+        if key is None and is_sealed(config.identity_key):
+            raise BadInput(f"{config.identity_key}: encrypted, and no storage key to open it here")
+        identity = Identity.load(config.identity_key, key)
+        kept = "encrypted" if is_sealed(config.identity_key) else "readable, owner-only"
         ours = identity.public_hex == config.me.identity
         yield Finding(
             "identity",
             ours,
             "needed",
-            f"{config.identity_key}: {'readable, owner-only' if ours else 'not the key of this party'}",
+            f"{config.identity_key}: {kept if ours else 'not the key of this party'}",
             f"peers[{config.party}].identity must be {identity.public_hex} in all three files",
         )
     except MimirError as error:

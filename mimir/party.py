@@ -13,11 +13,12 @@ from contextlib import suppress
 import structlog
 import trio
 
+from mimir import keys
 from mimir.boot import Boot
 from mimir.config import ROTATION_PORTS, Config, Log
 from mimir.confine import confine
 from mimir.errors import BadInput, ConfigError
-from mimir.net.identity import Identity
+from mimir.secret import StorageKey
 
 log = structlog.get_logger("mimir.party")
 
@@ -34,6 +35,10 @@ def run(config: Config) -> int:
     # Keys and shares are in this process's memory: no core dumps, no files for others.
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     os.umask(0o077)
+    key: StorageKey | None = None
+    if config.keys.source in keys.REMOTE:
+        with boot.step("key"):
+            key = keys.obtain_apart(config.keys, config.attester)
     if config.confinement.mode == "enforce":
         with boot.step("confine") as step:
             step.note = str(confine(config))
@@ -52,7 +57,7 @@ def run(config: Config) -> int:
         async with trio.open_nursery() as nursery:
 
             async def party() -> None:
-                await run_peer(config, orders, boot)
+                await run_peer(config, orders, boot, key)
                 nursery.cancel_scope.cancel()
 
             nursery.start_soon(party)
@@ -73,7 +78,10 @@ def run(config: Config) -> int:
 
 def check(config: Config) -> int:
     """Say what the configuration means, after reading every file that it names."""
-    identity = Identity.load(config.identity_key)
+    source = keys.open_source(config.keys, config.attester)
+    key = trio.run(source.obtain)
+    identity = keys.load_identity(config, key)
+    key.wipe()
     if identity.public_hex != config.me.identity:
         raise ConfigError(
             f"{config.source}: peers[{config.party}].identity is not the public half of "
@@ -83,11 +91,11 @@ def check(config: Config) -> int:
     print(f"shared terms {config.digest().hex()[:16]}..., to be equal at all three parties")
     tunnel = config.tunnel
     if tunnel.mode == "wireguard":
-        from wg import keys
+        from wg import keys as tunnel_keys
 
         assert tunnel.listen_port is not None
         if tunnel.private_key is not None:
-            private = keys.load_private(tunnel.private_key)
+            private = tunnel_keys.load_private(tunnel.private_key)
             public = private.public().hex()
             private.wipe()
             if config.me.tunnel_public_key is not None and public != config.me.tunnel_public_key:
@@ -120,7 +128,7 @@ def check(config: Config) -> int:
         print("nobody may open a session: `clients` is empty")
     if config.data_dir.exists() and config.data_dir.stat().st_mode & 0o077:
         raise BadInput(f"{config.data_dir}: open to others; chmod 700 it")
-    print(f"model shares in {config.data_dir}")
+    print(f"model shares in {config.data_dir}, encrypted; their key: {source.protection}")
     if config.confinement.mode == "off":
         print("NOT confined: whoever breaks into the party may do all that its user may")
     return 0

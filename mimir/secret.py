@@ -3,38 +3,148 @@
 A `Secret` owns its bytes. Python offers many ways to copy or print a value without meaning to; each of them
 raises here, and the one way in is to ask for it by name: `with secret.reveal_to_kernel() as view`.
 
+The bytes live in pages of our own that are locked (never written to swap, where the limit RLIMIT_MEMLOCK
+allows it; `lock_state` tells), left out of core dumps, and zeroed when the process exits by itself. `Pages`
+are the same for what is large: decrypted shares.
+
 What cannot be wiped: `bytes` objects that a library insists on (the X25519 and Ed25519 calls take `bytes`),
-and the `bytes` that a `Secret` was made from. Give a `bytearray` where you can: it is taken over, not copied.
+and the `bytes` that a `Secret` was made from. Give a `bytearray` where you can: it is wiped once it is taken.
 """
 
 from __future__ import annotations
 
+import atexit
+import ctypes
+import mmap
 import os
+import resource
+import threading
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import ClassVar, NoReturn, Self
 
-from mimir.errors import LocalError
+from mimir.errors import EnvironmentMissing, LocalError
 
 KEY_BYTES = 32
+ARENA_BYTES = 64 << 10  # pages are taken in pieces of this size
+SMALLEST_SLOT = 32
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.mlock.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
+
+
+class Pages(mmap.mmap):
+    """Anonymous memory, left out of core dumps, zeroed when the last array or view over it is gone.
+
+    `lock` asks that it never goes to swap: `EnvironmentMissing` if the limit does not allow it.
+    """
+
+    def __new__(cls, size: int, *, lock: bool = False) -> Self:
+        # Private: after a fork, wiping here must not wipe there.
+        self = super().__new__(cls, -1, max(1, size), mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        self.madvise(mmap.MADV_DONTDUMP)
+        _PAGES.add(self)
+        if lock and (number := self.lock()):
+            raise EnvironmentMissing(f"{len(self)} bytes cannot be locked in memory: {_why_not(number)}")
+        return self
+
+    def lock(self) -> int:
+        """Keep the pages out of swap; returns 0, or the number of the error."""
+        return 0 if _libc.mlock(self.address(), len(self)) == 0 else ctypes.get_errno()
+
+    def address(self) -> int:
+        return ctypes.addressof(ctypes.c_char.from_buffer(self))
+
+    def wipe(self) -> None:
+        """Zero all of it, also under views that are still there."""
+        ctypes.memset(self.address(), 0, len(self))
+
+    def __del__(self) -> None:
+        if not self.closed:
+            self.wipe()
+
+
+_PAGES: weakref.WeakSet[Pages] = weakref.WeakSet()
+
+
+@atexit.register
+def _wipe_pages() -> None:
+    for pages in list(_PAGES):
+        if not pages.closed:
+            pages.wipe()
+
+
+def _why_not(number: int) -> str:
+    limit = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
+    allowed = "no limit" if limit == resource.RLIM_INFINITY else f"{limit >> 10} KiB"
+    return (
+        f"{os.strerror(number)}, RLIMIT_MEMLOCK is {allowed}; raise it (LimitMEMLOCK=, `ulimit -l`)"
+        " or give the process CAP_IPC_LOCK"
+    )
+
+
+def _zero(memory: bytearray | memoryview) -> None:
+    # Same length, so the buffer is written in place; a C call that CPython cannot optimise away.
+    memory[:] = bytes(len(memory))
+
+
+class _Arena:
+    """Slots of locked pages, by size. Slots are zero while they are free."""
+
+    def __init__(self) -> None:
+        self.busy = (
+            threading.RLock()
+        )  # again in one thread: garbage collection wipes in the midst of anything
+        self.unlocked: str | None = None
+        self._free: dict[int, list[memoryview]] = {}
+
+    def take(self, size: int) -> memoryview:
+        room = max(SMALLEST_SLOT, 1 << (size - 1).bit_length())
+        with self.busy:
+            free = self._free.setdefault(room, [])
+            if not free:
+                pages = Pages(max(ARENA_BYTES, room))
+                if number := pages.lock():
+                    self.unlocked = _why_not(number)
+                view = memoryview(pages)
+                free += [view[at : at + room] for at in range(0, len(view), room)]
+            return free.pop()
+
+    def give(self, slot: memoryview) -> None:
+        with self.busy:
+            self._free[len(slot)].append(slot)
+
+
+_arena = _Arena()
+
+
+def lock_state() -> str | None:
+    """None if every secret of this process lies in locked memory so far, else why not, and the remedy."""
+    return _arena.unlocked
 
 
 class Secret:
     """Owns secret bytes until `wipe`, the end of a `with` block, or its own end, whichever comes first."""
 
-    __slots__ = ("__weakref__", "_memory")
+    __slots__ = ("__weakref__", "_lent", "_memory", "_size")
     SIZE: ClassVar[int | None] = None  # a kind with a fixed length states it here
 
-    _memory: bytearray | None
+    _memory: memoryview | None  # a slot, of `_size` bytes or more
 
     def __init__(self, material: bytes | bytearray | memoryview) -> None:
         self._memory = None  # so that a refusal below leaves an object that can still be wiped
-        size = len(material)
+        self._lent = 0
+        self._size = size = len(material)
         if size == 0:
             raise LocalError(f"{type(self).__name__}: empty material")
         if self.SIZE is not None and size != self.SIZE:
             raise LocalError(f"{type(self).__name__}: {size} bytes given, {self.SIZE} needed")
-        self._memory = material if isinstance(material, bytearray) else bytearray(material)
+        slot = _arena.take(size)
+        slot[:size] = material
+        self._memory = slot
+        if isinstance(material, bytearray):
+            _zero(material)
 
     @classmethod
     def random(cls, size: int = KEY_BYTES) -> Self:
@@ -44,27 +154,34 @@ class Secret:
     @property
     def size(self) -> int:
         """Length in bytes; 0 once wiped."""
-        return 0 if self._memory is None else len(self._memory)
+        return 0 if self._memory is None else self._size
 
     @contextmanager
     def reveal_to_kernel(self) -> Iterator[memoryview]:
         """Lend the bytes to a kernel or a cipher: a read-only view that dies with the `with` block."""
-        if self._memory is None:
-            raise LocalError(f"{type(self).__name__}: already wiped")
-        view = memoryview(self._memory)
-        lent = view.toreadonly()
+        with _arena.busy:
+            slot = self._memory
+            if slot is None:
+                raise LocalError(f"{type(self).__name__}: already wiped")
+            self._lent += 1
+        lent = slot[: self._size].toreadonly()
         try:
             yield lent
         finally:
             lent.release()
-            view.release()
+            with _arena.busy:
+                self._lent -= 1
+                if self._lent == 0 and self._memory is None:  # wiped meanwhile: nobody sees the slot any more
+                    _arena.give(slot)
 
     def wipe(self) -> None:
         """Overwrite with zeros and let go. Safe to call twice."""
-        memory, self._memory = self._memory, None
-        if memory is not None:
-            # Same length, so the buffer is written in place; a C call that CPython cannot optimise away.
-            memory[:] = bytes(len(memory))
+        with _arena.busy:
+            slot, self._memory = self._memory, None
+            if slot is not None:
+                _zero(slot)
+                if self._lent == 0:
+                    _arena.give(slot)
 
     def __enter__(self) -> Self:
         return self
@@ -187,5 +304,11 @@ class ShareSeed(Secret):
 
 class SealKey(Secret):
     """Symmetric key of one direction of a sealed connection between a client and a party."""
+
+    SIZE = KEY_BYTES
+
+
+class StorageKey(Secret):
+    """From which every key of what lies on one party's disk is derived."""
 
     SIZE = KEY_BYTES

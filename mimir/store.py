@@ -4,21 +4,18 @@
     <root>/<digest>/<tensor>.a  .b         this party's two components, little-endian 64-bit words, C order
     <root>/.incoming-<digest>/             an upload that is not complete; it can be resumed
 
-Directories are 0700 and files 0600, and anything looser is refused. `_write_at_rest` and `_read_at_rest` are
-the only two functions that touch share bytes on disk: encryption at rest goes there.
+Share files are encrypted and listed as `mimir.vault` does it; a model is here from the moment its files are
+listed. Directories are 0700 and files 0600, and anything looser is refused.
 Everything here blocks; call it from a thread.
 """
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
-import os
 import shutil
-import stat
 import threading
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,26 +23,22 @@ import numpy as np
 import numpy.typing as npt
 import structlog
 
+from mimir import vault as at_rest
 from mimir.errors import BadInput, EnvironmentMissing, LocalError, MimirError, ModelError
 from mimir.manifest import Manifest, Tensor, is_digest
+from mimir.secret import Pages
+from mimir.vault import DIRECTORY_MODE, StoreError, Vault, Writer, check_private
 
 Words = npt.NDArray[np.uint64]
 
 log = structlog.get_logger("mimir.store")
 
 SIDES = ("a", "b")  # a: component number of the party, b: the next one
+PURPOSE = "shares"
 MAX_INCOMPLETE = 4  # uploads kept for resuming; older ones go
 MAX_MANIFEST_BYTES = 4 << 20
-HASH_CHUNK = 4 << 20
 SPARE_DISK_BYTES = 64 << 20  # left free after an upload
-DIRECTORY_MODE = 0o700
-FILE_MODE = 0o600
-
-
-class StoreError(MimirError):
-    """Shares on this disk are not what they were; the message names the file and what to do."""
-
-    exit_code = 4
+KEPT_BYTES = 4 << 30  # of decrypted shares, all models together
 
 
 class ComponentsDiffer(MimirError):
@@ -54,59 +47,80 @@ class ComponentsDiffer(MimirError):
     exit_code = 6
 
 
-@dataclass(frozen=True, eq=False, repr=False)
 class SharedModel:
-    """One party's shares of one model, memory-mapped read-only and verified. Shared by all sessions."""
+    """One party's shares of one model, every byte authenticated. Shared by all sessions.
 
-    digest: str
-    manifest: Manifest
-    party: int
-    _maps: dict[str, tuple[Words, Words]]
+    Tensors are decrypted into memory of their own. As many as the store may keep stay there; the others are
+    decrypted anew each time, and wiped when the last array over them is gone.
+    """
+
+    def __init__(
+        self,
+        digest: str,
+        manifest: Manifest,
+        party: int,
+        kept: dict[str, tuple[Words, Words]],
+        load: Callable[[Tensor], tuple[Words, Words]],
+    ) -> None:
+        self.digest = digest
+        self.manifest = manifest
+        self.party = party
+        self._kept = kept
+        self._load = load
+        self._tensors = {tensor.name: tensor for tensor in manifest.tensors}
 
     def get(self, name: str) -> tuple[Words, Words]:
-        """The two components of a tensor, shaped; (x_i, x_{i+1}) for party i."""
+        """The two components of a tensor, shaped, read-only; (x_i, x_{i+1}) for party i."""
         try:
-            return self._maps[name]
+            return self._kept[name] if name in self._kept else self._load(self._tensors[name])
         except KeyError:
             raise LocalError(f"model {self.manifest.name} has no tensor {name!r}") from None
+
+    @property
+    def kept_bytes(self) -> int:
+        """Decrypted and kept."""
+        return sum(words.nbytes for pair in self._kept.values() for words in pair)
 
     def __repr__(self) -> str:
         return f"<SharedModel {self.manifest.name} {self.digest[:16]}>"
 
 
 class ModelStore:
-    """The models of one party. One process at a time may use a root."""
+    """The models of one party, in the directory of its vault."""
 
-    def __init__(self, root: Path, party: int, identities: tuple[str, ...]) -> None:
-        """`identities` are the three parties' public keys: models shared for others are refused."""
-        self.root = root
+    def __init__(
+        self,
+        vault: Vault,
+        party: int,
+        identities: tuple[str, ...],
+        keep: int = KEPT_BYTES,
+        lock: bool = False,
+    ) -> None:
+        """`identities` are the three parties' public keys: models shared for others are refused.
+
+        At most `keep` bytes of decrypted shares stay in memory; `lock` keeps what is decrypted out of swap.
+        """
+        self.root = vault.root
+        self.vault = vault
         self.party = party
+        self._keep = keep
+        self._locked = lock
         self._identities = tuple(identities)
         self._lock = threading.Lock()
         self._open: dict[str, SharedModel] = {}
         self._manifests: dict[str, Manifest] = {}
         self._uploads: set[str] = set()
-        try:
-            root.mkdir(mode=DIRECTORY_MODE, parents=True, exist_ok=True)
-        except OSError as error:
-            raise EnvironmentMissing(f"{root}: cannot be made: {error.strerror}; check data_dir") from None
-        _check_private(root)
-        self._guard = os.open(root / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, FILE_MODE)
-        try:
-            fcntl.flock(self._guard, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            os.close(self._guard)
-            raise BadInput(f"{root}: in use by another process; is a party already running here?") from None
+        self._tidy()
 
     def close(self) -> None:
-        """Let another process use the root. Models already opened stay mapped."""
-        os.close(self._guard)
+        """Let another process use the directory. Of models already opened, what is kept stays."""
+        self.vault.close()
 
     def models(self) -> dict[str, Manifest]:
         """Every complete model by digest. Reads manifests only; `open` checks the shares."""
         found = {}
         for entry in sorted(self.root.iterdir()):
-            if is_digest(entry.name):
+            if is_digest(entry.name) and self._here(entry.name):
                 try:
                     found[entry.name] = self.manifest(entry.name)
                 except StoreError as error:  # one damaged model must not hide the others
@@ -122,29 +136,50 @@ class ModelStore:
             return self._manifests[digest]
 
     def open(self, digest: str) -> SharedModel:
-        """Map a model's shares after checking every byte against the manifest; the same object next time."""
+        """Decrypt a model's shares, which authenticates every byte; the same object next time."""
         with self._lock:
             if digest in self._open:
                 return self._open[digest]
             home = self._home(digest)
             manifest = self._manifest(home)  # read again: the file may have changed since
-            maps = {}
+            room = self._keep - sum(model.kept_bytes for model in self._open.values())
+            kept = {}
             for tensor in manifest.tensors:
-                sides = []
-                for side, name in enumerate(SIDES):
-                    path = home / f"{tensor.name}.{name}"
-                    words = _read_at_rest(path, tensor)
-                    expected = tensor.sha256[(self.party + side) % 3]
-                    if hashlib.sha256(words.reshape(-1).data).hexdigest() != expected:
-                        raise StoreError(
-                            f"{path}: damaged: its hash is not the manifest's; "
-                            f"remove {home} and provision the model again"
-                        )
-                    sides.append(words)
-                maps[tensor.name] = (sides[0], sides[1])
-            model = SharedModel(digest, manifest, self.party, maps)
+                pair = self._load(home, tensor)
+                if 2 * tensor.nbytes <= room:
+                    kept[tensor.name] = pair
+                    room -= 2 * tensor.nbytes
+            model = SharedModel(digest, manifest, self.party, kept, lambda tensor: self._load(home, tensor))
             self._open[digest] = model
             return model
+
+    def _load(self, home: Path, tensor: Tensor) -> tuple[Words, Words]:
+        """Decrypt both components of a tensor into memory that is wiped when nobody has it any more."""
+        sides = []
+        for side in SIDES:
+            name = self._name(home.name, tensor.name, side)
+            reader = self.vault.reader(PURPOSE, name, home / f"{tensor.name}.{side}", tensor.nbytes)
+            pages = Pages(tensor.nbytes, lock=self._locked)
+            reader.into(memoryview(pages)[: tensor.nbytes])
+            words = np.frombuffer(pages, "<u8", tensor.elements).reshape(tensor.shape)
+            words.flags.writeable = False
+            sides.append(words)
+        return sides[0], sides[1]
+
+    def _name(self, digest: str, tensor: str, side: str) -> str:
+        """By what the register knows a file. Not its path: staged files are the same files."""
+        return f"{self.party}/{digest}/{tensor}.{side}"
+
+    def _tidy(self) -> None:
+        """A directory that is not listed is an upload whose last step did not happen, or a removal's."""
+        listed = {name.split("/")[1] for name in self.vault.names() if "/" in name}
+        for entry in sorted(self.root.iterdir()):
+            if is_digest(entry.name) and entry.name not in listed:
+                staging = self.root / f".incoming-{entry.name}"
+                if staging.exists():
+                    shutil.rmtree(entry)
+                else:
+                    at_rest.rename(entry, staging)
 
     def begin(self, data: Any) -> Incoming:
         """Start or resume an upload. `data` is a manifest as received; it is checked here."""
@@ -155,30 +190,36 @@ class ModelStore:
         with self._lock:
             if digest in self._uploads:
                 raise BadInput(f"model {manifest.name} is being uploaded by somebody else right now")
-            complete = (self.root / digest).is_dir()
+            complete = self._here(digest)
             staging = self.root / f".incoming-{digest}"
             if not complete:
                 self._make_room(staging, 2 * manifest.nbytes)
                 staging.mkdir(mode=DIRECTORY_MODE, exist_ok=True)
-                _check_private(staging)
+                check_private(staging)
             self._uploads.add(digest)
         return Incoming(self, manifest, digest, staging, complete)
 
     def remove(self, digest: str) -> None:
-        """Delete a model's shares. Sessions that have it mapped keep their mapping."""
+        """Delete a model's shares. Sessions that have it keep what is decrypted already."""
         home = self._home(digest)
         with self._lock:
             self._open.pop(digest, None)
             self._manifests.pop(digest, None)
+            gone = [name for name in self.vault.names() if name.split("/")[1:2] == [digest]]
+            self.vault.change(dict.fromkeys(gone))
             shutil.rmtree(home)
 
+    def _here(self, digest: str) -> bool:
+        prefix = f"{self.party}/{digest}/"
+        return (self.root / digest).is_dir() and any(name.startswith(prefix) for name in self.vault.names())
+
     def _home(self, digest: str) -> Path:
-        if not is_digest(digest) or not (self.root / digest).is_dir():
+        if not is_digest(digest) or not self._here(digest):
             raise BadInput(f"model {str(digest)[:16]} is not here; provision it first (mimir provision)")
         return self.root / digest
 
     def _manifest(self, home: Path) -> Manifest:
-        _check_private(home)
+        check_private(home)
         path = home / "manifest.json"
         try:
             with open(path, "rb") as file:
@@ -231,28 +272,28 @@ class Incoming:
         self._store = store
         self._staging = staging
         self._tensors = {tensor.name: tensor for tensor in manifest.tensors}
-        self._sizes: dict[tuple[str, str], int] = {}
+        self._writers: dict[tuple[str, str], Writer] = {}
         self._verified = complete
-        for tensor in manifest.tensors:
-            for side in SIDES:
-                self._sizes[tensor.name, side] = tensor.nbytes if complete else self._size(tensor, side)
+        if not complete:
+            for tensor in manifest.tensors:
+                for side in SIDES:
+                    self._begin(tensor, side)
 
     def have(self) -> dict[str, list[int]]:
         """Per tensor, the bytes of sides a and b that are already here."""
-        return {name: [self._sizes[name, side] for side in SIDES] for name in self._tensors}
+        return {name: [self._size(tensor, side) for side in SIDES] for name, tensor in self._tensors.items()}
 
     def write(self, name: str, side: str, offset: int, data: bytes) -> None:
         """Append a piece; it must start where the last one ended."""
         tensor = self._tensors.get(name)
         if tensor is None or side not in SIDES:
             raise BadInput(f"model {self.manifest.name} has no {name!r}, side {side!r}")
-        size = self._sizes[name, side]
+        size = self._size(tensor, side)
         if self.complete or offset != size or size + len(data) > tensor.nbytes:
             raise BadInput(
                 f"{name}.{side}: {len(data)} bytes at {offset} do not follow the {size} that are here"
             )
-        _write_at_rest(self._staging / f"{name}.{side}", offset, data)
-        self._sizes[name, side] = size + len(data)
+        self._writers[name, side].write(data)
 
     def verify(self) -> dict[int, str]:
         """Hash everything; returns {component: digest} for the comparison with its other holder.
@@ -264,12 +305,12 @@ class Incoming:
             for tensor in self.manifest.tensors:
                 for number, side in enumerate(SIDES):
                     path = self._staging / f"{tensor.name}.{side}"
-                    size = self._sizes[tensor.name, side]
+                    size = self._size(tensor, side)
                     if size != tensor.nbytes:
                         raise BadInput(f"{tensor.name}.{side}: {size} of {tensor.nbytes} bytes have arrived")
-                    if _hash_file(path) != tensor.sha256[(party + number) % 3]:
+                    if self._hash(tensor, side, path) != tensor.sha256[(party + number) % 3]:
                         path.unlink()
-                        self._sizes[tensor.name, side] = 0
+                        self._begin(tensor, side)
                         raise BadInput(
                             f"{tensor.name}.{side}: what arrived has not the manifest's hash; send again"
                         )
@@ -284,19 +325,20 @@ class Incoming:
             raise LocalError("accept called before verify")
         if self.complete:
             return
-        for name, side in self._sizes:
-            _sync(self._staging / f"{name}.{side}")
-        path = self._staging / "manifest.json"
-        path.unlink(missing_ok=True)
-        _write_at_rest(path, 0, self.manifest.canonical())
-        _sync(path)
-        _sync(self._staging)
-        os.rename(self._staging, self._store.root / self.digest)
-        _sync(self._store.root)
+        for name, side in self._writers:
+            at_rest.sync(self._staging / f"{name}.{side}")
+        at_rest.replace_file(self._staging / "manifest.json", self.manifest.canonical())
+        at_rest.rename(self._staging, self._store.root / self.digest)
+        at_rest.sync(self._store.root)
+        # From here on it counts. Had we crashed before, `_tidy` would make it an upload again.
+        versions = {self._name(*each): writer.header.version for each, writer in self._writers.items()}
+        self._store.vault.change(versions)
         self.complete = True
 
     def close(self) -> None:
-        """End the upload; what arrived stays for a resumption. Safe to call twice."""
+        """End the upload; what arrived stays for a resumption, in whole chunks. Safe to call twice."""
+        for writer in self._writers.values():
+            writer.close()
         self._store._end_upload(self.digest)
 
     def discard(self) -> None:
@@ -305,69 +347,25 @@ class Incoming:
             shutil.rmtree(self._staging, ignore_errors=True)
         self.close()
 
-    def _size(self, tensor: Tensor, side: str) -> int:
+    def _name(self, tensor: str, side: str) -> str:
+        return self._store._name(self.digest, tensor, side)
+
+    def _begin(self, tensor: Tensor, side: str) -> None:
         path = self._staging / f"{tensor.name}.{side}"
+        name = self._name(tensor.name, side)
+        self._writers[tensor.name, side] = self._store.vault.writer(PURPOSE, name, path, tensor.nbytes)
+
+    def _size(self, tensor: Tensor, side: str) -> int:
+        return tensor.nbytes if self.complete else self._writers[tensor.name, side].size
+
+    def _hash(self, tensor: Tensor, side: str, path: Path) -> str:
+        """SHA-256 of what lies there, read back; of nothing if it does not open."""
+        name, whole = self._name(tensor.name, side), hashlib.sha256()
         try:
-            size = path.stat().st_size
-        except FileNotFoundError:
-            return 0
-        if size > tensor.nbytes:
-            path.unlink()
-            return 0
-        return size
-
-
-def _write_at_rest(path: Path, offset: int, data: bytes) -> None:
-    """Write share bytes. Encryption under a key released only to an attested party belongs here."""
-    flags = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
-    handle = os.open(path, flags, FILE_MODE)
-    try:
-        view = memoryview(data)
-        while view:
-            done = os.pwrite(handle, view, offset)
-            view, offset = view[done:], offset + done
-    except OSError as error:
-        raise EnvironmentMissing(f"{path}: cannot be written: {error.strerror}") from None
-    finally:
-        os.close(handle)
-
-
-def _read_at_rest(path: Path, tensor: Tensor) -> Words:
-    """Map share bytes read-only. Decryption belongs here; it would return memory instead of a mapping."""
-    try:
-        _check_private(path)
-        if path.stat().st_size != tensor.nbytes:
-            raise StoreError(
-                f"{path}: {path.stat().st_size} bytes, {tensor.nbytes} expected; provision again"
-            )
-        return np.memmap(path, dtype="<u8", mode="r", shape=tensor.shape)
-    except OSError as error:
-        raise StoreError(f"{path}: cannot be read: {error.strerror}; provision the model again") from None
-
-
-def _check_private(path: Path) -> None:
-    """Refuse what others may read or replace."""
-    facts = os.stat(path, follow_symlinks=False)
-    if stat.S_ISLNK(facts.st_mode):
-        raise StoreError(f"{path}: is a link; the store wants its own files")
-    if facts.st_mode & 0o077:
-        mode = stat.S_IMODE(facts.st_mode)
-        raise StoreError(f"{path}: open to others (mode {mode:04o}); chmod go-rwx it, and doubt its content")
-    if facts.st_uid != os.geteuid():
-        raise StoreError(f"{path}: belongs to user {facts.st_uid}, the party runs as {os.geteuid()}")
-
-
-def _hash_file(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(HASH_CHUNK):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+            reader = self._store.vault.reader(PURPOSE, name, path, tensor.nbytes, listed=False)
+            for piece in reader.pieces():
+                whole.update(piece)
+        except StoreError as error:
+            log.warning("an upload was damaged on disk", why=str(error))
+            return ""
+        return whole.hexdigest()

@@ -298,6 +298,7 @@ for party in 0 1 2; do
     mkdir -p -m 0700 "$workdir/party$party"
     make_key identity "party$party/identity" & making+=($!)
     [[ -n $attest ]] || { make_key tunnel "party$party/tunnel" & making+=($!); }
+    make_key storage "party$party/storage" & making+=($!)
 done
 make_key identity owner & making+=($!)
 make_key identity client & making+=($!)

@@ -4,9 +4,10 @@
                                      [--attested] [--relay ADDRESS] [--tokenizer DIR] [--set KEY=VALUE ...]
 
 Starts from configs/three.toml, so that what runs here is what three hosts would run but for addresses and
-keys. The key files must be in WORKDIR already: party0 to party2 with identity.key (and tunnel.key, where peers
-are not admitted by evidence), owner.key and client.key, each with its public half beside it as NAME.pub. With
---attested a policy by the owner is expected as policy.toml, and a software TPM at the socket in partyN/tpm.
+keys. The key files must be in WORKDIR already: party0 to party2 with identity.key, storage.key and, where
+peers are not admitted by evidence, tunnel.key; owner.key and client.key; each but storage.key with its public
+half beside it as NAME.pub. With --attested a policy by the owner is expected as policy.toml, and a software
+TPM at the socket in partyN/tpm.
 """
 
 from __future__ import annotations
@@ -109,6 +110,7 @@ def main() -> None:
             "party": party,
             "identity_key": "identity.key",
             "data_dir": "data",
+            "keys": {"file": "storage.key"},
             "clients": [public("client")],
             "owners": [public("owner")],
         }

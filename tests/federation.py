@@ -17,9 +17,11 @@ from mimir.actors.peer import run_peer
 from mimir.client import federation as client_federation
 from mimir.client.provision import Seeds, Sharing, provision
 from mimir.client.session import connect_all, new_session, open_session, statuses, survey, terms_for
+from mimir.keys import file as keys_of_files
 from mimir.model.checkpoint import load_checkpoint
 from mimir.net.identity import Identity
 from mimir.net.messages import Sampler
+from mimir.secret import StorageKey
 
 OFF = '[attestation]\nmode = "off"\n'
 
@@ -51,8 +53,10 @@ def write_federation(folder: Path, extra: str = "", clients: int = 1) -> tuple[l
     )
     configs, federations = [], []
     for i in range(3):
+        keys_of_files.save(folder / f"storage{i}.key", StorageKey.random())
         text = (
             f'party = {i}\nidentity_key = "party{i}.key"\ndata_dir = "data{i}"\n'
+            f'keys.file = "storage{i}.key"\n'
             f"clients = [{keys}]\nowners = [{keys}]\n"
             f'[control]\nlisten = "127.0.0.1:{ports[3 + i]}"\n[mesh]\nlisten = "127.0.0.1:{ports[i]}"\n'
             f'[tunnel]\nmode = "none"\n{"" if "[attestation]" in extra else OFF}{peers}{extra}'

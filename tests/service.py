@@ -15,9 +15,10 @@ from typing import Any
 
 import numpy as np
 import trio
+from storage import open_store
 from trust import Owners, verdict_on
 
-from mimir import store as store_module
+from mimir import vault as at_rest
 from mimir.admission import revocation
 from mimir.admission.certificates import issue
 from mimir.admission.revocation import Revocations
@@ -291,58 +292,60 @@ async def world(
     owners = Owners(keys) if trust else None
     known: list[Revocations] = []
     ends: list[PartyTls] = []
-    sync, store_module._sync = store_module._sync, lambda path: None  # the disk is not what is tested here
-    async with trio.open_nursery() as nursery:
-        entries = []
-        for party, identity in enumerate(identities):
-            config = Config(
-                source=tmp / f"party{party}.toml",
-                party=party,
-                identity_key=tmp / f"party{party}.key",
-                data_dir=tmp / f"data{party}",
-                mesh=Mesh(Address("127.0.0.1", 0)),
-                peers=peers,
-                clients=tuple(client.public_hex for client in clients),
-                owners=(owner.public_hex,),
-                **settings,
-            )
-            store = ModelStore(config.data_dir, party, keys)
-            member = FakeParty(party, fake, store)
-            door: Callable[..., Any] = serve_control
-            if owners is not None:
-                file = config.data_dir / revocation.FILE
-                known.append(Revocations(file, owners.context, owners.keys, owners.threshold))
-                ends.append(
-                    PartyTls(identity, NAMES[party], [k for k in keys if k != keys[party]], known[-1])
+    sync, at_rest.sync = at_rest.sync, lambda path: None  # the disk is not what is tested here
+    try:
+        async with trio.open_nursery() as nursery:
+            entries = []
+            for party, identity in enumerate(identities):
+                config = Config(
+                    source=tmp / f"party{party}.toml",
+                    party=party,
+                    identity_key=tmp / f"party{party}.key",
+                    data_dir=tmp / f"data{party}",
+                    mesh=Mesh(Address("127.0.0.1", 0)),
+                    peers=peers,
+                    clients=tuple(client.public_hex for client in clients),
+                    owners=(owner.public_hex,),
+                    **settings,
                 )
-                door = partial(door, tls=ends[-1], revocations=known[-1])
-            bound = await nursery.start(door, config, identity, member)
-            parties.append(member)
-            configs.append(config)
-            entries.append(Party(NAMES[party], "127.0.0.1", bound[0].port, identity.public_hex))
-        federation = Federation(
-            tmp / "federation.toml",
-            tmp / "client.key",
-            tuple(entries),
-            deadlines=ClientDeadlines(connect=20, silence=silence),
-        )
-        made = World(fake, parties, identities, configs, clients, owner, federation)
-        if owners is not None:
-            made.owners, made.revocations, made.tls = owners, known, ends
-            made.federation = replace(
-                federation, tls=Tls(True), revocation=Revocation(owners.keys, owners.threshold)
+                store = open_store(config.data_dir, party, keys)
+                member = FakeParty(party, fake, store)
+                door: Callable[..., Any] = serve_control
+                if owners is not None:
+                    file = config.data_dir / revocation.FILE
+                    known.append(Revocations(file, owners.context, owners.keys, owners.threshold))
+                    ends.append(
+                        PartyTls(identity, NAMES[party], [k for k in keys if k != keys[party]], known[-1])
+                    )
+                    door = partial(door, tls=ends[-1], revocations=known[-1])
+                bound = await nursery.start(door, config, identity, member)
+                parties.append(member)
+                configs.append(config)
+                entries.append(Party(NAMES[party], "127.0.0.1", bound[0].port, identity.public_hex))
+            federation = Federation(
+                tmp / "federation.toml",
+                tmp / "client.key",
+                tuple(entries),
+                deadlines=ClientDeadlines(connect=20, silence=silence),
             )
-            for party in range(3):
-                made.certify(party, (party + 1) % 3)
-        if hold:
-            manifest, components = shared_model(model, keys)
-            for member in parties:
-                put(member.store, manifest, components)
-            made.model = manifest.digest()
-        try:
-            yield made
-        finally:
-            nursery.cancel_scope.cancel()
-            store_module._sync = sync
-            for member in parties:
-                member.store.close()
+            made = World(fake, parties, identities, configs, clients, owner, federation)
+            if owners is not None:
+                made.owners, made.revocations, made.tls = owners, known, ends
+                made.federation = replace(
+                    federation, tls=Tls(True), revocation=Revocation(owners.keys, owners.threshold)
+                )
+                for party in range(3):
+                    made.certify(party, (party + 1) % 3)
+            if hold:
+                manifest, components = shared_model(model, keys)
+                for member in parties:
+                    put(member.store, manifest, components)
+                made.model = manifest.digest()
+            try:
+                yield made
+            finally:
+                nursery.cancel_scope.cancel()
+    finally:
+        at_rest.sync = sync
+        for member in parties:  # nobody is in the midst of anything any more
+            member.store.close()

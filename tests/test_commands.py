@@ -27,7 +27,9 @@ from mimir.__main__ import EXIT_CODES, INTERRUPTED, _report, main, peer_main
 from mimir.client.commands import _trust_lines, _tunnel_line
 from mimir.client.terminal import Terminal, visible
 from mimir.errors import AbortError
+from mimir.keys.file import save
 from mimir.net.identity import Identity
+from mimir.secret import StorageKey
 from wg.errors import NotPossibleHere
 from wg.exchange import HybridExchange
 
@@ -459,6 +461,8 @@ def party_file(tmp: Path, identities: list[Identity]) -> Path:
         text += 'host = "127.0.0.1"\nport = 1\n'
     file = tmp / "party.toml"
     file.write_text(text)
+    if not (tmp / "storage.key").exists():
+        save(tmp / "storage.key", StorageKey.random())
     return file
 
 

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import trio
 from lab import ROOT, Lab, Node, captured, ip, why_not
+from storage import open_vault
 
 from mimir.actors.peer import rotation_plan
 from mimir.config import parse
@@ -142,15 +143,18 @@ def plan(**changes: Any) -> RotationPlan:
     return RotationPlan(**{**told, **changes})
 
 
-def test_a_party_announces_as_its_identity_to_this_federation_only() -> None:
+def test_a_party_announces_as_its_identity_to_this_federation_only(tmp_path: Path) -> None:
+    vault = open_vault(tmp_path / "data")
     identities = [Identity.generate() for _ in range(3)]
     with open(ROOT / "configs" / "three.toml", "rb") as file:
         data = tomllib.load(file)
     for entry, identity in zip(data["peers"], identities, strict=True):
         entry["identity"] = identity.public_hex
     config = parse(data, Path("three.toml"))
-    made = rotation_plan(config, identities[0])
-    assert made is not None and made.record == config.data_dir / "tunnel.epochs" and made.seconds == 3600.0
+    made = rotation_plan(config, identities[0], vault)
+    assert made is not None and made.seconds == 3600.0 and not isinstance(made.record, Path)
+    made.record.write(b"1 5\n")
+    assert EpochRecord(made.record).seen == {1: 5}
     signature = made.sign(b"message")
     made.authenticate(0, b"message", signature)
     for party, message in ((1, b"message"), (0, b"another")):
@@ -162,10 +166,10 @@ def test_a_party_announces_as_its_identity_to_this_federation_only() -> None:
     with pytest.raises(closed.refusals, match="not admitted"):
         closed.authenticate(0, b"message", signature)
     data["peers"][2]["identity"] = "ab" * 32
-    other = rotation_plan(parse(data, Path("three.toml")), identities[0])
+    other = rotation_plan(parse(data, Path("three.toml")), identities[0], vault)
     assert other is not None and other.context != made.context
     data["tunnel"]["rotate_seconds"] = 0
-    assert rotation_plan(parse(data, Path("three.toml")), identities[0]) is None
+    assert rotation_plan(parse(data, Path("three.toml")), identities[0], vault) is None
 
 
 def test_configuration_refuses_what_rotation_cannot_do() -> None:

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import copy
+import os
 import pickle
+import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 
 import numpy as np
@@ -79,3 +83,84 @@ def test_kinds_check_their_size() -> None:
     with pytest.raises(LocalError, match="empty"):
         Secret(b"")
     assert IdentityKey.random().size == 32
+
+
+def test_slots_are_reused_but_never_while_somebody_looks() -> None:
+    first = Secret(bytearray(b"\x5a" * 40))
+    with first.reveal_to_kernel() as view:
+        first.wipe()
+        others = [Secret(b"\xa5" * 40) for _ in range(2000)]
+        assert bytes(view) == bytes(40), "another secret in a slot that is still lent"
+    del others
+    again = [Secret(b"\xa5" * 40) for _ in range(2000)]
+    assert all(secret.size == 40 for secret in again)
+
+
+PROBE = """
+import atexit, ctypes, re, resource, sys
+limit = {limit}
+if limit is not None:
+    resource.setrlimit(resource.RLIMIT_MEMLOCK, (limit, limit))
+seen = []
+atexit.register(lambda: print("left", any(ctypes.string_at(*seen[0]))))  # runs after that of mimir.secret
+from mimir.secret import Pages, Secret, lock_state
+secret = Secret(bytearray(b"\\x5a" * 32))
+with secret.reveal_to_kernel() as view:
+    address = ctypes.addressof((ctypes.c_char * 32).from_buffer(secret._memory))
+seen.append((address, 32))
+print("state", lock_state())
+flags, inside = "", False
+for line in open("/proc/self/smaps"):
+    found = re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line)
+    if found:
+        inside = int(found[1], 16) <= address < int(found[2], 16)
+    elif inside and line.startswith("VmFlags:"):
+        flags = line
+print("flags", flags.strip())
+try:
+    Pages(1 << 20, lock=True)
+    print("pages locked")
+except Exception as error:
+    print("pages", error)
+"""
+
+
+def probe(limit: int | None, *, privileged: bool) -> str:
+    """Run the probe, without the right to lock as much as it likes unless `privileged`."""
+    command = [sys.executable, "-c", PROBE.format(limit=limit)]
+    if not privileged and os.geteuid() == 0:
+        command = ["setpriv", "--bounding-set", "-ipc_lock,-sys_resource", *command]
+        if shutil.which("setpriv") is None:
+            pytest.skip("needs setpriv, or a user who is not root")
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_secrets_are_locked_left_out_of_core_dumps_and_gone_at_exit() -> None:
+    said = probe(None, privileged=True)
+    flags = next(line for line in said.split("\n") if line.startswith("flags")).split()
+    assert "dd" in flags, "not in core dumps"
+    assert "left False" in said, "wiped at exit"
+    if "state None" in said:
+        assert "lo" in flags, "locked"
+    else:
+        assert "ulimit -l" in said  # a machine that allows not even 64 KiB
+
+
+def test_a_limit_that_allows_no_locking_is_told_with_the_remedy() -> None:
+    said = probe(0, privileged=False)
+    assert "RLIMIT_MEMLOCK is 0 KiB; raise it (LimitMEMLOCK=, `ulimit -l`)" in said
+    assert "pages 1048576 bytes cannot be locked in memory" in said
+    assert "left False" in said
+
+
+def test_wiping_in_a_child_leaves_the_parent_s_alone() -> None:
+    secret = Secret(bytearray(b"\x5a" * 32))
+    child = os.fork()
+    if child == 0:
+        secret.wipe()
+        os._exit(0)
+    os.waitpid(child, 0)
+    with secret.reveal_to_kernel() as view:
+        assert bytes(view) == b"\x5a" * 32

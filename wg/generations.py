@@ -26,6 +26,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from ipaddress import IPv4Address, ip_network
 from pathlib import Path
+from typing import Protocol
 
 import structlog
 import trio
@@ -106,20 +107,62 @@ def control_address(index: int) -> IPv4Address:
     return IPv4Address(CONTROL_NETWORK.format(index + 1))
 
 
-class EpochRecord:
-    """The highest epoch used with each peer, on disk: one line `PEER EPOCH` each.
+class Shelf(Protocol):
+    """Where a small record outlives the process. Blocks; raises `OSError`."""
 
-    It may be lost (the peer then tells, see STALE), but not go back: a file that is damaged is an error.
-    """
+    def read(self) -> bytes | None:
+        """What was written last; None if nothing was."""
+
+    def write(self, content: bytes) -> None:
+        """Replace it. Durable when it returns; after a crash the old or the new one is there."""
+
+
+class FileShelf:
+    """One file of mode 0600."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
+
+    def __str__(self) -> str:
+        return str(self._path)
+
+    def read(self) -> bytes | None:
+        try:
+            return self._path.read_bytes()[: _RECORD_BYTES + 1]
+        except FileNotFoundError:
+            return None
+
+    def write(self, content: bytes) -> None:
+        fresh = self._path.with_name(self._path.name + ".new")
+        handle = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        try:
+            os.write(handle, content)
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+        os.replace(fresh, self._path)
+        folder = os.open(self._path.parent, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+class EpochRecord:
+    """The highest epoch used with each peer, on disk: one line `PEER EPOCH` each.
+
+    It may be lost (the peer then tells, see STALE), but not go back: one that is damaged is an error.
+    """
+
+    def __init__(self, place: Path | Shelf) -> None:
+        path = self._shelf = FileShelf(place) if isinstance(place, Path) else place
         self._busy = trio.Lock()
         self.seen: dict[int, int] = {}
         try:
-            text = path.read_bytes()[: _RECORD_BYTES + 1].decode("ascii")
-        except FileNotFoundError:
-            return
+            raw = path.read()
+            if raw is None:
+                return
+            text = raw.decode("ascii")
         except (OSError, UnicodeDecodeError) as problem:
             raise TunnelError(f"{path}: the record of tunnel epochs cannot be read: {problem}") from None
         for line in text.splitlines():
@@ -135,22 +178,7 @@ class EpochRecord:
         async with self._busy:
             self.seen[peer] = max(epoch, self.seen.get(peer, 0))
             text = "".join(f"{index} {count}\n" for index, count in sorted(self.seen.items()))
-            await trio.to_thread.run_sync(self._write, text)
-
-    def _write(self, text: str) -> None:
-        fresh = self._path.with_name(self._path.name + ".new")
-        handle = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
-        try:
-            os.write(handle, text.encode())
-            os.fsync(handle)
-        finally:
-            os.close(handle)
-        os.replace(fresh, self._path)
-        folder = os.open(self._path.parent, os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+            await trio.to_thread.run_sync(self._shelf.write, text.encode())
 
 
 @dataclass(frozen=True)

@@ -32,6 +32,7 @@ from wg.generations import (
     EpochRecord,
     GenerationStatus,
     Pair,
+    Shelf,
     control_address,
     tie,
 )
@@ -63,12 +64,12 @@ class RotationPlan:
     """Rotate every so many `seconds`, and on demand.
 
     `sign` is by this node's identity; `authenticate` takes a peer's index, a message and its signature, and
-    raises one of `refusals`. All nodes of one mesh have the same 32 bytes of `context`. `record` is the file
-    of the epochs used, which outlives the process.
+    raises one of `refusals`. All nodes of one mesh have the same 32 bytes of `context`. `record` keeps the
+    epochs used, and outlives the process.
     """
 
     seconds: float
-    record: Path
+    record: Path | Shelf
     sign: Callable[[bytes], bytes]
     authenticate: Callable[[int, bytes, bytes], None]
     refusals: tuple[type[Exception], ...]

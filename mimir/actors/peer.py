@@ -14,7 +14,7 @@ import structlog
 import trio
 from prometheus_client import Counter, Enum, Gauge
 
-from mimir import kernels
+from mimir import kernels, keys
 from mimir.actors.session import Limits, SessionActor
 from mimir.admission import revocation
 from mimir.admission.bootstrap import POLICY_RECORD, Admission, GateError, Place, PolicyFile
@@ -23,7 +23,15 @@ from mimir.admission.tls import PartyTls
 from mimir.attesters import open_attester
 from mimir.boot import Boot
 from mimir.config import Address, Config
-from mimir.errors import AbortError, AttestationError, BadInput, ConfigError, MimirError, PeerError
+from mimir.errors import (
+    AbortError,
+    AttestationError,
+    BadInput,
+    ConfigError,
+    EnvironmentMissing,
+    MimirError,
+    PeerError,
+)
 from mimir.model.checkpoint import PlanSpec
 from mimir.mpc.domain import Ring
 from mimir.mpc.nonlinear import Settings
@@ -33,8 +41,9 @@ from mimir.net.identity import BadSignature, Identity, parse_public, verify
 from mimir.net.mesh import Mesh, PeerAt, open_listeners, open_mesh
 from mimir.net.messages import Open
 from mimir.net.metrics import serve_metrics
-from mimir.secret import PresharedKey
+from mimir.secret import PresharedKey, StorageKey, lock_state
 from mimir.store import ComponentsDiffer, ModelStore, SharedModel
+from mimir.vault import Vault
 from wg import PeerState, PrivateKey, PublicKey, RotationPlan, Tunnel, TunnelConfig, WgError, raise_tunnel
 from wg import PresharedKey as TunnelPresharedKey
 from wg import generate as generate_tunnel_key
@@ -52,7 +61,7 @@ ROTATIONS = Counter("mimir_tunnel_rotations_total", "Steps of rotations", ["part
 TRANSITIONS = Counter("mimir_tunnel_transitions_total", "Changes of the tunnel's state", ["party", "to"])
 ROUND_TRIP = Gauge("mimir_tunnel_round_trip_seconds", "Of the last ping of the application", ["party"])
 MUTE = Gauge("mimir_tunnel_mute_seconds", "Since the peer's application answered a ping", ["party"])
-EPOCHS_FILE: Final = "tunnel.epochs"  # in data_dir: the highest number used with each peer
+EPOCHS: Final = "epochs"  # the highest number of a tunnel's generation used with each peer
 MEASURE_SECONDS: Final = 1.0
 DIGEST_ASK: Final = "component digest"
 ASK_SECONDS: Final = 30.0
@@ -104,6 +113,7 @@ class PartyService:
         self.tunnel: Tunnel | None = None
         self.evidence: Evidence | None = None
         self.revocations: Revocations | None = None
+        self.protection = ""  # of the storage key
         transport.on_request(DIGEST_ASK, self._tell_digest)
 
     # --- sessions -------------------------------------------------------------------------------------------
@@ -225,6 +235,11 @@ class PartyService:
             "kernels": kernels.level(),
             "peers": {str(p): self.transport.up(p) for p in self.transport.peers},
             "boot": self.boot.status(),
+            "storage": {
+                "source": self.config.keys.source,
+                "protection": self.protection,
+                "keys_in_swap": lock_state() or "never",
+            },
         }
         if self.evidence is not None:
             out["admission"] = self.evidence.view()
@@ -247,6 +262,26 @@ class PartyService:
                 for s in self.tunnel.status()
             ]
         return out
+
+
+class Journal:
+    """A small record in the vault, as `wg` wants it."""
+
+    def __init__(self, vault: Vault, name: str) -> None:
+        self._vault, self._name = vault, name
+
+    def __str__(self) -> str:
+        return f"{self._vault.root}: {self._name}"
+
+    def read(self) -> bytes | None:
+        content = self._vault.get("journal", self._name)
+        return None if content is None else bytes(content)
+
+    def write(self, content: bytes) -> None:
+        try:
+            self._vault.put("journal", self._name, content)
+        except MimirError as error:
+            raise OSError(str(error)) from None
 
 
 class _TunnelGate:
@@ -278,7 +313,7 @@ class _TunnelGate:
 
 
 def rotation_plan(
-    config: Config, identity: Identity, admitted: Callable[[int], bool] = lambda party: True
+    config: Config, identity: Identity, vault: Vault, admitted: Callable[[int], bool] = lambda party: True
 ) -> RotationPlan | None:
     """How the tunnel's keys are renewed: announced by the identities of exactly these three parties, and
     heard from one that is admitted at that moment."""
@@ -286,18 +321,18 @@ def rotation_plan(
     def authenticate(party: int, message: bytes, signature: bytes) -> None:
         if not admitted(party):
             raise BadSignature(f"party {party} is not admitted")
-        verify(keys[party], message, signature)
+        verify(identities[party], message, signature)
 
     if not config.tunnel.rotates:
         return None
-    keys = [parse_public(peer.identity) for peer in config.peers]
+    identities = [parse_public(peer.identity) for peer in config.peers]
     return RotationPlan(
         seconds=config.tunnel.rotate_seconds,
-        record=config.data_dir / EPOCHS_FILE,
+        record=Journal(vault, EPOCHS),
         sign=identity.sign,
         authenticate=authenticate,
         refusals=(BadSignature,),
-        context=hashlib.sha256(b"mimir tunnel rotation\0" + b"".join(keys)).digest(),
+        context=hashlib.sha256(b"mimir tunnel rotation\0" + b"".join(identities)).digest(),
     )
 
 
@@ -325,20 +360,40 @@ def _tunnel_config(config: Config, key: PrivateKey | None, rotation: RotationPla
 
 
 async def run_peer(
-    config: Config, orders: trio.MemoryReceiveChannel[str] | None = None, boot: Boot | None = None
+    config: Config,
+    orders: trio.MemoryReceiveChannel[str] | None = None,
+    boot: Boot | None = None,
+    storage_key: StorageKey | None = None,
 ) -> None:
     """Run this party until cancelled. `orders`: "rotate" asks for new tunnel keys, "reload" for another look
-    at policy and collateral. `boot` has the steps that were taken before."""
+    at policy and collateral. `boot` has the steps that were taken before, `storage_key` what they gave."""
     boot = boot or Boot()
+    source = keys.open_source(config.keys, config.attester)
+    if storage_key is None:
+        with boot.step("key") as step:
+            storage_key = await source.obtain()
+            step.note = f"{config.keys.source}: {source.protection}"
+    if (why := lock_state()) is not None:
+        if config.keys.require_locked:
+            raise EnvironmentMissing(f"keys.require_locked: keys may go to swap: {why}")
+        log.warning("keys may go to swap", why=why)
     with boot.step("identity"):
-        identity = Identity.load(config.identity_key)
+        identity = keys.load_identity(config, storage_key)
         if identity.public_hex != config.me.identity:
             raise ConfigError(
                 f"{config.source}: identity_key {config.identity_key} is not the identity that [[peers]] "
                 f"lists for party {config.party}; give every party its own file"
             )
-    with boot.step("store"):
-        store = ModelStore(config.data_dir, config.party, tuple(p.identity for p in config.peers))
+    with boot.step("store") as step:
+        vault = await trio.to_thread.run_sync(Vault, config.data_dir, storage_key, source.counter)
+        store = ModelStore(
+            vault,
+            config.party,
+            tuple(p.identity for p in config.peers),
+            config.keys.keep_mib << 20,
+            config.keys.lock_shares,
+        )
+        step.note = f"shares of {len(store.models())} models can be decrypted"
     log.info("starting", party=config.party, name=config.me.name, kernels=kernels.level())
     async with AsyncExitStack() as stack:
         stack.callback(store.close)
@@ -369,7 +424,7 @@ async def run_peer(
         if config.tunnel.mode == "wireguard":
             with boot.step("tunnel") as step:
                 step.note = "keys in memory" if key is not None else "keys from files"
-                rotation = rotation_plan(config, identity, admitted)
+                rotation = rotation_plan(config, identity, vault, admitted)
                 tunnel = await stack.enter_async_context(
                     raise_tunnel(_tunnel_config(config, key, rotation), wait=None, said=_count)
                 )
@@ -395,6 +450,7 @@ async def run_peer(
         nursery = await stack.enter_async_context(trio.open_nursery())
         service = PartyService(config, mesh, store, nursery, boot)
         service.tunnel, service.revocations, service.evidence = tunnel, revocations, admission
+        service.protection = source.protection
         if admission is not None:
             assert config.attestation.listen is not None
             listen = config.attestation.listen

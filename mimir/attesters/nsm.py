@@ -55,7 +55,13 @@ class NsmAttester:
     async def attest(self, claims: Claims) -> Envelope:
         """A document whose user data is the hash of the claims, with their nonce beside it. `DeviceError`
         where it cannot be had."""
-        request = {"user_data": claims.report_data(), "nonce": claims.nonce, "public_key": None}
+        document = await self.document(claims.report_data(), claims.nonce)
+        return Envelope(self.kind, document, claims.encode())
+
+    async def document(self, user_data: bytes, nonce: bytes, public_key: bytes = b"") -> bytes:
+        """A document that carries these; checked for it, not verified. `DeviceError` where it cannot be
+        had."""
+        request = {"user_data": user_data, "nonce": nonce, "public_key": public_key or None}
         answer = None
         with trio.move_on_after(SECONDS):
             answer = await trio.to_thread.run_sync(
@@ -67,11 +73,12 @@ class NsmAttester:
         try:
             document = _document(answer, self._device, trail)
             parsed = nitro.parse(document, trail)
-            trail.same("binding", claims.report_data(), parsed.user_data)
-            trail.same("nonce", claims.nonce, parsed.nonce)
+            trail.same("binding", user_data, parsed.user_data)
+            trail.same("nonce", nonce, parsed.nonce)
+            trail.same("public_key", public_key, parsed.public_key)
         except AttestationError as error:
             raise DeviceError(f"{self._device}: its document is of no use: {error}") from None
-        return Envelope(self.kind, document, claims.encode())
+        return document
 
     def _open(self) -> int:
         try:

@@ -352,6 +352,8 @@ async def _status(options: argparse.Namespace, terminal: Terminal) -> int:
                 for entry in value:
                     terminal.text(f"  boot: {_boot_line(entry)}\n")
                 continue
+            if name == "storage" and isinstance(value, dict):
+                value = ", ".join(f"{key} {each}" for key, each in value.items())
             terminal.text(f"  {name}: {value}\n")
     if good:
         agreed = {answer.get("terms") for answer in answers if isinstance(answer, dict)}

@@ -35,7 +35,8 @@ from mimir.net import messages
 from mimir.net.identity import Identity, exchange_public
 from mimir.net.messages import MAX_MESSAGE, Message, MessageError, Open
 from mimir.net.seal import PROLOGUE, TAG, Handshake, Seal, SealError
-from mimir.store import ComponentsDiffer, Incoming, ModelStore, StoreError
+from mimir.store import ComponentsDiffer, Incoming, ModelStore
+from mimir.vault import StoreError
 
 RECEIVE_BUFFER = 65536  # trio-websocket's default of 4 KiB costs a third of its throughput
 MAX_FRAME = MAX_MESSAGE + TAG

@@ -32,14 +32,16 @@ from pathlib import Path
 import nacl.bindings as sodium
 import nacl.exceptions
 
+from mimir import vault
 from mimir.errors import BadInput, LocalError, MimirError
 from mimir.net import LANES, PROTOCOL_VERSION, wire
-from mimir.secret import ExchangeKey, IdentityKey, LinkSecret
+from mimir.secret import ExchangeKey, IdentityKey, LinkSecret, StorageKey
 
 PUBLIC_BYTES = 32
 NONCE_BYTES = 32
 MAX_FILE = 4096
 _FILE_MARK = "mimir-identity-v1"
+SEALED_PURPOSE = "identity"
 
 
 def _given_by_systemd(path: str | Path, status: os.stat_result) -> bool:
@@ -68,8 +70,17 @@ class Identity:
         return cls(IdentityKey.random())
 
     @classmethod
-    def load(cls, path: str | Path) -> Identity:
-        """Read an identity file; `BadInput` if it is missing, readable by others, or not such a file."""
+    def load(cls, path: str | Path, key: StorageKey | None = None) -> Identity:
+        """Read an identity file; `BadInput` if it is missing, readable by others, or not such a file.
+
+        One that is encrypted at rest needs the storage key; `StoreError` if it is under another.
+        """
+        if is_sealed(path):
+            if key is None:
+                raise BadInput(
+                    f"identity {path}: encrypted under a party's storage key; only that party opens it"
+                )
+            return cls(IdentityKey(vault.unseal(key, SEALED_PURPOSE, SEALED_PURPOSE, Path(path), None)))
         try:
             with open(path, "rb") as file:
                 status = os.fstat(file.fileno())
@@ -94,6 +105,12 @@ class Identity:
         finally:
             raw[:] = bytes(len(raw))
         return cls(IdentityKey(seed))
+
+    def seal(self, path: Path, key: StorageKey) -> None:
+        """Write the file, encrypted under the storage key, in place of any that is there."""
+        with self._seed.reveal_to_kernel() as view:
+            _version, whole = vault.seal(key, SEALED_PURPOSE, SEALED_PURPOSE, view)
+        vault.replace_file(path, whole)
 
     def save(self, path: str | Path) -> None:
         """Write the file, mode 0600, never over an existing one."""
@@ -128,6 +145,15 @@ class Identity:
 
     def __repr__(self) -> str:
         return f"<Identity {self.public_hex[:16]}>"
+
+
+def is_sealed(path: str | Path) -> bool:
+    """Whether an identity file is encrypted at rest. False if it cannot be read."""
+    try:
+        with open(path, "rb") as file:
+            return file.read(len(vault.MAGIC)) == vault.MAGIC
+    except OSError:
+        return False
 
 
 def verify(public: bytes, message: bytes, signature: bytes) -> None:
