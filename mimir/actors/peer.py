@@ -15,7 +15,7 @@ from prometheus_client import Counter, Enum, Gauge, start_http_server
 from mimir import kernels, keys
 from mimir.actors.session import Limits, SessionActor
 from mimir.config import Config
-from mimir.errors import BadInput, ConfigError, EnvironmentMissing, MimirError, PeerError
+from mimir.errors import BadInput, ConfigError, MimirError, PeerError
 from mimir.model.checkpoint import PlanSpec
 from mimir.mpc.domain import Ring
 from mimir.mpc.nonlinear import Settings
@@ -24,7 +24,7 @@ from mimir.net.control import ClientHandle, serve_control
 from mimir.net.identity import BadSignature, Identity, parse_public, verify
 from mimir.net.mesh import PeerAt, open_mesh
 from mimir.net.messages import Open
-from mimir.secret import lock_state
+from mimir.secret import lock_state, require_locked
 from mimir.store import ComponentsDiffer, ModelStore, SharedModel
 from mimir.vault import Vault
 from wg import PeerState, RotationPlan, Tunnel, TunnelConfig, raise_tunnel
@@ -289,9 +289,9 @@ async def run_peer(config: Config, orders: trio.MemoryReceiveChannel[None] | Non
             f"{config.source}: identity_key {config.identity_key} is not the identity that [[peers]] lists "
             f"for party {config.party}; give every party its own file"
         )
-    if (why := lock_state()) is not None:
-        if config.keys.require_locked:
-            raise EnvironmentMissing(f"keys.require_locked: keys may go to swap: {why}")
+    if config.keys.require_locked:
+        require_locked()
+    elif (why := lock_state()) is not None:
         log.warning("keys may go to swap", why=why)
     vault = await trio.to_thread.run_sync(Vault, config.data_dir, key, source.counter)
     store = ModelStore(
