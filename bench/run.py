@@ -24,11 +24,11 @@ position, in full batches of the producer and with its part of the products with
 many positions together. Their sum is the price of a token when nothing was prepared and
 nothing overlaps. Bytes are what one party hands to its links, framing included, of the party that sends most.
 Memory is the peak resident set of a party's process (VmHWM) over the whole life of the mesh, provisioning
-included, the weights' shares, which are kept decrypted, as well; the part of it that maps files, at the end, is
-programs. (Until shares were encrypted at rest that part was the shares.) The tunnel's own process comes apart. "Bound by" is the largest share of the time of a token that
-one resource explains: the processors of this machine, which all three parties and their tunnels share; the
-way there of every round; or the rate of a link. What else the machine does is measured too: if that is much,
-the table says that its seconds are too large. Beside what was measured stands what the cost model (`mimir
+included, and the weights' shares, which are kept decrypted; the part of it that maps files, at the end, is
+programs (the shares, before they were encrypted at rest). The tunnel's own process comes apart. "Bound by" is
+the largest share of the time of a token that one resource explains: the processors of this machine, which all
+three parties and their tunnels share; the way there of every round; or the rate of a link. What else the
+machine does is measured too: if that is much, the table says that its seconds are too large. Beside what was measured stands what the cost model (`mimir
 cost`) predicts for the same session: its rounds and bytes are to agree exactly, its seconds are those of an
 otherwise idle machine, without the tunnels' processor time. Nothing here is asserted: tests do that.
 
