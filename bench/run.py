@@ -28,9 +28,10 @@ included, and the weights' shares, which are kept decrypted; the part of it that
 programs (the shares, before they were encrypted at rest). The tunnel's own process comes apart. "Bound by" is
 the largest share of the time of a token that one resource explains: the processors of this machine, which all
 three parties and their tunnels share; the way there of every round; or the rate of a link. What else the
-machine does is measured too: if that is much, the table says that its seconds are too large. Beside what was measured stands what the cost model (`mimir
-cost`) predicts for the same session: its rounds and bytes are to agree exactly, its seconds are those of an
-otherwise idle machine, without the tunnels' processor time. Nothing here is asserted: tests do that.
+machine does is measured too: if that is much, the table says that its seconds are too large. Beside what was
+measured stands what the cost model (`mimir cost`) predicts for the same session: its rounds and bytes are to
+agree exactly, its seconds are those of an otherwise idle machine, without the tunnels' processor time.
+Nothing here is asserted: tests do that.
 
 Results go to bench/results/ as one JSON file a run, with machine, commit and date; the tables to
 bench/results/table.md (--quick keeps nothing unless --out is given). Ratios to the latest earlier results of

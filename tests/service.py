@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import AsyncIterator, Callable, Mapping
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -262,45 +262,42 @@ async def world(
     fake = Fake(model)
     parties, configs = [], []
     sync, at_rest.sync = at_rest.sync, lambda path: None  # the disk is not what is tested here
-    try:
-        async with trio.open_nursery() as nursery:
-            entries = []
-            for party, identity in enumerate(identities):
-                config = Config(
-                    source=tmp / f"party{party}.toml",
-                    party=party,
-                    identity_key=tmp / f"party{party}.key",
-                    data_dir=tmp / f"data{party}",
-                    mesh=Mesh(Address("127.0.0.1", 0)),
-                    peers=peers,
-                    tunnel=Tunnel(mode="none"),
-                    clients=tuple(client.public_hex for client in clients),
-                    owners=(owner.public_hex,),
-                    **settings,
-                )
-                store = open_store(config.data_dir, party, keys)
-                member = FakeParty(party, fake, store)
-                bound = await nursery.start(serve_control, config, identity, member)
-                parties.append(member)
-                configs.append(config)
-                entries.append(Party(NAMES[party], "127.0.0.1", bound[0].port, identity.public_hex))
-            federation = Federation(
-                tmp / "federation.toml",
-                tmp / "client.key",
-                tuple(entries),
-                deadlines=ClientDeadlines(connect=20, silence=silence),
+    async with AsyncExitStack() as after, trio.open_nursery() as nursery:
+        after.callback(setattr, at_rest, "sync", sync)
+        entries = []
+        for party, identity in enumerate(identities):
+            config = Config(
+                source=tmp / f"party{party}.toml",
+                party=party,
+                identity_key=tmp / f"party{party}.key",
+                data_dir=tmp / f"data{party}",
+                mesh=Mesh(Address("127.0.0.1", 0)),
+                peers=peers,
+                tunnel=Tunnel(mode="none"),
+                clients=tuple(client.public_hex for client in clients),
+                owners=(owner.public_hex,),
+                **settings,
             )
-            made = World(fake, parties, identities, configs, clients, owner, federation)
-            if hold:
-                manifest, components = shared_model(model, keys)
-                for member in parties:
-                    put(member.store, manifest, components)
-                made.model = manifest.digest()
-            try:
-                yield made
-            finally:
-                nursery.cancel_scope.cancel()
-    finally:
-        at_rest.sync = sync
-        for member in parties:  # nobody is in the midst of anything any more
-            member.store.close()
+            store = open_store(config.data_dir, party, keys)
+            after.callback(store.close)  # once nobody is in the midst of anything
+            member = FakeParty(party, fake, store)
+            bound = await nursery.start(serve_control, config, identity, member)
+            parties.append(member)
+            configs.append(config)
+            entries.append(Party(NAMES[party], "127.0.0.1", bound[0].port, identity.public_hex))
+        federation = Federation(
+            tmp / "federation.toml",
+            tmp / "client.key",
+            tuple(entries),
+            deadlines=ClientDeadlines(connect=20, silence=silence),
+        )
+        made = World(fake, parties, identities, configs, clients, owner, federation)
+        if hold:
+            manifest, components = shared_model(model, keys)
+            for member in parties:
+                put(member.store, manifest, components)
+            made.model = manifest.digest()
+        try:
+            yield made
+        finally:
+            nursery.cancel_scope.cancel()
