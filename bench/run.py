@@ -24,13 +24,14 @@ position, in full batches of the producer and with its part of the products with
 many positions together. Their sum is the price of a token when nothing was prepared and
 nothing overlaps. Bytes are what one party hands to its links, framing included, of the party that sends most.
 Memory is the peak resident set of a party's process (VmHWM) over the whole life of the mesh, provisioning
-included; the part of it that maps files, at the end, is the weights' shares, which the kernel can drop and
-read again. The tunnel's own process comes apart. "Bound by" is the largest share of the time of a token that
-one resource explains: the processors of this machine, which all three parties and their tunnels share; the
-way there of every round; or the rate of a link. What else the machine does is measured too: if that is much,
-the table says that its seconds are too large. Beside what was measured stands what the cost model (`mimir
-cost`) predicts for the same session: its rounds and bytes are to agree exactly, its seconds are those of an
-otherwise idle machine, without the tunnels' processor time. Nothing here is asserted: tests do that.
+included, and the weights' shares, which are kept decrypted; the part of it that maps files, at the end, is
+programs (the shares, before they were encrypted at rest). The tunnel's own process comes apart. "Bound by" is
+the largest share of the time of a token that one resource explains: the processors of this machine, which all
+three parties and their tunnels share; the way there of every round; or the rate of a link. What else the
+machine does is measured too: if that is much, the table says that its seconds are too large. Beside what was
+measured stands what the cost model (`mimir cost`) predicts for the same session: its rounds and bytes are to
+agree exactly, its seconds are those of an otherwise idle machine, without the tunnels' processor time.
+Nothing here is asserted: tests do that.
 
 Results go to bench/results/ as one JSON file a run, with machine, commit and date; the tables to
 bench/results/table.md (--quick keeps nothing unless --out is given). Ratios to the latest earlier results of
@@ -571,7 +572,7 @@ def predicted(
             name: statistics.median(getattr(p, name) for p in parts) for name in ("rounds", "sent", "seconds")
         }
 
-    memory = told.peak + cost.resident()
+    memory = told.peak + cost.resident() + cost.SHARES * cost.WORD * spec.parameters()
     return {"token": middle(tokens), "preprocessing": middle(batches), "memory": memory}
 
 
@@ -805,7 +806,7 @@ def _beside(rows: Sequence[dict[str, Any]]) -> list[str]:
             f"| {_s(token['seconds'])} / {_s(s['online s'])} "
             f"| {made['rounds']:.0f} / {s['prep rounds']:.0f} | {_mb(made['sent'])} / {_mb(s['prep bytes'])} "
             f"| {_s(made['seconds'])} / {_s(s['prep s'])} "
-            f"| {_mib(p['memory'])} / {_mib(s['memory'] - s['mapped'])} |"
+            f"| {_mib(p['memory'])} / {_mib(s['memory'])} |"
         )
     return out
 

@@ -28,8 +28,8 @@ What the model leaves out: caches that are smaller or larger than in the calibra
 machine, WireGuard's own processor time, a link that slows when it is full.
 
 **Memory** is of one party: the process as it starts, the largest sum of arrays that are alive at once in the
-run over shapes, the material that a longer session keeps ready, and, apart, the weights' shares: files that
-are mapped, which the kernel can drop and read again. What the allocator wastes is left out.
+run over shapes, the material that a longer session keeps ready, and, apart, the weights' shares, which stay
+decrypted in memory as far as `keys.keep_mib` goes. What the allocator wastes is left out.
 """
 
 from __future__ import annotations
@@ -356,7 +356,7 @@ class Memory:
     process: int
     arrays: int
     ready: int
-    weights: int  # mapped from files
+    weights: int  # decrypted, and kept
 
     @property
     def resident(self) -> int:
@@ -543,6 +543,6 @@ def _text(spec: PlanSpec, told: Prediction, link: Link, rates: Rates) -> str:
         f"Tokens prepared together: {told.together}, for products with weights {told.block}. "
         "Rounds and bytes are exact, seconds a model.",
         f"Memory: {m.resident / mib:.0f} MiB (process {m.process / mib:.0f}, arrays {m.arrays / mib:.0f}, "
-        f"material ready {m.ready / mib:.0f}), and {m.weights / mib:.0f} MiB of mapped weights.",
+        f"material ready {m.ready / mib:.0f}), and {m.weights / mib:.0f} MiB of decrypted weights.",
     ]
     return "\n".join(out)

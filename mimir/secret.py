@@ -97,6 +97,7 @@ class _Arena:
             threading.RLock()
         )  # again in one thread: garbage collection wipes in the midst of anything
         self.unlocked: str | None = None
+        self.required = False
         self._free: dict[int, list[memoryview]] = {}
 
     def take(self, size: int) -> memoryview:
@@ -107,6 +108,8 @@ class _Arena:
                 pages = Pages(max(ARENA_BYTES, room))
                 if number := pages.lock():
                     self.unlocked = _why_not(number)
+                    if self.required:
+                        raise EnvironmentMissing(f"keys could go to swap: {self.unlocked}")
                 view = memoryview(pages)
                 free += [view[at : at + room] for at in range(0, len(view), room)]
             return free.pop()
@@ -117,6 +120,13 @@ class _Arena:
 
 
 _arena = _Arena()
+
+
+def require_locked() -> None:
+    """From now on a secret that cannot be locked is refused; `EnvironmentMissing` if there is one already."""
+    _arena.required = True
+    if _arena.unlocked is not None:
+        raise EnvironmentMissing(f"keys could go to swap: {_arena.unlocked}")
 
 
 def lock_state() -> str | None:

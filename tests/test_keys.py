@@ -1289,6 +1289,6 @@ def test_a_key_fetched_apart_is_the_key_and_its_refusal_the_refusal(tmp_path: Pa
         keys.obtain_apart(settings)
     assert refused.value.exit_code == BadInput.exit_code
     fresh = StorageKey.random()
-    file_source.save(settings.file, fresh)
+    file.save(settings.file, fresh)
     with fresh.reveal_to_kernel() as ours, keys.obtain_apart(settings).reveal_to_kernel() as theirs:
         assert bytes(ours) == bytes(theirs)

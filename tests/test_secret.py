@@ -103,12 +103,17 @@ if limit is not None:
     resource.setrlimit(resource.RLIMIT_MEMLOCK, (limit, limit))
 seen = []
 atexit.register(lambda: print("left", any(ctypes.string_at(*seen[0]))))  # runs after that of mimir.secret
-from mimir.secret import Pages, Secret, lock_state
+from mimir.secret import Pages, Secret, lock_state, require_locked
 secret = Secret(bytearray(b"\\x5a" * 32))
 with secret.reveal_to_kernel() as view:
     address = ctypes.addressof((ctypes.c_char * 32).from_buffer(secret._memory))
 seen.append((address, 32))
 print("state", lock_state())
+try:
+    require_locked()
+    print("required")
+except Exception as error:
+    print("required", error)
 flags, inside = "", False
 for line in open("/proc/self/smaps"):
     found = re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line)
@@ -151,6 +156,7 @@ def test_secrets_are_locked_left_out_of_core_dumps_and_gone_at_exit() -> None:
 def test_a_limit_that_allows_no_locking_is_told_with_the_remedy() -> None:
     said = probe(0, privileged=False)
     assert "RLIMIT_MEMLOCK is 0 KiB; raise it (LimitMEMLOCK=, `ulimit -l`)" in said
+    assert "required keys could go to swap: " in said
     assert "pages 1048576 bytes cannot be locked in memory" in said
     assert "left False" in said
 

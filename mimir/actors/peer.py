@@ -28,7 +28,6 @@ from mimir.errors import (
     AttestationError,
     BadInput,
     ConfigError,
-    EnvironmentMissing,
     MimirError,
     PeerError,
 )
@@ -41,7 +40,7 @@ from mimir.net.identity import BadSignature, Identity, parse_public, verify
 from mimir.net.mesh import Mesh, PeerAt, open_listeners, open_mesh
 from mimir.net.messages import Open
 from mimir.net.metrics import serve_metrics
-from mimir.secret import PresharedKey, StorageKey, lock_state
+from mimir.secret import PresharedKey, StorageKey, lock_state, require_locked
 from mimir.store import ComponentsDiffer, ModelStore, SharedModel
 from mimir.vault import Vault
 from wg import PeerState, PrivateKey, PublicKey, RotationPlan, Tunnel, TunnelConfig, WgError, raise_tunnel
@@ -373,9 +372,9 @@ async def run_peer(
         with boot.step("key") as step:
             storage_key = await source.obtain()
             step.note = f"{config.keys.source}: {source.protection}"
-    if (why := lock_state()) is not None:
-        if config.keys.require_locked:
-            raise EnvironmentMissing(f"keys.require_locked: keys may go to swap: {why}")
+    if config.keys.require_locked:
+        require_locked()
+    elif (why := lock_state()) is not None:
         log.warning("keys may go to swap", why=why)
     with boot.step("identity"):
         identity = keys.load_identity(config, storage_key)
