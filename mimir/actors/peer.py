@@ -305,7 +305,7 @@ def _tunnel_config(config: Config, key: PrivateKey | None, rotation: RotationPla
         endpoint = peer.tunnel_endpoint
         peers.append((peer.party, peer.tunnel_public_key, endpoint.host, endpoint.port, allowed))
     private = key if key is not None else t.private_key
-    assert t.interface and t.address and private and t.listen_port
+    assert t.interface and t.address and private is not None and t.listen_port
     return TunnelConfig.from_text(
         index=config.party,
         interface=t.interface,
