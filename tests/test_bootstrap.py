@@ -218,7 +218,7 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """The same machinery, with shorter pauses."""
     for name, value in {
         "TICK_SECONDS": 0.02,
-        "BETWEEN_SECONDS": 0.0,
+        "BURST_SECONDS": 0.0,
         "YIELD_SECONDS": 0.02,
         "FIRST_BACKOFF": 0.02,
         "MAX_BACKOFF": 0.3,

@@ -69,7 +69,7 @@ from mimir.secret import PresharedKey
 EXCHANGE_SECONDS = 60.0  # from PROOF to the end; a TPM takes a second or two for a quote
 CONNECT_SECONDS = 5.0
 TICK_SECONDS = 0.5  # between two looks at ends of verdicts and at the tunnel
-BETWEEN_SECONDS = 1.0  # between two pieces of evidence made for one peer
+BURST, BURST_SECONDS = 3, 3.0  # so many pieces of evidence are made for one peer in such a time
 YIELD_SECONDS = 0.3  # how much longer the follower waits before it calls, so that calls seldom cross
 FIRST_BACKOFF, MAX_BACKOFF = 0.2, 15.0
 UP_SECONDS, MAX_UP_SECONDS = 20.0, 300.0  # for the tunnel of an admitted peer to come up; doubles each time
@@ -323,7 +323,7 @@ class _Peer:
     shown: deque[str] = field(default_factory=lambda: deque(maxlen=MAX_SHOWN))  # newest first
     ends: float = 0.0  # of the verdict, by the clock that nobody sets
     seconds: float | None = None
-    attested: float = float("-inf")
+    attested: deque[float] = field(default_factory=lambda: deque(maxlen=BURST))
     down: float | None = None
     patience: float = field(default_factory=lambda: UP_SECONDS)
     call_at: float = 0.0
@@ -728,8 +728,9 @@ class Admission:
         address: str | None,
         began: float,
     ) -> None:
-        await trio.sleep_until(peer.attested + BETWEEN_SECONDS)
-        peer.attested = trio.current_time()
+        if len(peer.attested) == BURST:
+            await trio.sleep_until(peer.attested[0] + BURST_SECONDS)
+        peer.attested.append(trio.current_time())
         envelope = await self._attester.attest(claims)
         peer.shown.appendleft(hashlib.sha256(envelope.encode()).hexdigest())
         await self._perform(peer, exchange, line, exchange.attested(envelope, self._clock()), address, began)
@@ -766,7 +767,7 @@ class Admission:
             except AttestationError as error:
                 log.warning("a peer's certificate for us does not hold", party=peer.party, why=str(error))
         log.info(
-            "peer admitted" if preshared is not None else "admission renewed",
+            "admitted" if preshared is not None else "admission renewed",
             party=peer.party,
             kind=verdict.kind,
             entry=verdict.entry,
