@@ -229,6 +229,9 @@ def ports(config: Config) -> tuple[set[int], set[int]]:
     """TCP ports that may be listened on, and that may be connected to."""
     listening = {address.port for _, address in _listens(config)}
     connecting = {peer.port for peer in config.others}
+    for peer in config.others:  # and whatever else of theirs is an address for TCP
+        named = {entry.name: getattr(peer, entry.name) for entry in fields(peer)}
+        connecting |= {at.port for name, at in named.items() if isinstance(at, Address) and name not in _UDP}
     if config.tunnel.mode == "wireguard":
         listening.add(CONTROL_PORT)  # the proof of a new generation, inside it
         connecting.add(CONTROL_PORT)
@@ -271,6 +274,7 @@ def rights(config: Config) -> Iterator[tuple[Path, int]]:
                 yield loader, READ_FILE | EXECUTE
 
 
+_UDP: Final = ("tunnel_endpoint",)
 _SYSTEM_FILES: Final = (
     # Not by process: rules hold for what a name stands for now, and /proc makes those anew.
     "/proc",
