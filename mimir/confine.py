@@ -231,7 +231,9 @@ def ports(config: Config) -> tuple[set[int], set[int]]:
     connecting = {peer.port for peer in config.others}
     for peer in config.others:  # and whatever else of theirs is an address for TCP
         named = {entry.name: getattr(peer, entry.name) for entry in fields(peer)}
-        connecting |= {at.port for name, at in named.items() if isinstance(at, Address) and name not in _UDP}
+        connecting |= {
+            at.port for name, at in named.items() if isinstance(at, Address) and name not in _OF_UDP
+        }
     if config.tunnel.mode == "wireguard":
         listening.add(CONTROL_PORT)  # the proof of a new generation, inside it
         connecting.add(CONTROL_PORT)
@@ -274,7 +276,7 @@ def rights(config: Config) -> Iterator[tuple[Path, int]]:
                 yield loader, READ_FILE | EXECUTE
 
 
-_UDP: Final = ("tunnel_endpoint",)
+_OF_UDP: Final = ("tunnel_endpoint",)
 _SYSTEM_FILES: Final = (
     # Not by process: rules hold for what a name stands for now, and /proc makes those anew.
     "/proc",

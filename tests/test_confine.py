@@ -406,8 +406,8 @@ def test_steps_are_taken_once_and_tell_how_they_ended() -> None:
 
 # --- as a user that is not root -----------------------------------------------------------------------------
 
-#: In mounts of its own: what we run can be reached below a home that is root's alone, /dev/net/tun opened, and
-#: the place for wireguard-go's sockets is the user's, as systemd's RuntimeDirectory makes it.
+#: In mounts of its own: what we run can be reached below a home that is root's alone, /dev/net/tun opened,
+#: and the place for wireguard-go's sockets is the user's, as systemd's RuntimeDirectory makes it.
 _PLACE = """
 set -e
 base=$1 home=$2 needed=$3 party=$4; shift 4
