@@ -232,7 +232,11 @@ def ports(config: Config) -> tuple[set[int], set[int]]:
     """TCP ports that may be listened on, and that may be connected to."""
     listening = {address.port for _, address in _listens(config)}
     connecting = {peer.port for peer in config.others}
-    connecting |= {peer.admission.port for peer in config.others if peer.admission is not None}
+    for peer in config.others:  # and whatever else of theirs is an address for TCP
+        named = {entry.name: getattr(peer, entry.name) for entry in fields(peer)}
+        connecting |= {
+            at.port for name, at in named.items() if isinstance(at, Address) and name not in _OF_UDP
+        }
     if config.attester is not None and isinstance(config.attester.device, Address):
         connecting.add(config.attester.device.port)
     if config.keys.source == "tpm" and isinstance(config.keys.tpm.device, Address):
@@ -292,6 +296,7 @@ def rights(config: Config) -> Iterator[tuple[Path, int]]:
                 yield loader, READ_FILE | EXECUTE
 
 
+_OF_UDP: Final = ("tunnel_endpoint",)
 _SYSTEM_FILES: Final = (
     # Not by process: rules hold for what a name stands for now, and /proc makes those anew.
     "/proc",

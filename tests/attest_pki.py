@@ -10,7 +10,7 @@ import base64
 import functools
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -108,6 +108,47 @@ def revocations(
     return made.public_bytes(Encoding.DER)
 
 
+def items(raw: bytes) -> list[bytes]:
+    """DER items one after another, whole."""
+    found = []
+    while raw:
+        head = 2 if raw[1] < 0x80 else 2 + (raw[1] & 0x7F)
+        size = head + (raw[1] if head == 2 else int.from_bytes(raw[2:head], "big"))
+        found.append(raw[:size])
+        raw = raw[size:]
+    return found
+
+
+def contents(item: bytes) -> bytes:
+    return item[2 if item[1] < 0x80 else 2 + (item[1] & 0x7F) :]
+
+
+def altered(
+    signed: x509.Certificate | x509.CertificateRevocationList,
+    signer: Any,
+    change: Callable[[list[bytes]], list[bytes]],
+) -> bytes:
+    """The same with other fields, signed again (P-256, or RSA as AMD does), in DER: what cryptography would
+    not make."""
+    body, algorithm, _ = items(contents(signed.public_bytes(Encoding.DER)))
+    body = tlv(0x30, *change(items(contents(body))))
+    by_rsa = isinstance(signer, rsa.RSAPrivateKey)
+    how: tuple[Any, ...] = (PSS, hashes.SHA384()) if by_rsa else (ec.ECDSA(hashes.SHA256()),)
+    return tlv(0x30, body, algorithm, tlv(3, b"\0", signer.sign(body, *how)))
+
+
+def of_the_year_0(fields: list[bytes]) -> list[bytes]:
+    """For `altered`: valid from a time that X.509 can say and Python cannot."""
+    validity = tlv(0x30, tlv(0x18, b"00000101000000Z"), tlv(0x18, b"99991231235959Z"))
+    return [*fields[:4], validity, *fields[5:]]
+
+
+def of_no_known_curve(fields: list[bytes]) -> list[bytes]:
+    """For `altered`: the P-256 key says that it is on a curve that nobody has."""
+    curve = oid("1.2.840.10045.3.1.7")
+    return [each.replace(curve, curve[:-1] + b"\x7f") for each in fields]
+
+
 def pem(*certificates: x509.Certificate) -> bytes:
     return b"".join(each.public_bytes(Encoding.PEM) for each in certificates)
 
@@ -155,25 +196,29 @@ TCB = {"bl": 10, "tee": 0, "snp": 23, "ucode": 84}
 
 @dataclass
 class Amd:
-    """A Genoa of our own: ARK, ASK and ASVK, and chips whose certificates have the serial number 0."""
+    """A Genoa or Turin of our own: ARK, ASK, ASVK, and chips whose certificates have the serial number 0."""
 
     ark: x509.Certificate
     ask: x509.Certificate
     asvk: x509.Certificate
-    hwid: bytes = bytes(range(64))
+    product: str = "Genoa"
 
     @classmethod
-    def make(cls, **changes: Any) -> Amd:
+    def make(cls, product: str = "Genoa", **changes: Any) -> Amd:
         """`changes` are of the ASK."""
-        ark = certificate("ARK-Genoa", rsa_key("ark"), None, rsa_key("ark"), ca=True)
+        ark = certificate(f"ARK-{product}", rsa_key("ark"), None, rsa_key("ark"), ca=True)
         low: dict[str, Any] = {"ca": True, "path_length": 0}
-        ask = certificate("SEV-Genoa", rsa_key("ask"), ark, rsa_key("ark"), serial=7, **low | changes)
-        asvk = certificate("SEV-VLEK-Genoa", rsa_key("ask"), ark, rsa_key("ark"), serial=8, **low)
-        return cls(ark, ask, asvk)
+        ask = certificate(f"SEV-{product}", rsa_key("ask"), ark, rsa_key("ark"), serial=7, **low | changes)
+        asvk = certificate(f"SEV-VLEK-{product}", rsa_key("ask"), ark, rsa_key("ark"), serial=8, **low)
+        return cls(ark, ask, asvk, product)
+
+    @property
+    def hwid(self) -> bytes:
+        return bytes(range(64 if self.product == "Genoa" else 8))
 
     @property
     def roots(self) -> dict[str, str]:
-        return {"genoa": digest(self.ark)}
+        return {self.product.lower(): digest(self.ark)}
 
     def chain(self, kind: str = "vcek") -> bytes:
         return pem(self.ask if kind == "vcek" else self.asvk, self.ark)
@@ -188,13 +233,16 @@ class Amd:
         changes: Mapping[str, bytes | None] | None = None,
         serial: int = 0,
         issuer: x509.Name | None = None,
-        subject: str = "",
+        subject: str | x509.Name = "",
         curve: str = "p384",
         critical: bool = False,
+        scheme: Any = PSS,
+        alter: Callable[[list[bytes]], list[bytes]] = list,
     ) -> bytes:
-        """A chip's certificate. `changes` replaces extensions by the end of their OID; None drops one."""
-        ends = {"bl": "3.1", "tee": "3.2", "snp": "3.3", "ucode": "3.8"}
-        values: dict[str, bytes | None] = {"1": number(0), "2": tlv(0x16, b"Genoa")}
+        """A chip's certificate. `changes` replaces extensions by the end of their OID; None drops one.
+        `alter` changes the fields that are signed."""
+        ends = {"bl": "3.1", "tee": "3.2", "snp": "3.3", "ucode": "3.8", "fmc": "3.9"}
+        values: dict[str, bytes | None] = {"1": number(0), "2": tlv(0x16, self.product.encode())}
         values |= {ends[name]: number(version) for name, version in tcb.items()}
         values |= {"4": self.hwid} if kind == "vcek" else {"5": tlv(0x16, b"CN=cloud.example")}
         values |= changes or {}
@@ -206,7 +254,9 @@ class Amd:
         signer = self.ask if kind == "vcek" else self.asvk
         builder = (
             x509.CertificateBuilder()
-            .subject_name(named(subject or ("SEV-VCEK" if kind == "vcek" else "SEV-VLEK")))
+            .subject_name(
+                subject if isinstance(subject, x509.Name) else named(subject or f"SEV-{kind.upper()}")
+            )
             .issuer_name(issuer or signer.subject)
             .public_key(ec_key("vek", curve).public_key())
             .serial_number(1)
@@ -215,15 +265,12 @@ class Amd:
         )
         for value, must in extensions:
             builder = builder.add_extension(value, must)
-        made = builder.sign(rsa_key("ask"), hashes.SHA384(), rsa_padding=PSS)
+        made = builder.sign(rsa_key("ask"), hashes.SHA384(), rsa_padding=scheme)
         # cryptography makes no serial number 0, and AMD no other: the byte is changed and signed over.
-        signed = made.tbs_certificate_bytes
-        at = signed.index(b"\x02\x01\x01\x30")
-        signed = signed[: at + 2] + bytes((serial,)) + signed[at + 3 :]
-        whole = made.public_bytes(Encoding.DER)
-        start = whole.index(made.tbs_certificate_bytes) + len(signed)
-        algorithm = whole[start : start + 2 + whole[start + 1]]
-        signature = rsa_key("ask").sign(signed, PSS, hashes.SHA384())
+        body, algorithm, _ = items(contents(made.public_bytes(Encoding.DER)))
+        version, _, *fields = items(contents(body))
+        signed = tlv(0x30, *alter([version, tlv(2, bytes((serial,))), *fields]))
+        signature = rsa_key("ask").sign(signed, scheme, hashes.SHA384())
         return tlv(0x30, signed, algorithm, tlv(3, b"\0", signature))
 
     def report(self, **changes: Any) -> bytes:
@@ -249,8 +296,11 @@ class Amd:
 
         def tcb(versions: Mapping[str, int]) -> bytes:
             out = bytearray(8)
-            for name, at in (("bl", 0), ("tee", 1), ("snp", 6), ("ucode", 7)):
-                out[at] = versions[name]
+            places = (("bl", 0), ("tee", 1), ("snp", 6), ("ucode", 7))
+            if self.product == "Turin":
+                places = (("fmc", 0), ("bl", 1), ("tee", 2), ("snp", 3), ("ucode", 7))
+            for name, at in places:
+                out[at] = versions.get(name, 0)
             return bytes(out)
 
         raw = bytearray(1184)
@@ -302,7 +352,8 @@ class Intel:
     svns: tuple[int, ...] = (5,) * 16
 
     @classmethod
-    def make(cls) -> Intel:
+    def make(cls, change: Callable[[dict[str, bytes]], list[tuple[str, bytes]]] | None = None) -> Intel:
+        """`change` gives the fields of the PCK's extension, each with its number, from the usual ones."""
         top = ec_key("intel root")
         root = certificate("Intel SGX Root CA", top, None, top, ca=True, path_length=1)
         mid = certificate(
@@ -319,7 +370,8 @@ class Intel:
             "4": tlv(4, FMSPC),
             "5": tlv(0x0A, b"\0"),
         }
-        value = tlv(0x30, *(tlv(0x30, oid(f"{SGX_ARC}.{end}"), item) for end, item in fields.items()))
+        chosen = list(fields.items()) if change is None else change(fields)
+        value = tlv(0x30, *(tlv(0x30, oid(f"{SGX_ARC}.{end}"), item) for end, item in chosen))
         extension = (x509.UnrecognizedExtension(ObjectIdentifier(SGX_ARC), value), False)
         pck = certificate(
             "Intel SGX PCK Certificate",

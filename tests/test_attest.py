@@ -19,11 +19,12 @@ import attest_pki as pki
 import cbor2
 import pytest
 from conftest import SHARED_VARIABLE, find_shared
+from cryptography.hazmat.primitives.asymmetric import ed25519
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mimir.attest import azure, certs, nitro, snp, tdx, tpm
+from mimir.attest import azure, certs, evidence, nitro, snp, tdx, tpm
 from mimir.attest.trail import Trail
 from mimir.errors import AttestationError
 
@@ -1598,3 +1599,146 @@ def test_a_certificate_of_the_key_is_one(aws: pki.Aws) -> None:
     both = pki.pem(certificate, root)
     key = tpm.parse_public(own.public(), Trail("tpm"))
     assert refused(lambda: tpm.verify_key(key, both, b"", pki.NOW, Trail("tpm"))) == "tpm.ak_chain"
+
+
+# --- what only an authority can do wrong --------------------------------------------------------------------
+
+
+def test_chips_that_amd_would_not_certify(amd: pki.Amd) -> None:
+    """Certified all the same, each in one wrong way."""
+    twice = pki.x509.Name([*pki.named("SEV-VCEK"), *pki.named("SEV-VLEK")])
+    report = amd.report()
+
+    def doubled(fields: list[bytes]) -> list[bytes]:
+        listed = pki.items(pki.contents(pki.contents(fields[-1])))
+        return [*fields[:-1], pki.tlv(0xA3, pki.tlv(0x30, *listed, listed[-1]))]
+
+    def older(fields: list[bytes]) -> list[bytes]:
+        return [pki.tlv(0xA0, pki.number(1)), *fields[1:]]
+
+    def unknown_curve(fields: list[bytes]) -> list[bytes]:
+        curve = pki.oid("1.3.132.0.34")
+        return [each.replace(curve, curve[:-1] + b"\x7f") for each in fields]
+
+    for changes, step in (
+        ({"subject": twice}, "vek"),
+        ({"scheme": pki.padding.PKCS1v15()}, "chain.vek"),
+        ({"alter": doubled}, "vek"),
+        ({"alter": older}, "vek"),
+        ({"alter": unknown_curve}, "vek"),
+    ):
+        assert refused(lambda c=changes: own_snp(amd, report=report, vek=amd.vek(**c))) == f"snp.{step}"  # type: ignore[misc]
+
+
+def test_a_turin_has_a_short_name_and_zeros_after_it() -> None:
+    turin = pki.Amd.make("Turin")
+    tcb = pki.TCB | {"fmc": 3}
+    usual: dict[str, Any] = {"cpuid": (0x1A, 2, 0), "reported": tcb, "committed": tcb, "launch": tcb}
+    facts = own_snp(turin, report=turin.report(**usual), vek=turin.vek(tcb))
+    assert facts.product == "turin" and facts.tcb()["fmc"] == 3
+    more = turin.report(**usual, at={0x1A0 + 8: 1})
+    assert refused(lambda: own_snp(turin, report=more, vek=turin.vek(tcb))) == "snp.chip"
+
+
+def test_platforms_that_intel_would_not_certify(intel: pki.Intel) -> None:
+    for change in (
+        lambda fields: [item for item in fields.items() if item[0] != "2"],  # no TCB
+        lambda fields: [*fields.items(), ("3", fields["3"])],  # a field twice
+        lambda fields: list((fields | {"3": pki.tlv(4, bytes(3))}).items()),  # a field too long
+    ):
+        other = pki.Intel.make(change)
+        assert refused(lambda o=other: own_tdx(o, roots=o.roots)) == "tdx.pck"  # type: ignore[misc]
+    odd = pki.altered(intel.pck, pki.ec_key("pck ca"), pki.of_no_known_curve)
+    chain = [certs.load_der(Trail("test"), "der", odd), intel.authority, intel.root]
+    assert refused(lambda: own_tdx(intel, raw=intel.quote(pki.pem(*chain)))) == "tdx.pck"
+    assert (
+        refused(lambda: tdx.peek_fmspc(tdx.parse(intel.quote(b""), Trail("tdx")), Trail("tdx")))
+        == "tdx.chain"
+    )
+
+
+def test_collateral_that_intel_would_not_sign(intel: pki.Intel) -> None:
+    good = json.loads(intel.collateral())
+    other = pki.certificate(
+        "Intel SGX TCB Signing", pki.ec_key("tcb", "p384"), intel.root, pki.ec_key("intel root"), ca=False
+    )
+    for changes, step in (
+        (
+            {"tcb_info": "[]", "tcb_info_signature": pki.raw_signature(pki.ec_key("tcb"), b"[]", 32).hex()},
+            "tcb_info",
+        ),
+        ({"tcb_info_issuer_chain": pki.pem(other, intel.root).decode()}, "tcb_info.signature"),
+    ):
+        raw = json.dumps(good | changes).encode()
+        assert refused(lambda r=raw: own_tdx(intel, collateral=r)) == f"tdx.{step}"  # type: ignore[misc]
+    large = b" " * (tdx.MAX_COLLATERAL + 1)
+    assert refused(lambda: tdx.read_collateral(large, Trail("tdx"))) == "tdx.collateral"
+    three = good | {"pck_crl_issuer_chain": pki.pem(intel.pck, intel.authority, intel.root).decode()}
+    work = functools.partial(tdx.verify_collateral, json.dumps(three).encode(), pki.NOW, roots=intel.roots)
+    assert refused(work) == "tdx.crl.chain"
+    # A list must say when the next one comes.
+    listed = pki.x509.load_der_x509_crl(bytes.fromhex(good["pck_crl"]))
+    endless = pki.altered(listed, pki.ec_key("pck ca"), lambda fields: [*fields[:4], *fields[5:]])
+    assert pki.x509.load_der_x509_crl(endless).next_update_utc is None
+    work = functools.partial(certs.verify_crl, Trail("test"), "crl", endless, intel.authority, pki.NOW)
+    assert refused(work) == "test.crl"
+
+
+def test_a_signature_says_that_all_its_bits_count(intel: pki.Intel) -> None:
+    """cryptography takes a certificate whose signature's last bit, a zero, is said to be unused."""
+    while (raw := pki.altered(intel.pck, pki.ec_key("pck ca"), list))[-1] & 1:
+        pass
+    for unused, step in ((0, None), (1, "tdx.chain")):
+        *fields, signature = pki.items(pki.contents(raw))
+        other = pki.tlv(0x30, *fields, pki.tlv(3, bytes((unused,)), pki.contents(signature)[1:]))
+        chain = [certs.load_der(Trail("test"), "der", other), intel.authority, intel.root]
+        quote = intel.quote(pki.pem(*chain))
+        assert step is None or refused(lambda q=quote: own_tdx(intel, raw=q)) == step  # type: ignore[misc]
+        assert step is not None or own_tdx(intel, raw=quote).status == "UpToDate"
+
+
+def test_dates_that_python_has_not(amd: pki.Amd, intel: pki.Intel) -> None:
+    """cryptography reads the year 0, and only whoever looks at it meets a ValueError. The chain of a chip is
+    the peer's, and its root not yet compared."""
+    raw = pki.altered(amd.ark, pki.rsa_key("ark"), pki.of_the_year_0)
+    root = certs.load_der(Trail("test"), "der", raw)
+    assert refused(lambda: own_snp(amd, chain=pki.pem(amd.ask, root))) == "snp.chain.dates"
+    raw = pki.altered(intel.pck, pki.ec_key("pck ca"), pki.of_the_year_0)
+    chain = [certs.load_der(Trail("test"), "der", raw), intel.authority, intel.root]
+    assert refused(lambda: own_tdx(intel, raw=intel.quote(pki.pem(*chain)))) == "tdx.chain.dates"
+    listed = pki.x509.load_der_x509_crl(pki.revocations(intel.authority, pki.ec_key("pck ca")))
+    for at, text in ((3, b"00000101000000Z"), (4, b"00000101000000Z"), (4, b"99991231235959Z")):
+        raw = pki.altered(
+            listed,
+            pki.ec_key("pck ca"),
+            lambda fields, at=at, text=text: [*fields[:at], pki.tlv(0x18, text), *fields[at + 1 :]],  # type: ignore[misc]
+        )
+        work = functools.partial(
+            certs.verify_crl, Trail("test"), "crl", raw, intel.authority, pki.NOW, pki.DAY
+        )
+        assert refused(work) == "test.crl"
+
+
+def test_extensions_and_keys_that_cannot_be_read(aws: pki.Aws) -> None:
+    garbage = pki.x509.UnrecognizedExtension(pki.x509.KeyUsage.oid, b"\x05\x00")
+    leaf = pki.certificate(
+        "enclave",
+        pki.ec_key("aws leaf", "p384"),
+        aws.middle,
+        pki.ec_key("aws zone", "p384"),
+        ca=False,
+        extensions=[(garbage, False)],
+    )
+    chain = [leaf, aws.middle, aws.root]
+    work = functools.partial(certs.verify_chain, Trail("test"), "chain", chain, aws.roots, pki.NOW)
+    assert refused(work) == "test.chain.role"
+    certificate, _ = pki.Tpm().certified()
+    odd = pki.altered(certificate, pki.ec_key("tpm root"), pki.of_no_known_curve)
+    assert refused(lambda: tpm.certified_key(odd, Trail("tpm"))) == "tpm.ak_chain"
+    edwards = ed25519.Ed25519PrivateKey.generate().public_key()
+    pem = edwards.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
+    assert refused(lambda: tpm.load_key(pem, Trail("tpm"))) == "tpm.ak.strength"
+    log = put(pki.event_log([]), 32 + 28, b"\x99\0\0\0")  # an algorithm of no bytes
+    assert refused(lambda: tpm.parse_log(log, Trail("tpm"))) == "tpm.log"
+    large = bytes(evidence.MAX_CLAIMS + 1)
+    assert refused(lambda: evidence.Claims.decode(large, Trail("test"))) == "test.format"

@@ -406,27 +406,38 @@ def test_steps_are_taken_once_and_tell_how_they_ended() -> None:
 
 # --- as a user that is not root -----------------------------------------------------------------------------
 
-#: In mounts of its own: a Python below /root can be reached, /dev/net/tun opened, and the place for
-#: wireguard-go's sockets is the user's, as systemd's RuntimeDirectory makes it.
+#: In mounts of its own: what we run can be reached below a home that is root's alone, /dev/net/tun opened,
+#: and the place for wireguard-go's sockets is the user's, as systemd's RuntimeDirectory makes it.
 _PLACE = """
 set -e
-base=$1; shift
-mkdir -p "$base/python" "$base/sockets"
+base=$1 home=$2 needed=$3 party=$4; shift 4
 mount --make-rprivate /
-if [ -d /root/.pyenv ]; then
-    mount --bind /root/.pyenv "$base/python"
-    mount -t tmpfs -o mode=755 none /root
-    mkdir /root/.pyenv
-    mount --move "$base/python" /root/.pyenv
-fi
-mount -t tmpfs -o mode=755 none "$base/sockets"
-mknod -m 666 "$base/sockets/tun" c 10 200
-mount --bind "$base/sockets/tun" /dev/net/tun
+for each in $needed; do
+    mkdir -p "$base/kept$each"
+    mount --bind "$each" "$base/kept$each"
+done
+if [ -n "$needed" ]; then mount -t tmpfs -o mode=755 none "$home"; fi
+for each in $needed; do
+    mkdir -p "$each"
+    mount --move "$base/kept$each" "$each"
+done
+mkdir "$base/devices"
+mount -t tmpfs -o mode=755 none "$base/devices"
+mknod -m 666 "$base/devices/tun" c 10 200
+mount --bind "$base/devices/tun" /dev/net/tun
 mkdir -p /var/run/wireguard
 mount -t tmpfs -o mode=700,uid=65534,gid=65534 none /var/run/wireguard
-chown -R 65534:65534 "$1"; shift
+chown -R 65534:65534 "$party"
 exec setpriv --reuid 65534 --regid 65534 --clear-groups --inh-caps +net_admin --ambient-caps +net_admin "$@"
 """
+
+
+def below(home: str) -> list[str]:
+    """What is run from below a home directory: our interpreter, its packages and the checkout, outermost."""
+    paths = {str(Path(each).resolve()) for each in (sys.base_prefix, sys.prefix, TESTS.parent)}
+    paths |= {str(Path(each).resolve()) for each in sys.path if each.endswith("site-packages")}
+    inside = sorted(each for each in paths if each.startswith(f"{home}/"))
+    return [each for each in inside if not any(each.startswith(f"{other}/") for other in inside)]
 
 
 @pytest.mark.netns
@@ -451,7 +462,7 @@ def test_a_party_runs_as_a_user_with_nothing_but_cap_net_admin(tmp_path: Path) -
         try:
             subprocess.run(["ip", "-n", space, "link", "set", "lo", "up"], check=True)
             words = ["ip", "netns", "exec", space, "unshare", "-m", "sh", "-c", _PLACE, "sh", str(place)]
-            words += [str(config.parent), sys.executable, "-c"]
+            words += ["/root", " ".join(below("/root")), str(config.parent), sys.executable, "-c"]
             words += ["import sys; from mimir.__main__ import peer_main; sys.exit(peer_main())"]
             words += ["run", "--config", str(config)]
             with log.open("wb") as output:

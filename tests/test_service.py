@@ -92,6 +92,17 @@ def test_apparmor_takes_the_profile() -> None:
     assert done.returncode == 0, done.stderr
 
 
+def test_the_enclaves_script_is_one_and_knows_its_settings() -> None:
+    """It was not run in an enclave; its syntax, and that each name it uses is set."""
+    boot, relay = CONFIGS / "nitro" / "boot", CONFIGS / "nitro" / "relay"
+    for path in (boot, relay):
+        assert subprocess.run(["sh", "-n", str(path)]).returncode == 0
+    assert boot.stat().st_mode & 0o111
+    given = set(re.findall(r"^([A-Z]+)=", relay.read_text() + boot.read_text(), re.MULTILINE))
+    assert set(re.findall(r"\$\{?([A-Z]+)", boot.read_text())) == given
+    assert "configs/nitro/boot" in (CONFIGS / "nitro" / "Dockerfile").read_text()
+
+
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root: a file of root's")
 def test_credentials_of_the_unit_are_taken_as_systemd_gives_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -111,13 +111,25 @@ def verify_chain(
             lambda c=certificate, i=issuer: c.verify_directly_issued_by(i),  # type: ignore[misc]
         )
         _check_role(trail, step, certificate, depth + leaf_is_ca)
-
-        def dates(read: x509.Certificate = certificate) -> tuple[datetime, datetime]:
-            return read.not_valid_before_utc, read.not_valid_after_utc
-
-        first, last = trail.guard(f"{step}.dates", "dates that can be read", dates)
-        trail.within(f"{step}.dates", first, now, last)
+        check_dates(trail, f"{step}.dates", certificate, now)
+        # Bits said to be unused would be ignored: the same certificate in other bytes.
+        whole = Der(certificate.public_bytes(Encoding.DER), trail, step).enter("a certificate", SEQUENCE)
+        for what in ("TBSCertificate", "signatureAlgorithm"):
+            whole.item(what, SEQUENCE)
+        if whole.get("signature", BIT_STRING)[:1] != b"\0":
+            trail.refuse(step, f"whole bytes of signature on {name}", "unused bits")
     return min(each.not_valid_after_utc for each in chain)
+
+
+def check_dates(trail: Trail, step: str, certificate: x509.Certificate, now: datetime) -> None:
+    """Require that the certificate is valid at `now`. cryptography loads dates that Python has no time for
+    (the year 0), and raises when they are looked at."""
+    first, last = trail.guard(
+        step,
+        "dates that can be read",
+        lambda: (certificate.not_valid_before_utc, certificate.not_valid_after_utc),
+    )
+    trail.within(step, first, now, last)
 
 
 def _check_role(trail: Trail, step: str, certificate: x509.Certificate, depth: int) -> None:
@@ -191,27 +203,30 @@ def verify_crl(
     if not 0 < len(raw) <= MAX_CRL:
         trail.refuse(step, f"a revocation list of 1 to {MAX_CRL} bytes", f"{len(raw)} bytes")
 
-    def load() -> tuple[x509.CertificateRevocationList, bool, list[str]]:
+    def load() -> tuple[
+        x509.CertificateRevocationList, bool, list[str], tuple[datetime, datetime | None, datetime | None]
+    ]:
         listed = x509.load_der_x509_crl(raw)
         good = listed.is_signature_valid(issuer.public_key())  # type: ignore[arg-type]
         critical = [e.oid.dotted_string for e in listed.extensions if e.critical]
         for each in listed:  # reads every entry once, so that no later look-up can fail
             each.extensions  # noqa: B018
         usage = issuer.extensions.get_extension_for_class(x509.KeyUsage).value
-        return listed, good and usage.crl_sign and listed.issuer == issuer.subject, critical
+        good = good and usage.crl_sign and listed.issuer == issuer.subject
+        until = listed.next_update_utc  # it and the others may be times that Python has not
+        return listed, good, critical, (listed.last_update_utc, until, until and until + grace)
 
-    listed, good, critical = trail.guard(step, "a DER revocation list", load)
+    listed, good, critical, (issued, until, last) = trail.guard(step, "a DER revocation list", load)
     name = subject_of(issuer)
     trail.require(
         good, f"{step}.signature", f"a list signed by {name}", "as expected" if good else "not signed by it"
     )
     if critical or not isinstance(listed.signature_hash_algorithm, GOOD_HASHES):
         trail.refuse(step, "a whole list, signed over SHA-256 or better", critical or "a weaker hash")
-    until = listed.next_update_utc
-    if until is None:
+    if until is None or last is None:
         trail.refuse(step, "a list that says when the next one comes", "no nextUpdate")
-    trail.within(f"{step}.dates", listed.last_update_utc, now, until + grace)
-    return Revocations(name, listed.last_update_utc, until, listed)
+    trail.within(f"{step}.dates", issued, now, last)
+    return Revocations(name, issued, until, listed)
 
 
 # --- DER by hand -------------------------------------------------------------------------------------------

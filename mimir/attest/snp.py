@@ -386,7 +386,7 @@ def _check_authority(
 
     good = trail.guard("chain.authority", "signed by the ARK", check)
     trail.require(good, "chain.authority", "a CA signed over SHA-384", "as expected" if good else "another")
-    trail.within("chain.dates", certificate.not_valid_before_utc, now, certificate.not_valid_after_utc)
+    certs.check_dates(trail, "chain.dates", certificate, now)
 
 
 def _pss() -> padding.PSS:
