@@ -32,6 +32,7 @@ import struct
 import sys
 import sysconfig
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Final, NoReturn
@@ -89,8 +90,9 @@ _MASKED_EQ = 7
 #: versions have for the same purpose.
 CALLS: Final = (
     # files, by name and by descriptor; Landlock says which
-    "access faccessat faccessat2 open openat close close_range read readv pread64 preadv write writev "
-    "pwrite64 pwritev lseek stat lstat fstat newfstatat statx statfs fstatfs readlink readlinkat "
+    "access faccessat faccessat2 open openat close close_range read readv pread64 preadv preadv2 write "
+    "writev pwrite64 pwritev pwritev2 lseek stat lstat fstat newfstatat statx statfs fstatfs readlink "
+    "readlinkat "
     "memfd_create getdents64 getcwd mkdir mkdirat rmdir unlink unlinkat rename renameat renameat2 ftruncate "
     "fallocate fadvise64 fsync fdatasync flock fcntl dup dup2 dup3 pipe pipe2 umask inotify_init1 "
     "inotify_add_watch inotify_rm_watch "
@@ -152,6 +154,7 @@ _TUNNEL_IOCTLS: Final = (
     0x400454D0,  # TUNSETOFFLOAD
     0x800454D2,  # TUNGETIFF
 )
+_NSM_IOCTL: Final = 0xC0200A00  # linux/nsm.h: one request to Nitro's security module
 _PRCTLS: Final = (_SET_PDEATHSIG, _GET_DUMPABLE, _SET_NAME, _GET_NAME)
 _PROT_WRITE, _PROT_EXEC = 2, 4
 _CLONE_THREAD, _CLONE_NEW = 0x00010000, 0x7E020000  # every namespace
@@ -211,12 +214,14 @@ def confine(config: Config) -> Confinement:
     library = _libseccomp()
     _make_directories(config, tunnel)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    _raise_lock_limit()
     _prctl("no_new_privs", _SET_NO_NEW_PRIVS, 1)
     _prctl(None, _SET_MDWE, _MDWE_REFUSE_EXEC_GAIN)  # Linux 6.3; the filter refuses nearly the same
     _restrict_files(config, version)
     _drop_capabilities(keep)
     _prctl("dumpable", _SET_DUMPABLE, 0)
-    _filter_calls(library, tunnel)
+    nitro = config.attester is not None and config.attester.kind == "nitro"
+    _filter_calls(library, tunnel, nitro)
     _verify(config, keep)
     lacks = tuple(what for since, what in _SINCE.items() if since > version)
     return Confinement(version, lacks, tunnel)
@@ -360,6 +365,16 @@ def _make_directories(config: Config, tunnel: bool) -> None:
             ) from None
 
 
+def _raise_lock_limit() -> None:
+    """Keys are kept out of swap, for which the right is about to go; the limit stays."""
+    limit = resource.getrlimit(resource.RLIMIT_MEMLOCK)
+    infinite = resource.RLIM_INFINITY
+    for soft in (infinite, limit[1]):
+        with suppress(ValueError, OSError):
+            resource.setrlimit(resource.RLIMIT_MEMLOCK, (soft, infinite if soft == infinite else limit[1]))
+            return
+
+
 def _mapped() -> set[str]:
     """Every file whose code is in this process."""
     lines = [line.split(maxsplit=5) for line in Path("/proc/self/maps").read_text().splitlines()]
@@ -479,9 +494,9 @@ def _capset(permitted: int, inheritable: int) -> None:
 # --- seccomp -----------------------------------------------------------------------------------------------
 
 
-def _conditions(tunnel: bool) -> Iterator[tuple[str, tuple[Match, ...]]]:
+def _conditions(tunnel: bool, nitro: bool) -> Iterator[tuple[str, tuple[Match, ...]]]:
     """Calls that pass for some arguments only; a call with two entries passes if either fits."""
-    for number in (*_IOCTLS, *(_TUNNEL_IOCTLS if tunnel else ())):
+    for number in (*_IOCTLS, *(_TUNNEL_IOCTLS if tunnel else ()), *((_NSM_IOCTL,) if nitro else ())):
         yield "ioctl", (Match(1, number),)
     for number in _PRCTLS:
         yield "prctl", (Match(0, number),)
@@ -546,7 +561,7 @@ def can_filter() -> bool:
     return Path("/proc/sys/kernel/seccomp/actions_avail").exists()
 
 
-def _compile(library: ctypes.CDLL, machine: str, tunnel: bool) -> int:
+def _compile(library: ctypes.CDLL, machine: str, tunnel: bool, nitro: bool = False) -> int:
     """The filter for a machine, as a context of libseccomp that the caller releases."""
     token = ARCHITECTURES.get(machine)
     if token is None:
@@ -568,7 +583,7 @@ def _compile(library: ctypes.CDLL, machine: str, tunnel: bool) -> int:
     must(library.seccomp_attr_set(context, _ATTR_OPTIMIZE, 2), "binary search")
     plain = {ALLOW: [*CALLS, *(CHILDREN if tunnel else ())], ENOSYS: ABSENT, KILL: FATAL}
     rules = [(action, name, ()) for action, names in plain.items() for name in names]
-    for action, name, matches in (*rules, *((ALLOW, *each) for each in _conditions(tunnel))):
+    for action, name, matches in (*rules, *((ALLOW, *each) for each in _conditions(tunnel, nitro))):
         # By this host's number, which the library takes for a name; below -1 for what only others have.
         number = library.seccomp_syscall_resolve_name(name.encode())
         if number == -1:
@@ -580,8 +595,8 @@ def _compile(library: ctypes.CDLL, machine: str, tunnel: bool) -> int:
     return int(context)
 
 
-def _filter_calls(library: ctypes.CDLL, tunnel: bool) -> None:
-    context = _compile(library, platform.machine(), tunnel)
+def _filter_calls(library: ctypes.CDLL, tunnel: bool, nitro: bool) -> None:
+    context = _compile(library, platform.machine(), tunnel, nitro)
     try:
         library.seccomp_attr_set(context, _ATTR_TSYNC, 1)
         result = library.seccomp_load(context)

@@ -29,7 +29,7 @@ import os
 import re
 import stat
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from struct import Struct
@@ -407,9 +407,13 @@ class Vault:
     Blocks; call it from a thread.
     """
 
-    def __init__(self, root: Path, key: StorageKey, counter: Counter) -> None:
-        """Takes the key over. `StoreError` for a store without encryption, under another key, or put back."""
+    def __init__(
+        self, root: Path, key: StorageKey, counter: Counter, beside: Collection[str] = frozenset()
+    ) -> None:
+        """Takes the key over. `StoreError` for a store without encryption, under another key, or put back.
+        `beside`: files in `root` that are somebody else's."""
         self.root = root
+        self._beside = frozenset(beside)
         self._key = key
         self._counter = counter
         self._busy = threading.Lock()
@@ -498,7 +502,8 @@ class Vault:
         path = self.root / REGISTER
         count = self._counter.read()
         if not path.exists():
-            others = [each.name for each in self.root.iterdir() if each.name not in (LOCK, f"{REGISTER}.new")]
+            known = {LOCK, f"{REGISTER}.new", *self._beside}
+            others = [each.name for each in self.root.iterdir() if each.name not in known]
             if others:
                 raise StoreError(
                     f"{self.root}: has {sorted(others)[0]} but no register: written by a version without "

@@ -324,7 +324,7 @@ if [[ -n $attest ]]; then
     # The policy: exactly these three machines, with this code and these terms, signed by the model's owner.
     policy=$workdir/policy.toml
     rm -f -- "$policy" "$policy.sig"
-    "$bin/mimir" policy new "$policy" --environment simulation --days 30 2>>"$workdir/policy.log"
+    "$bin/mimir" policy new "$policy" --name mesh --environment simulation --days 30 2>>"$workdir/policy.log"
     sed -i "s/^version = 1 /version = $(date +%s) /" "$policy" # later than any that the parties have seen here
     making=()
     for party in 0 1 2; do

@@ -25,6 +25,7 @@ from lab import why_not
 
 from mimir import boot, confine, doctor
 from mimir import config as configuration
+from mimir.attesters import nsm
 from mimir.errors import BadInput, ConfigError, EnvironmentMissing, LocalError
 
 TESTS = Path(__file__).parent
@@ -334,7 +335,8 @@ def test_what_the_file_names_may_be_read_and_nothing_beside_it(config: configura
     assert rights[config.data_dir] == confine.KEEP
     assert rights[config.identity_key] == rights[config.source] == confine.READ
     writable = {str(path) for path, right in rights.items() if right & ~confine.READ}
-    assert writable == {str(config.data_dir), "/dev/null"}
+    assert config.keys.counter is not None
+    assert writable == {str(config.data_dir), str(config.keys.counter.parent), "/dev/null"}
     listening, connecting = confine.ports(config)
     assert listening == {config.control.listen.port, config.mesh.listen.port}
     assert connecting == {peer.port for peer in config.others}
@@ -456,6 +458,7 @@ def test_a_party_runs_as_a_user_with_nothing_but_cap_net_admin(tmp_path: Path) -
 
         assert party.tunnel.private_key is not None
         party.tunnel.private_key.unlink()
+        (party.data_dir / "own").unlink()  # the intruder's
         save_private(party.tunnel.private_key, generate())
         log = place / "log"
         subprocess.run(["ip", "netns", "add", space], check=True)
@@ -485,3 +488,12 @@ def test_a_party_runs_as_a_user_with_nothing_but_cap_net_admin(tmp_path: Path) -
                     child.wait()
         finally:
             subprocess.run(["ip", "netns", "del", space], check=True)
+
+
+def test_an_enclave_may_ask_its_security_module_and_others_may_not() -> None:
+    assert confine._NSM_IOCTL == nsm.IOCTL
+
+    def allowed(nitro: bool) -> set[int]:
+        return {m.value for call, ms in confine._conditions(True, nitro) if call == "ioctl" for m in ms}
+
+    assert allowed(True) - allowed(False) == {nsm.IOCTL}

@@ -124,6 +124,7 @@ def party(tmp: Path, extra: str = "", own: Identity | None = None) -> Path:
     if own is None:
         identities[0].save(tmp / "own.key")
     text = 'party = 0\nidentity_key = "own.key"\ndata_dir = "data"\n' + extra
+    text += '[attestation]\nmode = "off"\n'
     text += '[tunnel]\nmode = "none"\n[control]\nlisten = "127.0.0.1:0"\n[mesh]\nlisten = "127.0.0.1:0"\n'
     for number, identity in enumerate(identities):
         text += f'[[peers]]\nparty = {number}\nname = "p{number}"\nidentity = "{identity.public_hex}"\n'

@@ -677,3 +677,13 @@ def test_the_register_lists_no_more_than_names_and_versions(held: Any) -> None:
     assert set(found) == {"number", "files"}
     assert len(found["files"]) == 2 * len(manifest.tensors)
     assert issubclass(StoreError, MimirError) and Vault.__doc__
+
+
+def test_what_is_somebody_elses_may_be_there_before_the_register(tmp_path: Path) -> None:
+    """Such as revocations copied from another party, before the first start."""
+    root = tmp_path / "data"
+    root.mkdir(mode=0o700)
+    (root / "revocations").write_text("public")
+    with pytest.raises(StoreError, match="no register"):
+        Vault(root, StorageKey(KEY), MemoryCounter())
+    Vault(root, StorageKey(KEY), MemoryCounter(), {"revocations"})

@@ -61,6 +61,8 @@ TRANSITIONS = Counter("mimir_tunnel_transitions_total", "Changes of the tunnel's
 ROUND_TRIP = Gauge("mimir_tunnel_round_trip_seconds", "Of the last ping of the application", ["party"])
 MUTE = Gauge("mimir_tunnel_mute_seconds", "Since the peer's application answered a ping", ["party"])
 EPOCHS: Final = "epochs"  # the highest number of a tunnel's generation used with each peer
+# Public files in data_dir with signatures or meanings of their own; they may be there before the vault is.
+PUBLIC_RECORDS: Final = (revocation.FILE, revocation.FILE + revocation.FORK_SUFFIX, POLICY_RECORD)
 MEASURE_SECONDS: Final = 1.0
 DIGEST_ASK: Final = "component digest"
 ASK_SECONDS: Final = 30.0
@@ -384,7 +386,9 @@ async def run_peer(
                 f"lists for party {config.party}; give every party its own file"
             )
     with boot.step("store") as step:
-        vault = await trio.to_thread.run_sync(Vault, config.data_dir, storage_key, source.counter)
+        vault = await trio.to_thread.run_sync(
+            Vault, config.data_dir, storage_key, source.counter, PUBLIC_RECORDS
+        )
         store = ModelStore(
             vault,
             config.party,
