@@ -1474,7 +1474,7 @@ def test_only_admitted_parties_get_links() -> None:
             meshes[1].cut(0, "its verdict has ended")
             await until(False)
             with pytest.raises(PeerError, match="party 1"):
-                await channel.round("step", {1: b"x"}, {1: 1})
+                await channel.round("step", {1: b"x", 2: b"x"}, {1: 1, 2: 1})
             with trio.fail_after(30):
                 while "party 0 is not admitted here" not in meshes[0]._refused.get(1, ""):
                     await trio.sleep(0.01)
