@@ -21,7 +21,7 @@ from test_generations import daemons, rotations
 
 from wg import capture, tunnel
 from wg.device import Device, Network
-from wg.errors import DeviceLost, HandshakeTimeout, TunnelError
+from wg.errors import DeviceLost, HandshakeTimeout, KeyFileError, TunnelError
 from wg.generations import EpochRecord
 from wg.interface import (
     DOWN_SECONDS,
@@ -296,8 +296,14 @@ def test_a_tunnel_admits_replaces_and_expels(device: FakeDevice, autojump_clock:
             other = PresharedKey(bytes(range(32)))
             await raised.admit(2, KEYS[2], preshared=other)  # another key ends the session
             assert device.peers[KEYS[2]][1] == bytes(other.hex()) and "wiped" in repr(psks[0])
+            await raised.admit(2, KEYS[2], preshared=other)
+            await raised.admit(2, KEYS[3], preshared=other)
+            assert device.peers[KEYS[3]][1] == bytes(other.hex())
             await raised.admit(2, KEYS[3])
             assert set(device.peers) == {KEYS[1], KEYS[3]} and "wiped" in repr(other)
+            with pytest.raises(KeyFileError, match="wiped"):
+                await raised.admit(2, KEYS[4], preshared=other)
+            assert KEYS[4] not in device.peers and not raised.admitted(2)
             for index, wrong, why in (
                 (2, ours, "our own"),
                 (2, KEYS[1], "another peer"),

@@ -212,6 +212,7 @@ WG_ORDER = (
     "rotation",
     "generations",
     "tunnel",
+    "vsock",
     "relay",
     "capture",
 )

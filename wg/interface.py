@@ -32,7 +32,7 @@ import structlog
 import trio
 
 from wg.device import Address, Device, Network
-from wg.errors import DeviceLost, TunnelError
+from wg.errors import DeviceLost, TunnelError, WgError
 from wg.keys import PresharedKey, PrivateKey, PublicKey
 from wg.uapi import PeerReading
 
@@ -317,7 +317,7 @@ class Interface:
                     await self._add(entry, entry.initiator)
                 except DeviceLost:
                     self.device.lost.set()  # it is revived with this peer
-                except TunnelError:
+                except WgError:
                     self._forget(entry.index)
                     await self._remove(entry)  # the lines before the one that was refused stand
                     raise

@@ -326,10 +326,11 @@ class Tunnel:
                 boot = self._live_bootstrap()
                 entry = boot.entries.get(index)
                 if entry is not None and _same(entry, public_key, preshared):
+                    kept = preshared is entry.preshared
                     if endpoint is not None and place not in entry.places:
                         await boot.move(index, place)
                     return
-                await self._leave(index)
+                await self._leave(index, preshared)
                 ours = self._ranges_on_bootstrap(peer)
                 leads = self.config.index < index
                 await boot.admit(Entry(index, public_key, (place,), ours, leads, preshared))
@@ -353,7 +354,7 @@ class Tunnel:
             await self._leave(index)
             self._note()
 
-    async def _leave(self, index: int) -> None:
+    async def _leave(self, index: int, next_preshared: PresharedKey | None = None) -> None:
         with trio.CancelScope(shield=True):
             boot, pair = self._live_bootstrap(), self._pairs.get(index)
             if pair is not None:
@@ -367,7 +368,7 @@ class Tunnel:
                 await pair.ended()
                 self._passed[index] = self._traffic_of(index)
                 del self._pairs[index]
-            if entry is not None and entry.preshared is not None:
+            if entry is not None and entry.preshared is not None and entry.preshared is not next_preshared:
                 entry.preshared.wipe()
 
     def _peer(self, index: int) -> TunnelPeer:

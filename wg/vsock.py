@@ -185,9 +185,8 @@ class Link:
     deliver: Callable[[Frame], bool]  # by UDP
     counts: Counts = field(default_factory=Counts)
     _waiting: bytearray = field(default_factory=bytearray)
-    _last: tuple[int, int, int, int] | None = (
-        None  # the frame at its end: where, and of what it may have more
-    )
+    #: The frame at its end: where it begins, and of what it may have more.
+    _last: tuple[int, int, int, int] | None = None
     _stream: socket.socket | None = None
     _full: trio.Event = field(default_factory=trio.Event)  # the stream is
     _scope: trio.CancelScope | None = None
@@ -220,8 +219,12 @@ class Link:
             return
         try:
             sent = self._stream.send(self._waiting)
-        except OSError as problem:  # one that is broken is found so by `_receive`
-            sent = 0 if problem.errno in (errno.EAGAIN, errno.ENOBUFS) else len(self._waiting)
+        except BlockingIOError:
+            sent = 0
+        except OSError:
+            sent = len(self._waiting)
+            with suppress(OSError):
+                self._stream.shutdown(socket.SHUT_RDWR)  # `_receive` finds the end, and says so
         del self._waiting[:sent]
         self._last = None
         if self._waiting:
