@@ -236,6 +236,22 @@ def test_a_register_that_another_program_changes_is_quoted_again(
         index, calls = each, 0
         attest(chip, claims_for())
         assert calls == 2
+    monkeypatch.undo()
+    quote, calls = tpm2.Tpm.quote, 0
+
+    async def overtaken(self: tpm2.Tpm, *given: Any) -> tpm2.Quote:
+        nonlocal calls
+        calls += 1
+        if calls == 1:
+            await self.extend_pcr(measurement.CODE_PCR, b"\1" * 32)  # before the quote, which then holds
+        return await quote(self, *given)
+
+    monkeypatch.setattr(tpm2.Tpm, "quote", overtaken)
+    claims = claims_for()
+    pcrs = attest(chip, claims).parts()["pcrs"]["sha256"]
+    assert calls == 2 and pcrs[16] == measurement.code_pcr(measurement.code_digest(), claims.config)
+    monkeypatch.undo()
+    monkeypatch.setattr(tpm2.Tpm, "read_pcrs", disturbed)
     calls, limit = 0, 1000
     with pytest.raises(DeviceError, match="change faster"):
         attest(chip, claims_for())
@@ -392,7 +408,7 @@ def test_the_code_digest_is_of_every_module_and_of_nothing_else(tmp_path: Path) 
     added.write_bytes(b"")
     assert measurement.code_digest(roots) != first
     added.unlink()
-    (roots["wg"] / "keys.py").rename(roots["mimir"] / "keys.py")
+    (roots["wg"] / "keys.py").rename(roots["wg"] / "keyt.py")  # the same content in the same order
     assert measurement.code_digest(roots) != first
     with pytest.raises(LocalError, match="no module"):
         measurement.code_digest({"mimir": tmp_path / "copy"} | {"wg": tmp_path / "nothing"})
@@ -453,6 +469,21 @@ def test_a_secret_is_given_back_to_the_same_registers_of_the_same_tpm(
     on(chip, damaged)
 
 
+def test_a_password_opens_no_sealed_secret(chip: SoftwareTpm) -> None:
+    """The registers are the only way in: an empty password is anybody's."""
+
+    async def work(opened: tpm2.Tpm) -> None:
+        _, private, public = tpm2._parse_blob(await opened.seal({0: bytes(32)}, b"secret"))
+        async with opened._primary(tpm2._OWNER, tpm2._STORAGE_TEMPLATE) as (parent, _):
+            given = pki.sized(private) + pki.sized(public)
+            handle, _, _ = await opened._run(tpm2._LOAD, (parent,), given, auth=tpm2._PASSWORD, makes=True)
+            async with opened._loaded(handle):
+                with pytest.raises(tpm2.TpmError, match="Unseal"):
+                    await opened._run(tpm2._UNSEAL, (handle,), auth=tpm2._PASSWORD)
+
+    on(chip, work)
+
+
 def test_a_listener_between_sees_no_secret_and_changes_nothing(chip: SoftwareTpm) -> None:
     """A probe on the bus of a TPM on a board: what passes is encrypted, and what was changed is refused."""
     secret = os.urandom(32)
@@ -484,7 +515,8 @@ def test_a_listener_between_sees_no_secret_and_changes_nothing(chip: SoftwareTpm
         (-create, 20, "altered on its way"),
         (-create, -1, "altered on its way"),
         (-unseal, 20, "altered on its way"),  # in the secret
-        (-unseal, -40, "altered on its way"),  # the attributes, or the authorization
+        (-unseal, -40, "altered on its way"),  # in the nonce
+        (-unseal, -35, "altered on its way"),  # the attributes: whether the answer is encrypted
         (-unseal, -1, "altered on its way"),
     ):
         with pytest.raises(tpm2.TpmError, match=what):
@@ -589,6 +621,53 @@ def test_a_busy_tpm_is_asked_again_and_not_for_ever() -> None:
     with pytest.raises(tpm2.TpmError, match="busy") as caught:
         trio.run(tpm2.Tpm(channel, "it").get_random, 4, clock=MockClock(autojump_threshold=0))
     assert caught.value.code == 0x922 and len(channel.asked) == tpm2.MAX_RETRIES + 1
+
+
+def pcrs_answer(moment: int, chosen: list[int], values: list[bytes], bank: int = 0xB) -> bytes:
+    bitmap = sum(1 << n for n in chosen).to_bytes(3, "little")
+    body = pki.big(moment, 4) + pki.big(1, 4) + pki.big(bank, 2) + b"\3" + bitmap
+    body += pki.big(len(values), 4) + b"".join(pki.sized(each) for each in values)
+    return pki.big(0x8001, 2) + pki.big(10 + len(body), 4) + pki.big(0, 4) + body
+
+
+def test_registers_are_those_that_were_asked_for_at_one_moment() -> None:
+    one = bytes(32)
+
+    def read(chosen: list[int], *answers: bytes) -> dict[int, bytes]:
+        left = list(answers)
+        return trio.run(tpm2.Tpm(Scripted(lambda _: left.pop(0)), "it").read_pcrs, chosen)
+
+    # Three at once, then the rest; somebody extended one between the two, so all over again.
+    first, rest = pcrs_answer(1, [0, 1, 2], 3 * [one]), pcrs_answer(2, [3], [b"\1" * 32])
+    again = pcrs_answer(2, [0, 1, 2], [b"\2" * 32, one, one])
+    assert read([3, 0, 1, 2], first, rest, again, rest) == {0: b"\2" * 32, 1: one, 2: one, 3: b"\1" * 32}
+    for bad in (
+        pcrs_answer(1, [], []),
+        pcrs_answer(1, [0], [one, one]),
+        pcrs_answer(1, [0, 5], [one, one]),
+        pcrs_answer(1, [0], [bytes(31)]),
+        pcrs_answer(1, [0], [bytes(20)], 0x4),
+    ):
+        with pytest.raises(tpm2.TpmError, match="malformed"):
+            read([0, 1], bad)
+    with pytest.raises(tpm2.TpmError, match="faster than they can be read"):
+        endless = [pcrs_answer(n, [n % 2], [one]) for n in range(1000)]
+        read([0, 1], *endless)
+    with pytest.raises(LocalError):
+        read([])
+
+
+def test_a_key_has_its_own_name(heard: dict[str, list[tuple[int, bytes]]]) -> None:
+    """Else a quote would go out under another key's name, or a secret be sealed to a key of somebody else."""
+    for name in ("quote", "unseal"):
+        answers = [answer for _, answer in heard[name]]
+        at = next(n for n, (code, _) in enumerate(heard[name]) if code == tpm2._CREATE_PRIMARY)
+        bad = bytearray(answers[at])
+        bad[60] ^= 1  # in its x coordinate
+        with no_randomness(), pytest.raises(tpm2.TpmError, match="a name that is not of this key"):
+            left = [bytes(bad) if n == at else each for n, each in enumerate(answers)]
+            channel = Scripted(lambda _, left=left: left.pop(0))  # type: ignore[misc]
+            trio.run(CALLS[name], tpm2.Tpm(channel, "it"))
 
 
 def test_a_silent_tpm_ends_the_connection() -> None:
@@ -796,6 +875,39 @@ def test_a_peer_at_the_socket_that_is_no_tpm_is_refused(tmp_path: Path) -> None:
             trio.run(served, answer)
 
 
+@pytest.mark.parametrize("family", [socket.AF_INET, socket.AF_UNIX])
+def test_a_program_that_starts_is_waited_for(chip: SoftwareTpm, tmp_path: Path, family: int) -> None:
+    """Over TCP and over a path: its socket is there before it listens. One that is gone is given up soon."""
+
+    async def serve(listener: trio.socket.SocketType) -> None:
+        await trio.sleep(0.1)
+        listener.listen(1)
+        peer, _ = await listener.accept()
+        back, _ = await tpm2._connect(chip.socket)
+        with peer:
+            while command := await peer.recv(4096):
+                await peer.send(bytes(await back.exchange(bytearray(command))))
+        back.close()
+
+    async def work() -> None:
+        with trio.socket.socket(family, socket.SOCK_STREAM) as listener:
+            place: Any = tmp_path / "s"
+            await listener.bind(("127.0.0.1", 0) if family == socket.AF_INET else str(place))
+            if family == socket.AF_INET:
+                place = config.Address(*listener.getsockname())
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(serve, listener)
+                async with tpm2.open_tpm(place) as opened:
+                    assert len(await opened.get_random(8)) == 8
+        with pytest.raises(EnvironmentMissing, match="refused"):
+            async with tpm2.open_tpm(place):
+                pass
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tpm2, "START_SECONDS", 0.5)
+        trio.run(work)
+
+
 def test_a_character_device_is_one_write_and_one_read(chip: SoftwareTpm) -> None:
     """The kernel's way, over a pair of sockets that keep messages apart as the device does."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -992,6 +1104,9 @@ def test_certificate_tables() -> None:
     chain = pki.pem(*(pki.x509.load_der_x509_certificate(found[each]) for each in (tsm.ASK, tsm.ARK)))
     assert tsm._certificates(mixed, "vcek", here) == {"vek": found[tsm.VCEK], "chain": chain}
     assert tsm._certificates(amd_table(), "vlek", here) == {}
+    twice = table_of({tsm.VCEK: b"one", tsm.ASK: b"other"}).replace(tsm.ASK, tsm.VCEK)
+    with pytest.raises(DeviceError, match="repeats itself"):
+        tsm.parse_table(twice, here)
     leased = table_of({tsm.VLEK: b"leased", tsm.ASK: pem, tsm.ARK: pem})
     assert tsm._certificates(leased, "vlek", here) == {"vek": b"leased"}
 

@@ -487,7 +487,7 @@ class Tpm:
         name = _NAMES[code]
         body = bytearray(b"".join(_big(each, 4) for each in handles))
         if session is not None:
-            assert isinstance(parameters, bytearray)
+            parameters = bytearray(parameters)  # encrypted in place
             area = session[0].ask(code, session[2], parameters, session[1])
             body += _big(len(area), 4) + area
         elif auth is not None:
@@ -524,9 +524,8 @@ class Tpm:
             attributes = parsed.number(1, "session attributes")
             mac = parsed.sized("authorization", 64)
             parsed.end()
-            if session is not None:
-                if attributes != session[1] or not session[0].hear(code, view, nonce, attributes, mac):
-                    raise parsed.refuse("one that was altered on its way")
+            if session is not None and not session[0].hear(code, view, nonce, attributes, mac):
+                raise parsed.refuse("one that was altered on its way")
             parsed = _Answer(view, self._device, name)
         return made, parsed, answer
 
@@ -841,7 +840,7 @@ class Tpm:
     async def _unseal(self, handle: int, name: bytes, session: _Session, chosen: list[int]) -> bytearray:
         how = (session, _CONTINUE | _ENCRYPTED_ANSWER, name)
         try:
-            _, found, buffer = await self._run(_UNSEAL, (handle,), bytearray(), session=how)
+            _, found, buffer = await self._run(_UNSEAL, (handle,), session=how)
         except TpmError as error:
             if error.code != POLICY_FAIL:
                 raise
