@@ -27,7 +27,7 @@ exit codes:
   7    the session was aborted; nothing more was delivered
   8    a client could not get an answer that it may trust
   9    the tunnel between the parties cannot be raised or kept
-  10   evidence, or a policy, does not hold; the message names the step, what was expected and what was got
+  10   evidence, a policy or a revocation does not hold; the message names the step, expected and got
   70   a bug of ours
   130  interrupted (Ctrl-C)
 """

@@ -79,7 +79,7 @@ class ClientError(MimirError):
 
 
 class AttestationError(MimirError):
-    """Evidence or a policy does not hold. `step` is a stable name, such as "snp.chain"."""
+    """Evidence, a policy or a revocation does not hold. `step` is a stable name, such as "snp.chain"."""
 
     exit_code = 10
 

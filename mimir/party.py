@@ -95,6 +95,15 @@ def check(config: Config) -> int:
         print(f"peer {peer.party} ({peer.name}) at {peer.host}:{peer.port}, identity {peer.identity[:16]}...")
     counts = f"{len(config.clients)} may ask, {len(config.owners)} may provision"
     print(f"clients at {config.control.listen}: {counts}")
+    from mimir.actors.peer import open_revocations
+
+    print(f"TLS for clients and readers of figures is {'on' if config.tls.enabled else 'off'}")
+    known = open_revocations(config)
+    if known is None:
+        print("nothing can be revoked: `attestation.owners` is empty")
+    else:
+        who = f"{config.attestation.threshold} of {len(config.attestation.owners)} owners"
+        print(f"revocations of epoch {known.epoch}, which {who} sign")
     if not config.clients:
         print("nobody may open a session: `clients` is empty")
     if config.data_dir.exists() and config.data_dir.stat().st_mode & 0o077:

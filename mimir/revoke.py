@@ -13,7 +13,7 @@ import trio
 from mimir.admission import revocation
 from mimir.admission.certificates import TlsKey, anchor, issue_own, pem, server_name
 from mimir.admission.revocation import Statement, context_of
-from mimir.attest.policy import Signature
+from mimir.attest.signatures import Signature
 from mimir.attest.trail import stamp
 from mimir.client import federation as federation_file
 from mimir.client.connection import connect, plain_errors

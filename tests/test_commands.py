@@ -24,7 +24,7 @@ from tokenizers import decoders, models, pre_tokenizers
 
 from mimir import errors
 from mimir.__main__ import EXIT_CODES, INTERRUPTED, _report, main, peer_main
-from mimir.client.commands import _tunnel_line
+from mimir.client.commands import _trust_lines, _tunnel_line
 from mimir.client.terminal import Terminal, visible
 from mimir.errors import AbortError
 from mimir.net.identity import Identity
@@ -379,6 +379,22 @@ def test_status_tells_of_each_party_and_warns_of_missing_tunnels(
     assert [event["status"]["party"] for event in events(capsys.readouterr().out)] == [0, 1, 2]
 
 
+def test_trust_is_told_in_the_status_whatever_a_party_sends() -> None:
+    assert _trust_lines({"tls": None, "revocations": None}) == []
+    shown: dict[str, Any] = {"issuer": "ab" * 32, "not_after": "then", "grounds": None}
+    (line,) = _trust_lines({"tls": shown})
+    assert "no peer has admitted it" in line
+    shown["grounds"] = {"kind": "swtpm", "simulated": True}
+    assert _trust_lines({"tls": shown}) == [
+        "certificate by abababababababab for swtpm, SIMULATED, until then"
+    ]
+    known = {"epoch": 3, "forks": ["cd" * 32]}
+    first, second = _trust_lines({"revocations": known})
+    assert first == "revocations of epoch 3" and "TWO STATEMENTS" in second
+    for odd in ({"tls": 1, "revocations": 2}, {"tls": {}, "revocations": {}}, {"tls": {"grounds": {}}}):
+        assert all(isinstance(each, str) for each in _trust_lines(odd))
+
+
 def test_a_tunnel_is_one_line_of_the_status() -> None:
     entry = {"party": 1, "state": "up", "received": 7, "sent": 9}
     assert _tunnel_line(entry) == "party 1: up, 7 bytes in, 9 out"
@@ -566,7 +582,10 @@ def test_every_command_explains_itself_and_the_exit_codes_are_those_of_the_error
 ) -> None:
     for arguments in (
         [],
-        *([name] for name in "run keygen pubkey provision generate chat status doctor".split()),
+        *(
+            [name]
+            for name in "run keygen pubkey provision generate chat status doctor revoke certificate".split()
+        ),
     ):
         with pytest.raises(SystemExit) as caught:
             main([*arguments, "--help"])

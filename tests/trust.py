@@ -11,7 +11,7 @@ from mimir.admission import revocation
 from mimir.admission.revocation import Statement, context_of
 from mimir.attest.appraisal import Verdict
 from mimir.attest.evidence import Claims, identity_hash
-from mimir.attest.policy import Signature
+from mimir.attest.signatures import Signature
 from mimir.net.identity import Identity
 
 MEASUREMENT = "11" * 48

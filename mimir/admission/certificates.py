@@ -9,7 +9,7 @@ apart, encoded again, and refused unless that gives the same bytes. So nothing c
     life        an hour at most, and no longer than the verdict it rests on
     basicConstraints CA:FALSE, keyUsage digitalSignature    critical
     extendedKeyUsage serverAuth, clientAuth
-    subjectAltName   DNS:<identity in two halves>.mimir.invalid, URI:mimir://<node>
+    subjectAltName   DNS:<identity in two halves>.mimir.invalid, URI:mimir:<node>
     ARC.1       the subject's identity key                  OCTET STRING, 32 bytes
     ARC.2       evidence: kind, digest, measurements        SEQUENCE of UTF8String, OCTET STRING, SEQUENCE OF
     ARC.3       entry of the policy, simulated              SEQUENCE of UTF8String, BOOLEAN
@@ -34,12 +34,12 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING
 from urllib.parse import quote, unquote
 
 import nacl.bindings as sodium
 
 from mimir.admission.revocation import Revocations
-from mimir.attest.appraisal import Verdict
 from mimir.attest.certs import (
     BIT_STRING,
     BOOLEAN,
@@ -61,6 +61,9 @@ from mimir.attest.trail import Trail
 from mimir.errors import LocalError
 from mimir.net.identity import BadSignature, Identity, verify
 from mimir.secret import TlsPrivateKey
+
+if TYPE_CHECKING:  # clients know nothing of the verifiers behind it, which take a second to load
+    from mimir.attest.appraisal import Verdict
 
 ARC = (
     f"2.25.{uuid.UUID('5987d1c9-0a9a-4557-ba49-3e071400dab1').int}"  # of our own: X.667 gives every UUID one
@@ -404,7 +407,7 @@ def _node(extensions: dict[bytes, tuple[bool, bytes]], trail: Trail) -> str:
     raw = names.get("the node", _URI)
     names.end("subjectAltName")
     return trail.guard(
-        "profile", "a node", lambda: unquote(raw.decode("ascii"), errors="strict").removeprefix("mimir://")
+        "profile", "a node", lambda: unquote(raw.decode("ascii"), errors="strict").removeprefix("mimir:")
     )
 
 
@@ -501,7 +504,7 @@ def _encode(made: Certificate) -> bytes:
             tlv(
                 SEQUENCE,
                 tlv(_DNS, server_name(made.identity).encode()),
-                tlv(_URI, b"mimir://" + quote(node, safe="").encode()),
+                tlv(_URI, b"mimir:" + quote(node, safe="").encode()),
             ),
         ),
         _extension(IDENTITY, tlv(OCTET_STRING, identity)),

@@ -20,7 +20,7 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, Any, Protocol
+from typing import TYPE_CHECKING, Annotated, Any, Protocol
 
 import cbor2
 import structlog
@@ -28,19 +28,21 @@ import trio
 from prometheus_client import Counter, Gauge
 
 from mimir import config
-from mimir.attest.appraisal import Verdict
-from mimir.attest.policy import (
+from mimir.attest.rules import maybe_empty_hexes_rule
+from mimir.attest.signatures import (
     MAX_SIGNATURES,
     Signature,
     format_signatures,
     require_owners,
     verifies,
 )
-from mimir.attest.rules import maybe_empty_hexes_rule
 from mimir.attest.trail import Trail, read_canonical_cbor, stamp
 from mimir.errors import AttestationError, BadInput, ConfigError, EnvironmentMissing, PeerError
 from mimir.net import Transport
 from mimir.net.messages import MAX_STATEMENT
+
+if TYPE_CHECKING:  # clients know nothing of the verifiers behind it, which take a second to load
+    from mimir.attest.appraisal import Verdict
 
 FORMAT = 1
 KINDS: Mapping[str, tuple[int, ...]] = {  # and the sizes in bytes of their values
@@ -450,7 +452,7 @@ class Gossip:
     def __init__(self, transport: Transport, revocations: Revocations) -> None:
         self._transport = transport
         self._revocations = revocations
-        self._complained: dict[int, str] = {}  # once a reason, not once a second
+        self._complained: set[tuple[int, str]] = set()  # once a step, not once a second
         transport.on_request(GOSSIP, self._answer)
 
     async def run(self) -> None:
@@ -500,8 +502,9 @@ class Gossip:
             try:
                 self._revocations.offer(raw)
             except (AttestationError, EnvironmentMissing) as error:
-                if self._complained.get(peer) != str(error):
-                    self._complained[peer] = str(error)
+                step = error.step if isinstance(error, AttestationError) else "disk"
+                if (peer, step) not in self._complained:
+                    self._complained.add((peer, step))
                     log.warning("a peer's revocations are not taken", peer=peer, why=str(error))
         assert isinstance(digest, bytes)
         return epoch, digest

@@ -197,8 +197,7 @@ def _context(key: TlsKey, der: bytes, known: Collection[str], server: bool) -> s
     context.verify_flags = ssl.VERIFY_X509_PARTIAL_CHAIN
     context.load_verify_locations(cadata=b"".join(map(anchor, known)))
     if server:
-        context.num_tickets = 0
-        context.options |= ssl.OP_NO_TICKET
+        context.num_tickets = 0  # nothing to resume by
     with key.in_file(der) as path:
         context.load_cert_chain(path)
     return context

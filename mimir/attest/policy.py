@@ -19,19 +19,18 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Annotated, Any, Protocol
 
-import nacl.bindings as sodium
-import nacl.exceptions
-
 from mimir import config
 from mimir.attest import azure, nitro, rules, snp, tdx, tpm
 from mimir.attest.certs import Revocations
 from mimir.attest.evidence import KINDS, SIMULATED
+from mimir.attest.signatures import MAX_SIGNATURES, Signatures, require_owners, verifies
+from mimir.attest.signatures import Signature as Signature
+from mimir.attest.signatures import format_signatures as format_signatures
 from mimir.attest.trail import Step, Trail
-from mimir.errors import AttestationError, BadInput, ConfigError
+from mimir.errors import AttestationError, ConfigError
 
 FORMAT = 1
 MAX_ENTRIES = 256
-MAX_SIGNATURES = 64
 RULES: Mapping[str, type] = {
     "snp": snp.Rule,
     "tdx": tdx.Rule,
@@ -280,28 +279,6 @@ def signed_message(policy: Policy) -> bytes:
     return b"mimir policy signature\0" + policy.digest()
 
 
-def _signature_rule(value: Any, folder: Path) -> str:
-    try:
-        return str(rules.hexes_rule(64)([value], folder)[0])
-    except ValueError:
-        raise ValueError("128 hexadecimal digits, as `mimir policy sign` writes them") from None
-
-
-@dataclass(frozen=True)
-class Signature:
-    """[[signature]] One owner's signature over the policy beside which this file stands."""
-
-    key: Annotated[str, config.key_rule]
-    signature: Annotated[str, _signature_rule]
-
-
-@dataclass(frozen=True)
-class Signatures:
-    """The file of signatures."""
-
-    signature: tuple[Signature, ...] = ()
-
-
 def load_signatures(path: Path) -> tuple[Signature, ...]:
     """The signatures in a file; none where there is no such file."""
     if not path.exists():
@@ -312,26 +289,9 @@ def load_signatures(path: Path) -> tuple[Signature, ...]:
     return found
 
 
-def format_signatures(signatures: Collection[Signature]) -> str:
-    """The inverse of `load_signatures`."""
-    return "\n".join(
-        f'[[signature]]\nkey = "{each.key}"\nsignature = "{each.signature}"\n' for each in signatures
-    )
-
-
 def signed_by(policy: Policy, signature: Signature) -> bool:
     """Whether this signature is over this policy. Whose key it is, and whether that counts, is not said."""
     return verifies(signed_message(policy), signature)
-
-
-def verifies(message: bytes, signature: Signature) -> bool:
-    """The same for any message that owners sign."""
-    signed = bytes.fromhex(signature.signature) + message
-    try:
-        sodium.crypto_sign_open(signed, bytes.fromhex(signature.key))
-    except (nacl.exceptions.BadSignatureError, ValueError):
-        return False
-    return True
 
 
 def check_signatures(
@@ -344,24 +304,6 @@ def check_signatures(
     trail = Trail("policy")
     require_owners(trail, signed_message(policy), signatures, owners, threshold)
     return tuple(trail.steps)
-
-
-def require_owners(
-    trail: Trail, message: bytes, signatures: Collection[Signature], owners: Collection[str], threshold: int
-) -> None:
-    """The same for any message that owners sign; the trail says of what."""
-    keys = set(owners)
-    if not 1 <= threshold <= len(keys):
-        raise BadInput(f"{threshold} of {len(keys)} owners must sign: from 1 to all of them is possible")
-    good = set()
-    for each in signatures:
-        if each.key not in keys:
-            continue
-        if not verifies(message, each):
-            trail.refuse("signature", f"one by {each.key} over this", "one that does not verify")
-        good.add(each.key)
-    step = f"{threshold} of {len(keys)} owners"
-    trail.require(len(good) >= threshold, "signatures", step, ", ".join(sorted(good)) or "none")
 
 
 def check_version(policy: Policy, at_least: int) -> None:

@@ -315,6 +315,8 @@ async def _status(options: argparse.Namespace, terminal: Terminal) -> int:
         models = answer.get("models")
         for digest, model in models.items() if isinstance(models, dict) else ():
             terminal.text(f"  model {model.get('name')}  {digest[:16]}\n")
+        for line in _trust_lines(answer):
+            terminal.text(f"  {line}\n")
         details = answer.get("service")
         for name, value in details.items() if isinstance(details, dict) else ():
             if name == "tunnel" and isinstance(value, list):
@@ -328,6 +330,25 @@ async def _status(options: argparse.Namespace, terminal: Terminal) -> int:
             terminal.note("The parties' shared terms differ: compare their configuration files.")
             return ClientError.exit_code
     return 0 if good else ClientError.exit_code
+
+
+def _trust_lines(answer: dict[str, Any]) -> list[str]:
+    """What a party says of its certificate and of what is revoked; nothing in it is trusted."""
+    lines = []
+    shown, known = answer.get("tls"), answer.get("revocations")
+    if isinstance(shown, dict):
+        grounds = shown.get("grounds")
+        if isinstance(grounds, dict):
+            simulated = ", SIMULATED" if grounds.get("simulated") is not False else ""
+            by = f"by {str(shown.get('issuer'))[:16]} for {grounds.get('kind')}{simulated}"
+        else:
+            by = "by itself: no peer has admitted it"
+        lines.append(f"certificate {by}, until {shown.get('not_after')}")
+    if isinstance(known, dict):
+        lines.append(f"revocations of epoch {known.get('epoch')}")
+        if known.get("forks"):
+            lines.append("THE OWNERS SIGNED TWO STATEMENTS OF ONE EPOCH")
+    return lines
 
 
 def _tunnel_line(entry: object) -> str:

@@ -114,7 +114,7 @@ async def connect(
     """Reach a party, prove who we are and make it prove that it holds the key in the federation file.
 
     With `tls` another party must vouch for it too, unless `unadmitted` allows one that is not admitted yet;
-    such a party answers about its state alone. `AttestationError` says what is wrong with its certificate.
+    such a party answers about its state alone. The error names the step at which a certificate does not hold.
     Errors of the block it guards come out as they are, although a nursery is around them.
     """
     try:
@@ -175,7 +175,7 @@ async def _connect(
                 except TlsError as error:
                     raise PartyError(party, f"no TLS 1.3 with it: {error}") from None
                 except AttestationError as error:
-                    raise PartyError(party, f"its certificate does not hold: {error}") from error
+                    raise PartyError(party, f"its certificate does not hold: {error}") from None
                 except SealError as error:
                     raise PartyError(party, f"is not who the federation file says: {error}") from None
                 except OSError as error:

@@ -138,7 +138,7 @@ async def _agree_on_revocations(connections: Sequence[Connection], revocations: 
                 if error.step != "revocation.epoch":  # it is behind: it will be told
                     raise PartyError(
                         connection.party, f"shows revocations that do not hold: {error}"
-                    ) from error
+                    ) from None
 
     async def tell(connection: Connection) -> None:
         if revocations.epoch:
@@ -156,7 +156,7 @@ async def _agree_on_revocations(connections: Sequence[Connection], revocations: 
                 if shown.grounds is not None:
                     revocations.check(tunnel=shown.grounds.tunnel, measurements=shown.grounds.measurements)
         except AttestationError as error:
-            raise PartyError(connection.party, str(error)) from error
+            raise PartyError(connection.party, str(error)) from None
 
 
 async def statuses(connections: Sequence[Connection]) -> list[dict[str, Any]]:
