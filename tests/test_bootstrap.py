@@ -501,7 +501,7 @@ def test_strangers_stop_nothing_and_are_given_little(tmp_path: Path) -> None:
         # Somebody says he is party 1, in a HELLO that is right in all but the key that he lacks.
         mallory = Identity.generate()
         own = Own(1, three.identities[1].public, mallory.sign, bytes(32), hpke.HpkeKey())
-        believer = bootstrap._Judge(three.build(1))
+        believer = bootstrap._Judge(three.build(1), 0)
         pair = Pair(own, 0, three.identities[0].public, believer)
         end = pair.open(True)
         line = bootstrap._Line(await trio.open_tcp_stream("127.0.0.1", three.ports[0]))

@@ -1468,13 +1468,12 @@ def test_only_admitted_parties_get_links() -> None:
             welcome[0].add(1)
             meshes[0].changed()
             await until(True)
-            channel = meshes[0].channel(bytes(16), "online")
             # The caller still admits its peer, which does not: what it opens is refused.
             welcome[1].clear()
             meshes[1].cut(0, "its verdict has ended")
             await until(False)
             with pytest.raises(PeerError, match="party 1"):
-                await channel.round("step", {1: b"x", 2: b"x"}, {1: 1, 2: 1})
+                await meshes[0].request(1, "anything", {}, 1.0)
             with trio.fail_after(30):
                 while "party 0 is not admitted here" not in meshes[0]._refused.get(1, ""):
                     await trio.sleep(0.01)
