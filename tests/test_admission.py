@@ -511,6 +511,19 @@ def evidence(machine: str, claims: Claims) -> Envelope:
     return Envelope("swtpm", symbol("quote", machine, claims.encode()) + machine.encode(), claims.encode())
 
 
+@cache
+def symbolic_appraise(raw: bytes, expected: Claims, now: datetime) -> SymbolicVerdict | AttestationError:
+    envelope, trail = Envelope.decode(raw), Trail("model")
+    machine = envelope.evidence[32:].decode()
+    try:
+        own = expect(Claims.decode(envelope.claims, Trail("claims")), expected, now, Trail("claims"))
+        trail.require(machine.startswith("good"), "measurement", "good", machine)
+        trail.same("binding", symbol("quote", machine, own.encode()), envelope.evidence[:32])
+    except AttestationError as error:
+        return AttestationError(error.step, error.expected, error.got)
+    return SymbolicVerdict(own, now + timedelta(hours=1))
+
+
 @dataclass(frozen=True)
 class SymbolicJudge:
     """Wants evidence of a "good" machine for the claims that it expects."""
@@ -523,12 +536,10 @@ class SymbolicJudge:
     epoch = 0
 
     def appraise(self, raw: bytes, expected: Claims, now: datetime) -> Any:
-        envelope = Envelope.decode(raw)
-        own = expect(Claims.decode(envelope.claims, Trail("claims")), expected, now, Trail("claims"))
-        machine = envelope.evidence[32:].decode()
-        Trail("model").require(machine.startswith("good"), "measurement", "good", machine)
-        Trail("model").same("binding", symbol("quote", machine, own.encode()), envelope.evidence[:32])
-        return SymbolicVerdict(own, now + timedelta(hours=1))
+        found = symbolic_appraise(raw, expected, now)
+        if isinstance(found, AttestationError):
+            raise found
+        return found
 
     def revoked(self, identity: bytes, verdict: Any) -> None:
         gone = (self.node, identity) in self.world.revoked
@@ -605,7 +616,9 @@ class World:
         judge: type[SymbolicJudge] = SymbolicJudge,
         thief: bool = False,
         live: int = 1,
+        anything: bool = False,
     ) -> None:
+        self.anything = anything
         self.judge, self.thief = judge, thief
         self.machine, self.pairs_of, self.machines = machine, pairs, machines
         self.opens, self.crashes = [opens, opens], [crashes, crashes]
@@ -728,12 +741,13 @@ class World:
             yield 2, "an hour", lambda w: w.hour()
 
     def delivers(self, each: Exchange, said: Said) -> bool:
-        """HELLOs reach every connection that waits for one. What is not due ends a connection, as `cut`
-        does; so only what bears a channel's own signature has to be tried, in whatever order."""
+        """HELLOs reach every connection that waits for one, all others those of their channel. What is not
+        due ends a connection and changes nothing else, as if nothing more arrived there; with `anything` it
+        is tried all the same."""
         kind = Kind(said.data[0])
         if kind is Kind.HELLO:
             return each.phase is Phase.HELLO
-        return each.channel == said.channel
+        return each.channel == said.channel and (self.anything or kind in each._takes())
 
     def open(self, node: int, calls: bool) -> Exchange:
         self.opens[node] -= 1
@@ -912,6 +926,12 @@ class World:
         return fresh
 
 
+@pytest.fixture(autouse=True)
+def remembered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same HELLO is read many thousand times."""
+    monkeypatch.setattr(exchange.Hello, "decode", cache(exchange.Hello.decode))
+
+
 def shape(each: Exchange) -> tuple[Any, ...]:
     return (
         each.phase.value,
@@ -975,11 +995,12 @@ def explore(  # breadth first, so that the way to a failure is a shortest one
 def test_every_reachable_state_is_safe_and_heals() -> None:
     """Connections that cross, break off and are taken up again, from nothing and from an admitted pair; a
     crash of each end anywhere; an hour that passes anywhere; a revocation at either end; a cheat, once."""
-    assert explore(opens=2) > 2500
-    assert explore(opens=1, crashes=1, established=True) > 2000
-    assert explore(opens=1, hours=1, established=True) > 900
-    assert explore(opens=1, revocations=1, established=True) > 1200
-    assert explore(opens=1, splices=1, established=True) > 1000
+    assert explore(opens=1, crashes=1, anything=True) > 400
+    assert explore(opens=2) > 1000
+    assert explore(opens=1, crashes=1, established=True) > 1000
+    assert explore(opens=1, hours=1, established=True) > 400
+    assert explore(opens=1, revocations=1, established=True) > 600
+    assert explore(opens=1, splices=1, established=True) > 500
 
 
 def test_who_is_not_what_the_policy_wants_never_gets_in() -> None:
@@ -1070,7 +1091,7 @@ ESTABLISHED = {"opens": 1, "established": True}
             "own assertion|not in the gate",
         ),
         ({"_refuse": _ignores_refusals}, {}, ESTABLISHED | {"splices": 1}, "still in the gate"),
-        ({}, {}, {"opens": 2, "splices": 1, "judge": BelievesAnyNonce}, "another channel"),
+        ({}, {}, ESTABLISHED | {"splices": 1, "judge": BelievesAnyNonce}, "another channel"),
         ({}, {}, {"opens": 1, "thief": True, "judge": BelievesAnyTunnel}, "another tunnel"),
         (
             {},

@@ -1436,6 +1436,55 @@ def test_the_mesh_says_why_a_peer_is_not_up() -> None:
     run(test)
 
 
+def test_only_admitted_parties_get_links() -> None:
+    async def test() -> None:
+        listeners, places = await ports()
+        welcome: dict[int, set[int]] = {0: set(), 1: {0}}
+        meshes: dict[int, Mesh] = {}
+
+        async def one(party: int, task_status: trio.TaskStatus[None]) -> None:
+            async with open_mesh(
+                party=party,
+                identity=IDENTITIES[party],
+                peers=[p for p in places if p.party != party],
+                config_digest=CONFIG,
+                listen=listeners[party],
+                admitted=lambda peer: peer in welcome[party],
+            ) as made:
+                meshes[party] = made
+                task_status.started()
+                await trio.sleep_forever()
+
+        async def until(up: bool) -> None:
+            with trio.fail_after(30):
+                while meshes[0].up(1) is not up or meshes[1].up(0) is not up:
+                    await trio.sleep(0.01)
+
+        async with trio.open_nursery() as nursery:
+            for party in (0, 1):
+                await nursery.start(one, party)
+            with pytest.raises(PeerError, match=r"party 1 .*it is not admitted"):
+                await meshes[0].wait_up(0.1)  # nobody is called who is not admitted
+            welcome[0].add(1)
+            meshes[0].changed()
+            await until(True)
+            # The caller still admits its peer, which does not: what it opens is refused.
+            welcome[1].clear()
+            meshes[1].cut(0, "its verdict has ended")
+            await until(False)
+            with pytest.raises(PeerError, match="party 1"):
+                await meshes[0].request(1, "anything", {}, 1.0)
+            with trio.fail_after(30):
+                while "party 0 is not admitted here" not in meshes[0]._refused.get(1, ""):
+                    await trio.sleep(0.01)
+            assert not meshes[0].up(1)
+            welcome[1].add(0)
+            await until(True)
+            nursery.cancel_scope.cancel()
+
+    run(test)
+
+
 @pytest.mark.parametrize("lane", LANES)
 @pytest.mark.parametrize("junk", ["oversized", "magic", "wrong kind", "wrong lane"])
 def test_garbage_on_a_link_cuts_it_and_harms_nothing_else(lane: str, junk: str) -> None:

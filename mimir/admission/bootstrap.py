@@ -322,7 +322,8 @@ class _Peer:
     problem: str = ""  # why it could not be reached, once a reason in the log
     shown: deque[str] = field(default_factory=lambda: deque(maxlen=MAX_SHOWN))  # newest first
     ends: float = 0.0  # of the verdict, by the clock that nobody sets
-    seconds: float | None = None
+    seconds: float | None = None  # of the exchange that admitted it
+    appraisal: float = 0.0  # of its evidence
     attested: deque[float] = field(default_factory=lambda: deque(maxlen=BURST))
     down: float | None = None
     patience: float = field(default_factory=lambda: UP_SECONDS)
@@ -382,7 +383,8 @@ class Admission:
             tls.key.public if tls is not None else None,
         )
         self._peers = {
-            each.party: _Peer(each, Pair(self.own, each.party, each.identity, _Judge(self))) for each in peers
+            each.party: _Peer(each, Pair(self.own, each.party, each.identity, _Judge(self, each.party)))
+            for each in peers
         }
         self._strangers = _Strangers()
         self._reload = trio.Event()
@@ -491,6 +493,7 @@ class Admission:
             each |= {
                 "verdict": standing.verdict.public() if standing else None,
                 "admission_seconds": peer.seconds,
+                "appraisal_seconds": peer.appraisal,
                 "certificate": hashlib.sha256(standing.issued).hexdigest()
                 if standing and standing.issued
                 else None,
@@ -773,6 +776,7 @@ class Admission:
             entry=verdict.entry,
             until=stamp(standing.until),
             seconds=round(peer.seconds, 3),
+            appraisal_seconds=round(peer.appraisal, 4),
             evidence=verdict.evidence[:16],
             **({"SIMULATED": "proves nothing of the machine"} if verdict.simulated else {}),
             **({"cautions": verdict.cautions} if verdict.cautions else {}),
@@ -909,8 +913,8 @@ class Admission:
 class _Judge:
     """What an `Admission` believes, as its exchanges ask for it (mimir.admission.exchange.Judge)."""
 
-    def __init__(self, admission: Admission) -> None:
-        self._of = admission
+    def __init__(self, admission: Admission, party: int) -> None:
+        self._of, self._party = admission, party
 
     @property
     def policy(self) -> bytes:
@@ -931,7 +935,8 @@ class _Judge:
     def appraise(self, raw: bytes, expected: Claims, now: datetime) -> Verdict:
         began = trio.current_time()
         verdict = self._of._appraise(raw, expected, now)
-        APPRAISAL_SECONDS.labels(expected.node).set(trio.current_time() - began)
+        seconds = self._of._peers[self._party].appraisal = trio.current_time() - began
+        APPRAISAL_SECONDS.labels(self._party).set(seconds)
         return verdict
 
     def rejudge(self, standing: Standing, now: datetime) -> None:
