@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import secrets
+import threading
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
@@ -32,7 +33,7 @@ from mimir.admission.tls import PartyTls
 from mimir.attest import policy as policies
 from mimir.attest.appraisal import appraise
 from mimir.attest.collateral import Collateral
-from mimir.attest.evidence import Claims, Envelope
+from mimir.attest.evidence import Claims, Envelope, identity_hash
 from mimir.attest.policy import Signature
 from mimir.attest.trail import Trail
 from mimir.config import Address
@@ -387,6 +388,67 @@ def test_another_policy_is_taken_while_it_runs_and_never_goes_back(tmp_path: Pat
         write_policy(tmp_path, version=2, more="[crl]\nmax_age_h = 7\n")
         with pytest.raises(AttestationError, match=r"policy\.version"):
             three.build(0)
+
+    run(work, tmp_path)
+
+
+def test_collateral_that_cannot_be_read_does_not_keep_a_policy_from_expelling(tmp_path: Path) -> None:
+    async def work(three: Three) -> None:
+        store = tmp_path / "collateral"
+        store.mkdir()
+        first = await three.start(0, collateral=store)
+        await three.start(1)
+        await three.until(lambda: three.agree(0, 1))
+        await three.stop(1)  # one that answers no more: only the keeper himself can put it out
+        gone = identity_hash(three.identities[1].public).hex()
+        (store / "index.json").write_text("no index")
+        write_policy(tmp_path, version=2, more=f'[deny]\nidentities = ["{gone}"]\n')
+        await three.until(lambda: first.admitted(1) is None and not three.gates[0].inside)
+        assert first.view()["policy"]["version"] == 2
+
+    run(work, tmp_path)
+
+
+def test_another_policy_in_the_middle_of_an_exchange_expels_nobody(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Evidence that was made under the old one, and comes while the new one is being read, is no offence."""
+
+    async def work(three: Three) -> None:
+        other = tmp_path / "other"
+        other.mkdir()
+        hexes = [each.public_hex for each in OWNERS]
+        theirs = PolicyFile(write_policy(other), hexes, 2, other / "policy.seen")
+        first = await three.start(0)
+        await three.start(1, policy_file=theirs)
+        await three.until(lambda: three.agree(0, 1))
+        read, reading, go_on = Admission._read_collateral, threading.Event(), threading.Event()
+
+        def slowly(self: Admission) -> Collateral:
+            if self is first:
+                reading.set()
+                go_on.wait(PATIENCE)
+            return read(self)
+
+        held, attest = trio.Event(), three.machines[1].attest
+
+        async def late(claims: Claims) -> Envelope:
+            held.set()
+            await three.until(reading.is_set)
+            return await attest(claims)
+
+        monkeypatch.setattr(Admission, "_read_collateral", slowly)
+        three.machines[1].attest = late  # type: ignore[method-assign]
+        three.shift += timedelta(minutes=41)  # renewal is due
+        with trio.fail_after(PATIENCE):
+            await held.wait()
+        write_policy(tmp_path, version=2, more="[crl]\nmax_age_h = 7\n")
+        await three.until(reading.is_set)
+        await trio.sleep(0.3)  # the evidence comes
+        go_on.set()
+        write_policy(other, version=2, more="[crl]\nmax_age_h = 7\n")
+        await three.until(lambda: (verdict := first.admitted(1)) is not None and verdict.policy_version == 2)
+        assert not [each for gate in three.gates for each in gate.history if each[0] == "expel"]
 
     run(work, tmp_path)
 

@@ -139,14 +139,13 @@ class PolicyFile:
     def __init__(self, path: Path, owners: Sequence[str], threshold: int, record: Path) -> None:
         """Reads it; raises as `load`."""
         self._path, self._owners, self._threshold, self._record = path, tuple(owners), threshold, record
-        self.policy: Policy
-        self.digest = b""
         self._stamp: Any = None
-        self.load()
+        self.policy = self.read()
+        self.digest = self.policy.digest()
 
-    def load(self) -> bool:
-        """Read again; whether another policy is in force now. Raises `BadInput` or `AttestationError` for one
-        that may not be, and the old one stays."""
+    def read(self) -> Policy:
+        """Read again. Raises `BadInput` or `AttestationError` for one that may not be in force. In force is
+        what `adopt` is given: so a thread may read."""
         self._stamp = self._look()
         found = policy.load(self._path)
         signatures = policy.load_signatures(self._path.with_name(self._path.name + policy.SIGNATURE_SUFFIX))
@@ -162,9 +161,12 @@ class PolicyFile:
         )
         if (seen, of) != (found.version, digest.hex()):
             self._remember(found.version, digest.hex())
-        changed = digest != self.digest
-        self.policy, self.digest = found, digest
-        return changed
+        return found
+
+    def adopt(self, found: Policy) -> bool:
+        """Put in force what was read; whether it is another one."""
+        before, self.policy, self.digest = self.digest, found, found.digest()
+        return self.digest != before
 
     def changed(self) -> bool:
         """Whether the files are not those that were read last."""
@@ -890,19 +892,25 @@ class Admission:
             if not told and not await trio.to_thread.run_sync(self._files_changed):
                 continue
             try:
-                changed = await trio.to_thread.run_sync(self._policy_file.load)
                 self._collateral = await trio.to_thread.run_sync(self._read_collateral)
+            except MimirError as error:
+                log.error("the collateral in use stays: the new one cannot be read", why=str(error))
+            try:
+                found = await trio.to_thread.run_sync(self._policy_file.read)
             except MimirError as error:
                 log.error("the policy in force stays: the new one may not be", why=str(error))
                 continue
-            if changed:
-                found = self._policy_file.policy
+            # No message may be judged between the change and its consequences: peers still speak of the old.
+            if self._policy_file.adopt(found):
                 log.warning("another policy is in force", name=found.name, version=found.version)
-            if changed or told:
-                for peer in self._peers.values():
-                    await self._perform(peer, None, None, peer.pair.reconsider(self._clock()))
-                    peer.call_at, peer.backoff = 0.0, FIRST_BACKOFF
-                    peer.wake()
+            elif not told:
+                continue
+            now = self._clock()
+            due = [(peer, peer.pair.reconsider(now)) for peer in self._peers.values()]
+            for peer, actions in due:
+                await self._perform(peer, None, None, actions)
+                peer.call_at, peer.backoff = 0.0, FIRST_BACKOFF
+                peer.wake()
 
     def _appraise(self, raw: bytes, expected: Claims, now: datetime) -> Verdict:
         return appraisal.appraise(
