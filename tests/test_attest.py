@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import threading
 import warnings
 from collections.abc import Callable
 from datetime import datetime, timedelta
@@ -1742,3 +1743,31 @@ def test_extensions_and_keys_that_cannot_be_read(aws: pki.Aws) -> None:
     assert refused(lambda: tpm.parse_log(log, Trail("tpm"))) == "tpm.log"
     large = bytes(evidence.MAX_CLAIMS + 1)
     assert refused(lambda: evidence.Claims.decode(large, Trail("test"))) == "test.format"
+
+
+def test_two_threads_may_verify_at_once() -> None:
+    """What to do with warnings is the process's: one verification must not take the other's strictness away,
+    nor leave its own behind."""
+    inside, leave = threading.Event(), threading.Event()
+
+    def slow() -> None:
+        inside.set()
+        leave.wait(0.2)  # runs out where the other has to wait for its turn
+
+    def other() -> None:
+        Trail("a").guard("step", "it", slow)
+
+    def warned() -> None:
+        leave.set()
+        thread.join()
+        warnings.warn("a bad certificate", UserWarning, stacklevel=1)
+
+    thread = threading.Thread(target=other)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        before = list(warnings.filters)
+        thread.start()
+        assert inside.wait(60)
+        with pytest.raises(AttestationError, match=r"b\.step"):
+            Trail("b").guard("step", "it", warned)
+        assert list(warnings.filters) == before

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hmac
 import io
 import json
+import threading
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from mimir.errors import AttestationError, LocalError
 MAX_SHOWN = 200  # characters of one value in a message: evidence is the peer's to fill
 MAX_DEPTH = 8  # of CBOR
 T = TypeVar("T")
+_WARNINGS = threading.RLock()
 
 
 @dataclass(frozen=True)
@@ -71,10 +73,11 @@ class Trail:
     def guard(self, step: str, expected: str, work: Callable[[], T]) -> T:
         """Run a library over untrusted input: whatever it raises or warns of is a refusal of this step.
 
-        From one thread at a time: Python keeps what to do with warnings for the whole process.
+        One at a time in the process, since Python keeps what to do with warnings for all threads; `work` may
+        come here again, and must not wait for another thread.
         """
         try:
-            with warnings.catch_warnings(action="error"):
+            with _WARNINGS, warnings.catch_warnings(action="error"):
                 return work()
         except AttestationError:
             raise
