@@ -41,18 +41,19 @@ from mimir.errors import AttestationError, BadInput
 from mimir.net.identity import Identity
 from mimir.secret import PresharedKey
 
-TPM = pki.Tpm()
+TPMS = [pki.Tpm().with_label(f"ak{number}") for number in range(3)]
 OWNERS = [Identity.generate() for _ in range(3)]
-PATIENCE = 60.0
+PATIENCE = 12.0
 
 
 def write_policy(folder: Path, version: int = 1, more: str = "", signers: int = 2) -> Path:
-    """A policy for machines with our TPM, signed by the first of three owners."""
+    """A policy for machines with our TPMs, signed by the first of three owners."""
     path = folder / "policy.toml"
+    names = ", ".join(f'"{each.name}"' for each in TPMS)
     path.write_text(
         f'format = 1\nname = "mesh"\nversion = {version}\nenvironment = "simulation"\n'
         f'not_after = 2035-01-01T00:00:00Z\n{more}\n[[allow]]\nid = "it"\nkind = "swtpm"\n'
-        f'ak_names = ["{TPM.name}"]\npcrs = {{ "7" = ["{"07" * 32}"] }}\n'
+        f'ak_names = [{names}]\npcrs = {{ "7" = ["{"07" * 32}"] }}\n'
     )
     message = policies.signed_message(policies.load(path))
     signed = [Signature(each.public_hex, each.sign(message).hex()) for each in OWNERS[:signers]]
@@ -64,13 +65,14 @@ def write_policy(folder: Path, version: int = 1, more: str = "", signers: int = 
 class Machine:
     """Makes quotes of a machine of ours."""
 
+    tpm: pki.Tpm
     kind: str = "swtpm"
     pcr7: bytes = b"\7" * 32
     made: int = 0
 
     async def attest(self, claims: Claims) -> Envelope:
         self.made += 1
-        own = replace(TPM, pcrs=TPM.pcrs | {7: self.pcr7})
+        own = replace(self.tpm, pcrs=self.tpm.pcrs | {7: self.pcr7})
         quote, signature = own.quote(claims.qualifying_data())
         parts = {"quote": quote, "signature": signature, "pcrs": {"sha256": own.pcrs}, "ak": own.public()}
         return Envelope(self.kind, cbor2.dumps(parts, canonical=True), claims.encode())
@@ -85,6 +87,8 @@ class FakeGate:
     history: list[tuple[str, int, str]] = field(default_factory=list)
     carries: Callable[[int], bool] = lambda party: True
     broken: str = ""
+    jammed: int = 0  # so many times it does not close
+    slow: bool = False  # opens never, if left to itself
 
     async def admit(
         self, party: int, tunnel_key: bytes, preshared: PresharedKey, endpoint: Address | None
@@ -92,6 +96,8 @@ class FakeGate:
         await trio.lowlevel.checkpoint()
         if self.broken:
             raise GateError(self.broken)
+        if self.slow:
+            await trio.sleep_forever()
         with preshared.reveal_to_kernel() as view:
             self.inside[party] = tunnel_key, bytes(view)
         self.endpoints[party] = endpoint
@@ -99,6 +105,9 @@ class FakeGate:
 
     async def expel(self, party: int, why: str) -> None:
         await trio.lowlevel.checkpoint()
+        if self.jammed:
+            self.jammed -= 1
+            raise RuntimeError("the device does not answer")
         self.inside.pop(party, None)
         self.history.append(("expel", party, why))
 
@@ -113,7 +122,7 @@ class Three:
         self.folder, self.nursery = folder, nursery
         self.identities = [Identity.generate() for _ in range(3)]
         self.ports = free_ports(3)
-        self.machines = [Machine() for _ in range(3)]
+        self.machines = [Machine(tpm) for tpm in TPMS]
         self.gates = [FakeGate() for _ in range(3)]
         self.parties: dict[int, Admission] = {}
         self.scopes: dict[int, trio.CancelScope] = {}
@@ -493,6 +502,36 @@ def test_a_revoked_party_is_expelled_and_stays_out(tmp_path: Path) -> None:
         signed = [Signature(e.public_hex, e.sign(more.message()).hex()) for e in OWNERS[:2]]
         assert three.revocations[0].offer(encode(more, signed))
         await three.until(lambda: not three.gates[0].inside and not three.gates[1].inside)
+
+    run(work, tmp_path)
+
+
+def test_a_revocation_takes_effect_at_once_and_outlives_restarts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Real admission, real store. Nothing that waits for a timer has a part in it: they are all far away."""
+
+    async def work(three: Three) -> None:
+        for number in range(3):
+            await three.start(number)
+        await three.until(lambda: three.agree(0, 1, 2))
+        monkeypatch.setattr(bootstrap, "TICK_SECONDS", 1000.0)
+        monkeypatch.setattr(bootstrap, "WATCH_SECONDS", 1000.0)
+        await trio.sleep(0.1)  # the last short pauses are over
+        assert three.revocations[0].offer(three.sign(identities=[three.identities[2].public_hex]))
+        assert three.parties[0].admitted(2) is not None  # nobody has acted yet
+        await three.until(lambda: 2 not in three.gates[0].inside)
+        assert three.parties[0].admitted(2) is None
+        monkeypatch.setattr(bootstrap, "TICK_SECONDS", 0.02)
+        for number in range(3):  # all begin again, on the disks that they have
+            await three.stop(number)
+        before = len(three.gates[0].history)
+        for number in range(3):
+            await three.start(number)
+        await three.until(lambda: three.agree(0, 1) and three.revocations[1].epoch == 1)
+        await three.until(lambda: (three.seen(0, 2)["refusal"] or {}).get("step") == "revoked.identity")
+        await three.until(lambda: 2 not in three.gates[1].inside)
+        assert ("admit", 2, "") not in three.gates[0].history[before:]
 
     run(work, tmp_path)
 
