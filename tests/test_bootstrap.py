@@ -536,6 +536,37 @@ def test_a_revocation_takes_effect_at_once_and_outlives_restarts(
     run(work, tmp_path)
 
 
+def test_a_gate_that_is_slow_to_open_does_not_delay_an_expulsion(tmp_path: Path) -> None:
+    """The name of a peer's tunnel may take its own time to be resolved: its owner may see to that."""
+
+    async def work(three: Three) -> None:
+        three.gates[0].slow = True
+        await three.start(0)
+        await three.start(1)
+        await three.until(lambda: three.parties[0].admitted(1) is not None)
+        await three.until(three.parties[0]._peers[1].gate.locked)
+        assert three.revocations[0].offer(three.sign(identities=[three.identities[1].public_hex]))
+        await three.until(lambda: any(each[0] == "expel" for each in three.gates[0].history))
+        assert three.parties[0].admitted(1) is None and not three.gates[0].inside
+
+    run(work, tmp_path)
+
+
+def test_a_gate_that_did_not_close_is_closed_again(tmp_path: Path) -> None:
+    async def work(three: Three) -> None:
+        first = await three.start(0)
+        await three.start(1)
+        await three.until(lambda: three.agree(0, 1))
+        three.gates[0].jammed = 1
+        three.machines[1].pcr7 = b"?" * 32
+        three.shift += timedelta(minutes=41)  # its evidence is refused, and it is to go
+        await three.until(lambda: three.gates[0].jammed == 0)
+        await three.until(lambda: not three.gates[0].inside)
+        assert first.admitted(1) is None
+
+    run(work, tmp_path)
+
+
 def test_a_tunnel_that_does_not_come_up_gets_another_key(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -317,6 +317,8 @@ class _Peer:
     pair: Pair
     lines: dict[Exchange, trio.CancelScope] = field(default_factory=dict)
     gate: trio.Lock = field(default_factory=trio.Lock)  # changes of the gate take turns
+    inside: bool = False  # the gate may be open
+    opening: trio.CancelScope = field(default_factory=trio.CancelScope)  # of the last time
     state: str = "unknown"
     since: float = field(default_factory=trio.current_time)
     attempts: int = 0
@@ -788,13 +790,15 @@ class Admission:
     async def _open_gate(
         self, peer: _Peer, standing: Standing, preshared: PresharedKey, address: str | None
     ) -> None:
+        peer.inside = True
         try:
-            endpoint = await self._endpoint(peer, address)
-            await self._gate.admit(peer.party, standing.tunnel, preshared, endpoint)
+            with trio.CancelScope() as peer.opening:
+                endpoint = await self._endpoint(peer, address)
+                await self._gate.admit(peer.party, standing.tunnel, preshared, endpoint)
         except GateError as error:
             peer.pair.expel(str(error))
             peer.now_is("expelled")
-            await self._gate.expel(peer.party, str(error))
+            await self._close_gate(peer, str(error))
             raise
 
     async def _endpoint(self, peer: _Peer, address: str | None) -> Address | None:
@@ -818,10 +822,15 @@ class Admission:
         peer.now_is("expired" if why == ENDED else "refused" if why.startswith(REFUSED) else "expelled")
         UNTIL.labels(peer.party).set(0)
         log.warning("peer expelled", party=peer.party, why=why)
+        peer.opening.cancel()  # it may wait for a name to be resolved
         with trio.CancelScope(shield=True):
             async with peer.gate:
-                await self._gate.expel(peer.party, why)
+                await self._close_gate(peer, why)
         peer.wake()
+
+    async def _close_gate(self, peer: _Peer, why: str) -> None:
+        await self._gate.expel(peer.party, why)
+        peer.inside = False
 
     def _over_with(self, peer: _Peer, refusal: Refusal | None, by: str, called: bool) -> None:
         if refusal is None:
@@ -847,6 +856,10 @@ class Admission:
             if pair.standing is not None and trio.current_time() >= peer.ends:
                 actions = pair.expel(ENDED)
             await self._perform(peer, None, None, actions)
+            if peer.inside and pair.standing is None:
+                async with peer.gate:
+                    if peer.inside and pair.standing is None:  # closing it failed; again, and the party ends
+                        await self._close_gate(peer, "its expulsion had failed")
             self._watch_tunnel(peer)
             await self._pause(peer, TICK_SECONDS)
 
