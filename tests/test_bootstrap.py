@@ -567,6 +567,63 @@ def test_a_gate_that_did_not_close_is_closed_again(tmp_path: Path) -> None:
     run(work, tmp_path)
 
 
+def test_two_parties_need_two_machines(tmp_path: Path) -> None:
+    """Whoever has another's identity key, or runs two parties, has not got two TPMs by that."""
+
+    async def work(three: Three) -> None:
+        three.machines[2].tpm = three.machines[1].tpm
+        for number in range(3):
+            await three.start(number)
+        await three.parties[1].check_own()
+        await three.until(
+            lambda: any((three.seen(0, of)["refusal"] or {}).get("by") == "us" for of in (1, 2))
+        )
+        assert len(three.gates[0].inside) <= 1
+        out = next(of for of in (1, 2) if three.seen(0, of)["refusal"])
+        assert three.seen(0, out)["refusal"]["step"] == "parties.machine"
+        # Nor does the machine itself work with another party on it.
+        await three.until(lambda: (three.seen(1, 2)["refusal"] or {}).get("step") == "parties.machine")
+        # With a machine of its own it is let in, and the first one is not troubled.
+        three.machines[2].tpm = TPMS[2]
+        await three.until(lambda: three.agree(0, 1, 2))
+
+    run(work, tmp_path)
+
+
+def test_two_that_come_at_once_with_one_machine_are_not_both_let_in(tmp_path: Path) -> None:
+    """Neither has been admitted when the other one is judged: the last look is at the gate."""
+
+    async def work(three: Three) -> None:
+        three.machines[2].tpm = three.machines[1].tpm
+        both = trio.Event()
+        arrived: set[int] = set()
+
+        def meet(number: int) -> Any:
+            first = three.machines[number].attest
+
+            async def attest(claims: Claims) -> Envelope:
+                if claims.nonce_source.startswith("party0"):
+                    arrived.add(number)
+                    if len(arrived) == 2:
+                        both.set()
+                    await both.wait()
+                return await first(claims)
+
+            return attest
+
+        for number in (1, 2):
+            three.machines[number].attest = meet(number)  # type: ignore[method-assign]
+        for number in range(3):
+            await three.start(number)
+        await three.until(lambda: bool(three.gates[0].inside))
+        await three.until(
+            lambda: any((three.seen(0, of)["refusal"] or {}).get("by") == "us" for of in (1, 2))
+        )
+        assert len(three.gates[0].inside) == 1
+
+    run(work, tmp_path)
+
+
 def test_a_tunnel_that_does_not_come_up_gets_another_key(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -391,6 +391,7 @@ class Admission:
             for each in peers
         }
         self._strangers = _Strangers()
+        self._machine: tuple[tuple[str, str], ...] = ()  # our own, once it is known
         self._reload = trio.Event()
         self._jitter = random.Random()  # spreads calls in time; guards nothing
         for number in self._peers:
@@ -537,7 +538,9 @@ class Admission:
         nonce = os.urandom(32)
         raw = await self.evidence_for(nonce, "itself", nonce, "party")
         carried = Claims.decode(Envelope.decode(raw).claims, Trail("claims"))
-        return self._appraise(raw, carried, self._clock()).entry
+        verdict = self._appraise(raw, carried, self._clock())
+        self._machine = verdict.machine
+        return verdict.entry
 
     async def run(
         self,
@@ -925,6 +928,16 @@ class Admission:
                 peer.call_at, peer.backoff = 0.0, FIRST_BACKOFF
                 peer.wake()
 
+    def _require_own_machine(self, party: int, verdict: Verdict) -> None:
+        """That a peer quotes by no TPM that another party quotes by: ours, or that of an admitted one."""
+        others = [
+            standing.verdict for each in self._peers if each != party and (standing := self._standing(each))
+        ]
+        taken = set(self._machine).union(*(each.machine for each in others))
+        shared = [value for kind, value in verdict.machine if kind == "ak_spki" and (kind, value) in taken]
+        expected = "a TPM that no other party has"
+        Trail("parties").require(not shared, "machine", expected, ", ".join(shared) or "its own")
+
     def _appraise(self, raw: bytes, expected: Claims, now: datetime) -> Verdict:
         return appraisal.appraise(
             raw, self._policy_file.policy, self._collateral, expected, now, self._anchors
@@ -984,6 +997,8 @@ class _Judge:
                 tunnel=verdict.claims.tunnel.hex() if verdict is not None else None,
                 measurements=verdict.measurements if verdict is not None else (),
             )
+        if verdict is not None:
+            self._of._require_own_machine(self._party, verdict)
 
     def news(self, epoch: int) -> bytes:
         known = self._of._revocations

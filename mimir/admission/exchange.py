@@ -167,7 +167,7 @@ class Judge(Protocol):
         ...
 
     def revoked(self, identity: bytes, verdict: Verdict | None) -> None:
-        """Refuse an identity, or what a verdict names, that has been revoked."""
+        """Refuse an identity, or what a verdict names, that has been revoked; and another one's machine."""
         ...
 
     def news(self, epoch: int) -> bytes:
