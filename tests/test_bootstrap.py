@@ -11,7 +11,7 @@ import json
 import secrets
 import threading
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -620,6 +620,43 @@ def test_two_that_come_at_once_with_one_machine_are_not_both_let_in(tmp_path: Pa
             lambda: any((three.seen(0, of)["refusal"] or {}).get("by") == "us" for of in (1, 2))
         )
         assert len(three.gates[0].inside) == 1
+
+    run(work, tmp_path)
+
+
+def test_a_peer_cannot_have_us_judge_without_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is who it says, and its evidence is bad: it may come again and again, and gets few looks."""
+    monkeypatch.setattr(bootstrap, "BURST_SECONDS", 1000.0)
+
+    async def work(three: Three) -> None:
+        first, judged = await three.start(0), 0
+        appraise_it = first._appraise
+
+        def count(*given: Any) -> Any:
+            nonlocal judged
+            judged += 1
+            return appraise_it(*given)
+
+        monkeypatch.setattr(first, "_appraise", count)
+        three.machines[1].pcr7 = b"?" * 32
+        bad = three.build(1)
+        for _ in range(3 * bootstrap.BURST):
+            end = bad._peers[0].pair.open(True)
+            line = bootstrap._Line(await trio.open_tcp_stream("127.0.0.1", three.ports[0]))
+            await line.send(end.start()[0].data)  # type: ignore[union-attr]
+            with trio.move_on_after(0.5), suppress(bootstrap._LineError, trio.BrokenResourceError):
+                while not end.over:
+                    for action in end.receive(await line.receive(end.limit), three.clock()):
+                        if isinstance(action, exchange.Send):
+                            await line.send(action.data)
+                        elif isinstance(action, exchange.Attest):
+                            envelope = await three.machines[1].attest(action.claims)
+                            for each in end.attested(envelope, three.clock()):
+                                assert isinstance(each, exchange.Send)
+                                await line.send(each.data)
+            end.close()
+            await line.stream.aclose()
+        assert 0 < judged <= bootstrap.BURST
 
     run(work, tmp_path)
 

@@ -69,7 +69,7 @@ from mimir.secret import PresharedKey
 EXCHANGE_SECONDS = 60.0  # from PROOF to the end; a TPM takes a second or two for a quote
 CONNECT_SECONDS = 5.0
 TICK_SECONDS = 0.5  # between two looks at ends of verdicts and at the tunnel
-BURST, BURST_SECONDS = 3, 3.0  # so many pieces of evidence are made for one peer in such a time
+BURST, BURST_SECONDS = 3, 3.0  # so many pieces of evidence are made for one peer, and of its judged, in that
 YIELD_SECONDS = 0.3  # how much longer the follower waits before it calls, so that calls seldom cross
 FIRST_BACKOFF, MAX_BACKOFF = 0.2, 15.0
 UP_SECONDS, MAX_UP_SECONDS = 20.0, 300.0  # for the tunnel of an admitted peer to come up; doubles each time
@@ -225,6 +225,7 @@ class _Line:
     def __init__(self, stream: trio.SocketStream) -> None:
         self.stream = stream
         self.nursery: trio.Nursery
+        self.paced = trio.Event()  # evidence of ours is being made: the peer's may be looked at
         self._held = bytearray()
         self._sending = trio.Lock()
 
@@ -667,6 +668,8 @@ class Admission:
                     await self._perform(peer, exchange, line, actions, address, began)
                     if exchange.over:
                         break
+                    if was_proved:
+                        await line.paced.wait()
                     data = await line.receive(exchange.limit)
                     actions = exchange.receive(data, self._clock())
                 scope.cancel()
@@ -741,6 +744,7 @@ class Admission:
         if len(peer.attested) == BURST:
             await trio.sleep_until(peer.attested[0] + BURST_SECONDS)
         peer.attested.append(trio.current_time())
+        line.paced.set()
         envelope = await self._attester.attest(claims)
         peer.shown.appendleft(hashlib.sha256(envelope.encode()).hexdigest())
         await self._perform(peer, exchange, line, exchange.attested(envelope, self._clock()), address, began)
