@@ -661,6 +661,30 @@ def test_a_peer_cannot_have_us_judge_without_end(tmp_path: Path, monkeypatch: py
     run(work, tmp_path)
 
 
+def test_clients_do_not_keep_peers_from_the_machine(tmp_path: Path) -> None:
+    """However many ask at once for evidence, which takes a TPM a second: one is in a peer's way."""
+
+    async def work(three: Three) -> None:
+        first, attest = await three.start(0), three.machines[0].attest
+        inside = most = 0
+
+        async def slow(claims: Claims) -> Envelope:
+            nonlocal inside, most
+            inside += 1
+            most = max(most, inside)
+            await trio.sleep(0.01)
+            inside -= 1
+            return await attest(claims)
+
+        three.machines[0].attest = slow  # type: ignore[method-assign]
+        async with trio.open_nursery() as nursery:
+            for _ in range(8):
+                nursery.start_soon(first.evidence_for, bytes(32), "a client", bytes(32), "party")
+        assert most == 1
+
+    run(work, tmp_path)
+
+
 def test_a_tunnel_that_does_not_come_up_gets_another_key(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -392,6 +392,7 @@ class Admission:
             for each in peers
         }
         self._strangers = _Strangers()
+        self._for_others = trio.Lock()  # clients wait for one another, not peers for all of them
         self._machine: tuple[tuple[str, str], ...] = ()  # our own, once it is known
         self._reload = trio.Event()
         self._jitter = random.Random()  # spreads calls in time; guards nothing
@@ -435,7 +436,8 @@ class Admission:
             channel=channel,
             config=self._config,
         )
-        return (await self._attester.attest(claims)).encode()
+        async with self._for_others:
+            return (await self._attester.attest(claims)).encode()
 
     def statement(self) -> dict[str, Any]:
         """What clients compare with the evidence: our keys, what we showed to whom, who vouches for us."""
