@@ -685,6 +685,28 @@ def test_clients_do_not_keep_peers_from_the_machine(tmp_path: Path) -> None:
     run(work, tmp_path)
 
 
+def test_a_peer_can_give_us_its_own_certificates_alone(tmp_path: Path) -> None:
+    """Not an older one of another peer, which would be shown in the place of that one's latest."""
+
+    async def work(three: Three) -> None:
+        first = await three.start(0)
+        await three.start(2)
+        await three.until(lambda: three.agree(0, 2))
+        assert first._tls is not None
+        old = first._peers[2].pair.standing
+        assert old is not None and old.ours
+        await three.start(1)
+        three.parties[1]._peers[0].pair.judge.issue = lambda *given: old.ours  # type: ignore[method-assign]
+        three.shift += timedelta(minutes=41)
+        await three.until(lambda: three.lasts(0, 2) > timedelta(minutes=50))
+        await three.until(lambda: three.lasts(0, 1) > timedelta(minutes=50) and three.agree(0, 1, 2))
+        new = first._peers[2].pair.standing
+        assert new is not None and new.ours != old.ours
+        assert list(first._tls._issued.values()) == [new.ours]
+
+    run(work, tmp_path)
+
+
 def test_a_tunnel_that_does_not_come_up_gets_another_key(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -779,7 +779,7 @@ class Admission:
         UNTIL.labels(peer.party).set(standing.until.timestamp())
         if self._tls is not None and standing.ours:
             try:
-                self._tls.install(standing.ours)
+                self._tls.install(standing.ours, peer.place.identity.hex())
             except AttestationError as error:
                 log.warning("a peer's certificate for us does not hold", party=peer.party, why=str(error))
         log.info(

@@ -115,13 +115,15 @@ class PartyTls(_Presenter):
         self._peers = tuple(peers)
         self._issued: dict[str, bytes] = {}
 
-    def install(self, der: bytes) -> Certificate:
+    def install(self, der: bytes, issuer: str | None = None) -> Certificate:
         """Show this certificate to whoever connects from now on, if it is the best that we have.
 
-        It must be by a peer, for our identity and this process's TLS key; else `AttestationError`.
+        It must be by this peer, or by any, for our identity and this process's TLS key; else
+        `AttestationError`.
         """
+        issuers = self._peers if issuer is None else (issuer,)
         made = verify_certificate(
-            der, self._peers, self._clock(), self.revocations, subject=self._identity.public_hex
+            der, issuers, self._clock(), self.revocations, subject=self._identity.public_hex
         )
         Trail("certificate").same("key", self.key.public, made.key)
         self._issued[made.issuer] = der
