@@ -27,7 +27,7 @@ from test_client import PROMPT, answer, open_one
 from trust import MEASUREMENT, TUNNEL, Owners, verdict_on
 
 from mimir.__main__ import main
-from mimir.admission import certificates
+from mimir.admission import certificates, tls
 from mimir.admission.certificates import (
     ARC,
     Certificate,
@@ -338,6 +338,26 @@ def test_a_party_whom_nobody_admitted_is_taken_only_by_those_who_ask_for_that() 
         ends.certify()
         _, client = await ends.meet(unadmitted=True)
         assert isinstance(client, Secured) and client.peer.grounds is not None
+
+    run(test)
+
+
+def test_a_long_list_of_keys_does_not_hold_the_party_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """OpenSSL takes 0.4 ms for each key, at each renewal: not in the thread that serves everybody."""
+    make, makers = tls._context, []
+
+    def watched(*given: Any) -> Any:
+        makers.append(threading.current_thread())
+        return make(*given)
+
+    async def test() -> None:
+        monkeypatch.setattr(tls, "_context", watched)
+        ends = Ends()
+        ends.certify()
+        async with trio.open_nursery() as nursery:  # both need the same one
+            for _ in range(2):
+                nursery.start_soon(ends.meet)
+        assert len(makers) == 2 and threading.main_thread() not in makers  # the party's and the client's
 
     run(test)
 

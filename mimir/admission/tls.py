@@ -74,6 +74,7 @@ class _Presenter:
         self._node = node
         self._clock = clock
         self._self_made: tuple[bytes, Certificate] | None = None
+        self._making = trio.Lock()
         self._contexts: dict[tuple[bytes, tuple[str, ...], bool], ssl.SSLContext] = {}
 
     def wipe(self) -> None:
@@ -88,15 +89,17 @@ class _Presenter:
             held = self._self_made = der, verify_own(der, [self._identity.public_hex], now, None)
         return held
 
-    def _context(self, der: bytes, known: Collection[str], server: bool) -> ssl.SSLContext:
+    async def _context(self, der: bytes, known: Collection[str], server: bool) -> ssl.SSLContext:
         """Shows `der`, and asks for a certificate that one of `known` issued. Takes 0.4 ms for each."""
         place = der, tuple(known), server
-        if place not in self._contexts:
-            made = _context(self.key, der, known, server)
-            # What is no longer shown is not asked for again.
-            self._contexts = {key: value for key, value in self._contexts.items() if key[0] == der}
-            self._contexts[place] = made
-        return self._contexts[place]
+        async with self._making:
+            found = self._contexts.get(place)
+            if found is None:
+                found = await trio.to_thread.run_sync(_context, self.key, *place)
+                # What is no longer shown is not asked for again.
+                self._contexts = {key: value for key, value in self._contexts.items() if key[0] == der}
+                self._contexts[place] = found
+            return found
 
 
 class PartyTls(_Presenter):
@@ -156,7 +159,7 @@ class PartyTls(_Presenter):
         if not known:
             raise TlsError("nobody is on the list of those who may connect here")
         der, own = self._shown()
-        context = self._context(der, known, server=True)
+        context = await self._context(der, known, server=True)
         secured, shown = await _handshake(stream, context, None)
         peer = verify_own(shown, known, self._clock(), self.revocations)
         return Secured(secured, own, peer, _binding(der, shown))
@@ -184,7 +187,7 @@ class ClientTls(_Presenter):
         """
         issuers = [each for each in self._parties if unadmitted or each != party]
         der, own = self._by_itself(self._clock())
-        context = self._context(der, issuers, server=False)
+        context = await self._context(der, issuers, server=False)
         secured, shown = await _handshake(stream, context, server_name(party))
         peer = verify_certificate(shown, issuers, self._clock(), self.revocations, subject=party)
         return Secured(secured, own, peer, _binding(shown, der))
