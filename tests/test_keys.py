@@ -47,6 +47,8 @@ from storage import KEY
 
 from mimir import config, hpke, keys
 from mimir.__main__ import main
+from mimir.admission import revocation
+from mimir.admission.revocation import Statement
 from mimir.attest import nitro
 from mimir.attest import policy as policies
 from mimir.attest.appraisal import Anchors
@@ -457,6 +459,27 @@ def revoke(circle: Circle) -> None:
         each["revoked"] = (circle.requester.public_hex,)
 
 
+def revoke_by_owners(circle: Circle, epoch: int = 1, **items: Any) -> None:
+    """A statement of the owners, in the file that brokers read."""
+    at = NOW.replace(microsecond=0)
+    items = {kind: frozenset(values) for kind, values in items.items()}
+    statement = Statement("ab" * 32, epoch, at, **items)
+    signature = circle.owner.sign(statement.message()).hex()
+    path = circle.tmp / "revoked.toml"
+    path.parent.mkdir(exist_ok=True)
+    revocation.save(path, statement, [policies.Signature(circle.owner.public_hex, signature)])
+    for each in circle.settings.values():
+        each["revocations"] = path
+
+
+def revoke_code(circle: Circle) -> None:
+    revoke_by_owners(circle, measurements=[PCR[0].hex()])
+
+
+def revoke_requester(circle: Circle) -> None:
+    revoke_by_owners(circle, identities=[circle.requester.public_hex])
+
+
 def unlist(circle: Circle) -> None:
     for each in circle.settings.values():
         each["requesters"] = ()
@@ -476,9 +499,22 @@ def expire(circle: Circle) -> None:
         (None, Enclave(timestamp=int((NOW.timestamp() - 3600) * 1000)), "fresh|age|time"),
         (deny, None, "deny"),
         (revoke, None, "release.revoked"),
+        (revoke_code, None, "revoked.measurement"),
+        (revoke_requester, None, "revoked.identity"),
         (unlist, None, "release.requester"),
     ],
-    ids=["measurement", "debug", "other claims", "other nonce", "old", "denied", "revoked", "unlisted"],
+    ids=[
+        "measurement",
+        "debug",
+        "other claims",
+        "other nonce",
+        "old",
+        "denied",
+        "revoked",
+        "code",
+        "key",
+        "unlisted",
+    ],
 )
 def test_whoever_may_not_have_it_is_refused_by_every_broker_with_the_step(
     tmp_path: Path, spoil: Any, attester: Any, step: str
@@ -492,6 +528,33 @@ def test_whoever_may_not_have_it_is_refused_by_every_broker_with_the_step(
             await circle.collect(attester)
 
     run(test)
+
+
+def test_a_broker_does_not_forget_what_the_owners_revoked(tmp_path: Path) -> None:
+    """Its file is read for each request; one that says less, or that others signed, gives nobody anything."""
+    circle = Circle(tmp_path)
+    revoke_by_owners(circle, 2, identities=["cd" * 32])
+    service = circle.configured({})[0]
+    held = service.terms().statement
+    assert held is not None and held.epoch == 2
+    for epoch, items, step in (
+        (1, {"identities": ["cd" * 32]}, "epoch"),
+        (3, {}, "superset"),
+    ):
+        revoke_by_owners(circle, epoch, **items)
+        with pytest.raises(AttestationError, match=rf"revocation\.{step}"):
+            service.terms()
+    circle.owner, owner = Identity.generate(), circle.owner
+    revoke_by_owners(circle, 3, identities=["cd" * 32])
+    with pytest.raises(AttestationError, match=r"revocation\."):
+        service.terms()
+    (tmp_path / "revoked.toml").unlink()
+    with pytest.raises(BadInput, match=r"revoked\.toml"):
+        service.terms()
+    circle.owner = owner
+    revoke_by_owners(circle, 3, identities=["cd" * 32], measurements=[PCR[0].hex()])
+    again = service.terms().statement
+    assert again is not None and again.epoch == 3
 
 
 def test_claims_that_say_anything_else_are_refused(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ import structlog
 import trio
 
 from mimir import config, keys
+from mimir.admission import revocation
 from mimir.attest import policy as policies
 from mimir.attest.appraisal import REAL, Anchors
 from mimir.attest.collateral import Store
@@ -63,6 +64,7 @@ class BrokerConfig:
     collateral: Annotated[Path | None, config.path_rule] = None
     requesters: tuple[Requester, ...] = ()
     revoked: Annotated[tuple[str, ...], config.keys_rule] = ()  # requester keys that get nothing any more
+    revocations: Annotated[Path | None, config.path_rule] = None  # what the owners revoked: `mimir revoke`
     seconds: Annotated[float, config.seconds_rule(0.1, 600)] = 30.0  # for one connection
     keys: config.Keys = field(default_factory=config.Keys)
     log: config.Log = field(default_factory=config.Log)
@@ -137,6 +139,7 @@ class Service:
         committed = self.split.brokers[self.number - 1].commitment
         if commit(self.split.key_id, self.number, self._share).hex() != committed:
             raise BadInput(f"share {settings.share}: not the one that {settings.split} commits to")
+        self._revoked: revocation.Statement | None = None  # the last that was read
         self.terms()  # so that a policy that cannot be used is known at once
 
     def terms(self) -> Terms:
@@ -156,7 +159,23 @@ class Service:
             {bytes.fromhex(each.identity): each.name for each in settings.requesters},
             frozenset(bytes.fromhex(each) for each in settings.revoked),
             self._anchors,
+            self._revocations(),
         )
+
+    def _revocations(self) -> revocation.Statement | None:
+        """What the owners revoked, which only grows: an older file than was seen gives nobody anything."""
+        path = self._settings.revocations
+        if path is None:
+            return None
+        found, signatures = revocation.load(path)
+        revocation.check_signed(found, signatures, self._settings.owners, self._settings.threshold)
+        trail, held = Trail("revocation"), self._revoked
+        if held is not None:
+            trail.require(found.context == held.context, "context", held.context, found.context)
+            trail.require(found.epoch >= held.epoch, "epoch", f"at least {held.epoch}", found.epoch)
+            trail.require(found.covers(held), "superset", "all that was revoked before", "less")
+        self._revoked = found
+        return found
 
     async def answer(self, stream: trio.abc.Stream) -> None:
         """One connection, from beginning to end. Never raises for what the other end did."""

@@ -31,6 +31,7 @@ from typing import Annotated, Any
 import cbor2
 
 from mimir import config, hpke
+from mimir.admission.revocation import Statement
 from mimir.attest.appraisal import REAL, Anchors, Verdict, appraise
 from mimir.attest.collateral import Collateral
 from mimir.attest.evidence import MAX_ENVELOPE, Claims, Envelope
@@ -288,6 +289,7 @@ class Terms:
     requesters: Mapping[bytes, str]  # public keys, with their names
     revoked: frozenset[bytes] = frozenset()
     anchors: Anchors = REAL
+    statement: Statement | None = None  # what the owners revoked
 
 
 class Giving:
@@ -330,7 +332,10 @@ class Giving:
             channel,
             now,
         )
-        return appraise(raw, terms.policy, terms.collateral, expected, now, terms.anchors)
+        verdict = appraise(raw, terms.policy, terms.collateral, expected, now, terms.anchors)
+        if terms.statement is not None:
+            terms.statement.check(identity=self._requester.hex(), measurements=verdict.measurements)
+        return verdict
 
     def share(self, share: KeyShare, verdict: Verdict) -> bytes:
         """The share, sealed to the key that the evidence named."""
