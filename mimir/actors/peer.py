@@ -406,6 +406,8 @@ async def run_peer(
             others = [peer.identity for peer in config.others]
             tls = PartyTls(identity, config.me.name, others, revocations)
             stack.callback(tls.wipe)
+            if not config.attested:
+                log.warning("TLS WITHOUT ATTESTATION: nobody certifies this party; it tells its state alone")
         gate = _TunnelGate()
         key = generate_tunnel_key() if config.attested else None
         admission: Admission | None = None
