@@ -324,7 +324,7 @@ def test_equal_lengths_give_equal_messages() -> None:
         return {at: [(e.where, e.seq, e.step, e.size) for e in events] for at, events in out.items()}
 
     one, other = shape((0, 4)), shape((12,))
-    assert sum(map(len, one.values())) > 10_000
+    assert sum(map(len, one.values())) > 5_000
     assert one == other
 
 
@@ -338,8 +338,8 @@ DEMANDS: dict[prep.Kind, int] = {
     prep.Trunc(16): 3,
     prep.TruncIf(35): 3,
     prep.Lookup(4, 3, 2): 3,
-    prep.Lookup(0, 4, 0): 2,
-    prep.Lookup(2, 3, 0, narrow=True): 3,
+    prep.Lookup(0, 4, 0): 3,
+    prep.Lookup(2, 3, 0, narrow=True): 4,  # four lanes fill a word: an error in a lane of padding is none
     prep.Digits((3, 2)): 3,
     ANDS: 2,
     prep.DaBit(): 3,
@@ -535,6 +535,15 @@ def cancelling(summands: Mapping[str, int]) -> dict[str, Lie]:
     return {step: lie(number) for step, number in summands.items()}
 
 
+def cancelling_injection(cheater: int, e: int) -> dict[str, Lie]:
+    """Errors e and -e in the two products for one of three bits: the one whose first product a party deals."""
+
+    def second(v: list[Ring]) -> None:
+        v[0].reshape(-1)[cheater] -= np.uint64(e)
+
+    return cancelling({"dabit/xor 1": e}) | {"dabit/xor 2": second}
+
+
 def test_errors_that_cancel_for_one_value_of_a_bit(seed: int) -> None:
     """Errors e and -e in the two products of an injection cancel if the third party's bit is 0. Did the check
     pass then, its verdict would tell that bit; so it must fail always.
@@ -543,8 +552,9 @@ def test_errors_that_cancel_for_one_value_of_a_bit(seed: int) -> None:
     for number in range(24):
         cheater = number % PARTIES
         e = int(rng.integers(1, 2**63)) if number % 2 else 1
-        lies = cancelling({"dabit/xor 1": e, "dabit/xor 2": -e})
-        assert caught(make({prep.DaBit(): 1}, lies, cheater, seed + number), cheater)
+        assert caught(
+            make({prep.DaBit(): 3}, cancelling_injection(cheater, e), cheater, seed + number), cheater
+        )
 
 
 def test_top_bit_errors_need_the_extension() -> None:
@@ -785,7 +795,7 @@ def cheat_offsets(seed: int) -> bool:
 def cheat_cancelling(seed: int) -> bool:
     """The errors of `test_errors_that_cancel_for_one_value_of_a_bit`: passing would tell the bit."""
     cheater = seed % PARTIES
-    ends = make({prep.DaBit(): 1}, cancelling({"dabit/xor 1": 1, "dabit/xor 2": -1}), cheater, seed)
+    ends = make({prep.DaBit(): 3}, cancelling_injection(cheater, 1), cheater, seed)
     return not caught(ends, cheater)
 
 
@@ -1024,7 +1034,7 @@ CHECKS: dict[str, Check] = {
     ),
     "injection: the first product": Check(
         "mpc.prep:Batch.inject",
-        "self.relations.append(check.Product(b0.reshape(2, -1), b1.reshape(2, -1), both.reshape(2, -1)))",
+        "self.relations.append(check.Product(factor, b1.reshape(2, -1), product))",
         cheat_cancelling,
         20,
     ),

@@ -277,30 +277,66 @@ class Batch:
             span *= 2
         return g
 
-    async def inject(self, step: str, bits: Ring, n: int, *, prove: bool = True) -> Ring:
-        """Words of bits (2, j, w) as ring elements (2, j, n).
+    async def inject(
+        self, step: str, bits: Ring, n: int, *, prove: bool = True, narrow: bool = False
+    ) -> Ring:
+        """Words of bits (2, j, w) as ring elements (2, j, n); modulo 2^16 if narrow.
 
-        XOR of the three components as ring products, two rounds. The first product is stated on its own:
-        without that, errors e and -e in the two products would cancel exactly when the third component is 0,
-        and a passing check would tell a bit. Then an error of the second is found because the result must be
-        0 or 1 (stated here if `prove`, otherwise by the caller) and its low bit must be the bit shared.
+        XOR of the three components as ring products, two rounds. The first product is of two components that
+        one party knows, so that party deals it: it draws one summand with the next party and sends the other
+        to the one before it, a third of the bits each. Products are stated: without the first, errors e and
+        -e in the two would cancel exactly when the third component is 0, and a passing check would tell a
+        bit. Then an error of the second is found because the result must be 0 or 1 (stated here if `prove`,
+        otherwise by the caller) and its low bit must be the bit shared.
         """
         bk = self.doors.bk
         flat = bits.reshape(2, -1, bits.shape[-1])
+        shape = (len(flat[0]), n)
         ring = np.stack(
             [np.stack([kernels.bits_to_ring(np.ascontiguousarray(w), n) for w in flat[i]]) for i in (0, 1)]
         )
-        b0, b1, b2 = (bk.known(i, ring) for i in range(3))
-        (both,) = await self.mul(f"{step}/xor 1", (b0, b1))
-        self.relations.append(check.Product(b0.reshape(2, -1), b1.reshape(2, -1), both.reshape(2, -1)))
+        size = shape[0] * n
+        third = -(-size // 3)
+        blocks = np.pad(ring.reshape(2, -1), [(0, 0), (0, 3 * third - size)]).reshape(2, 3, third)
+
+        def whole(v: Ring) -> Ring:
+            return np.ascontiguousarray(v.reshape(2, -1)[:, :size]).reshape(2, *shape)
+
+        # in block j the factors are components j, j + 1, and then j + 2
+        b0, b1, b2 = (
+            whole(np.stack([bk.known((j + k) % 3, blocks[:, j]) for j in range(3)], axis=1)) for k in range(3)
+        )
+        me, after, before = bk.party, bk.following, bk.previous
+        drawn = bk.random(third)
+        both = np.zeros_like(blocks)
+        dealt = blocks[0, me] * blocks[1, me] - drawn[1]
+        both[:, me] = np.stack([dealt, drawn[1]])
+        both[0, before] = drawn[0]
+        (told,) = await self._exchange(f"{step}/xor 1", dealt, narrow)
+        both[0, me], both[1, after] = told
+        shift = np.uint64(48 if narrow else 0)
+        both = whole(both)
+        factor, product = (v.reshape(2, -1) << shift for v in (b0, both))
+        self.relations.append(check.Product(factor, b1.reshape(2, -1), product))
         x = b0 + b1 - both * np.uint64(2)
-        (both,) = await self.mul(f"{step}/xor 2", (x, b2))
+        part = kernels.rss_mul(x, b2, bk.zero(*shape))
+        (both,) = await self._exchange(f"{step}/xor 2", part, narrow)
         x = x + b2 - both * np.uint64(2)
         if prove:
             flat_x = x.reshape(2, -1)
             self.relations.append(check.Product(flat_x, flat_x, flat_x))
         self.same_bits(x, flat, n)
         return x.reshape(*bits.shape[:-1], n)
+
+    async def _exchange(self, step: str, summand: Ring, narrow: bool) -> list[Ring]:
+        """`reshare`, of which only the lowest 16 bits travel, four to a word, if narrow."""
+        if not narrow:
+            return await self.doors.reshare(step, summand)
+        size = summand.size
+        lanes16 = np.zeros(-(-size // 4) * 4, np.uint16)
+        lanes16[:size] = summand.reshape(-1)
+        (told,) = await self.doors.reshare(step, lanes16.view(np.uint64))
+        return [told.view(np.uint16)[:, :size].astype(np.uint64).reshape(2, *summand.shape)]
 
     def same_bits(self, x: Ring, bits: Ring, n: int) -> None:
         """State that ring elements (2, j, n), known to be 0 or 1, are the bits (2, j, w).
@@ -420,7 +456,7 @@ async def _lookup(b: Batch, kind: Lookup, n: int) -> dict[str, Ring]:
     if steps:  # the remainder is wanted as well
         stack = np.concatenate([stack, bits["carry_a"][:, None], bits["carry_b"][:, None]], axis=1)
     # The index bits need no proof of their own: they are re-read from the verified one-hot.
-    got = await b.inject(f"{name}/inject", stack, n, prove=False)
+    got = await b.inject(f"{name}/inject", stack, n, prove=False, narrow=kind.narrow)
     e = await b.one_hot(name, got[:, :index_bits], kind.narrow)
     j = np.arange(1 << index_bits, dtype=np.uint64)
     masks = np.stack([(j >> np.uint64(t)) & np.uint64(1) for t in range(index_bits)])  # (k, K)
