@@ -536,7 +536,7 @@ def cancelling(summands: Mapping[str, int]) -> dict[str, Lie]:
 
 
 def cancelling_injection(cheater: int, e: int) -> dict[str, Lie]:
-    """Errors e and -e in the two products for one of three bits: the one whose first product a party deals."""
+    """Errors e and -e in the two products for one of three bits, whose first product this party deals."""
 
     def second(v: list[Ring]) -> None:
         v[0].reshape(-1)[cheater] -= np.uint64(e)
