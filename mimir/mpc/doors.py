@@ -169,8 +169,8 @@ class Doors:
         return (await self.open_all(step, [Masked(shares)]))[0]
 
     async def open_low(self, step: str, width: int, *shares: Share) -> list[Ring]:
-        """Public values modulo 2^width; `width` bits sent per element, of few 4 or 8 bytes. The high bits stay
-        hidden.
+        """Public values modulo 2^width; `width` bits sent per element, 4 or 8 bytes if they are few. The high
+        bits stay hidden.
         """
         return (await self.open_all(step, [Masked(shares, width)]))[0]
 
