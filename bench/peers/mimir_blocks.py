@@ -85,7 +85,7 @@ async def _decode(ctx: Context, x: Share, caches: Any) -> Share:
     for part, mask in zip((cache.keys[0], cache.values[0]), masks, strict=True):
         part.delta, part.mask = [np.zeros(CACHE_SHAPE, np.uint64)], [mask]
     cache.valid, cache.length = valid, blocks.CACHED
-    return await transformer.forward(ctx, "block", SPEC, Rows(x, None), cache, SETTINGS)
+    return await transformer.forward(ctx, "block", SPEC, Rows(x, None, False), cache, SETTINGS)
 
 
 async def _matmul(ctx: Context, x: Share, _: Any) -> Share:
