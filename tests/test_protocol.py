@@ -417,8 +417,8 @@ def truncation_edges(f: int) -> list[int]:
 @examples(2)
 @given(drawn=integers, seed=seeds)
 def test_truncate(backend: Replicated, drawn: list[int], seed: int) -> None:
-    """Proven: |result - x / 2^f| <= 2 - 2^(1 - f), for every |x| < 2^62 - 2^f; 3 units of 2^(f - 16) more where
-    these are dropped at once.
+    """Proven: |result - x / 2^f| <= 2 - 2^(1 - f), for every |x| < 2^62 - 2^f; more by 3 units of 2^(f - 16)
+    where bits below are dropped at once.
     """
     rng = np.random.default_rng(seed)
     xs: list[list[int]] = []
