@@ -102,9 +102,9 @@ DOORS: Counter[str] = Counter(
         "mimir/mpc/ops:scale open": 2,  # also of rows
         "mimir/mpc/ops:to_ring open_bits": 1,
         "mimir/mpc/ops:together open_all": 1,
-        "mimir/mpc/ops:truncate open": 1,
+        "mimir/mpc/ops:truncate open_all": 1,
         "mimir/mpc/ops:truncate_if open_all": 1,
-        "mimir/mpc/ops:truncate_rows open": 1,
+        "mimir/mpc/ops:truncate_rows open_all": 1,
     }
 )
 NAMED = {"mimir/actors/peer": 1}  # the model store's, for a thread to call

@@ -184,8 +184,8 @@ def test_dropping_low_bits(low: int, width: int) -> None:
 
 @pytest.mark.parametrize(("low", "width"), DROPS)
 def test_sign_of_what_is_left(low: int, width: int) -> None:
-    """A number that was dropped to `width` bits reads as negative only if it is, and always from -3 (2^low - 1) -
-    1 on; in between either may happen. It is one number, so comparisons of two such numbers agree.
+    """A number that was dropped to `width` bits reads as negative only if it is, and always below
+    -3 (2^low - 1); in between either may happen. It is one number, so comparisons of two such numbers agree.
     """
     d = Dropped(low, width)
     half = d.unit * d.ring // 2

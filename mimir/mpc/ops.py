@@ -150,17 +150,18 @@ async def together(ctx: Context, *branches: Callable[[Context], Coroutine[Any, A
 
 
 async def truncate(ctx: Context, step: str, *items: tuple[Share, int]) -> list[Share]:
-    """Drop f bits of each (x, f), for |x| < 2^62 - 2^f: x / 2^f with an error below 2 units, mean 0. One
-    round, 8 bytes.
+    """Drop f bits of each (x, f), for |x| < 2^62 - 2^f - 2^(f - 15): x / 2^f with an error below 2 units (2 +
+    2^-14 for f > 16), mean 0. One round; 8 bytes, or 80 - f bits for f > 16.
 
     Top-bit correction: c = open(x' + r), x' = x + 2^62 - 2^f + 1. With R = r_0 + r_1 + r_2 over the integers,
     U the sum of the r_i >> f, v < 3 * 2^f that of their low bits, and W the number of times R passes 2^64,
     floor((x' + v) / 2^f) = (c >> f) - U + 2^(64-f) (W + top(r) (1 - top(c))) exactly: no wrong value exists
     to be unlucky with. v is a public dither that centres the rounding. U - 2^(64-f) W is the pair's `base`.
+    Of more than 16 bits the lowest are dropped from each component without a mask, and do not travel.
     """
     taken = [ctx.take(prep.Trunc(f), x.size) for x, f in items]
     opening = _Truncation(items, taken)
-    (c,) = await ctx.doors.open(step, opening.masked)
+    c = opening.joined(await ctx.doors.open_all(step, opening.masked))
     base, top = (concat([p[name] for p in taken]) for name in ("base", "top"))
     a, b = opening.public(c)
     return _split(top * b - base + a, items)
@@ -176,7 +177,8 @@ async def truncate_if(ctx: Context, step: str, bits: Bits, *items: tuple[Share, 
     taken = [ctx.take(prep.TruncIf(f), x.size) for x, f in items]
     ring, base, top, z = (concat([p[name] for p in taken]) for name in ("ring", "base", "top", "z"))
     opening = _Truncation(items, taken)
-    (c,), (o,) = await ctx.doors.open_all(step, [Masked([opening.masked]), Masked([bits ^ low_bits(ring)])])
+    *values, (o,) = await ctx.doors.open_all(step, [*opening.masked, Masked([bits ^ low_bits(ring)])])
+    c = opening.joined(values)
     o = kernels.bits_to_ring(o, c.size)
     sign = np.uint64(1) - np.uint64(2) * o  # bit = o + sign ring
     a, b = opening.public(c)
@@ -213,7 +215,7 @@ async def truncate_rows(ctx: Context, step: str, x: Share, f: int) -> TruncatedR
         raise LocalError("rows can be squared when at most 32 bits are dropped")
     c = ctx.take(prep.Norm(x.shape[1], f), x.shape[0])
     opening = _Truncation([(x, f)], [{"r": c["r"].flat()}])
-    (o,) = await ctx.doors.open(step, opening.masked)
+    o = opening.joined(await ctx.doors.open_all(step, opening.masked))
     a, b = (v.reshape(x.shape) for v in opening.public(o))
     two = np.uint64(2)
     part = (c["top"] * a - c["both"]) * (b * two) - c["base"] * (a * two)
@@ -225,10 +227,19 @@ class _Truncation:
     """What several truncations in one opening have in common."""
 
     def __init__(self, items: Sequence[tuple[Share, int]], taken: Sequence[dict[str, Share]]) -> None:
-        one = np.uint64(1)
         self._shift = np.repeat(np.array([f for _, f in items], np.uint64), [x.size for x, _ in items])
-        offset = (one << np.uint64(62)) - (one << self._shift) + one
-        self.masked = concat([x.flat() for x, _ in items]) + concat([p["r"] for p in taken]) + offset
+        self._bare = [prep.unmasked_bits(f) for _, f in items]
+        self.masked = []
+        for (x, f), p, bare in zip(items, taken, self._bare, strict=True):
+            # Components lose `bare` bits, which is made up for in the mean.
+            raised = x.flat() + ((1 << 62) - (1 << f) + (1 << bare) + (3 * ((1 << bare) - 1) >> 1))
+            low = np.uint64(bare)
+            v = (raised.v >> low) + (p["r"].v >> low)
+            self.masked.append(Masked([Share(v, x.bk)], RING_BITS - bare))
+
+    def joined(self, opened: Sequence[Sequence[Ring]]) -> Ring:
+        """What was opened, of all items, in its place within the ring."""
+        return np.concatenate([c << np.uint64(g) for (c,), g in zip(opened, self._bare, strict=True)])
 
     def public(self, c: Ring) -> tuple[Ring, Ring]:
         """a and b such that a - base + b top is the truncated value; b is 0 or 2^(64 - f)."""

@@ -403,6 +403,14 @@ class Batch:
         return z
 
 
+TRUNCATED_BITS: Final = 16  # of the bits to be dropped so many are masked
+
+
+def unmasked_bits(f: int) -> int:
+    """Low bits that a truncation by f drops from each component by itself, so that their mask is 0."""
+    return max(0, f - TRUNCATED_BITS)
+
+
 def _cut(kinds: Mapping[Kind, int], material: dict[str, Ring]) -> Made:
     """Divide what was made together, in order, along the first value axis."""
     out: Made = {}
@@ -421,14 +429,18 @@ async def _truncs(b: Batch, kinds: Mapping[Kind, int]) -> Made:
     """
     pairs = {k: n * (k.width if isinstance(k, Norm) else 1) for k, n in kinds.items()}
     n = sum(pairs.values())
-    r = b.doors.bk.random(n)
-    bits = await b.add3("trunc", r, 64, low=0, last=True)
-    stack = np.stack([bits["top"], bits["over_a"], bits["over_b"]], axis=1)
-    got = await b.inject("trunc/inject", stack, n)
     shift = np.repeat(
         np.array([k.f for k in kinds if isinstance(k, Trunc | TruncIf | Norm)], np.uint64),
         list(pairs.values()),
     )
+    bare = np.repeat(
+        np.array([unmasked_bits(k.f) for k in kinds if isinstance(k, Trunc | TruncIf | Norm)], np.uint64),
+        list(pairs.values()),
+    )
+    r = b.doors.bk.random(n) >> bare << bare
+    bits = await b.add3("trunc", r, 64, low=0, last=True)
+    stack = np.stack([bits["top"], bits["over_a"], bits["over_b"]], axis=1)
+    got = await b.inject("trunc/inject", stack, n)
     over = (got[:, 1] + got[:, 2]) * (np.uint64(1) << (np.uint64(64) - shift))
     out = _cut(pairs, {"r": r, "base": (r >> shift) - over, "top": got[:, 0]})
     chosen = {k: m for k, m in out.items() if isinstance(k, TruncIf)}
