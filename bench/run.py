@@ -432,7 +432,7 @@ def mesh(directory: Path, wan: str | None, tunnel: bool, settings: dict[str, Any
         words += ["--model", str(directory), "--prompt", "A", "--max-new", str(WARM_TOKENS)]
         words += ["--workdir", str(work)]
         words += ["--wan", wan] if wan else []
-        words += [] if tunnel else ["--no-tunnel"]
+        words += ["--rotate", "3600"] if tunnel else ["--no-tunnel"]  # rotations have a bench of their own
         for key, value in settings.items():
             words += ["--set", f"{key}={json.dumps(value)}"]
         if shutil.which("setpriv"):

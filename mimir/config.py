@@ -241,7 +241,7 @@ class Cheby:
     """[cheby] Interval tables of polynomial pieces."""
 
     deg: Annotated[int, integer_rule(1, 3)] = 3  # degree of a piece
-    bins: Annotated[int, integer_rule(128, 1024)] = 128  # pieces per table, a power of two
+    bins: Annotated[int, integer_rule(64, 1024)] = 64  # pieces per table, a power of two
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,7 @@ _seed = pytest.StashKey[int]()
 def pytest_configure(config: pytest.Config) -> None:
     seed = int(os.environ.get(SEED_VARIABLE) or secrets.randbits(32))
     config.stash[_seed] = seed
+    os.environ[SEED_VARIABLE] = str(seed)  # for the workers that run files side by side
     if getattr(config.option, "hypothesis_seed", "") is None:
         config.option.hypothesis_seed = str(seed)
 

@@ -185,10 +185,11 @@ class Fixed:
 
     scale_bits: int = _SETTINGS.scale_bits  # f: activations, weights, cache
     degree: int = _SETTINGS.degree  # cheby.deg
-    bins: int = _SETTINGS.bins  # cheby.bins, of an activation
+    bins: int = _SETTINGS.bins  # cheby.bins, of SiLU
     rounding: str = "dither"  # as the engine's masks do it; "nearest" is its mean, and deterministic
     seed: int = 1  # of the dither
-    activation_bin: int = nonlinear.ACTIVATION_BIN  # log2 of the width of a bin
+    stretch_bits: int = nonlinear.STRETCH_BITS
+    reach_fine: int = nonlinear.REACH_FINE
     exp_bin: int = nonlinear.EXP_BIN
     exp_bits: int = nonlinear.EXP_BITS
     exp_top: float = nonlinear.EXP_TOP
@@ -228,21 +229,24 @@ class Pieces:
 def _mask_reading(x: Ints, low: int, rest: int, rng: np.random.Generator | None) -> tuple[Ints, Ints]:
     """Index and signed remainder of x as read under a mask.
 
-    The mask's three components each lose `low` bits, which adds up to three units before the floor; its
-    remainder carries into the index at random. Without `rng`: the mean of the first, and rounding to nearest.
+    The three components of x, raised by three units, each lose `low` bits; the mask's remainder carries into
+    the index at random. Without `rng`: the mean of the first, and rounding to nearest.
     """
+    unit = 1 << low
     if rng is None:
-        w = (x + (3 << low >> 1)) >> low
+        w = (x + 2 * unit) >> low if low else x
         below = w & ((1 << rest) - 1)
-        carry = below >> (rest - 1)
+        carry = below >> (rest - 1) if rest else below
     else:
-        w = (x + rng.integers(0, 1 << low, (3, *x.shape)).sum(axis=0)) >> low
+        raised = x + 3 * (unit - 1)
+        lost = rng.integers(0, unit, (2, *x.shape)).sum(axis=0)
+        w = (raised - lost - ((raised - lost) & (unit - 1))) >> low
         below = w & ((1 << rest) - 1)
         carry = (below + rng.integers(0, 1 << rest, x.shape)) >> rest
     return (w >> rest) + carry, below - (carry << rest)
 
 
-MEAN_EXCESS = 1.0  # of such a reading, in units of 2^low
+MEAN_EXCESS = 1.5  # of such a reading, in units of 2^low, less 1.5 units of 1
 
 
 def pieces(
@@ -256,6 +260,7 @@ def pieces(
     low: int,
     scale: int | None = None,
     first: int = 0,
+    rest: int | None = None,
 ) -> Pieces:
     """fn on [start, start + width * 2^bits), 0 in pieces below `first`; 2^low of the input is worth `unit`.
 
@@ -263,7 +268,7 @@ def pieces(
     squares at Chebyshev nodes, which is within a few per cent of minimax at these degrees.
     """
     nodes = np.cos(np.pi * (np.arange(16) + 0.5) / 16)
-    centres = start + np.arange(1 << bits) * width - MEAN_EXCESS * unit
+    centres = start + np.arange(1 << bits) * width - MEAN_EXCESS * (1 - 2.0**-low) * unit
     samples = fn(centres[:, None] + nodes * width)
     weighted = np.linalg.pinv(np.vander(nodes, fx.degree + 1, increasing=True))
     powers = weighted @ samples.T  # (degree + 1, 2^bits), in t = remainder / 2^rest
@@ -271,10 +276,11 @@ def pieces(
     if scale is None:
         magnitude = math.ceil(math.log2(max(float(np.abs(powers).sum(axis=0).max()), 2.0**-30))) + 1
         scale = min(fx.headroom - magnitude, fx.inverse_scale + 56)
-    top = scale - fx.rest * fx.degree
-    exponents = top + fx.rest * (fx.degree - np.arange(fx.degree + 1))
+    rest = rest or fx.rest
+    top = scale - rest * fx.degree
+    exponents = top + rest * (fx.degree - np.arange(fx.degree + 1))
     tables = np.rint(powers * 2.0 ** exponents[:, None]).astype(np.int64)
-    return Pieces(low, fx.rest, bits, tables, scale)
+    return Pieces(low, rest, bits, tables, scale)
 
 
 class FixedModel:
@@ -298,9 +304,7 @@ class FixedModel:
         )
         self.act: Pieces | None = None
         if plan.act != "relu":
-            reach = self.activation_bins * 2.0**fx.activation_bin / 2
-            bits, magnitude = self.activation_bins.bit_length() - 1, math.ceil(math.log2(reach)) + 1
-            self.act = self._table(ACTIVATIONS[plan.act], -reach, fx.activation_bin, bits, magnitude)
+            self.act = self.activation_table(plan.act)
         self.reciprocal = self._ladder(
             lambda x: 2.0 ** (fx.exp_scale + fx.sum_shift) / np.maximum(x, 2.0 ** (fx.sum_base - 1)),
             fx.sum_base,
@@ -324,13 +328,22 @@ class FixedModel:
     # Tables.
 
     def _table(
-        self, fn: Callable[[Floats], Floats], start: float, bin_log: int, bits: int, magnitude: int
+        self,
+        fn: Callable[[Floats], Floats],
+        start: float,
+        bin_log: int,
+        bits: int,
+        magnitude: int,
+        scale: int | None = None,
+        rest: int | None = None,
     ) -> Pieces:
-        """fn of an input at scale 2f, shifted to begin at zero."""
+        """fn of an input at `scale`, 2f unless said otherwise, shifted to begin at zero."""
         fx = self.fixed
-        low = 2 * fx.scale_bits + bin_log - fx.rest
-        unit = 2.0 ** (bin_log - fx.rest)
-        return pieces(fn, start, 2.0**bin_log, bits, unit, fx, low=low, scale=fx.headroom - magnitude)
+        rest = rest or fx.rest
+        low = (scale or 2 * fx.scale_bits) + bin_log - rest
+        unit = 2.0 ** (bin_log - rest)
+        top = fx.headroom - magnitude
+        return pieces(fn, start, 2.0**bin_log, bits, unit, fx, low=low, scale=top, rest=rest)
 
     def _ladder(self, fn: Callable[[Floats], Floats], base: int, top: int) -> list[Pieces]:
         """Windows of integers, `window_step` octaves apart; the highest that is not empty answers."""
@@ -372,8 +385,34 @@ class FixedModel:
         return a * b
 
     @property
-    def activation_bins(self) -> int:
-        return self.fixed.bins if self.plan.act == "silu_glu" else self.fixed.bins // 2
+    def extra(self) -> int:
+        """Fraction bits above f that a norm keeps for the product which follows."""
+        f = self.fixed.scale_bits
+        return self.fixed.norm_scale if 2 * f + self.fixed.norm_scale <= nonlinear.WIDEST else 0
+
+    @property
+    def inner_extra(self) -> int:
+        return 0 if self.plan.act == "relu" else self.extra
+
+    def activation_table(self, name: str) -> Pieces:
+        """On [-R, R), of an input times `stretch`, which makes the bins powers of 2."""
+        fx = self.fixed
+        bins, reach = (fx.bins, "silu") if name == "silu_glu" else (fx.bins // 2, "gelu")
+        width = 2 * nonlinear.ACTIVATION_RANGE[reach] / bins
+        log = math.ceil(math.log2(width))
+        self.stretch = round(2.0 ** (log + fx.stretch_bits) / width)
+        self.activation_bin = 2.0 ** (log + fx.stretch_bits) / self.stretch
+        scale = 2 * fx.scale_bits + self.inner_extra + fx.stretch_bits
+        magnitude = math.ceil(math.log2(self.activation_bin * bins / 2)) + 1
+        return self._table(
+            lambda x: ACTIVATIONS[name](x * 2.0**fx.stretch_bits / self.stretch),
+            -(2.0**log) * bins / 2,
+            log,
+            bins.bit_length() - 1,
+            magnitude,
+            scale,
+            nonlinear.Settings(degree=fx.degree).activation_rest,
+        )
 
     def _linear(self, name: str, x: Ints, scale: int | None = None) -> Ints:
         """x @ W + b at f more than the scale of x, which is f unless said otherwise."""
@@ -382,9 +421,10 @@ class FixedModel:
         )
         return self._product(name, x, self.weights[name]) + bias
 
-    def _lookup(self, step: str, x: Ints, p: Pieces) -> tuple[Ints, Ints]:
-        """(index, value at p.scale); what lies outside reads another piece."""
+    def _lookup(self, step: str, x: Ints, p: Pieces, first: int = 0) -> tuple[Ints, Ints]:
+        """(index, value at p.scale) of x raised by `first` bins; what lies outside reads another piece."""
         j, t = _mask_reading(x, p.low, p.rest, self.rng)
+        j = j + first
         row = p.tables[:, j % (1 << p.bits)]
         acc = row[-1]
         for c in row[-2::-1]:
@@ -411,19 +451,21 @@ class FixedModel:
 
     # Layers.
 
-    def _norm(self, step: str, h: Ints, wide: bool = False) -> Ints:
-        """At scale f, or f + norm_scale."""
+    def _norm(self, step: str, h: Ints, extra: int = 0) -> Ints:
+        """Of h at 2f, at f + extra."""
         fx = self.fixed
+        self._fits(step, float(np.abs(h.astype(np.float64)).max()))
+        h = self._truncate(h, fx.scale_bits)
         self._fits(step, float((h.astype(np.float64) ** 2).sum(axis=-1).max()))
-        r = self._climb(step, (h * h).sum(axis=-1), self.rsqrt, fx.norm_scale if wide else fx.inverse_scale)
+        r = self._climb(step, (h * h).sum(axis=-1), self.rsqrt, extra or fx.inverse_scale)
         y = self._times(step, h, r[:, None])
-        return y if wide else self._truncate(y, fx.inverse_scale)
+        return y if extra else self._truncate(y, fx.inverse_scale)
 
     def _rotate(self, step: str, x: Ints, positions: Ints) -> Ints:
-        """x at 2f, without a rotation at 2f + norm_scale -> f."""
+        """x at 2f, without a rotation at 2f + extra -> f."""
         fx = self.fixed
         if self.plan.positions != "rope":
-            return self._truncate(x, fx.scale_bits + fx.norm_scale)
+            return self._truncate(x, fx.scale_bits + self.extra)
         bits = fx.rotary_scale
         cos, sin = (np.rint(part * 2.0**bits).astype(np.int64) for part in _rotary(self.plan, positions))
         a, b = np.split(x, 2, axis=-1)
@@ -442,31 +484,27 @@ class FixedModel:
         below = scores + half - ((top + 1) << (scale + fx.coarse_bin))
         start = fx.exp_top - 2.0 ** (fx.exp_bits + fx.exp_bin)
         j, e = self._lookup(step, below - int(start * 2**scale), self.exp)
-        reading, _ = _mask_reading(below, scale, 0, self.rng)
-        near = see & (reading >= -nonlinear.EXP_REACH)
+        reading, _ = _mask_reading(below, scale + 1, 0, self.rng)
+        near = see & (2 * reading >= -nonlinear.EXP_REACH)
         self._inside(f"{step}: exp", j, fx.exp_bits, near)
-        deepest = nonlinear.REACH_MARGIN - (1 << nonlinear.REACH_BITS)
-        if (np.where(see, below, 0) < deepest << scale).any():
-            raise OverflowError(f"{step}: a score lies {deepest} below its row's largest")
         return np.where(near, self._truncate(e, self.exp.scale - fx.exp_scale), 0)
 
     def _activate(self, step: str, x: Ints) -> Ints:
-        """Activation of x at 2f, result at 2f, or at f where it gates."""
+        """Activation of x at 2f + inner_extra, result at f."""
         fx = self.fixed
-        if self.act is None:  # relu: the sign is that of the truncated value
-            return np.where(self._truncate(x, fx.scale_bits) < 0, 0, x)
-        half = 1 << (2 * fx.scale_bits + fx.activation_bin + self.act.bits - 1)
-        j, y = self._lookup(step, x + half, self.act)
-        if not np.abs(x).max() < nonlinear.ACTIVATION_BOUND * 4.0**fx.scale_bits:
+        scale = 2 * fx.scale_bits + self.inner_extra
+        if self.act is None:  # relu: the sign is that of what is left without f bits
+            reading, _ = _mask_reading(x, fx.scale_bits, 0, self.rng)
+            return np.where(reading < 0, 0, self._truncate(x, fx.scale_bits))
+        j, y = self._lookup(step, x * self.stretch, self.act, 1 << (self.act.bits - 1))
+        if not np.abs(x).max() < nonlinear.ACTIVATION_BOUND * 2.0**scale:
             raise OverflowError(f"{step}: an activation's input is not within {nonlinear.ACTIVATION_BOUND}")
-        reading, _ = _mask_reading(x, 2 * fx.scale_bits, 0, self.rng)
-        r = self.activation_bins >> (1 - fx.activation_bin)
-        left, right = reading < nonlinear.REACH_MARGIN - r, reading >= r - 1
+        reading, _ = _mask_reading(x, scale - fx.reach_fine, 0, self.rng)
+        unit, reach = 2.0**-fx.reach_fine, self.activation_bin * 2.0 ** (self.act.bits - 1)
+        left = reading < math.ceil(-reach / unit) + 3
+        right = reading >= math.floor((reach - self.activation_bin * (1 + 2.0**-8)) / unit)
         self._inside(step, j, self.act.bits, ~(left | right))
-        if self.plan.act == "silu_glu":
-            y, x = self._truncate(y, self.act.scale - fx.scale_bits), self._truncate(x, fx.scale_bits)
-        else:
-            y = self._truncate(y, self.act.scale - 2 * fx.scale_bits)
+        y, x = self._truncate(y, self.act.scale - fx.scale_bits), self._truncate(x, scale - fx.scale_bits)
         return np.where(left, 0, np.where(right, x, y))
 
     def forward(self, ids: Sequence[int], tap: Tap | None = None, pad: int = 0) -> Floats:
@@ -483,9 +521,10 @@ class FixedModel:
         if plan.positions == "learned":
             h = h + self.weights["pos"][positions].astype(np.int64)
         note("embed", h, f)
+        h = h << f
         for i in range(plan.layers):
-            above = fx.norm_scale if plan.positions == "learned" else 0
-            u = self._norm(f"{i}.norm1", h, wide=above > 0)
+            above = self.extra if plan.positions == "learned" else 0
+            u = self._norm(f"{i}.norm1", h, above)
             note(f"{i}.norm1", u, f + above)
             q, k, v = _split_heads(plan, self._linear(f"{i}.qkv", u, f + above))
             q, k = self._rotate(f"{i}.q", q, positions), self._rotate(f"{i}.k", k, positions)
@@ -507,25 +546,25 @@ class FixedModel:
             z = self._truncate(z, fx.mix_scale + fx.inverse_scale - f)
             z = z.transpose(1, 0, 2).reshape(rows, -1)
             note(f"{i}.attention", z, f)
-            h = h + self._truncate(self._linear(f"{i}.o", z), f)
-            note(f"{i}.residual1", h, f)
-            u = self._norm(f"{i}.norm2", h)
-            note(f"{i}.norm2", u, f)
-            hidden = self._linear(f"{i}.in", u)
-            note(f"{i}.hidden", hidden, 2 * f)
+            h = h + self._linear(f"{i}.o", z)
+            note(f"{i}.residual1", h, 2 * f)
+            above = self.inner_extra
+            u = self._norm(f"{i}.norm2", h, above)
+            note(f"{i}.norm2", u, f + above)
+            hidden = self._linear(f"{i}.in", u, f + above)
+            note(f"{i}.hidden", hidden, 2 * f + above)
             a = self._activate(f"{i}.activation", hidden[:, : plan.hidden])
             if plan.act == "silu_glu":
-                up = self._truncate(hidden[:, plan.hidden :], f)
+                up = self._truncate(hidden[:, plan.hidden :], f + above)
                 a = self._truncate(self._times(f"{i}.gate", a, up), f)
-            scale = f if plan.act == "silu_glu" else 2 * f
-            note(f"{i}.activation", a, scale)
-            h = h + self._truncate(self._linear(f"{i}.out", a, scale), scale)
-            note(f"{i}.residual2", h, f)
-        u = self._norm("final norm", h)
-        note("final norm", u, f)
-        logits = self._linear("head", u)  # compared, never multiplied: no truncation
-        note("logits", logits, 2 * f)
-        return np.asarray(logits / 2.0 ** (2 * f))[pad:]
+            note(f"{i}.activation", a, f)
+            h = h + self._linear(f"{i}.out", a)
+            note(f"{i}.residual2", h, 2 * f)
+        u = self._norm("final norm", h, self.extra)
+        note("final norm", u, f + self.extra)
+        logits = self._linear("head", u, f + self.extra)  # compared, never multiplied: no truncation
+        note("logits", logits, 2 * f + self.extra)
+        return np.asarray(logits / 2.0 ** (2 * f + self.extra))[pad:]
 
 
 # -- what is measured on either

@@ -1004,9 +1004,9 @@ def test_every_reachable_state_is_safe_and_heals() -> None:
 
 
 def test_who_is_not_what_the_policy_wants_never_gets_in() -> None:
-    assert explore(opens=1, crashes=1, machines=("bad0", "good1")) > 200
-    assert explore(opens=1, machines=("good0", "bad1")) > 40
-    assert explore(opens=1, thief=True) > 40
+    assert explore(opens=1, crashes=1, machines=("bad0", "good1")) > 150
+    assert explore(opens=1, machines=("good0", "bad1")) > 20
+    assert explore(opens=1, thief=True) > 20
 
 
 def mutant(kind: Any, **methods: Any) -> Any:

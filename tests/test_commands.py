@@ -70,7 +70,7 @@ class Running:
         made.clients[0].save(tmp / "client.key")
         made.clients[1].save(tmp / "second.key")
         made.owner.save(tmp / "owner.key")
-        text = f'client_key = "client.key"\ntokenizer = "{tokenizer}"\ndeadlines.silence = 5\n'
+        text = f'client_key = "client.key"\ntokenizer = "{tokenizer}"\ndeadlines.silence = 30\n'
         for party in made.federation.parties:
             text += f'[[parties]]\nname = "{party.name}"\nhost = "{party.host}"\nport = {party.port}\n'
             text += f'identity = "{party.identity}"\n'

@@ -173,7 +173,7 @@ def test_what_was_replaced_is_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
         patch.setattr(prep, "produce", broken)
         counted(PLAIN)
     assert {at: getattr(*at) for at in before} == before
-    assert not isinstance(nonlinear.activation_piece("silu", SETTINGS).tables, dryrun.Stretched)
+    assert not isinstance(nonlinear.activation_piece("silu", SETTINGS, 52).tables, dryrun.Stretched)
 
 
 def test_kernel_rules_agree_with_the_kernels() -> None:

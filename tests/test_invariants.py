@@ -86,23 +86,25 @@ DOORS: Counter[str] = Counter(
         "mimir/model/transformer:mix open": 1,
         "mimir/model/transformer:reenter open_all": 1,
         "mimir/mpc/check:verify open_extension": 1,
-        "mimir/mpc/nonlinear:rms_norm open": 2,
         "mimir/mpc/ops:are_below open_low": 1,
-        "mimir/mpc/ops:coarse_index open": 1,
-        "mimir/mpc/ops:conjunction open_bits": 1,
+        "mimir/mpc/ops:coarse_index open_low": 1,
         "mimir/mpc/ops:evaluate open": 1,
         "mimir/mpc/ops:is_negative open_low": 1,
         "mimir/mpc/ops:is_zero open_low": 1,
         "mimir/mpc/ops:matmul open": 1,
+        "mimir/mpc/ops:monomials open_bits": 1,
         "mimir/mpc/ops:mul open": 1,
         "mimir/mpc/ops:open open_all": 1,  # these three: doors of a branch, for `together`
         "mimir/mpc/ops:open_bits open_all": 1,
         "mimir/mpc/ops:open_low open_all": 1,
-        "mimir/mpc/ops:read_index open": 1,
-        "mimir/mpc/ops:scale open": 1,
+        "mimir/mpc/ops:pick open_all": 1,
+        "mimir/mpc/ops:read_index open_all": 1,
+        "mimir/mpc/ops:scale open": 2,  # also of rows
         "mimir/mpc/ops:to_ring open_bits": 1,
         "mimir/mpc/ops:together open_all": 1,
-        "mimir/mpc/ops:truncate open": 1,
+        "mimir/mpc/ops:truncate open_all": 1,
+        "mimir/mpc/ops:truncate_if open_all": 1,
+        "mimir/mpc/ops:truncate_rows open_all": 1,
     }
 )
 NAMED = {"mimir/actors/peer": 1}  # the model store's, for a thread to call
@@ -315,15 +317,15 @@ def test_shares_do_not_show_themselves() -> None:
 
 def test_material_is_taken_once() -> None:
     async def greedy(p: Party) -> None:
-        ctx = await p.context({prep.Mul(): 3, prep.DaBit(): 64})
+        ctx = await p.context({prep.Mul(): 3, prep.Digits((2,)): 64})
         first = ctx.take(prep.Mul(), 2)
         second = ctx.take(prep.Mul(), 1)
         assert not np.shares_memory(first["x"].v, second["x"].v)
         with pytest.raises(LocalError, match="used up"):
             ctx.take(prep.Mul(), 1)
-        ctx.take(prep.DaBit(), 1)  # a lane takes its word along
+        ctx.take(prep.Digits((2,)), 1)  # a lane takes its word along
         with pytest.raises(LocalError, match="used up"):
-            ctx.take(prep.DaBit(), 1)
+            ctx.take(prep.Digits((2,)), 1)
         with pytest.raises(LocalError, match="was prepared"):
             ctx.take(prep.Trunc(3), 1)
 

@@ -817,28 +817,27 @@ def test_activation_over_its_whole_domain(act: str, llama_twin: FixedModel, plai
         twin = FixedModel(load_checkpoint(plain_gpt2))
         assert twin.plan.act == "gelu_tanh"
         if act == "gelu":
-            reach = twin.activation_bins / 8
-            bits, magnitude = twin.activation_bins.bit_length() - 1, math.ceil(math.log2(reach)) + 1
-            twin.act = twin._table(gelu, -reach, twin.fixed.activation_bin, bits, magnitude)
-    edge = twin.activation_bins / 8 - 2.0**twin.fixed.activation_bin
+            twin.act = twin.activation_table(act)
+    assert twin.act is not None
+    edge = twin.activation_bin * (2.0 ** (twin.act.bits - 1) - 1)
     x = np.linspace(-edge, edge, 40001)[1:-1]
     f = twin.fixed.scale_bits
-    scale = f if act == "silu_glu" else 2 * f
-    got = twin._activate("test", np.rint(x * 4.0**f).astype(np.int64)) / 2.0**scale
+    unit = 2.0 ** (2 * f + twin.inner_extra)
+    got = twin._activate("test", np.rint(x * unit).astype(np.int64)) / 2.0**f
     assert np.abs(got - ACTIVATIONS[act](x)).max() < 3.5e-4
     for outside in (-200.0, -edge - 1, edge + 1, 200.0):  # there it is x or 0
-        far = twin._activate("test", np.asarray([int(outside * 4.0**f)])) / 2.0**scale
+        far = twin._activate("test", np.asarray([int(outside * unit)])) / 2.0**f
         assert abs(far[0] - max(outside, 0.0)) < 3.5e-4
     for outside in (-260.0, 260.0):
         with pytest.raises(OverflowError, match="test: an activation's input"):
-            twin._activate("test", np.asarray([int(outside * 4.0**f)]))
+            twin._activate("test", np.asarray([int(outside * unit)]))
 
 
 def test_relu_is_exact_to_two_units(a_gpt2: Path) -> None:
     edit(a_gpt2, activation_function="relu")
     twin = FixedModel(load_checkpoint(a_gpt2))
     x = np.linspace(-40, 40, 10001)
-    got = twin._activate("test", np.rint(x * 4.0**16).astype(np.int64)) / 2.0**32
+    got = twin._activate("test", np.rint(x * 4.0**16).astype(np.int64)) / 2.0**16
     assert np.abs(got - np.maximum(x, 0)).max() < 2.0**-14
 
 
@@ -863,12 +862,12 @@ def test_norm_holds_over_many_orders_of_magnitude(llama_twin: FixedModel, rng: n
     plan = llama_twin.plan
     for exponent in range(-4, 10):
         x = rng.normal(0, 2.0**exponent, (40, plan.width))
-        h = np.rint(x * 2**16).astype(np.int64)
-        real = h / 2.0**16
+        h = np.rint(x * 2.0**32).astype(np.int64)
+        real = h / 2.0**32
         want = real / np.sqrt((real**2).mean(-1, keepdims=True) + plan.norm_eps)
         assert np.abs(llama_twin._norm("test", h) / 2.0**16 - want).max() < 2e-3
     with pytest.raises(OverflowError, match="outside the table"):
-        llama_twin._norm("test", np.full((1, plan.width), 1 << 28))
+        llama_twin._norm("test", np.full((1, plan.width), 1 << 44))
 
 
 def test_reciprocal_over_its_whole_domain(llama_twin: FixedModel) -> None:
@@ -892,7 +891,7 @@ def test_reading_under_a_mask_keeps_the_value(rng: np.random.Generator) -> None:
             excess = back - x / 2.0**low
             assert excess.min() > -1 and excess.max() < 3
             if low:
-                assert abs(excess.mean() - MEAN_EXCESS) < 0.05
+                assert abs(excess.mean() - MEAN_EXCESS) < 0.06
 
 
 def test_truncation_is_within_two_units_and_unbiased(
@@ -916,7 +915,9 @@ def test_products_wrap_as_the_ring_does(llama_twin: FixedModel, rng: np.random.G
     with pytest.raises(OverflowError, match="that step"):
         twin._times("that step", np.asarray([1 << 31]), np.asarray([1 << 32]))
     with pytest.raises(OverflowError, match="that step"):
-        twin._norm("that step", np.full((1, 16), 1 << 30))
+        twin._norm("that step", np.full((1, 16), 1 << 46))
+    with pytest.raises(OverflowError, match="that step"):
+        twin._norm("that step", np.full((1, 16), 1 << 62))
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])

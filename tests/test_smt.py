@@ -154,74 +154,79 @@ def test_unbiased_offset(f: int) -> None:
     possible(*m.words, enter, inside, error == -most)
 
 
-@pytest.mark.parametrize("f", SHIFTS)
-def test_truncate_and_reduce(f: int) -> None:
-    """T3 at 64 bits, all shifts and *all* z: (c >> f) - sum(r_i >> f) is the quotient modulo 2^(64-f).
+class Dropped:
+    """x modulo 2^(low + width), raised by 3 (2^low - 1), as three components that lose `low` bits each."""
 
-    No correction is needed because the wraps of c count 2^(64-f) each. The error is that of truncation.
-    """
-    m = Masked(f)
-    ring = 1 << (N - f)
-    prove((m.c / m.unit - m.high - m.floor) % ring == 0, *m.words)
-    possible(*m.words, m.c / m.unit - m.high != m.floor)
+    def __init__(self, low: int, width: int) -> None:
+        self.unit, self.ring = 1 << low, 1 << width
+        whole = self.unit * self.ring
+        self.slack = 3 * (self.unit - 1)
+        self.x, *parts = z3.Ints("x x0 x1 x2")
+        self.given = [z3.And(0 <= v, v < whole) for v in parts]
+        self.given.append((sum(parts) - self.x - self.slack) % whole == 0)
+        self.y = sum(v / self.unit for v in parts) % self.ring
 
 
-@pytest.mark.parametrize(
-    ("low", "rest", "bits"), [(4, 8, 8), (0, 10, 6), (16, 6, 10), (12, 1, 3), (9, 12, 4)]
-)
-def test_lookup_index(low: int, rest: int, bits: int) -> None:
-    """A lookup reads piece j = (c_hi - u) mod 2^bits at remainder d = c_lo - v; 2^rest j + d is the value.
+DROPS = [(0, 20), (3, 4), (8, 24), (16, 28), (36, 28), (47, 17), (30, 9)]
 
-    The value is y = floor((x + dither) / 2^low), at most 3 above floor(x / 2^low); j is y >> rest, or one
-    more with d negative. So j is the piece of x, or one more, or, only for x less than 3 * 2^low below the
-    end of its piece, two more. Below 2^total - 2^(low+rest) - 3 * 2^low the index does not wrap around; from
-    there on piece 0 may be read.
-    """
-    total = low + rest + bits
-    m = Masked(low, total)
-    ring, window, pieces = 1 << (rest + bits), 1 << rest, 1 << bits
-    masks = m.high % ring  # sum of r_i >> low, as the one-hot's u and v know it
-    u, v = masks / window, masks % window
-    opened = m.c / m.unit
-    j, d = z3.Ints("j d")
-    reads = z3.And(j == (opened / window - u) % pieces, d == opened % window - v)
-    edge = (1 << total) - (1 << (low + rest)) - 3 * m.unit
-    prove((window * j + d - m.floor) % ring == 0, *m.words, reads)
-    prove(z3.And(-window < d, d < window), *m.words, reads)
-    prove(window * j + d == m.floor, *m.words, reads, m.z < edge)
-    piece = m.z / (m.unit * window)
-    prove(z3.And(piece <= j, j <= piece + 2), *m.words, reads, m.z < edge)
+
+@pytest.mark.parametrize(("low", "width"), DROPS)
+def test_dropping_low_bits(low: int, width: int) -> None:
+    """ops.drop of 0 <= x < 2^(low + width) - 3 (2^low - 1): 0 to 3 units of 2^low above the floor of x."""
+    d = Dropped(low, width)
+    inside = z3.And(d.x >= 0, d.x + d.slack < d.unit * d.ring)
+    above = d.y - d.x / d.unit
+    prove(z3.And(0 <= above, above <= (3 if low else 0)), *d.given, inside)
     if low:
-        near = m.unit * window - m.z % (m.unit * window) < 3 * m.unit
-        prove(z3.Or(j <= piece + 1, near), *m.words, reads, m.z < edge)
-        if rest > 1:
-            possible(*m.words, reads, m.z < edge, j == piece + 2)
-    else:
-        prove(j <= piece + 1, *m.words, reads, m.z < edge)
+        possible(*d.given, inside, above == 3)
+        possible(*d.given, d.x < d.unit * d.ring, d.x + d.slack >= d.unit * d.ring, d.y == 0)
+
+
+@pytest.mark.parametrize(("low", "width"), DROPS)
+def test_sign_of_what_is_left(low: int, width: int) -> None:
+    """A number that was dropped to `width` bits reads as negative only if it is, and always below
+    -3 (2^low - 1); in between either may happen. It is one number, so comparisons of two such numbers agree.
+    """
+    d = Dropped(low, width)
+    half = d.unit * d.ring // 2
+    inside = z3.And(-half <= d.x, d.x + d.slack < half)
+    negative = d.y >= d.ring // 2
+    prove(z3.Not(negative), *d.given, inside, d.x >= 0)
+    prove(negative, *d.given, inside, d.x < -d.slack)
+    if low > 1:
+        possible(*d.given, inside, d.x < -d.unit, negative, d.x >= -d.slack)
+        possible(*d.given, inside, d.x < -d.unit, z3.Not(negative))
+
+
+@pytest.mark.parametrize(("rest", "bits"), [(8, 8), (10, 6), (1, 3), (13, 5), (12, 6)])
+def test_lookup_index(rest: int, bits: int) -> None:
+    """A lookup reads piece j = (c_hi - u) mod 2^bits at remainder d = c_lo - v; 2^rest j + d is the value y.
+
+    j is the piece of y, or one more with d negative. Below 2^(rest + bits) - 2^rest the index does not wrap
+    around; from there on piece 0 may be read.
+    """
+    m = Masked(0, rest + bits)
+    window, pieces = 1 << rest, 1 << bits
+    mask = sum(m.r) % (window * pieces)
+    u, v = mask / window, mask % window
+    j, d = z3.Ints("j d")
+    reads = z3.And(j == (m.c / window - u) % pieces, d == m.c % window - v)
+    edge = window * pieces - window
+    prove((window * j + d - m.z) % (window * pieces) == 0, *m.words, reads)
+    prove(z3.And(-window < d, d < window), *m.words, reads)
+    prove(window * j + d == m.z, *m.words, reads, m.z < edge)
+    prove(z3.And(m.z / window <= j, j <= m.z / window + 1), *m.words, reads, m.z < edge)
     possible(*m.words, reads, m.z >= edge, j == 0)
 
 
-@pytest.mark.parametrize(("low", "width"), [(0, 20), (8, 24), (16, 48), (12, 32), (3, 4)])
-def test_windowed_sign(low: int, width: int) -> None:
-    """A comparison of the upper bits reads x as negative iff x + dither < 0: it errs to one side only.
-
-    A non-negative x below 2^(low+width-1) - 3 (2^low - 1) never reads as negative; x < -3 (2^low - 1) always
-    does; in between either may happen.
-    """
-    total = low + width
-    m = Masked(low, total)
-    x = z3.Int("x")
-    half = 1 << (total - 1)
-    slack = 3 * (m.unit - 1)
-    inside = z3.And(m.z == x % (1 << total), -half <= x, x < half - slack)
-    read = (m.c / m.unit - m.high) % (1 << width) >= 1 << (width - 1)
-    prove(read == (x + m.dither < 0), *m.words, inside)
-    prove(z3.Not(read), *m.words, inside, x >= 0)
-    prove(read, *m.words, inside, x < -slack)
-    if low:
-        possible(*m.words, inside, x == -slack, read)
-        possible(*m.words, inside, x == -slack, z3.Not(read))
-        possible(*m.words, m.z == x % (1 << total), x == half - 1, read)
+@pytest.mark.parametrize("f", SHIFTS)
+def test_base_and_top(f: int) -> None:
+    """What truncation adds up is a - base + b top, with b = 0 or 2^(64 - f), b^2 = 0 up to f = 32."""
+    m = Masked(f)
+    base = m.high - (1 << (N - f)) * m.wraps
+    b = z3.If(m.c_top == 0, 1 << (N - f), 0)
+    prove(m.corrected == m.c / m.unit - base + z3.If(m.top == 1, b, 0), *m.words)
+    assert ((1 << (N - f)) ** 2 % (1 << N) == 0) == (2 * f <= N)
 
 
 # --- words ---------------------------------------------------------------------------------------------
@@ -358,13 +363,30 @@ def test_sign_by_masked_opening(n: int) -> None:
     prove(bit(c, n - 1) ^ bit(r, n - 1) ^ less == bit(c - r, n - 1))
 
 
-@pytest.mark.parametrize("n", [63, 31, 23, 5, 1])
-def test_less_by_tree(n: int) -> None:
-    """The (less, equal) tree of ops.is_negative computes c < r, from less = r & ~c and equal = ~(r ^ c)."""
-    c, r = word("c", n), word("r", n)
-    equal = [bit(~(r ^ c), i) for i in range(n)]
-    less = [bit(r & ~c, i) for i in range(n)]
-    prove((_tree_carry(equal, less) == 1) == z3.ULT(c, r))
+@pytest.mark.parametrize("sizes", [(5, 5, 5, 4, 4, 4), (5, 4), (9,) * 7, (3, 1), (6,)])
+def test_at_most_by_digits(sizes: tuple[int, ...]) -> None:
+    """r <= k as ops._at_most adds it up: the highest digit is less, or those above are equal and the next is
+    less, and so on; the lowest may be equal. At most one of these cases holds, so their sum over GF(2) does.
+    """
+    n = sum(sizes)
+    k, r = word("k", n), word("r", n)
+    parts, at = [], 0
+    for size in sizes:
+        parts.append(tuple(z3.Extract(at + size - 1, at, x) for x in (r, k)))
+        at += size
+    equal = [_bit(a == b) for a, b in parts]
+    less = [_bit(z3.ULE(a, b) if i == 0 else z3.ULT(a, b)) for i, (a, b) in enumerate(parts)]
+    total = less[-1]
+    for i in reversed(range(len(sizes) - 1)):
+        case = less[i]
+        for above in equal[i + 1 :]:
+            case = case & above
+        total = total ^ case
+    prove((total == 1) == z3.ULE(r, k))
+
+
+def _bit(fact: Any) -> Any:
+    return z3.If(fact, z3.BitVecVal(1, 1), z3.BitVecVal(0, 1))
 
 
 @pytest.mark.parametrize(("b", "k"), [(8, 10), (12, 8), (40, 8), (24, 40), (52, 12), (1, 1)])

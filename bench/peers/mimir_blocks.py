@@ -85,7 +85,7 @@ async def _decode(ctx: Context, x: Share, caches: Any) -> Share:
     for part, mask in zip((cache.keys[0], cache.values[0]), masks, strict=True):
         part.delta, part.mask = [np.zeros(CACHE_SHAPE, np.uint64)], [mask]
     cache.valid, cache.length = valid, blocks.CACHED
-    return await transformer.forward(ctx, "block", SPEC, Rows(x, None), cache, SETTINGS)
+    return await transformer.forward(ctx, "block", SPEC, Rows(x, None, False), cache, SETTINGS)
 
 
 async def _matmul(ctx: Context, x: Share, _: Any) -> Share:
@@ -94,7 +94,7 @@ async def _matmul(ctx: Context, x: Share, _: Any) -> Share:
 
 
 async def _gelu(ctx: Context, x: Share, _: Any) -> Share:
-    return await nonlinear.activation(ctx, "gelu", x, "gelu_tanh", SETTINGS)
+    return await nonlinear.activation(ctx, "gelu", x, "gelu_tanh", SETTINGS, 2 * F)
 
 
 async def _softmax(ctx: Context, x: Share, _: Any) -> Share:
@@ -112,7 +112,7 @@ async def _argmax(ctx: Context, x: Share, _: Any) -> Share:
 
 
 TABLE = {
-    "block decode at 64": Block(_decode, F, F, 2, cached=True),
+    "block decode at 64": Block(_decode, F, 2 * F, 2, cached=True),
     "64x768 by 768x3072": Block(_matmul, F, F, 1),
     "GELU 64x3072": Block(_gelu, 2 * F, F, 1, slices=4),
     "softmax 768 rows of 64": Block(_softmax, 2 * F, F, 1),

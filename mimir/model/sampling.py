@@ -14,7 +14,7 @@ from typing import Final, Literal
 
 import numpy as np
 
-from mimir.model.transformer import index_bits
+from mimir.model.transformer import index_bits, logit_scale
 from mimir.mpc import ops, prep
 from mimir.mpc.domain import Ring
 from mimir.mpc.drbg import HmacDrbg
@@ -52,34 +52,34 @@ def gumbel(seed: bytes, count: int) -> Ring:
 
 
 async def choose(ctx: Context, step: str, logits: Share, sampler: Sampler, noise: Noise) -> Share:
-    """Index (1,) of the next token from logits (vocab,) at twice the scale."""
-    f = sampler.scale_bits
-    width = f + WIDTH
+    """Index (1,) of the next token from logits (vocab,) at `logit_scale`."""
+    f, scale = sampler.scale_bits, logit_scale(sampler.scale_bits)
+    low, width = scale - f, f + WIDTH
     if sampler.kind == "greedy":
-        _, index = await ops.argmax(ctx, f"{step}/argmax", logits, f, width)
+        _, index = await ops.argmax(ctx, f"{step}/argmax", logits, low, width)
         return index.reshape(1)
     k = min(sampler.topk, sampler.vocab)
     values: list[Share] = []
     indices: list[Share] = []
     kt = index_bits(sampler.vocab)
     for i in range(k):
-        value, index = await ops.argmax(ctx, f"{step}/top {i}", logits, f, width)
+        value, index = await ops.argmax(ctx, f"{step}/top {i}", logits, low, width)
         values.append(value.reshape(1))
         indices.append(index.reshape(1))
         if i + 1 < k:
-            c = ctx.take(prep.Lookup(0, 0, kt, 0), 1)
+            c = ctx.take(prep.Lookup(0, kt, 0), 1)
             (o,) = await ctx.doors.open_low(f"{step}/set aside {i}", kt, index.reshape(1) + c["r"])
             hot = ops.one_hot(ctx, c, o, kt)[0, : sampler.vocab]
-            logits = logits - hot * (1 << (2 * f + LOGIT_BITS + 1))
+            logits = logits - hot * (1 << (scale + LOGIT_BITS + 1))
+    if k == 1:
+        return indices[0]
     public = gumbel(await noise(), k)
     inverse = round(2**NOISE_SCALE / sampler.temperature)
-    scale = f + NOISE_SCALE
-    shift = scale - NOISE_GRID
-    noisy = concat(values) * inverse + (public << np.uint64(shift) if shift >= 0 else public)
-    n = noisy.shape[0]
-    if n == 1:
-        return indices[0]
-    won = await _largest(ctx, f"{step}/choose", noisy, scale)
+    total = f + NOISE_SCALE
+    shift = total - NOISE_GRID
+    value = await ops.lift(ctx, f"{step}/lift", concat(values), width)
+    noisy = value * inverse + (public << np.uint64(shift) if shift >= 0 else public)
+    won = await _largest(ctx, f"{step}/choose", noisy, total)
     (picked,) = await ops.mul(ctx, f"{step}/pick", (won, concat(indices)))
     return picked.sum(0).reshape(1)
 
@@ -88,7 +88,7 @@ async def _largest(ctx: Context, step: str, x: Share, scale: int) -> Share:
     """One-hot (n,) of the largest of x (n)."""
     _, index = await ops.argmax(ctx, step, x, 0, scale + NOISE_WIDTH)
     bits = index_bits(x.shape[0])
-    c = ctx.take(prep.Lookup(0, 0, bits, 0), 1)
+    c = ctx.take(prep.Lookup(0, bits, 0), 1)
     (o,) = await ctx.doors.open_low(f"{step}/index", bits, index.reshape(1) + c["r"])
     return ops.one_hot(ctx, c, o, bits)[0, : x.shape[0]]
 

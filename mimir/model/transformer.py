@@ -1,7 +1,8 @@
 """The transformer in data order, over shares: one function a layer part, and the cache between them.
 
-Every quantity is a share but for shapes. Scales: the residual stream, keys, values and norms have f fraction
-bits (`fixed_point.scale_bits`); a product has 2f until it is truncated. Layer code knows shares, correlations
+Every quantity is a share but for shapes. Scales: keys, values and activations have f fraction bits
+(`fixed_point.scale_bits`); a product has 2f until it is truncated, and so has the residual stream, which is
+truncated where a norm opens it. Norms keep `norm_extra` more than f. Layer code knows shares, correlations
 and openings, and nothing of the backend.
 """
 
@@ -151,15 +152,17 @@ async def attention(
     turn: Share | None,
     cache: Cache,
     first: int,
+    fresh: Share | None,
     s: Settings,
     parts: Parts,
 ) -> Share:
     """Attention of rows first .. first + n over everything before them, without the output matrix: (n,
-    heads * hd). u is at scale f, without a rotation at f + NORM_SCALE.
+    heads * hd). u is at scale f + norm_extra, with a rotation at f. `fresh` are bits that tell which of
+    these rows hold a token, if not all do: the keys of the others become 0, as do scores with them.
     """
     f = s.scale_bits
     n, hd, heads, kv = u.shape[0], spec.head_dim, spec.heads, spec.kv_heads
-    above = nonlinear.NORM_SCALE if turn is None else 0
+    above = nonlinear.norm_extra(f) if turn is None else 0
     y = await parts.matmul(ctx, f"{step}/qkv", u, f"{layer}.qkv")
     y = y + _bias(ctx, f"{layer}.qkv_b", f + above)
     y = y.reshape(n, heads + 2 * kv, hd).swap(0, 1)  # (heads + 2 kv, n, hd), scale 2f and above
@@ -170,6 +173,9 @@ async def attention(
         drop += ROTARY_SCALE
     turned, v = await ops.truncate(ctx, f"{step}/qkv truncate", (turned, drop), (v, f + above))
     q, k = turned[:heads], turned[heads:]
+    if fresh is not None and turn is None:  # a turn has made them 0
+        rows = fresh.broadcast(kv, n).flat()
+        k = (await ops.scale(ctx, f"{step}/valid", rows, k.reshape(kv * n, hd))).reshape(kv, n, hd)
 
     keys = ctx.take(prep.Keys(layer, first, n, heads, kv, hd), 1)
     values = ctx.take(prep.Values(layer, first, n, heads, kv, hd), 1)
@@ -207,45 +213,57 @@ def _bias(ctx: Context, name: str, above: int) -> Share:
     return ctx.share(v.reshape(len(v), 1, -1)) * (1 << above)
 
 
+def inner_extra(spec: PlanSpec, scale_bits: int) -> int:
+    """Fraction bits above f of what enters the inner part; none for ReLU, which would lose range by them."""
+    return nonlinear.norm_extra(scale_bits) if spec.act != "relu" else 0
+
+
 async def mlp(
     ctx: Context, step: str, spec: PlanSpec, layer: int, u: Share, s: Settings, parts: Parts
-) -> tuple[Share, int]:
-    """The inner part of a block: activation, gated or not, of u @ in: (n, hidden), and its scale."""
+) -> Share:
+    """The inner part of a block: activation, gated or not, of u @ in: (n, hidden). u is at scale f +
+    inner_extra.
+    """
     f = s.scale_bits
-    h = await parts.matmul(ctx, f"{step}/in", u, f"{layer}.in") + _bias(ctx, f"{layer}.in_b", f)
+    above = inner_extra(spec, f)
+    h = await parts.matmul(ctx, f"{step}/in", u, f"{layer}.in") + _bias(ctx, f"{layer}.in_b", f + above)
     if spec.act == "relu":
-        return await nonlinear.relu(ctx, f"{step}/relu", h, s), 2 * f
+        return await nonlinear.relu(ctx, f"{step}/relu", h, s)
+    scale = 2 * f + above
     if spec.act != "silu_glu":
-        return await nonlinear.activation(ctx, f"{step}/{spec.act}", h, spec.act, s, wide=True), 2 * f
+        return await nonlinear.activation(ctx, f"{step}/{spec.act}", h, spec.act, s, scale)
 
     async def gating(ctx: Context) -> Share:
-        return await nonlinear.activation(ctx, f"{step}/silu", h[:, : spec.hidden], "silu", s)
+        return await nonlinear.activation(ctx, f"{step}/silu", h[:, : spec.hidden], "silu", s, scale)
 
     async def rising(ctx: Context) -> Share:
-        return (await ops.truncate(ctx, f"{step}/up", (h[:, spec.hidden :], f)))[0]
+        return (await ops.truncate(ctx, f"{step}/up", (h[:, spec.hidden :], scale - f)))[0]
 
     gate, up = await ops.together(ctx, gating, rising)
     (y,) = await ops.mul(ctx, f"{step}/gate", (gate, up))
-    return (await ops.truncate(ctx, f"{step}/gate truncate", (y, f)))[0], f
+    return (await ops.truncate(ctx, f"{step}/gate truncate", (y, f)))[0]
 
 
 async def forward(
     ctx: Context, step: str, spec: PlanSpec, rows: Rows, cache: Cache, s: Settings, parts: Parts = DIRECT
 ) -> Share:
-    """Blocks over new rows, which join the cache. Returns the residual stream (n, d)."""
-    f, first, h, turn = s.scale_bits, cache.length, rows.hidden, rows.turn
+    """Blocks over new rows, which join the cache. Returns the residual stream (n, d) at scale 2f."""
+    f, first, h, turn = s.scale_bits, cache.length, rows.hidden * (1 << s.scale_bits), rows.turn
+    fresh = None
+    if rows.padded and cache.valid is not None:
+        fresh = cache.valid[first : first + h.shape[0]]
+        if turn is not None:
+            turn = await ops.scale(ctx, f"{step}/valid", fresh, turn)
     for layer in range(spec.layers):
         name = f"{step}/layer {layer}"
-        u = await nonlinear.rms_norm(ctx, f"{name}/norm 1", h, spec.norm_eps, s, wide=turn is None)
-        a = await attention(ctx, f"{name}/attention", spec, layer, u, turn, cache, first, s, parts)
-        y = await parts.matmul(ctx, f"{name}/o", a, f"{layer}.o") + _bias(ctx, f"{layer}.o_b", f)
-        (y,) = await ops.truncate(ctx, f"{name}/o truncate", (y, f))
-        h = h + y
-        u = await nonlinear.rms_norm(ctx, f"{name}/norm 2", h, spec.norm_eps, s)
-        m, scale = await mlp(ctx, f"{name}/mlp", spec, layer, u, s, parts)
-        y = await parts.matmul(ctx, f"{name}/out", m, f"{layer}.out") + _bias(ctx, f"{layer}.out_b", scale)
-        (y,) = await ops.truncate(ctx, f"{name}/out truncate", (y, scale))
-        h = h + y
+        extra = nonlinear.norm_extra(f) if turn is None else 0
+        u = await nonlinear.rms_norm(ctx, f"{name}/norm 1", h, spec.norm_eps, s, extra=extra)
+        a = await attention(ctx, f"{name}/attention", spec, layer, u, turn, cache, first, fresh, s, parts)
+        h = h + await parts.matmul(ctx, f"{name}/o", a, f"{layer}.o") + _bias(ctx, f"{layer}.o_b", f)
+        extra = inner_extra(spec, f)
+        u = await nonlinear.rms_norm(ctx, f"{name}/norm 2", h, spec.norm_eps, s, extra=extra)
+        m = await mlp(ctx, f"{name}/mlp", spec, layer, u, s, parts)
+        h = h + await parts.matmul(ctx, f"{name}/out", m, f"{layer}.out") + _bias(ctx, f"{layer}.out_b", f)
     cache.length += h.shape[0]
     return h
 
@@ -253,10 +271,16 @@ async def forward(
 async def logits(
     ctx: Context, step: str, spec: PlanSpec, h: Share, s: Settings, parts: Parts = DIRECT
 ) -> Share:
-    """Logits (vocab,) at scale 2f of the last row of h."""
-    u = await nonlinear.rms_norm(ctx, f"{step}/norm", h[-1:], spec.norm_eps, s)
-    y = await parts.matmul(ctx, f"{step}/head", u, "head") + _bias(ctx, "head_b", s.scale_bits)
+    """Logits (vocab,) at scale `logit_scale` of the last row of h."""
+    extra = nonlinear.norm_extra(s.scale_bits)
+    u = await nonlinear.rms_norm(ctx, f"{step}/norm", h[-1:], spec.norm_eps, s, extra=extra)
+    y = await parts.matmul(ctx, f"{step}/head", u, "head") + _bias(ctx, "head_b", s.scale_bits + extra)
     return y[0]
+
+
+def logit_scale(scale_bits: int) -> int:
+    """Fraction bits of logits."""
+    return 2 * scale_bits + nonlinear.norm_extra(scale_bits)
 
 
 @dataclass(frozen=True, slots=True)
@@ -275,17 +299,21 @@ class Entry:
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """New rows on their way into the blocks: hidden (n, d) at scale f, and their rotation if there is one."""
+    """New rows on their way into the blocks: hidden (n, d) at scale f, and their rotation if there is one.
+
+    `padded` if some of them may hold no token, as a cache's validity bits then tell.
+    """
 
     hidden: Share
     turn: Share | None
+    padded: bool
 
 
 def entry_demand(spec: PlanSpec, rows: int) -> dict[prep.Kind, int]:
     """What `entry` takes."""
     demand: dict[prep.Kind, int] = {}
     for count in (spec.vocab, spec.context):
-        prep.add_demand(demand, {prep.Lookup(0, 0, index_bits(count), 0): rows})
+        prep.add_demand(demand, {prep.Lookup(0, index_bits(count), 0): rows})
     return demand
 
 
@@ -293,8 +321,8 @@ def entry(ctx: Context, spec: PlanSpec, rows: int) -> Entry:
     """Take the one-hots for `rows` tokens. Their masks may be told to the client, or be used to open an
     index.
     """
-    token = ctx.take(prep.Lookup(0, 0, index_bits(spec.vocab), 0), rows)
-    return Entry(token, ctx.take(prep.Lookup(0, 0, index_bits(spec.context), 0), rows))
+    token = ctx.take(prep.Lookup(0, index_bits(spec.vocab), 0), rows)
+    return Entry(token, ctx.take(prep.Lookup(0, index_bits(spec.context), 0), rows))
 
 
 async def embed(
@@ -305,14 +333,16 @@ async def embed(
     token_offset: Ring,
     position_offset: Ring,
     parts: Parts = DIRECT,
+    *,
+    padded: bool = True,
 ) -> Rows:
     """Embedding and rotation of rows, by public offsets (index + mask) of secret tokens and positions."""
     hot = ops.one_hot(ctx, e.token, token_offset, index_bits(spec.vocab))[:, : spec.vocab]
     h = await parts.matmul(ctx, f"{step}/embed", hot, "embed")
     at = ops.one_hot(ctx, e.position, position_offset, index_bits(spec.context))[:, : spec.context]
     if spec.positions == "rope":
-        return Rows(h, rotation(ctx, spec, at))
-    return Rows(h + await parts.matmul(ctx, f"{step}/position", at, "pos"), None)
+        return Rows(h, rotation(ctx, spec, at), padded)
+    return Rows(h + await parts.matmul(ctx, f"{step}/position", at, "pos"), None, padded)
 
 
 async def reenter(
@@ -326,7 +356,7 @@ async def reenter(
     (c,), (p,) = await ctx.doors.open_all(
         f"{step}/index", [Masked([token + e.token["r"]], kt), Masked([position + e.position["r"]], kp)]
     )
-    return await embed(ctx, step, spec, e, c, p, parts)
+    return await embed(ctx, step, spec, e, c, p, parts, padded=False)
 
 
 Choose = Callable[[Context, str, Share], Awaitable[Any]]

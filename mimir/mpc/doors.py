@@ -28,8 +28,9 @@ from typing import Final
 
 import numpy as np
 
+from mimir import kernels
 from mimir.errors import LocalError, PeerError
-from mimir.mpc.domain import Ring
+from mimir.mpc.domain import Ring, words
 from mimir.mpc.drbg import HmacDrbg
 from mimir.mpc.replicated import PARTIES, Replicated
 from mimir.mpc.share import Bits, Share
@@ -64,7 +65,9 @@ def _split(raw: bytearray, shapes: Sequence[tuple[int, ...]]) -> list[Ring]:
 
 @dataclass(frozen=True, slots=True)
 class Masked:
-    """Shares to be opened: ring elements, bits (by their type), or ring elements modulo 2^width."""
+    """Shares to be opened: ring elements, bits (by their type), or ring elements modulo 2^width, which take
+    `width` bits each if they are many.
+    """
 
     shares: Sequence[Share]
     width: int = 64
@@ -73,7 +76,16 @@ class Masked:
         """The components as they are sent: nothing above `width` leaves."""
         if isinstance(s, Bits) or self.width == 64:
             return s.v
+        if _sliced(self.width, s.size):
+            flat = np.ascontiguousarray(s.v).reshape(len(s.v), -1)
+            return np.stack([kernels.bit_slice(v, self.width) for v in flat])
         return _narrow(s.v, self.width) if self.width <= 32 else s.v << np.uint64(64 - self.width)
+
+    def words(self, s: Share) -> int:
+        """How many 64-bit words that is, for one component."""
+        if isinstance(s, Bits):
+            return s.size
+        return self.width * words(s.size) if _sliced(self.width, s.size) else _plain_words(self.width, s.size)
 
     def value(self, s: Share, lacked: Ring) -> Ring:
         """The public value, given the component this party lacks."""
@@ -81,6 +93,9 @@ class Masked:
             return s.v[0] ^ s.v[1] ^ lacked
         if self.width == 64:
             return s.v[0] + s.v[1] + lacked
+        if _sliced(self.width, s.size):
+            third = kernels.bit_unslice(np.ascontiguousarray(lacked), s.size).reshape(s.shape)
+            return (s.v[0] + s.v[1] + third) & np.uint64((1 << self.width) - 1)
         if self.width <= 32:
             return (s.v[0] + s.v[1] + _widen(lacked, s.shape)) & np.uint64((1 << self.width) - 1)
         shift = np.uint64(64 - self.width)
@@ -154,7 +169,9 @@ class Doors:
         return (await self.open_all(step, [Masked(shares)]))[0]
 
     async def open_low(self, step: str, width: int, *shares: Share) -> list[Ring]:
-        """Public values modulo 2^width; 4 bytes sent per element up to 32 bits. The high bits stay hidden."""
+        """Public values modulo 2^width; `width` bits sent per element, 4 or 8 bytes if they are few. The high
+        bits stay hidden.
+        """
         return (await self.open_all(step, [Masked(shares, width)]))[0]
 
     async def open_all(self, step: str, requests: Sequence[Masked]) -> list[list[Ring]]:
@@ -264,6 +281,15 @@ class Doors:
         (z,) = await self.reshare(f"reveal {purpose}/refresh", self.bk.zero(*share.shape))
         await self.assert_zero(f"reveal {purpose}/refresh check", [z], [])
         return share.v + z
+
+
+def _plain_words(width: int, n: int) -> int:
+    return (n + 1) // 2 if width <= 32 else n
+
+
+def _sliced(width: int, n: int) -> bool:
+    """Whether values travel as bit planes, which only many of them fill."""
+    return width < 64 and width * words(n) < _plain_words(width, n)
 
 
 def _narrow(v: Ring, width: int) -> Ring:

@@ -11,27 +11,31 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
 
 from mimir.errors import LocalError
-from mimir.mpc import ops, prep
+from mimir.mpc import ops
 from mimir.mpc.domain import Ring, encode
 from mimir.mpc.ops import Context, Piecewise
 from mimir.mpc.share import Bits, Share
 
 Real = npt.NDArray[np.floating[Any]]
 
-ACTIVATION_BIN: Final = -2  # log2 of the width of a bin of an activation
+# R of the table of an activation on [-R, R): beyond, less a bin and a quarter, it is x or 0 to within 1.3e-4.
+ACTIVATION_RANGE: Final = {"silu": 12.2, "gelu": 4.6, "gelu_tanh": 4.6}
+STRETCH_BITS: Final = 7  # precision to which bins are made powers of 2
 ACTIVATION_BOUND: Final = 250.0  # of an activation's input
 EXP_BIN: Final = -1
 EXP_BITS: Final = 6  # range 32
 EXP_TOP: Final = 1.0  # exp is looked up on [EXP_TOP - 32, EXP_TOP); it is needed below 0
-EXP_REACH: Final = 28  # further below the shift a weight, less than e^-25, is 0
-REACH_BITS: Final = 9  # below the shift lies nothing further than 2^9 - REACH_MARGIN
-REACH_MARGIN: Final = 4  # units by which the coarse reading may exceed the value, so that it never wraps
+EXP_REACH: Final = 24  # further below the shift a weight, less than e^-24, is 0
+REACH_BITS: Final = 9  # a coarse reading tells whether a value lies within 2^9
+REACH_FINE: Final = 4  # fraction bits of that of an activation's input
+REACH_MARGIN: Final = 4  # more than the units by which it may exceed the value
 COARSE_BIN: Final = 2  # log2 of the resolution of the row maximum
 COARSE_BITS: Final = 7
 COARSE_REST: Final = 4
@@ -44,7 +48,21 @@ WINDOW_BITS: Final = 6
 WINDOW_STEP: Final = 3  # octaves between windows
 WINDOW_FIRST: Final = 7  # smallest index that counts as not empty
 HEADROOM: Final = 60  # a value before truncation stays below 2^60
-DITHER: Final = 1.0  # mean excess, in units of the dropped scale, of a window read
+
+
+def dither(low: int) -> float:
+    """Mean excess, in units of 2^low, of a value read without its `low` lowest bits (ops.drop)."""
+    return 1.5 * (1 - 2.0**-low)
+
+
+WIDEST: Final = 52  # largest scale of an untruncated product, which may reach 2^9
+
+
+def norm_extra(scale_bits: int) -> int:
+    """Fraction bits that a norm keeps for the product which follows, and is truncated with; 0 if there is no
+    room.
+    """
+    return NORM_SCALE if 2 * scale_bits + NORM_SCALE <= WIDEST else 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,12 +71,17 @@ class Settings:
 
     scale_bits: int = 16
     degree: int = 3
-    bins: int = 128
+    bins: int = 64  # of SiLU's table; GELU, which settles sooner, has half as many
 
     @property
     def rest(self) -> int:
         """Bits of the remainder: as many as the ring has room for."""
         return {1: 14, 2: 14, 3: 12}[self.degree]
+
+    @property
+    def activation_rest(self) -> int:
+        """The same for activations, whose coefficients need not be told apart far below 1."""
+        return {1: 14, 2: 14, 3: 13}[self.degree]
 
 
 def _fit(f: Callable[[Real], Real], left: Real, width: float, degree: int) -> Real:
@@ -99,7 +122,7 @@ def _piece(
     if low < 0:
         raise LocalError(f"{name}: the input scale is too small for its bins")
     width = 2.0**bin_log
-    shift = DITHER * 2.0 ** (low - in_scale)
+    shift = dither(low) * 2.0 ** (low - in_scale)
     left = start + (np.arange(1 << bits) - 1) * width - shift
     q = _fit(f, left, width, degree)
     scale = HEADROOM - magnitude - rest * degree
@@ -130,68 +153,93 @@ ACTIVATIONS: Final[dict[str, Callable[[Real], Real]]] = {
 }
 
 
-def activation_bins(name: str, s: Settings) -> int:
-    """Bins of an activation's table: GELU is x or 0 to within 1.3e-4 from 4 on, SiLU from 12 on."""
-    return s.bins if name == "silu" else s.bins // 2
-
-
-def activation_piece(name: str, s: Settings) -> Piecewise:
-    """Pieces of an activation on [-R, R), R = bins / 8, of an input at twice the scale."""
-    bins = activation_bins(name, s)
-    r = bins * 2.0**ACTIVATION_BIN / 2
-    magnitude = math.ceil(math.log2(r)) + 1
-    bits = bins.bit_length() - 1
-    return _piece(
-        name, ACTIVATIONS[name], -r, ACTIVATION_BIN, bits, 2 * s.scale_bits, s.degree, s.rest, magnitude
-    )
-
-
-async def activation(
-    ctx: Context, step: str, x: Share, name: str, s: Settings, *, wide: bool = False
-) -> Share:
-    """SiLU or GELU of x at scale 2f, |x| < ACTIVATION_BOUND, result at scale f, or 2f if `wide`, which is
-    cheaper. Four rounds.
-
-    Pieces cover [-R, R); beyond R - 4 the function is x or 0 to within 1.3e-4, told by a second, coarse
-    reading.
+@dataclass(frozen=True, slots=True)
+class Grid:
+    """Bins of an activation's table: `width` of them are 2^log / stretch, so that the input times
+    stretch * 2^STRETCH_BITS, an integer, has bins that are powers of 2.
     """
-    f = s.scale_bits
-    p = activation_piece(name, s)
-    r = activation_bins(name, s) >> (1 - ACTIVATION_BIN)
+
+    bits: int  # log2 of the number of bins
+    log: int
+    factor: int  # stretch * 2^STRETCH_BITS
+
+    @property
+    def stretch(self) -> float:
+        return self.factor / 2.0**STRETCH_BITS
+
+    @property
+    def width(self) -> float:
+        return 2.0**self.log / self.stretch
+
+    @property
+    def reach(self) -> float:
+        """R: the table covers [-R, R)."""
+        return self.width * 2.0 ** (self.bits - 1)
+
+
+def activation_grid(name: str, s: Settings) -> Grid:
+    bins = s.bins if name == "silu" else s.bins // 2
+    width = 2 * ACTIVATION_RANGE[name] / bins
+    log = math.ceil(math.log2(width))
+    return Grid(bins.bit_length() - 1, log, round(2.0 ** (STRETCH_BITS + log) / width))
+
+
+@lru_cache(maxsize=32)
+def _stretched(name: str, stretch: float) -> Callable[[Real], Real]:
+    return lambda x: ACTIVATIONS[name](x / stretch)
+
+
+def activation_piece(name: str, s: Settings, scale: int) -> Piecewise:
+    """Pieces of an activation on [-R, R), of an input with `scale` fraction bits, times the grid's factor."""
+    g = activation_grid(name, s)
+    start = -(2.0 ** (g.log + g.bits - 1))
+    magnitude = math.ceil(math.log2(g.reach)) + 1
+    f = _stretched(name, g.stretch)
+    return _piece(name, f, start, g.log, g.bits, scale + STRETCH_BITS, s.degree, s.activation_rest, magnitude)
+
+
+async def activation(ctx: Context, step: str, x: Share, name: str, s: Settings, scale: int) -> Share:
+    """SiLU or GELU of x at `scale`, above f, |x| < ACTIVATION_BOUND, result at scale f. Three rounds.
+
+    Pieces cover [-R, R); where a second reading, of sixteenths, tells that x may lie beyond, the function is
+    x or 0 to within 1.3e-4.
+    """
+    g, p, to = activation_grid(name, s), activation_piece(name, s, scale), s.scale_bits
     flat = x.flat()
     n = flat.shape[0]
 
-    async def table(ctx: Context) -> list[Share]:
-        y = await ops.piecewise(ctx, step, flat + (r << (2 * f)), p)
-        if wide:
-            return [*await ops.truncate(ctx, f"{step}/truncate", (y, p.scale - 2 * f)), flat]
-        return await ops.truncate(ctx, f"{step}/truncate", (y, p.scale - f), (flat, f))
+    async def table(ctx: Context) -> Share:
+        shift = 1 << (scale + STRETCH_BITS + g.log + g.bits - 1)
+        return await ops.piecewise(ctx, step, flat * g.factor + shift, p)
 
-    async def sides(ctx: Context) -> Share:
-        half = 1 << (REACH_BITS - 1)
-        lifted = _whole_words(flat + (half << (2 * f)))
-        # The reading is up to 3 too high: "below 4 - R" is true below 1 - R at the latest, and so on.
-        below = await ops.are_below(
-            ctx, f"{step}/reach", lifted, 2 * f, REACH_BITS, (half - r + REACH_MARGIN, half + r - 1)
+    async def sides(ctx: Context) -> list[Bits]:
+        unit = 2.0**-REACH_FINE
+        # The reading is up to 3 units too high, and the last bin is not read.
+        left = math.ceil(-g.reach / unit) + 3
+        right = math.floor((g.reach - g.width * (1 + 2.0**-8)) / unit)
+        half = 1 << (REACH_BITS + REACH_FINE - 1)
+        lifted = _whole_words(flat + (1 << (scale + REACH_BITS - 1)))
+        return await ops.are_below(
+            ctx,
+            f"{step}/reach",
+            lifted,
+            scale - REACH_FINE,
+            REACH_BITS + REACH_FINE,
+            (half + left, half + right),
         )
-        bits = Bits(np.concatenate([b.v for b in below], axis=1), ctx.bk)
-        return await ops.to_ring(ctx, f"{step}/reach inject", bits, 2 * lifted.shape[0])
 
-    (y, line), side = await ops.together(ctx, table, sides)
-    lanes = side.shape[0] // 2
-    left, not_right = side[:n], side[lanes : lanes + n]
-    # left of the table 0, right of it x: y - left y + right (x - y)
-    zeroed, moved = await ops.mul(ctx, f"{step}/sides", (left, y), (-not_right + 1, line - y))
-    return (y - zeroed + moved).reshape(*x.shape)
+    y, (left, not_right) = await ops.together(ctx, table, sides)
+    # within the table y, right of it x, left of it 0
+    bits = ops.joined([left ^ not_right, ~not_right], n)
+    y, line = await ops.truncate_if(ctx, f"{step}/truncate", bits, (y, p.scale - to), (flat, scale - to))
+    return (y + line).reshape(*x.shape)
 
 
 async def relu(ctx: Context, step: str, x: Share, s: Settings) -> Share:
-    """max(x, 0) of x at scale 2f, and so is the result. Rounds: 8."""
-    lanes = 64 * ((x.size + 63) // 64)
+    """max(x, 0) of x at scale 2f, result at scale f. Three rounds."""
     flat = x.flat()
     negative = await ops.is_negative(ctx, f"{step}/sign", _whole_words(flat), s.scale_bits, RELU_WIDTH)
-    keep = (-(await ops.to_ring(ctx, f"{step}/inject", negative, lanes)) + 1)[: x.size]
-    (y,) = await ops.mul(ctx, f"{step}/keep", (keep, flat))
+    (y,) = await ops.truncate_if(ctx, f"{step}/truncate", ~negative, (flat, s.scale_bits))
     return y.reshape(*x.shape)
 
 
@@ -217,7 +265,7 @@ def _ladder(
         if low < 0:
             raise LocalError(f"{name}: the first window lies below the remainder")
         width = 2.0**position
-        left = (j - 1) * width - DITHER * 2.0**low
+        left = (j - 1) * width - dither(low) * 2.0**low
         first = position == base
         q = _fit(lambda x: f(np.maximum(x, floor)), left, width, s.degree)
         if not first:
@@ -237,38 +285,29 @@ def _ladder(
 async def _climb(
     ctx: Context, step: str, x: Share, ladder: tuple[Piecewise, ...], scale: int = INVERSE_SCALE
 ) -> Share:
-    """The value of the highest window that is not empty. Rounds: 2 + the larger of 2 and log2(windows - 1).
+    """The value of the highest window that is not empty. Three rounds.
 
-    The choice is made while the pieces are evaluated: none[w] says that no window from w on is in use.
+    The choice is made while the pieces are evaluated: none[w] says that no window above w is in use. Flags
+    are 0 or 1, so their low bits share them over GF(2), where many are multiplied in one round.
     """
     index = await ops.read_index(ctx, f"{step}/index", *((x, p) for p in ladder))
 
     async def values(ctx: Context) -> list[Share]:
-        pieces = await ops.evaluate(ctx, f"{step}/evaluate", index)
-        return await ops.truncate(
-            ctx,
-            f"{step}/truncate",
-            *((v, p.scale - scale) for v, p in zip(pieces, ladder, strict=True)),
-        )
+        return await ops.evaluate(ctx, f"{step}/evaluate", index)
 
-    async def none_above(ctx: Context) -> list[Share]:
-        none = [-(r.flags[0]) + 1 for r in index]
-        span = 1
-        while span < len(none) - 1:  # suffix products; the lowest window's own is never needed
-            at = range(1, len(none) - span)
-            products = await ops.mul(ctx, f"{step}/choose {span}", *((none[i], none[i + span]) for i in at))
-            none = [none[0], *products, *none[len(none) - span :]]
-            span *= 2
-        return none
+    async def choice(ctx: Context) -> Bits:
+        empty = Bits(np.stack([(~ops.low_bits(r.flags[0].flat())).v for r in index[1:]], axis=1), ctx.bk)
+        above = tuple(tuple(range(w, len(index) - 1)) for w in range(len(index) - 1))
+        none = await ops.monomials(ctx, f"{step}/choose", above, empty)
+        chosen = [none[0], *(a ^ b for a, b in pairwise(none)), ~none[-1]]
+        return ops.joined(chosen, x.size)
 
-    value, none = await ops.together(ctx, values, none_above)
-    # window 0 is chosen if no other is; window w if it is in use and none above it is
-    chosen = [none[1]] + [(none[w + 1] if w + 1 < len(none) else 1) - none[w] for w in range(1, len(none))]
-    products = await ops.mul(ctx, f"{step}/select", *zip(chosen, value, strict=True))
-    total = products[0]
-    for p in products[1:]:
-        total = total + p
-    return total
+    value, chosen = await ops.together(ctx, values, choice)
+    items = ((v, p.scale - scale) for v, p in zip(value, ladder, strict=True))
+    first, *others = await ops.truncate_if(ctx, f"{step}/select", chosen, *items)
+    for p in others:
+        first = first + p
+    return first
 
 
 @lru_cache(maxsize=8)
@@ -301,24 +340,19 @@ async def reciprocal(ctx: Context, step: str, x: Share, s: Settings) -> Share:
     return await _climb(ctx, step, x * (1 << SUM_SHIFT), ladder)
 
 
-async def rms_norm(
-    ctx: Context, step: str, x: Share, eps: float, s: Settings, *, wide: bool = False
-) -> Share:
-    """x / sqrt(mean(x^2) + eps) for rows x (n, d) at scale f, or f + NORM_SCALE if `wide`. One mask serves
-    both uses of x.
+async def rms_norm(ctx: Context, step: str, x: Share, eps: float, s: Settings, *, extra: int = 0) -> Share:
+    """x / sqrt(mean(x^2) + eps) for rows x (n, d) at scale 2f, at scale f + `extra`, which is 0 or
+    NORM_SCALE. One opening truncates x and serves both its uses.
 
-    Rounds: 8, one fewer if wide.
+    Rounds: 6, one fewer with extra bits.
     """
-    n, d = x.shape
-    c = ctx.take(prep.Norm(d), n)
-    (dx,) = await ctx.doors.open(f"{step}/x", x + c["x"])
-    square = c["q"] - (c["x"] * (dx * np.uint64(2))).sum(1) + (dx * dx).sum(axis=1, dtype=np.uint64)
+    d = x.shape[1]
+    rows = await ops.truncate_rows(ctx, f"{step}/x", x, s.scale_bits)
     f = _inverse_root(d * 4.0**s.scale_bits, eps)
     ladder = _ladder("inverse root", f, _norm_base(d, eps, s.scale_bits), NORM_TOP, s, -np.inf)
-    r = await _climb(ctx, f"{step}/root", square, ladder, NORM_SCALE if wide else INVERSE_SCALE)
-    (dr,) = await ctx.doors.open(f"{step}/scale", r + c["s"])
-    y = c["z"] - c["x"] * dr[:, None] - c["s"].reshape(-1, 1) * dx + dx * dr[:, None]
-    if wide:
+    r = await _climb(ctx, f"{step}/root", rows.squares, ladder, extra or INVERSE_SCALE)
+    y = await rows.scale(ctx, f"{step}/scale", r)
+    if extra:
         return y
     (y,) = await ops.truncate(ctx, f"{step}/truncate", (y, INVERSE_SCALE))
     return y
@@ -334,17 +368,19 @@ async def exponentials(
     their sums.
 
     scores (heads, rows, keys) at scale 2f within +-SCORE_BOUND; allowed (rows, keys) of 0 and 1; valid
-    (keys,) bits. The shift is the row's maximum, rounded up by at most two coarse bins: it is found by
-    counting, for every threshold, the valid scores above it, and by testing those counts for zero. What lies
-    more than EXP_REACH below the shift has weight 0; a second, coarse reading tells. Rounds: 8, one fewer if
-    all are valid.
+    (keys,) bits; what is not valid must have a score of 0. The shift is the row's maximum, rounded up by at
+    most two coarse bins: it is found by counting, for every threshold, the valid scores above it, and by
+    testing those counts for zero. What lies more than EXP_REACH below the shift has weight 0; a second,
+    coarse reading tells. Rounds: 6.
     """
     scale = 2 * s.scale_bits
     heads, rows, keys = scores.shape
-    raised = scores + (1 << (scale + COARSE_BIN + COARSE_BITS - 1))
+    half = 1 << (COARSE_BIN + COARSE_BITS - 1)
+    raised = scores + (half << scale)
+    invalid = (-valid + 1).broadcast(heads, rows, keys) if valid is not None else None
     shown = raised
-    if valid is not None:  # what is not valid falls into the lowest bin
-        (shown,) = await ops.mul(ctx, f"{step}/mask", (raised, valid.broadcast(heads, rows, keys)))
+    if invalid is not None:  # from the middle down to the lowest bin
+        shown = raised - invalid * ((half - 2) << scale)
     one_hot = await ops.coarse_index(
         ctx, f"{step}/coarse", shown, scale + COARSE_BIN - COARSE_REST, COARSE_REST, COARSE_BITS
     )  # (heads, rows, keys, bins)
@@ -357,32 +393,35 @@ async def exponentials(
     none = (await ops.to_ring(ctx, f"{step}/inject", empty, padded.shape[0]))[:count].reshape(heads, rows, -1)
     top = -(none.sum(2)) + none.shape[2]  # index of the highest bin in use
     # maximum < (top + 1) bins: below = score - that, negative
-    below = raised - ((top + 1) * (1 << (scale + COARSE_BIN))).reshape(heads, rows, 1).broadcast(
-        *scores.shape
-    )
+    below = shown - ((top + 1) * (1 << (scale + COARSE_BIN))).reshape(heads, rows, 1).broadcast(*scores.shape)
 
     async def value(ctx: Context) -> Share:
         start = EXP_TOP - 2.0 ** (EXP_BITS + EXP_BIN)
         p = _piece("exp", np.exp, start, EXP_BIN, EXP_BITS, scale, s.degree, s.rest, 1)
-        y = await ops.piecewise(ctx, f"{step}/exp", below - int(start * 2**scale), p)
-        # Beyond the table this is garbage, even for truncation; it is multiplied by 0 then.
-        return (await ops.truncate(ctx, f"{step}/truncate", (y, HEADROOM - 1 - EXP_SCALE)))[0]
+        return await ops.piecewise(ctx, f"{step}/exp", below - int(start * 2**scale), p)
 
-    async def counts(ctx: Context) -> Share:
-        """1 where the weight counts: within reach of the maximum, and valid."""
-        lift = (1 << REACH_BITS) - REACH_MARGIN
-        lifted = _whole_words((below + (lift << scale)).flat())
-        (far,) = await ops.are_below(ctx, f"{step}/reach", lifted, scale, REACH_BITS, [lift - EXP_REACH])
-        bit = await ops.to_ring(ctx, f"{step}/reach inject", far, lifted.shape[0])
-        near = (-(bit[: below.size]) + 1).reshape(*below.shape)
-        if valid is None:
-            return near
-        (both,) = await ops.mul(ctx, f"{step}/reach valid", (near, valid.broadcast(*below.shape)))
-        return both
+    async def counts(ctx: Context) -> Bits:
+        """Whether the weight counts: within reach of the maximum, and valid, which is told by a further
+        shift down. The reading has units of 2.
+        """
+        lift = (2 << REACH_BITS) - 2 * REACH_MARGIN
+        lifted = below + (lift << scale)
+        if invalid is not None:
+            lifted = lifted - invalid * ((lift - 2 * half) << scale)
+        (far,) = await ops.are_below(
+            ctx,
+            f"{step}/reach",
+            _whole_words(lifted.flat()),
+            scale + 1,
+            REACH_BITS,
+            [(lift - EXP_REACH) // 2],
+        )
+        return ~far
 
-    e, keep = await ops.together(ctx, value, counts)
-    (e,) = await ops.mul(ctx, f"{step}/keep", (e, keep))
-    e = e * allowed[None]
+    y, keep = await ops.together(ctx, value, counts)
+    # Beyond the table this is garbage.
+    (e,) = await ops.truncate_if(ctx, f"{step}/truncate", keep, (y, HEADROOM - 1 - EXP_SCALE))
+    e = e.reshape(*below.shape) * allowed[None]
     return e, e.sum(2)
 
 

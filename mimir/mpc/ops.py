@@ -11,12 +11,14 @@ import os
 import types
 from collections.abc import Callable, Coroutine, Generator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol, TypeVar
+from functools import lru_cache
+from typing import Any, Final, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 from mimir import kernels
+from mimir.errors import LocalError
 from mimir.mpc import prep
 from mimir.mpc.domain import RING_BITS, Ring, constant, words
 from mimir.mpc.doors import Masked
@@ -148,28 +150,109 @@ async def together(ctx: Context, *branches: Callable[[Context], Coroutine[Any, A
 
 
 async def truncate(ctx: Context, step: str, *items: tuple[Share, int]) -> list[Share]:
-    """Drop f bits of each (x, f), for |x| < 2^62 - 2^f: x / 2^f with an error below 2 units, mean 0. One
-    round, 8 bytes.
+    """Drop f bits of each (x, f), for |x| < 2^62 - 2^f - 2^(f - 15): x / 2^f with an error below 2 units (2 +
+    2^-14 for f > 16), mean 0. One round; 8 bytes, or 80 - f bits for f > 16.
 
     Top-bit correction: c = open(x' + r), x' = x + 2^62 - 2^f + 1. With R = r_0 + r_1 + r_2 over the integers,
     U the sum of the r_i >> f, v < 3 * 2^f that of their low bits, and W the number of times R passes 2^64,
     floor((x' + v) / 2^f) = (c >> f) - U + 2^(64-f) (W + top(r) (1 - top(c))) exactly: no wrong value exists
-    to be unlucky with. v is a public dither that centres the rounding.
+    to be unlucky with. v is a public dither that centres the rounding. U - 2^(64-f) W is the pair's `base`.
+    Of more than 16 bits the lowest are dropped from each component without a mask, and do not travel.
     """
-    sizes = [x.size for x, _ in items]
-    shift = np.repeat(np.array([f for _, f in items], np.uint64), sizes)
-    taken = [ctx.take(prep.Trunc(f), n) for (_, f), n in zip(items, sizes, strict=True)]
-    r, high, top, over = (concat([p[name] for p in taken]) for name in ("r", "high", "top", "over"))
-    one = np.uint64(1)
-    offset = (one << np.uint64(62)) - (one << shift) + one
-    (c,) = await ctx.doors.open(step, concat([x.flat() for x, _ in items]) + r + offset)
-    wrapped = over + top * (one - (c >> np.uint64(63)))
-    public = (c >> shift) - (one << (np.uint64(62) - shift))
-    y = wrapped * (one << (np.uint64(RING_BITS) - shift)) - high + public
+    taken = [ctx.take(prep.Trunc(f), x.size) for x, f in items]
+    opening = _Truncation(items, taken)
+    c = opening.joined(await ctx.doors.open_all(step, opening.masked))
+    base, top = (concat([p[name] for p in taken]) for name in ("base", "top"))
+    a, b = opening.public(c)
+    return _split(top * b - base + a, items)
+
+
+async def truncate_if(ctx: Context, step: str, bits: Bits, *items: tuple[Share, int]) -> list[Share]:
+    """`truncate` of each (x, f) where its bit is set, 0 elsewhere, also where x is out of range. The bits are
+    words of lanes, those of the first x first. One round, 8 bytes and a bit an element.
+
+    A truncated value is linear in `base` and `top` of its pair, and their products with a random bit are
+    prepared; so bit and value are opened side by side.
+    """
+    taken = [ctx.take(prep.TruncIf(f), x.size) for x, f in items]
+    ring, base, top, z = (concat([p[name] for p in taken]) for name in ("ring", "base", "top", "z"))
+    opening = _Truncation(items, taken)
+    *values, (o,) = await ctx.doors.open_all(step, [*opening.masked, Masked([bits ^ low_bits(ring)])])
+    c = opening.joined(values)
+    o = kernels.bits_to_ring(o, c.size)
+    sign = np.uint64(1) - np.uint64(2) * o  # bit = o + sign ring
+    a, b = opening.public(c)
+    y = (top * o + z[:, 1] * sign) * b - (base * o + z[:, 0] * sign) + _unmasked(ring, o) * a
+    return _split(y, items)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TruncatedRows:
+    """Truncated rows x (n, d): the sums of their squares (n,), and what scaling them takes."""
+
+    squares: Share
+    _x: Share
+    _public: tuple[Ring, Ring]
+    _material: dict[str, Share]
+
+    async def scale(self, ctx: Context, step: str, r: Share) -> Share:
+        """r (n) times each row: (n, d). One round, 8 bytes a row. Once only."""
+        c, (a, b) = self._material, self._public
+        (delta,) = await ctx.doors.open(step, r + c["s"])
+        d = a.shape[1]
+        # r x = delta x - s x, s x = s a - s base + b s top
+        times_s = c["s"].reshape(-1, 1).broadcast(*a.shape) * a - c["z"][:, :d] + c["z"][:, d:] * b
+        return self._x * delta[:, None] - times_s
+
+
+async def truncate_rows(ctx: Context, step: str, x: Share, f: int) -> TruncatedRows:
+    """`truncate` x (n, d) for its squares and for scaling, f <= 32: one round and 8 bytes an element for all
+    uses, which is exact, since all are sums of products with what was prepared, element by element.
+
+    (a - base + b top)^2 = a^2 - 2 a base + base^2 + 2 b (a top - base top), as top^2 = top and b^2 = 0.
+    """
+    if f > RING_BITS // 2:
+        raise LocalError("rows can be squared when at most 32 bits are dropped")
+    c = ctx.take(prep.Norm(x.shape[1], f), x.shape[0])
+    opening = _Truncation([(x, f)], [{"r": c["r"].flat()}])
+    o = opening.joined(await ctx.doors.open_all(step, opening.masked))
+    a, b = (v.reshape(x.shape) for v in opening.public(o))
+    two = np.uint64(2)
+    part = (c["top"] * a - c["both"]) * (b * two) - c["base"] * (a * two)
+    squares = c["q"] + part.sum(1) + (a * a).sum(axis=1, dtype=np.uint64)
+    return TruncatedRows(squares, c["top"] * b - c["base"] + a, (a, b), c)
+
+
+class _Truncation:
+    """What several truncations in one opening have in common."""
+
+    def __init__(self, items: Sequence[tuple[Share, int]], taken: Sequence[dict[str, Share]]) -> None:
+        self._shift = np.repeat(np.array([f for _, f in items], np.uint64), [x.size for x, _ in items])
+        self._bare = [prep.unmasked_bits(f) for _, f in items]
+        self.masked = []
+        for (x, f), p, bare in zip(items, taken, self._bare, strict=True):
+            # Components lose `bare` bits, which is made up for in the mean.
+            raised = x.flat() + ((1 << 62) - (1 << f) + (1 << bare) + (3 * ((1 << bare) - 1) >> 1))
+            low = np.uint64(bare)
+            v = (raised.v >> low) + (p["r"].v >> low)
+            self.masked.append(Masked([Share(v, x.bk)], RING_BITS - bare))
+
+    def joined(self, opened: Sequence[Sequence[Ring]]) -> Ring:
+        """What was opened, of all items, in its place within the ring."""
+        return np.concatenate([c << np.uint64(g) for (c,), g in zip(opened, self._bare, strict=True)])
+
+    def public(self, c: Ring) -> tuple[Ring, Ring]:
+        """a and b such that a - base + b top is the truncated value; b is 0 or 2^(64 - f)."""
+        one = np.uint64(1)
+        a = (c >> self._shift) - (one << (np.uint64(62) - self._shift))
+        return a, (one - (c >> np.uint64(63))) << (np.uint64(RING_BITS) - self._shift)
+
+
+def _split(y: Share, items: Sequence[tuple[Share, int]]) -> list[Share]:
     out, at = [], 0
-    for (x, _), n in zip(items, sizes, strict=True):
-        out.append(y[at : at + n].reshape(*x.shape))
-        at += n
+    for x, _ in items:
+        out.append(y[at : at + x.size].reshape(*x.shape))
+        at += x.size
     return out
 
 
@@ -211,93 +294,180 @@ async def scale(ctx: Context, step: str, s: Share, x: Share) -> Share:
     return c["z"] - c["x"] * ds[:, None] - c["s"].reshape(-1, 1) * dx + dx * ds[:, None]
 
 
-async def conjunction(ctx: Context, step: str, *pairs: tuple[Bits, Bits]) -> list[Bits]:
-    """ANDs of words of bits. One round, two bits a bit."""
-    total = sum(x.size for x, _ in pairs)
-    c = {k: Bits(v.v, ctx.bk) for k, v in ctx.take(prep.AndTriple(), total).items()}
-    xs = Bits(concat([x.flat() for x, _ in pairs]).v, ctx.bk)
-    ys = Bits(concat([y.flat() for _, y in pairs]).v, ctx.bk)
-    dx, dy = await ctx.doors.open_bits(step, xs ^ c["x"], ys ^ c["y"])
-    z = c["z"] ^ (c["y"] & dx) ^ (c["x"] & dy) ^ (dx & dy)
-    out, at = [], 0
-    for x, _ in pairs:
-        out.append(Bits(z.v[:, at : at + x.size].reshape(z.v.shape[0], *x.shape), ctx.bk))
-        at += x.size
+async def monomials(ctx: Context, step: str, wanted: tuple[tuple[int, ...], ...], bits: Bits) -> list[Bits]:
+    """Products over GF(2) of rows of words of bits (variables, n), one for each set of variables wanted: (n).
+
+    One round, a bit a variable, however many are multiplied. With o_j = open(b_j ^ x_j) the product of the
+    b_j = o_j ^ x_j is a public combination of the prepared products of the x_j.
+    """
+    kind = prep.Ands(wanted)
+    planes = ctx.take(kind, bits.shape[1])["planes"].v
+    (o,) = await ctx.doors.open_bits(step, bits ^ Bits(planes[:, : bits.shape[0]], ctx.bk))
+    at = {s: i for i, s in enumerate(kind.subsets)}
+    out = []
+    for m in wanted:
+        inner = [tuple(v for j, v in enumerate(m) if mask >> j & 1) for mask in range(1, 1 << len(m))]
+        table = planes[:, [at[s] for s in inner]]
+        one = ctx.bk.xor_public(np.zeros_like(table[:, 0]), np.full(bits.shape[1], 2**64 - 1, np.uint64))
+        table = np.concatenate([one[:, None], table], axis=1)  # the subsets of m, in binary order
+        for j in reversed(range(len(m))):  # a variable at a time: o_j P(without) + P(with)
+            table = table[:, 1 << j :] ^ (table[:, : 1 << j] & o[m[j]])
+        out.append(Bits(table[:, 0], ctx.bk))
     return out
 
 
 async def to_ring(ctx: Context, step: str, bits: Bits, n: int) -> Share:
     """Words of bits (w) as n ring elements 0 or 1. One round, one bit each."""
-    c = ctx.take(prep.DaBit(), n)
-    mask = Bits(c["planes"].v[:, 0], ctx.bk)
-    (o,) = await ctx.doors.open_bits(step, bits ^ mask)
-    public = kernels.bits_to_ring(o, n)
-    return c["ring"] * (np.uint64(1) - np.uint64(2) * public) + public
+    ring = ctx.take(prep.DaBit(), n)["ring"]
+    (o,) = await ctx.doors.open_bits(step, bits ^ low_bits(ring))
+    return _unmasked(ring, kernels.bits_to_ring(o, n))
+
+
+def low_bits(x: Share) -> Bits:
+    """The lowest bits of x (n), as words: those of its components share it over GF(2). No round."""
+    return Bits(np.stack([kernels.ring_lsb(np.ascontiguousarray(v)) for v in x.v]), x.bk)
+
+
+def lanes(bits: Bits, n: int) -> Share:
+    """The first n lanes of rows of words of bits (k, w), each in the low bit of a word: (k, n). No round."""
+    rows = np.ascontiguousarray(bits.v).reshape(-1, bits.v.shape[-1])
+    out = np.stack([kernels.bits_to_ring(w, n) for w in rows])
+    return Share(out.reshape(bits.v.shape[0], -1, n), bits.bk)
+
+
+def joined(rows: Sequence[Bits], n: int) -> Bits:
+    """Words of the first n lanes of each row of words, one row after another. No round."""
+    return low_bits(lanes(Bits(np.stack([r.v for r in rows], axis=1), rows[0].bk), n).flat())
+
+
+def _unmasked(ring: Share, opened: Ring) -> Share:
+    """The bit that was opened under the bit `ring`."""
+    return ring * (np.uint64(1) - np.uint64(2) * opened) + opened
+
+
+async def pick(
+    ctx: Context, step: str, bits: Bits, x: Share, widths: Sequence[int] | None = None
+) -> tuple[Share, Share]:
+    """x (n, m) where a bit is set, 0 elsewhere, for words of bits; and the bits as ring elements (n).
+
+    One round, 8 bytes an element and a bit a row. `widths` tells for each column of x modulo which power of 2
+    it is meant, and so is the result then.
+    """
+    n, m = x.shape
+    c = ctx.take(prep.Pick(m), n)
+    asked = [
+        Masked([(x[:, j] + c["x"][:, j])], w) for j, w in enumerate(widths if widths else (RING_BITS,) * m)
+    ]
+    (o,), *columns = await ctx.doors.open_all(step, [Masked([bits ^ low_bits(c["ring"])]), *asked])
+    opened = kernels.bits_to_ring(o, n)
+    bit = _unmasked(c["ring"], opened)
+    delta = np.stack([column for (column,) in columns], axis=1)
+    sign = np.uint64(1) - np.uint64(2) * opened
+    # bit x = bit delta - bit mask, and bit = opened + sign ring
+    spread = ctx.share(np.broadcast_to(bit.v[:, :, None], (len(bit.v), n, m)))
+    return spread * delta - c["x"] * opened[:, None] - c["z"] * sign[:, None], bit
+
+
+def drop(x: Share, low: int, width: int) -> Share:
+    """x, for 0 <= x < 2^(low + width), without `low` bits, modulo 2^width: 0 to 3 units above x / 2^low, or
+    x itself if low is 0. No round.
+
+    Each component loses its low bits, x having been raised by as much as three of them can lose. What comes
+    out is one number, however often it is used.
+    """
+    if low:
+        x = x + 3 * ((1 << low) - 1)
+    mask = np.uint64((1 << (low + width)) - 1)
+    return Share((x.v & mask) >> np.uint64(low), x.bk)
+
+
+DIGIT: Final = 5  # bits of a digit: with 4 or 6 a comparison takes more ANDs
+MOST_DIGITS: Final = 7  # products of more bits take more than larger digits do
+
+
+def digits(width: int) -> tuple[int, ...]:
+    """Sizes of the digits into which a number of so many bits is cut."""
+    count = min(-(-width // DIGIT), MOST_DIGITS)
+    return tuple(width // count + (i < width % count) for i in range(count))
 
 
 async def is_zero(ctx: Context, step: str, x: Share, bits: int) -> Bits:
     """[x = 0] for x (n) in 0 .. 2^bits - 1, as words. One round, 4 bytes."""
-    c = ctx.take(prep.Zero(bits), x.shape[0])
+    c = ctx.take(prep.Digits((bits,)), x.shape[0])
     (o,) = await ctx.doors.open_low(step, bits, x + c["r"])
-    return Bits(_pick(c["planes"].v, o), ctx.bk)
+    return Bits(_chosen(c["planes"].v, o), ctx.bk)
 
 
-def _pick(planes: Ring, row: npt.NDArray[Any]) -> Ring:
+def _chosen(planes: Ring, row: npt.NDArray[Any]) -> Ring:
     """Bit `row[i]` (public) of lane i of planes (components, rows, words), packed: (components, words)."""
     lane = np.arange(len(row))
     chosen = (planes[:, row.astype(np.int64), lane >> 6] >> (lane & 63).astype(np.uint64)) & np.uint64(1)
     return np.stack([kernels.ring_lsb(np.ascontiguousarray(v)) for v in chosen])
 
 
+async def _at_most(
+    ctx: Context, step: str, planes: Ring, sizes: Sequence[int], publics: Sequence[Ring]
+) -> list[Bits]:
+    """[r <= k] for each public k (n), r by the one-hots of its digits. One round; none for a single digit.
+
+    r <= k if the highest digit that differs is less, or none differs: each of these cases is a product.
+    """
+    count, words_each = len(sizes), planes.shape[2]
+    equal, less, at = [], [], 0
+    for d, size in enumerate(sizes):
+        hot = planes[:, at : at + (1 << size)]
+        running = np.bitwise_xor.accumulate(hot, axis=1)  # bits of "digit <= row"
+        parts = [k >> np.uint64(sum(sizes[:d])) & np.uint64((1 << size) - 1) for k in publics]
+        same = np.concatenate([_chosen(hot, k) for k in parts], axis=1)
+        up_to = np.concatenate([_chosen(running, k) for k in parts], axis=1)
+        equal.append(same)
+        less.append(up_to ^ same if d else up_to)
+        at += 1 << size
+    result = Bits(less[-1], ctx.bk)
+    if count > 1:
+        # variables: equal, from the highest digit but the lowest; then less, from the second highest digit
+        cases = tuple((*range(i), count - 2 + i) for i in range(1, count))
+        variables = np.stack([*equal[:0:-1], *less[-2::-1]], axis=1)
+        for case in await monomials(ctx, step, cases, Bits(variables, ctx.bk)):
+            result = result ^ case
+    return [result[i * words_each : (i + 1) * words_each] for i in range(len(publics))]
+
+
 async def are_below(
     ctx: Context, step: str, x: Share, low: int, bits: int, thresholds: Sequence[int]
 ) -> list[Bits]:
-    """[x < t * 2^low] for each t, x (n) in 0 .. 2^(low + bits) - 3 * 2^low, as words. One round, 4 or 8
-    bytes.
+    """[x < t * 2^low] for each t, x (n) in 0 .. 2^(low + bits) - 3 * 2^low, as words. Two rounds, one up to
+    DIGIT bits; 4 bytes, and some bits a threshold.
 
-    What is compared may be up to 3 units of 2^low above the floor of x. 0 < t < 2^bits. The indices below a
-    threshold are neighbours, so their one-hot bits add up to two bits of its running sum.
+    What is compared may be up to 3 units of 2^low above the floor of x. 0 < t < 2^bits. c = open(x + r), and
+    x < t if r lies within the t values up to c, modulo 2^bits.
     """
-    c = ctx.take(prep.Zero(bits, low), x.shape[0])
-    (o,) = await ctx.doors.open_low(step, low + bits, x + c["r"])
-    index = (o >> np.uint64(low)).astype(np.int64)
-    running = np.bitwise_xor.accumulate(c["planes"].v, axis=1)  # bits of "r <= row"
-    first = Bits(_pick(running, index), ctx.bk)
-    out = []
-    for t in thresholds:
-        # sum over r in (index - t, index] modulo 2^bits; "r <= 2^bits - 1" always holds
-        before = Bits(_pick(running, (index - t) % (1 << bits)), ctx.bk)
-        out.append(first ^ before ^ kernels.ring_lsb((index < t).astype(np.uint64)))
-    return out
+    sizes = digits(bits)
+    c = ctx.take(prep.Digits(sizes), x.shape[0])
+    (o,) = await ctx.doors.open_low(f"{step}/mask", bits, drop(x, low, bits) + c["r"])
+    below = [(o - np.uint64(t)) & np.uint64((1 << bits) - 1) for t in thresholds]
+    first, *others = await _at_most(ctx, f"{step}/digits", c["planes"].v, sizes, [o, *below])
+    return [
+        first ^ other ^ kernels.ring_lsb((o < np.uint64(t)).astype(np.uint64))
+        for other, t in zip(others, thresholds, strict=True)
+    ]
 
 
 async def is_negative(ctx: Context, step: str, x: Share, low: int, width: int) -> Bits:
     """[x < 0] for x (n), as words; -3 * 2^low < x < 0 may be taken for zero, x >= 0 never for negative.
 
-    |x| < 2^(low + width - 1) - 3 * 2^low.
-
-    c = open(x + r); with the bits of r shared, the sign is top(c) ^ top(r) ^ [c' < r'] of the lower bits, by
-    a tree of (less, equal) pairs. Rounds: 1 + log2(width - 1); 8 bytes and 4 bits a bit of width.
+    |x| < 2^(low + width - 1) - 3 * 2^low. c = open(x + r); with the digits of r shared, the sign is
+    top(c) ^ top(r) ^ [c' < r'] of the lower bits. Two rounds; 4 bytes to a width of 32, else 8, and two bits
+    a digit.
     """
-    n = x.shape[0]
-    c = ctx.take(prep.Compare(low, width), n)
-    (o,) = await ctx.doors.open_low(f"{step}/mask", low + width, x + c["r"])
-    public = kernels.bit_slice(np.ascontiguousarray(o >> np.uint64(low)), width)  # (width, words)
-    r = Bits(c["planes"].v, ctx.bk)
-    sign = r[width - 1] ^ public[width - 1]
-    less = r[: width - 1] & ~public[: width - 1]
-    equal = ~(r[: width - 1] ^ public[: width - 1])
-    level = 0
-    while less.shape[0] > 1:
-        odd = less.shape[0] % 2
-        lo, hi = slice(odd, None, 2), slice(odd + 1, None, 2)
-        a, b = await conjunction(ctx, f"{step}/tree {level}", (equal[hi], less[lo]), (equal[hi], equal[lo]))
-        less, equal = (
-            Bits(np.concatenate([less.v[:, :odd], (less[hi] ^ a).v], axis=1), ctx.bk),
-            Bits(np.concatenate([equal.v[:, :odd], b.v], axis=1), ctx.bk),
-        )
-        level += 1
-    return sign ^ less[0]
+    sizes = digits(width - 1)
+    c = ctx.take(prep.Digits((*sizes, 1)), x.shape[0])
+    (o,) = await ctx.doors.open_low(f"{step}/mask", width, drop(x, low, width) + c["r"])
+    planes = c["planes"].v
+    lower = o & np.uint64((1 << (width - 1)) - 1)
+    (at_most,) = await _at_most(ctx, f"{step}/digits", planes[:, :-2], sizes, [lower])
+    top = kernels.ring_lsb(np.ascontiguousarray(o >> np.uint64(width - 1)))
+    return ~at_most ^ top ^ Bits(planes[:, -1], ctx.bk)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -322,7 +492,7 @@ class Piecewise:
 
     @property
     def kind(self) -> prep.Lookup:
-        return prep.Lookup(self.low, self.rest, self.bits, self.degree)
+        return prep.Lookup(self.rest, self.bits, self.degree)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -337,21 +507,25 @@ class Read:
 
 
 async def read_index(ctx: Context, step: str, *items: tuple[Share, Piecewise]) -> list[Read]:
-    """Look each x up in its table: coefficients and flags, as shares. One round, 8 bytes.
+    """Look each x up in its table: coefficients and flags, as shares. One round, 4 bytes up to 32 bits of
+    index and remainder, else 8.
 
     x must lie in [0, 2^(low + rest + bits) - 2^(low + rest) - 3 * 2^low); what lies outside reads another
-    piece.
+    piece. What is read is 0 to 3 units of 2^low above x, 1.5 in the mean.
     A piece is read for remainders in (-2^rest, 2^rest) of its index.
     """
     cs = [ctx.take(p.kind, x.size) for x, p in items]
-    sums = []
+    sums: dict[int, list[Share]] = {}  # by width
     for (x, p), c in zip(items, cs, strict=True):
-        total = p.low + p.rest + p.bits
-        sums.append((x.flat() + c["r"]) * (1 << (RING_BITS - total)))
-    opened = await ctx.doors.open(step, *sums)
+        sums.setdefault(p.rest + p.bits, []).append(drop(x.flat(), p.low, p.rest + p.bits) + c["r"])
+    asked = [Masked([concat(shares)], width) for width, shares in sums.items()]
+    opened = {w: o for w, (o,) in zip(sums, await ctx.doors.open_all(step, asked), strict=True)}
+    at = dict.fromkeys(sums, 0)
     out = []
-    for (x, p), c, o in zip(items, cs, opened, strict=True):
-        window = o >> np.uint64(RING_BITS - p.rest - p.bits)
+    for (x, p), c in zip(items, cs, strict=True):
+        width = p.rest + p.bits
+        window = opened[width][at[width] : at[width] + x.size]
+        at[width] += x.size
         index = window >> np.uint64(p.rest)
         tables = np.concatenate([p.tables, p.flags])
         e = c["e"].v
@@ -416,63 +590,99 @@ async def coarse_index(ctx: Context, step: str, x: Share, low: int, rest: int, b
 
     Its components are meant modulo 2^16: sums of up to 2^16 - 1 of them count. One round.
     """
-    c = ctx.take(prep.Lookup(low, rest, bits, 0, narrow=True), x.size)
-    total = low + rest + bits
-    (o,) = await ctx.doors.open(step, (x.flat() + c["r"]) * (1 << (RING_BITS - total)))
-    return one_hot(ctx, c, o >> np.uint64(RING_BITS - bits), bits).reshape(*x.shape, 1 << bits)
+    c = ctx.take(prep.Lookup(rest, bits, 0, narrow=True), x.size)
+    (o,) = await ctx.doors.open_low(step, rest + bits, drop(x.flat(), low, rest + bits) + c["r"])
+    return one_hot(ctx, c, o >> np.uint64(rest), bits).reshape(*x.shape, 1 << bits)
 
 
 async def argmax(ctx: Context, step: str, x: Share, low: int, width: int) -> tuple[Share, Share]:
-    """Largest of x (n), divided by 2^low, and its index, exact ties of low = 0 to the lower index: two
-    shares ().
+    """Largest of x (n), and its index: two shares (). The largest is divided by 2^low, and meant modulo
+    2^width (`lift` gives it in the ring).
 
-    A tournament in groups: all pairs of a group are compared at once, the winner beats every other. While
-    groups are pairs, values closer than 2^(low + 2) may tie, either way. Rounds: about 4 + log2(width) a
-    level.
+    Differences are below 2^(low + width - 1) - 3 * 2^low. x loses `low` bits before it is compared, so values
+    closer than 3 * 2^low may go either way; what is left is compared exactly, ties to the lower index. A
+    tournament in groups: all pairs of a group are compared at once, the winner beats every other. Rounds: 3 a
+    level of pairs, 4 a level of larger groups.
     """
-    value, index = x, ctx.share(np.zeros_like(x.v)) + np.arange(x.shape[0], dtype=np.uint64)
-    level = 0
-    while value.shape[0] > 1:
+    value, index = drop(x, low, width), None
+    for level, size in enumerate(tournament(x.shape[0])):
         n = value.shape[0]
-        size = _group(n)
         groups = n // size
-        rest = n - groups * size
         name = f"{step}/level {level}"
-        if size > 2 and low:
-            # Three near-equal values compared with dropped bits could beat one another in a circle.
-            (value,) = await truncate(ctx, f"{name}/exact", (value, low))
-            low = 0
-        v, i = value[: groups * size].reshape(groups, size), index[: groups * size].reshape(groups, size)
+        v = value[: groups * size].reshape(groups, size)
+        # Indices are public at first.
+        i = None if index is None else index[: groups * size].reshape(groups, size)
         if size == 2:
-            lost = await _second_wins(ctx, name, v, low, width)  # (groups,)
-            step_of = concat([(x[:, 1] - x[:, 0]).reshape(groups, 1) for x in (v, i)], axis=1)
-            best = await scale(ctx, f"{name}/select", lost, step_of)
-            best = best + concat([v[:, :1], i[:, :1]], axis=1)
+            second = await _signs(ctx, f"{name}/compare", v[:, 0] - v[:, 1], width)  # first < second
+            steps = [(w[:, 1] - w[:, 0]).reshape(groups, 1) for w in (v, i) if w is not None]
+            best, bit = await pick(ctx, f"{name}/pick", second, concat(steps, axis=1), _widths(steps, width))
+            value_to = v[:, 0] + best[:, 0]
+            index_to = i[:, 0] + best[:, 1] if i is not None else bit + _evens(groups, 2)
         else:
-            won = await _winners(ctx, name, v, low, width)  # (groups, size), one-hot rows
-            both = concat([v.reshape(-1, 1), i.reshape(-1, 1)], axis=1)
-            best = (await scale(ctx, f"{name}/select", won.flat(), both)).reshape(groups, size, 2).sum(1)
-        value, index = (concat([best[:, j], x[n - rest :]]) for j, x in enumerate((value, index)))
-        level += 1
-    if low:
-        (value,) = await truncate(ctx, f"{step}/exact", (value, low))
+            won = await _winners(ctx, name, v, width)  # words, group by group
+            columns = [w.reshape(groups * size, 1) for w in (v, i) if w is not None]
+            best, bit = await pick(ctx, f"{name}/pick", won, concat(columns, axis=1), _widths(columns, width))
+            best = best.reshape(groups, size, len(columns)).sum(1)
+            value_to = best[:, 0]
+            public = np.arange(groups * size, dtype=np.uint64)
+            index_to = best[:, 1] if i is not None else (bit * public).reshape(groups, size).sum(1)
+        left = np.arange(groups * size, n, dtype=np.uint64)  # have no group, and go on
+        rest = index[groups * size :] if index is not None else value[groups * size :] * 0 + left
+        value, index = concat([value_to, value[groups * size :]]), concat([index_to, rest])
+    if index is None:  # of one
+        index = value * 0
     return value[0], index[0]
 
 
-def _group(n: int) -> int:
-    """Group size of a tournament level: pairs while there are many, then wider, which costs fewer rounds."""
-    for limit, size in ((12, n), (48, 6), (512, 4), (4096, 4)):
-        if n <= limit:
-            return size
-    return 2
+def _widths(columns: Sequence[Share], width: int) -> tuple[int, ...]:
+    return (max(width, 32), *[RING_BITS] * (len(columns) - 1))
 
 
-async def _second_wins(ctx: Context, step: str, v: Share, low: int, width: int) -> Share:
-    """[first < second] of each row of v (groups, 2)."""
-    groups = v.shape[0]
-    padded = _whole_words(v[:, 0] - v[:, 1])
-    lost = await is_negative(ctx, f"{step}/compare", padded, low, width)
-    return (await to_ring(ctx, f"{step}/inject", lost, padded.shape[0]))[:groups]
+def _evens(count: int, apart: int) -> Ring:
+    return np.arange(count, dtype=np.uint64) * np.uint64(apart)
+
+
+async def lift(ctx: Context, step: str, x: Share, width: int) -> Share:
+    """x, meant modulo 2^width and signed, |x| < 2^(width - 2), as a ring element to within 2 units. One
+    round.
+    """
+    up = RING_BITS - width
+    return (await truncate(ctx, step, (x * (1 << up), up)))[0]
+
+
+# What a tournament is chosen by: bytes, online and before, a pair compared and an element picked; and bytes
+# that are worth a round, about 15 ms at 100 Mbit/s.
+_PAIR_BYTES: Final = 56
+_PICK_BYTES: Final = 45
+_ROUND_BYTES: Final = 200_000
+_LARGEST_GROUP: Final = 14
+
+
+@lru_cache(maxsize=4096)
+def _cheapest(n: int) -> tuple[float, tuple[int, ...]]:
+    if n == 1:
+        return 0, ()
+    options = []
+    for size in range(2, min(n, _LARGEST_GROUP) + 1):
+        groups = n // size
+        cost, sizes = _cheapest(n - groups * (size - 1))
+        cost += groups * size * (size - 1) / 2 * _PAIR_BYTES + 3 * _ROUND_BYTES
+        if size == 2:
+            cost += groups * _PICK_BYTES
+        else:  # products of size - 1 bits are prepared
+            cost += groups * size * (_PICK_BYTES + (1 << size) / 16) + _ROUND_BYTES
+        options.append((cost, (size, *sizes)))
+    return min(options)
+
+
+def tournament(n: int) -> tuple[int, ...]:
+    """Sizes of the groups, level by level, in which the largest of n is found."""
+    return _cheapest(n)[1]
+
+
+async def _signs(ctx: Context, step: str, x: Share, width: int) -> Bits:
+    """[x < 0], exactly, as words, for x (n) meant modulo 2^width; any n."""
+    return await is_negative(ctx, step, _whole_words(x), 0, width)
 
 
 def _whole_words(x: Share) -> Share:
@@ -481,35 +691,20 @@ def _whole_words(x: Share) -> Share:
     return Share(np.pad(x.v, [(0, 0), (0, more)]), x.bk)
 
 
-async def _winners(ctx: Context, step: str, v: Share, low: int, width: int) -> Share:
+async def _winners(ctx: Context, step: str, v: Share, width: int) -> Bits:
+    """[v beats all others of its row] for v (groups, size), as words of groups * size lanes."""
     groups, size = v.shape
     first, second = np.triu_indices(size, 1)
-    pairs = len(first)
-    differences = v[:, first] - v[:, second]  # (groups, pairs)
-    n = groups * pairs
-    # lanes ordered pair by pair, each pair padded to whole words, so that a pair is a row of words
-    lanes = 64 * words(groups)
-    padded = np.zeros((differences.v.shape[0], pairs, lanes), np.uint64)
-    padded[:, :, :groups] = np.swapaxes(differences.v, 1, 2)
-    assert n <= pairs * lanes
-    lost = await is_negative(
-        ctx, f"{step}/compare", ctx.share(padded.reshape(padded.shape[0], -1)), low, width
-    )
-    lost = Bits(lost.v.reshape(lost.v.shape[0], pairs, -1), ctx.bk)  # first < second
-    beats: list[list[Bits]] = [[] for _ in range(size)]
-    for p, (a, b) in enumerate(zip(first, second, strict=True)):
-        beats[a].append(~lost[p])
-        beats[b].append(lost[p])
-    rows = [Bits(np.stack([b.v for b in row], axis=1), ctx.bk) for row in beats]  # (size - 1, words) each
-    level = 0
-    while rows[0].shape[0] > 1:
-        odd = rows[0].shape[0] % 2
-        joined = await conjunction(ctx, f"{step}/all {level}", *((r[odd::2], r[odd + 1 :: 2]) for r in rows))
-        rows = [
-            Bits(np.concatenate([r.v[:, :odd], j.v], axis=1), ctx.bk)
-            for r, j in zip(rows, joined, strict=True)
-        ]
-        level += 1
-    won = Bits(np.concatenate([r.v[:, 0] for r in rows], axis=1), ctx.bk)  # (size * words)
-    ring = await to_ring(ctx, f"{step}/inject", won, size * lanes)
-    return ring.reshape(size, lanes).swap(0, 1)[:groups]
+    lost = await _signs(ctx, f"{step}/compare", (v[:, first] - v[:, second]).flat(), width)
+    lost_first = lanes(Bits(lost.v[:, None], ctx.bk), groups * len(first))[0].reshape(groups, len(first))
+    pair = np.zeros((size, size), np.int64)
+    pair[first, second] = pair[second, first] = np.arange(len(first))
+    beats = []  # for each element, what it does to the others: (groups, size - 1)
+    for a in range(size):
+        others = [b for b in range(size) if b != a]
+        row = lost_first[:, pair[a, others]]
+        beats.append(row + np.array([int(b > a) for b in others], np.uint64))  # its low bit counts
+    rows = concat([b.reshape(groups, 1, size - 1) for b in beats], axis=1).reshape(-1, size - 1)
+    packed = Bits(np.stack([low_bits(rows[:, j]).v for j in range(size - 1)], axis=1), ctx.bk)
+    (won,) = await monomials(ctx, f"{step}/all", (tuple(range(size - 1)),), packed)
+    return won

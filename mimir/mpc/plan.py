@@ -69,9 +69,8 @@ class _CountingDoors:
         self.cost.sent += DIGEST
         for r in requests:
             for s in r.shares:
-                halves = r.width <= 32 and not isinstance(s, Bits)  # two to a word, an odd one alone
                 self.cost.opened += s.size
-                self.cost.sent += 8 * ((s.size + 1) // 2 if halves else s.size)
+                self.cost.sent += 8 * r.words(s)
         return [[np.zeros(s.shape, np.uint64) for s in r.shares] for r in requests]
 
 

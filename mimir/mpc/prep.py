@@ -6,15 +6,16 @@ known to two parties; carries come from an adder over GF(2); products are made b
 
 A *kind* names one sort of correlation, with everything that fixes its shape:
 
-    Trunc(f)             truncation pair for ops.truncate
-    Lookup(g, b, k, d)   one-hot of k bits, remainder of b bits, what a polynomial of degree d in it takes
-    Zero(k, g)           zero and threshold tests of k-bit values, g lower bits dropped
-    Compare(g, w)        sign of w-bit values, g lower bits dropped
+    Trunc(f)             truncation pair for ops.truncate: r, r / 2^f rounded down, top bit of r
+    TruncIf(f)           the same, a random bit, and its products with the latter two
+    Lookup(b, k, d)      one-hot of k bits, remainder of b bits, what a polynomial of degree d in it takes
+    Digits(k_0, ..)      one-hots of bits of the digits of a value: zero, threshold and sign tests
+    Ands(m_0, ..)        random bits and the products that opening bits under them needs for these monomials
     DaBit()              a random bit in both domains
-    AndTriple()          64 bit triples a word
+    Pick(m)              a random bit, x (m), bit x
     Mul()                a, b, ab
     Scale(m)             s, x (m), s x
-    Norm(m)              x (m), sum x^2, r, r x
+    Norm(m, f)           m truncation pairs, sum of base^2, base top, s, and s times base and top
     Weight(name)         a mask row and its product with a shared weight matrix
     Keys(layer, ...)     masks of new keys and queries and the products with all cached key masks
     Values(layer, ...)   the same for attention weights and values
@@ -24,7 +25,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import lru_cache, partial
+from itertools import combinations
 from typing import Any, Final, Protocol
 
 import numpy as np
@@ -50,8 +52,12 @@ class Trunc:
 
 
 @dataclass(frozen=True, slots=True)
+class TruncIf:
+    f: int
+
+
+@dataclass(frozen=True, slots=True)
 class Lookup:
-    low: int  # bits below the window, dropped: the value read is 0 to 3 units of 2^low above the floor
     rest: int  # bits of the remainder
     bits: int  # bits of the index
     steps: int  # degree of the polynomial in the remainder that follows
@@ -59,15 +65,28 @@ class Lookup:
 
 
 @dataclass(frozen=True, slots=True)
-class Zero:
-    bits: int
-    low: int = 0  # bits below, dropped: what is read is 0 to 3 units of 2^low above the floor
+class Digits:
+    sizes: tuple[int, ...]  # bits of each digit, the lowest first
+
+    @property
+    def width(self) -> int:
+        return sum(self.sizes)
 
 
 @dataclass(frozen=True, slots=True)
-class Compare:
-    low: int
-    width: int
+class Ands:
+    monomials: tuple[tuple[int, ...], ...]  # of variables 0, 1, ..; each in rising order
+
+    @property
+    def subsets(self) -> tuple[tuple[int, ...], ...]:
+        """Every set of variables within a monomial, the single variables first: what has a plane."""
+        return _subsets(self.monomials)
+
+
+@lru_cache(maxsize=256)
+def _subsets(monomials: tuple[tuple[int, ...], ...]) -> tuple[tuple[int, ...], ...]:
+    found = {s for m in monomials for d in range(1, len(m) + 1) for s in combinations(m, d)}
+    return tuple(sorted(found, key=lambda s: (len(s), s)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,8 +95,8 @@ class DaBit:
 
 
 @dataclass(frozen=True, slots=True)
-class AndTriple:
-    pass
+class Pick:
+    width: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +112,7 @@ class Scale:
 @dataclass(frozen=True, slots=True)
 class Norm:
     width: int
+    f: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +137,7 @@ class Values(Keys):
     pass
 
 
-Kind = Trunc | Lookup | Zero | Compare | DaBit | AndTriple | Mul | Scale | Norm | Weight | Keys
+Kind = Trunc | TruncIf | Lookup | Digits | Ands | DaBit | Pick | Mul | Scale | Norm | Weight | Keys
 Demand = Mapping[Kind, int]
 Made = dict[Kind, dict[str, Ring]]
 
@@ -257,30 +277,66 @@ class Batch:
             span *= 2
         return g
 
-    async def inject(self, step: str, bits: Ring, n: int, *, prove: bool = True) -> Ring:
-        """Words of bits (2, j, w) as ring elements (2, j, n).
+    async def inject(
+        self, step: str, bits: Ring, n: int, *, prove: bool = True, narrow: bool = False
+    ) -> Ring:
+        """Words of bits (2, j, w) as ring elements (2, j, n); modulo 2^16 if narrow.
 
-        XOR of the three components as ring products, two rounds. The first product is stated on its own:
-        without that, errors e and -e in the two products would cancel exactly when the third component is 0,
-        and a passing check would tell a bit. Then an error of the second is found because the result must be
-        0 or 1 (stated here if `prove`, otherwise by the caller) and its low bit must be the bit shared.
+        XOR of the three components as ring products, two rounds. The first product is of two components that
+        one party knows, so that party deals it: it draws one summand with the next party and sends the other
+        to the one before it, a third of the bits each. Products are stated: without the first, errors e and
+        -e in the two would cancel exactly when the third component is 0, and a passing check would tell a
+        bit. Then an error of the second is found because the result must be 0 or 1 (stated here if `prove`,
+        otherwise by the caller) and its low bit must be the bit shared.
         """
         bk = self.doors.bk
         flat = bits.reshape(2, -1, bits.shape[-1])
+        shape = (len(flat[0]), n)
         ring = np.stack(
             [np.stack([kernels.bits_to_ring(np.ascontiguousarray(w), n) for w in flat[i]]) for i in (0, 1)]
         )
-        b0, b1, b2 = (bk.known(i, ring) for i in range(3))
-        (both,) = await self.mul(f"{step}/xor 1", (b0, b1))
-        self.relations.append(check.Product(b0.reshape(2, -1), b1.reshape(2, -1), both.reshape(2, -1)))
+        size = shape[0] * n
+        third = -(-size // 3)
+        blocks = np.pad(ring.reshape(2, -1), [(0, 0), (0, 3 * third - size)]).reshape(2, 3, third)
+
+        def whole(v: Ring) -> Ring:
+            return np.ascontiguousarray(v.reshape(2, -1)[:, :size]).reshape(2, *shape)
+
+        # in block j the factors are components j, j + 1, and then j + 2
+        b0, b1, b2 = (
+            whole(np.stack([bk.known((j + k) % 3, blocks[:, j]) for j in range(3)], axis=1)) for k in range(3)
+        )
+        me, after, before = bk.party, bk.following, bk.previous
+        drawn = bk.random(third)
+        both = np.zeros_like(blocks)
+        dealt = blocks[0, me] * blocks[1, me] - drawn[1]
+        both[:, me] = np.stack([dealt, drawn[1]])
+        both[0, before] = drawn[0]
+        (told,) = await self._exchange(f"{step}/xor 1", dealt, narrow)
+        both[0, me], both[1, after] = told
+        shift = np.uint64(48 if narrow else 0)
+        both = whole(both)
+        factor, product = (v.reshape(2, -1) << shift for v in (b0, both))
+        self.relations.append(check.Product(factor, b1.reshape(2, -1), product))
         x = b0 + b1 - both * np.uint64(2)
-        (both,) = await self.mul(f"{step}/xor 2", (x, b2))
+        part = kernels.rss_mul(x, b2, bk.zero(*shape))
+        (both,) = await self._exchange(f"{step}/xor 2", part, narrow)
         x = x + b2 - both * np.uint64(2)
         if prove:
             flat_x = x.reshape(2, -1)
             self.relations.append(check.Product(flat_x, flat_x, flat_x))
         self.same_bits(x, flat, n)
         return x.reshape(*bits.shape[:-1], n)
+
+    async def _exchange(self, step: str, summand: Ring, narrow: bool) -> list[Ring]:
+        """`reshare`, of which only the lowest 16 bits travel, four to a word, if narrow."""
+        if not narrow:
+            return await self.doors.reshare(step, summand)
+        size = summand.size
+        lanes16 = np.zeros(-(-size // 4) * 4, np.uint16)
+        lanes16[:size] = summand.reshape(-1)
+        (told,) = await self.doors.reshare(step, lanes16.view(np.uint64))
+        return [told.view(np.uint16)[:, :size].astype(np.uint64).reshape(2, *summand.shape)]
 
     def same_bits(self, x: Ring, bits: Ring, n: int) -> None:
         """State that ring elements (2, j, n), known to be 0 or 1, are the bits (2, j, w).
@@ -347,6 +403,14 @@ class Batch:
         return z
 
 
+TRUNCATED_BITS: Final = 16  # of the bits to be dropped so many are masked
+
+
+def unmasked_bits(f: int) -> int:
+    """Low bits that a truncation by f drops from each component by itself, so that their mask is 0."""
+    return max(0, f - TRUNCATED_BITS)
+
+
 def _cut(kinds: Mapping[Kind, int], material: dict[str, Ring]) -> Made:
     """Divide what was made together, in order, along the first value axis."""
     out: Made = {}
@@ -358,56 +422,70 @@ def _cut(kinds: Mapping[Kind, int], material: dict[str, Ring]) -> Made:
 
 
 async def _truncs(b: Batch, kinds: Mapping[Kind, int]) -> Made:
-    """Truncation pairs of all shifts together: the shift does not matter until the end."""
-    n = sum(kinds.values())
-    r = b.doors.bk.random(n)
+    """Truncation pairs of all shifts together: the shift does not matter until the end.
+
+    With R the sum of r's components over the integers and W how often it passes 2^64, r / 2^f rounded down is
+    (R - 2^64 W) / 2^f, of which the components, each shifted, give all but 0 to 2 units.
+    """
+    pairs = {k: n * (k.width if isinstance(k, Norm) else 1) for k, n in kinds.items()}
+    n = sum(pairs.values())
+    shift = np.repeat(
+        np.array([k.f for k in kinds if isinstance(k, Trunc | TruncIf | Norm)], np.uint64),
+        list(pairs.values()),
+    )
+    bare = np.repeat(
+        np.array([unmasked_bits(k.f) for k in kinds if isinstance(k, Trunc | TruncIf | Norm)], np.uint64),
+        list(pairs.values()),
+    )
+    r = b.doors.bk.random(n) >> bare << bare
     bits = await b.add3("trunc", r, 64, low=0, last=True)
     stack = np.stack([bits["top"], bits["over_a"], bits["over_b"]], axis=1)
     got = await b.inject("trunc/inject", stack, n)
-    out = _cut(kinds, {"r": r, "top": got[:, 0], "over": got[:, 1] + got[:, 2]})
-    for kind, material in out.items():
-        assert isinstance(kind, Trunc)
-        material["high"] = material["r"] >> np.uint64(kind.f)
+    over = (got[:, 1] + got[:, 2]) * (np.uint64(1) << (np.uint64(64) - shift))
+    out = _cut(pairs, {"r": r, "base": (r >> shift) - over, "top": got[:, 0]})
+    chosen = {k: m for k, m in out.items() if isinstance(k, TruncIf)}
+    if chosen:
+        n = sum(kinds[k] for k in chosen)
+        ring = await b.inject("trunc/if", b.doors.bk.random(1, words(n)), n)
+        both = np.concatenate([np.stack([m["base"], m["top"]], axis=2) for m in chosen.values()], axis=1)
+        z = await b.times("trunc/if", np.ascontiguousarray(ring[:, 0]), both)
+        parts = _cut({k: kinds[k] for k in chosen}, {"ring": ring[:, 0], "z": z})
+        for kind, m in chosen.items():
+            m |= parts[kind]
+    for norm in [k for k in kinds if isinstance(k, Norm)]:
+        out[norm] = await _norm(b, norm, kinds[norm], out[norm])
     return out
 
 
-async def _lookups(b: Batch, kinds: Mapping[Kind, int]) -> Made:
-    """Lookups that differ in nothing but the bits dropped below, together."""
-    first, n = next(iter(kinds)), sum(kinds.values())
-    assert isinstance(first, Lookup)
-    rest, index_bits, steps = first.rest, first.bits, first.steps
+async def _lookup(b: Batch, kind: Lookup, n: int) -> dict[str, Ring]:
+    rest, index_bits, steps = kind.rest, kind.bits, kind.steps
     bk = b.doors.bk
-    name = f"lookup {rest}.{index_bits}.{steps}{'.narrow' if first.narrow else ''}"
+    name = f"lookup {rest}.{index_bits}.{steps}{'.narrow' if kind.narrow else ''}"
     width = rest + index_bits
-    lows = np.repeat(
-        np.array([k.low for k in kinds if isinstance(k, Lookup)], np.uint64), list(kinds.values())
-    )
-    # 2^64 - 1 shifted down leaves low + width bits, also where that is all 64
-    r = bk.random(n) & (np.uint64(2**64 - 1) >> (np.uint64(64 - width) - lows))
-    h = r >> lows
-    bits = await b.add3(name, h, width, low=rest, last=False)
+    r = bk.random(n) & np.uint64((1 << width) - 1)
+    bits = await b.add3(name, r, width, low=rest, last=False)
     stack = bits["sum"][:, rest:]
     if steps:  # the remainder is wanted as well
         stack = np.concatenate([stack, bits["carry_a"][:, None], bits["carry_b"][:, None]], axis=1)
     # The index bits need no proof of their own: they are re-read from the verified one-hot.
-    got = await b.inject(f"{name}/inject", stack, n, prove=False)
-    e = await b.one_hot(name, got[:, :index_bits], first.narrow)
+    got = await b.inject(f"{name}/inject", stack, n, prove=False, narrow=kind.narrow)
+    e = await b.one_hot(name, got[:, :index_bits], kind.narrow)
     j = np.arange(1 << index_bits, dtype=np.uint64)
     masks = np.stack([(j >> np.uint64(t)) & np.uint64(1) for t in range(index_bits)])  # (k, K)
     whole = [v.astype(np.uint64, copy=False) for v in e]
     reread = np.stack(  # (2, k, n)
         await offload(2 * index_bits * e[0].size, lambda: [kernels.matmul_nt(masks, v) for v in whole])
     )
-    b.zeros.append((reread - got[:, :index_bits]) << np.uint64(48 if first.narrow else 0))
+    b.zeros.append((reread - got[:, :index_bits]) << np.uint64(48 if kind.narrow else 0))
     out = {"r": r, "e": e}
     if steps:
         carries = np.ascontiguousarray(got[:, index_bits:])
         flat = carries.reshape(2, -1)
         b.relations.append(check.Product(flat, flat, flat))
         low = np.uint64((1 << rest) - 1)
-        v = (h & low) - (carries[:, 0] + carries[:, 1]) * np.uint64(1 << rest)
+        v = (r & low) - (carries[:, 0] + carries[:, 1]) * np.uint64(1 << rest)
         out["poly"] = await _powers(b, f"{name}/power", v, steps)
-    return _cut(kinds, out)
+    return out
 
 
 async def _powers(b: Batch, step: str, v: Ring, degree: int) -> Ring:
@@ -427,39 +505,60 @@ async def _powers(b: Batch, step: str, v: Ring, degree: int) -> Ring:
     return np.concatenate([*powers, *products], axis=2)
 
 
-async def _zero(b: Batch, kind: Zero, n: int) -> dict[str, Ring]:
-    """One-hot over GF(2) of the k bits of r, as bit planes: opening c = x + r, x = j iff r = c - j."""
-    r = b.doors.bk.random(n) & np.uint64((1 << (kind.low + kind.bits)) - 1)
-    name = f"zero {kind.bits}.{kind.low}"
-    bits = (await b.add3(name, r >> np.uint64(kind.low), kind.bits, low=0, last=False))["sum"]
+async def _digits(b: Batch, kind: Digits, n: int) -> dict[str, Ring]:
+    """One-hots over GF(2) of the digits of r, as bit planes: opening c = x + r, x = j iff r = c - j."""
+    bk = b.doors.bk
+    r = bk.random(n) & np.uint64((1 << kind.width) - 1)
+    name = f"digits {'.'.join(map(str, kind.sizes))}"
+    bits = (await b.add3(name, r, kind.width, low=0, last=False))["sum"]
     ones = np.full(bits.shape[2], 2**64 - 1, np.uint64)
-    e = np.stack([b.doors.bk.xor_public(bits[:, 0], ones), bits[:, 0]], axis=1)
-    for j in range(1, kind.bits):
-        (high,) = await b.conj(
-            f"{name}/double {j}", (e, np.ascontiguousarray(np.broadcast_to(bits[:, j : j + 1], e.shape)))
-        )
-        e = np.concatenate([e ^ high, high], axis=1)
-    return {"r": r, "planes": e}
+    hot, at = [], 0
+    for size in kind.sizes:
+        hot.append(np.stack([bk.xor_public(bits[:, at], ones), bits[:, at]], axis=1))
+        at += size
+    for j in range(1, max(kind.sizes)):
+        wide = [d for d, size in enumerate(kind.sizes) if size > j]
+        first = [sum(kind.sizes[:d]) for d in wide]
+        pairs = [
+            (hot[d], np.ascontiguousarray(np.broadcast_to(bits[:, at + j : at + j + 1], hot[d].shape)))
+            for d, at in zip(wide, first, strict=True)
+        ]
+        for d, high in zip(wide, await b.conj(f"{name}/double {j}", *pairs), strict=True):
+            hot[d] = np.concatenate([hot[d] ^ high, high], axis=1)
+    return {"r": r, "planes": np.concatenate(hot, axis=1)}
 
 
-async def _compare(b: Batch, kind: Compare, n: int) -> dict[str, Ring]:
-    r = b.doors.bk.random(n) & np.uint64((1 << (kind.low + kind.width)) - 1)
-    name = f"compare {kind.low}.{kind.width}"
-    bits = (await b.add3(name, r >> np.uint64(kind.low), kind.width, low=0, last=False))["sum"]
-    return {"r": r, "planes": bits}
+async def _ands(b: Batch, kinds: Mapping[Kind, int]) -> Made:
+    """Planes of random words, n each, and of their products within each monomial: one round a degree for all
+    kinds together.
+    """
+    subsets = {k: k.subsets for k in kinds if isinstance(k, Ands)}
+    at = {k: {s: i for i, s in enumerate(sets)} for k, sets in subsets.items()}
+    planes = {k: b.doors.bk.random(sum(len(s) == 1 for s in sets), kinds[k]) for k, sets in subsets.items()}
+    for degree in range(2, 1 + max(len(sets[-1]) for sets in subsets.values())):
+        these = {k: [s for s in sets if len(s) == degree] for k, sets in subsets.items()}
+        growing = [k for k, sets in these.items() if sets]
+        pairs = [
+            (planes[k][:, [at[k][s[:-1]] for s in these[k]]], planes[k][:, [at[k][s[-1:]] for s in these[k]]])
+            for k in growing
+        ]
+        for k, more in zip(growing, await b.conj(f"ands/degree {degree}", *pairs), strict=True):
+            planes[k] = np.concatenate([planes[k], more], axis=1)
+    return {k: {"planes": v} for k, v in planes.items()}
 
 
 async def _dabit(b: Batch, kind: DaBit, n: int) -> dict[str, Ring]:
     bits = b.doors.bk.random(1, words(n))
     ring = await b.inject("dabit", bits, n)
-    return {"ring": ring[:, 0], "planes": bits}
+    return {"ring": ring[:, 0]}
 
 
-async def _and(b: Batch, kind: AndTriple, n: int) -> dict[str, Ring]:
+async def _pick(b: Batch, kind: Pick, n: int) -> dict[str, Ring]:
     bk = b.doors.bk
-    x, y = bk.random(n), bk.random(n)  # n counts words here
-    (z,) = await b.conj("and", (x, y))
-    return {"x": x, "y": y, "z": z}
+    name = f"pick {kind.width}"
+    bits, x = bk.random(1, words(n)), bk.random(n, kind.width)
+    ring = np.ascontiguousarray((await b.inject(name, bits, n))[:, 0])
+    return {"ring": ring, "x": x, "z": await b.times(f"{name}/times", ring, x)}
 
 
 async def _mul(b: Batch, kind: Mul, n: int) -> dict[str, Ring]:
@@ -478,17 +577,22 @@ async def _scale(b: Batch, kind: Scale, n: int) -> dict[str, Ring]:
     return {"s": s, "x": x, "z": z}
 
 
-async def _norm(b: Batch, kind: Norm, n: int) -> dict[str, Ring]:
+async def _norm(b: Batch, kind: Norm, n: int, pairs: Mapping[str, Ring]) -> dict[str, Ring]:
     bk = b.doors.bk
-    s, x = bk.random(n), bk.random(n, kind.width)
-    square = ((x[0] + x[1]) * x[0] + x[0] * x[1]).sum(axis=1, dtype=np.uint64) + bk.zero(n)
-    wide = np.ascontiguousarray(np.broadcast_to(s[:, :, None], x.shape))
-    z, q = await b.doors.reshare(
-        f"norm {kind.width}", kernels.rss_mul(x, wide, bk.zero(n, kind.width)), square
+    r, base, top = (np.ascontiguousarray(pairs[k]).reshape(2, n, kind.width) for k in ("r", "base", "top"))
+    s, factor = bk.random(n), np.concatenate([base, top], axis=2)
+    wide = np.ascontiguousarray(np.broadcast_to(s[:, :, None], factor.shape))
+    square = ((base[0] + base[1]) * base[0] + base[0] * base[1]).sum(axis=1, dtype=np.uint64) + bk.zero(n)
+    z, q, both = await b.doors.reshare(
+        f"norm {kind.width}.{kind.f}",
+        kernels.rss_mul(factor, wide, bk.zero(n, 2 * kind.width)),
+        square,
+        kernels.rss_mul(base, top, bk.zero(n, kind.width)),
     )
-    b.relations.append(check.ScalarProduct(s, x, z))
-    b.relations.append(check.SquareSum(x, q))
-    return {"s": s, "x": x, "z": z, "q": q}
+    b.relations.append(check.ScalarProduct(s, factor, z))
+    b.relations.append(check.SquareSum(base, q))
+    b.relations.append(check.Product(*(v.reshape(2, -1) for v in (base, top, both))))
+    return {"r": r, "base": base, "top": top, "both": both, "s": s, "z": z, "q": q}
 
 
 async def _weight(b: Batch, kind: Weight, n: int) -> dict[str, Ring]:
@@ -530,13 +634,12 @@ async def _values(b: Batch, kind: Values, n: int) -> dict[str, Ring]:
 
 
 _MAKERS: Final[dict[type, Any]] = {
-    Zero: _zero,
-    Compare: _compare,
+    Lookup: _lookup,
+    Digits: _digits,
     DaBit: _dabit,
-    AndTriple: _and,
+    Pick: _pick,
     Mul: _mul,
     Scale: _scale,
-    Norm: _norm,
     Weight: _weight,
     Keys: _keys,
     Values: _values,
@@ -549,24 +652,29 @@ def shapes(kind: Kind, n: int, weight_shape: tuple[int, int] | None = None) -> d
     """
     match kind:
         case Trunc():
-            return {"r": (n,), "high": (n,), "top": (n,), "over": (n,)}
+            return {"r": (n,), "base": (n,), "top": (n,)}
+        case TruncIf():
+            return {"r": (n,), "base": (n,), "top": (n,), "ring": (n,), "z": (n, 2)}
         case Lookup():
-            out: dict[str, tuple[int, ...]] = {"r": (n,), "e": (n, 1 << kind.bits)}
+            read: dict[str, tuple[int, ...]] = {"r": (n,), "e": (n, 1 << kind.bits)}
             if kind.steps:
-                out["poly"] = (n, kind.steps * (kind.steps + 5) // 2)
-            return out
-        case Zero():
-            return {"r": (n,), "planes": (1 << kind.bits, words(n))}
-        case Compare():
-            return {"r": (n,), "planes": (kind.width, words(n))}
+                read["poly"] = (n, kind.steps * (kind.steps + 5) // 2)
+            return read
+        case Digits():
+            return {"r": (n,), "planes": (sum(1 << size for size in kind.sizes), words(n))}
+        case Ands():
+            return {"planes": (len(kind.subsets), n)}
         case DaBit():
-            return {"ring": (n,), "planes": (1, words(n))}
-        case AndTriple() | Mul():
+            return {"ring": (n,)}
+        case Pick():
+            return {"ring": (n,), "x": (n, kind.width), "z": (n, kind.width)}
+        case Mul():
             return {"x": (n,), "y": (n,), "z": (n,)}
         case Scale():
             return {"s": (n,), "x": (n, kind.width), "z": (n, kind.width)}
         case Norm():
-            return {"s": (n,), "x": (n, kind.width), "z": (n, kind.width), "q": (n,)}
+            pair: dict[str, tuple[int, ...]] = dict.fromkeys(("r", "base", "top", "both"), (n, kind.width))
+            return pair | {"s": (n,), "z": (n, 2 * kind.width), "q": (n,)}
         case Weight():
             assert weight_shape is not None
             return {"x": (n, weight_shape[0]), "z": (n, weight_shape[1])}
@@ -588,14 +696,6 @@ def shapes(kind: Kind, n: int, weight_shape: tuple[int, int] | None = None) -> d
             }
 
 
-# Axis of each array, components not counted, along which a part may be taken; the others are whole.
-_LANE_AXIS: Final[dict[tuple[type, str], int]] = {
-    (Zero, "planes"): 1,
-    (Compare, "planes"): 1,
-    (DaBit, "planes"): 1,
-}
-
-
 async def produce(batch: Batch, step: str, demand: Demand) -> Made:
     """Make and verify everything in `demand`, or raise. Nothing unverified is returned."""
     groups: dict[tuple[Any, ...], dict[Kind, int]] = {}
@@ -605,8 +705,8 @@ async def produce(batch: Batch, step: str, demand: Demand) -> Made:
     for group, kinds in groups.items():
         if group[0] is Trunc:
             batch.out |= await _truncs(batch, kinds)
-        elif group[0] is Lookup:
-            batch.out |= await _lookups(batch, kinds)
+        elif group[0] is Ands:
+            batch.out |= await _ands(batch, kinds)
         else:
             for kind, n in kinds.items():
                 batch.out[kind] = await _MAKERS[type(kind)](batch, kind, n)
@@ -619,10 +719,10 @@ async def produce(batch: Batch, step: str, demand: Demand) -> Made:
 
 def _group(kind: Kind) -> tuple[Any, ...]:
     """Kinds of one group are made together."""
-    if isinstance(kind, Trunc):
+    if isinstance(kind, Trunc | TruncIf | Norm):
         return (Trunc,)
-    if isinstance(kind, Lookup):
-        return (Lookup, kind.rest, kind.bits, kind.steps, kind.narrow)
+    if isinstance(kind, Ands):
+        return (Ands,)
     return (kind,)
 
 
@@ -652,21 +752,21 @@ class Store:
         at = self.taken.get(kind, 0)
         out = {}
         for name, v in have.items():
-            axis = 1 + _LANE_AXIS.get((type(kind), name), 0)
-            lanes = (type(kind), name) in _LANE_AXIS
-            lo, hi = (at // 64, at // 64 + words(n)) if lanes else (at, at + n)
+            axis = 2 if name == "planes" else 1
+            by_words = name == "planes" and isinstance(kind, Digits)  # otherwise n counts words itself
+            lo, hi = (at // 64, at // 64 + words(n)) if by_words else (at, at + n)
             if hi > v.shape[axis]:
                 raise LocalError(f"correlations of kind {kind} are used up; the demand was planned too small")
             out[name] = v[(slice(None),) * axis + (slice(lo, hi),)]
-        step = 64 * words(n) if isinstance(kind, Zero | Compare | DaBit) else n
-        self.taken[kind] = at + step
+        self.taken[kind] = at + lanes(kind, n)
         return out
 
     def left(self) -> dict[Kind, int]:
         """What was planned and not taken."""
         out = {}
         for kind, have in self.material.items():
-            total = 1 if isinstance(kind, Keys) else next(iter(have.values())).shape[1]
+            name, first = next(iter(have.items()))
+            total = 1 if isinstance(kind, Keys) else first.shape[2 if name == "planes" else 1]
             if total - self.taken.get(kind, 0) > 0:
                 out[kind] = total - self.taken.get(kind, 0)
         return out
@@ -683,7 +783,7 @@ class Store:
 
 def lanes(kind: Kind, n: int) -> int:
     """How many of a kind a request for n consumes: bit-lane kinds go by whole words."""
-    return 64 * words(n) if isinstance(kind, Zero | Compare | DaBit) else n
+    return 64 * words(n) if isinstance(kind, Digits) else n
 
 
 def add_demand(total: dict[Kind, int], more: Demand) -> None:
