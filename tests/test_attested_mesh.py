@@ -26,7 +26,9 @@ from mimir.attest.evidence import Claims
 from mimir.attest.policy import Signature
 from mimir.attesters import open_attester
 from mimir.attesters.enrolment import enrol
+from mimir.keys.file import save as save_key
 from mimir.net.identity import Identity
+from mimir.secret import StorageKey
 
 PATIENCE = 120.0
 OWNERS = [Identity.generate() for _ in range(2)]
@@ -85,8 +87,10 @@ class Federation:
         self.configs = []
         for n in range(3):
             identities[n].save(folder / f"identity{n}.key")
+            save_key(folder / f"storage{n}.key", StorageKey.random())
             text = (
                 f'party = {n}\nidentity_key = "identity{n}.key"\ndata_dir = "data{n}"\n'
+                f'keys.file = "storage{n}.key"\nkeys.counter = "counter{n}/value"\n'
                 f'[control]\nlisten = "10.90.0.{n + 1}:7100"\n[mesh]\nlisten = "10.91.0.{n + 1}:7200"\n'
                 f'[tunnel]\ninterface = "{lab.interface(n)}"\naddress = "10.91.0.{n + 1}/24"\n'
                 f'listen_port = 51820\n[attestation]\npolicy = "policy.toml"\nowners = [{keys}]\n'
@@ -179,7 +183,7 @@ def test_three_software_tpms_admit_one_another_and_a_wrong_one_stays_out(federat
     print(f"two admitted, one refused, a new policy, all in the mesh: {time.monotonic() - began:.1f} s")
     for n, party in enumerate(parties):
         steps = {each["step"]: each["seconds"] for each in party.look() if each["event"] == "boot"}
-        assert list(steps) == ["attest", "keys", "admit", "serve"]
+        assert list(steps) == "confine key identity store attest tunnel mesh serve admit peers".split()
         times = [
             (each["seconds"], each["appraisal_seconds"])
             for each in party.look()
