@@ -893,7 +893,7 @@ class Admission:
                 changed = await trio.to_thread.run_sync(self._policy_file.load)
                 self._collateral = await trio.to_thread.run_sync(self._read_collateral)
             except MimirError as error:
-                log.error("the policy in force stays: the new one may not be", why=str(error))
+                log.error("the changed policy is refused: the one before stays in force", why=str(error))
                 continue
             if changed:
                 found = self._policy_file.policy
