@@ -411,7 +411,9 @@ def _tunnel_line(entry: object) -> str:
         return str(entry)
     age = entry.get("epoch_age")
     since = f" for {age:.0f} s" if isinstance(age, int | float) else ""
-    keys = f", keys of epoch {entry.get('epoch')}{since}, {entry['rotation']}" if "rotation" in entry else ""
+    epoch, keys = entry.get("epoch"), ""
+    if epoch is not None:
+        keys = f", keys of epoch {epoch}{since}, {entry.get('rotation')}"
     return (
         f"party {entry.get('party')}: {entry.get('state')}{keys}, "
         f"{entry.get('received')} bytes in, {entry.get('sent')} out"

@@ -79,8 +79,9 @@ def _standing(entry: Mapping[str, Any]) -> str:
     if not isinstance(refusal, dict):
         return str(state)
     whose = " by that party itself" if refusal.get("by") == "peer" else ""
+    before = "" if state == "refused" else f"{state}; "
     return (
-        f"{state}; refused{whose} at {refusal.get('step')}: expected {refusal.get('expected')}; "
+        f"{before}refused{whose} at {refusal.get('step')}: expected {refusal.get('expected')}; "
         f"got {refusal.get('got')}"
     )
 
