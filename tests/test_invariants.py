@@ -451,7 +451,7 @@ def test_there_is_no_switch_that_turns_a_check_off() -> None:
                 assert node.arg not in ("check", "verify", "insecure"), f"{name}: a switch named {node.arg}"
 
 
-# --- prose ---------------------------------------------------------------------------------------------------
+# --- prose -----------------------------------------------------------------------------------------------
 
 
 def test_every_test_that_the_prose_names_is_there() -> None:

@@ -411,9 +411,11 @@ def _tunnel_line(entry: object) -> str:
         return str(entry)
     age = entry.get("epoch_age")
     since = f" for {age:.0f} s" if isinstance(age, int | float) else ""
-    epoch, keys = entry.get("epoch"), ""
+    epoch, rotation, keys = entry.get("epoch"), entry.get("rotation"), ""
     if epoch is not None:
-        keys = f", keys of epoch {epoch}{since}, {entry.get('rotation')}"
+        keys = f", keys of epoch {epoch}{since}, {rotation}"
+    elif rotation not in (None, "none", entry.get("state")):
+        keys = f", first keys, {rotation}"
     return (
         f"party {entry.get('party')}: {entry.get('state')}{keys}, "
         f"{entry.get('received')} bytes in, {entry.get('sent')} out"
