@@ -20,7 +20,7 @@ error and on Ctrl-C. Run again at once, it works again.
   --json             events as JSON lines on standard output and nothing else there
   --wan RTT[:MBIT]   delay what passes between the parties by RTT milliseconds there and back, and limit it to
                      so many Mbit/s each way, such as 20:100; the way between client and parties stays short
-  --rotate SECONDS   new tunnel keys so often, at least 5 (default: 10)
+  --rotate SECONDS   new tunnel keys so often, at least 5, or 0 for never (default: 10)
   --no-attest        let the parties believe each other by their keys alone, without software TPMs
   --no-tunnel        on loopback, without root and WITHOUT TRANSPORT PROTECTION: for trying out only
   --base-port N      ports N to N+99 are used (default: 7100)
@@ -87,7 +87,7 @@ done
     die 2 "--base-port $base_port: must be from 1024 to 65000"
 [[ -z $wan || -n $tunnel ]] || die 2 "--wan delays the tunnels, so it cannot go with --no-tunnel"
 [[ -z $wan || $wan =~ ^[0-9]+(\.[0-9]+)?(:[0-9]+(\.[0-9]+)?)?$ ]] || die 2 "--wan $wan: must be RTT or RTT:MBIT"
-[[ $rotate =~ ^[0-9]{1,6}$ ]] || die 2 "--rotate $rotate: must be seconds"
+[[ $rotate =~ ^(0|[5-9]|[1-9][0-9]{1,5})$ ]] || die 2 "--rotate $rotate: must be seconds from 5, or 0 for never"
 [[ -n $tunnel ]] || attest='' # evidence vouches for the keys of tunnels
 [[ -f $model/config.json ]] || die 4 "$model: no model there (config.json is missing); give --model DIR"
 
