@@ -62,7 +62,7 @@ def _run(options: argparse.Namespace, terminal: Terminal) -> int:
         kept = (*(each for each in kept if each.key != own.key), own)
     if longer != statement or kept != signatures:
         revocation.save(path, longer, kept)
-    _show(path, longer, kept, federation, terminal)
+    _show(path, longer, kept, federation, terminal, pushed=options.push)
     if not options.push:
         return 0
     return trio.run(_push, longer, kept, _needed(federation, "--push"), terminal)
@@ -112,6 +112,8 @@ def _show(
     signatures: tuple[Signature, ...],
     federation: Federation | None,
     terminal: Terminal,
+    *,
+    pushed: bool,
 ) -> None:
     owners = federation.revocation.owners if federation is not None else ()
     threshold = federation.revocation.threshold if federation is not None and owners else 0
@@ -139,9 +141,8 @@ def _show(
             f"{counted} of {threshold} signatures: {threshold - counted} owners still have to sign."
         )
     else:
-        terminal.note(
-            f"{counted} of {threshold} signatures: enough. `mimir revoke --push` tells the parties."
-        )
+        then = "" if pushed else " `mimir revoke --push` tells the parties."
+        terminal.note(f"{counted} of {threshold} signatures: enough.{then}")
 
 
 # --- with the parties --------------------------------------------------------------------------------------

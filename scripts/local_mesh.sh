@@ -20,10 +20,10 @@ error and on Ctrl-C. Run again at once, it works again.
   --json             events as JSON lines on standard output and nothing else there
   --wan RTT[:MBIT]   delay what passes between the parties by RTT milliseconds there and back, and limit it to
                      so many Mbit/s each way, such as 20:100; the way between client and parties stays short
-  --rotate SECONDS   new tunnel keys so often, at least 5 (default: 10)
+  --rotate SECONDS   new tunnel keys so often, at least 5, or 0 for never (default: 10)
   --no-attest        let the parties believe each other by their keys alone, without software TPMs
   --no-tunnel        on loopback, without root and WITHOUT TRANSPORT PROTECTION: for trying out only
-  --base-port N      ports N to N+39 are used (default: 7100)
+  --base-port N      ports N to N+99 are used (default: 7100)
   --workdir DIR      keep keys, configurations, shares and logs here, and use them again (default: a
                      temporary directory, removed at the end)
   --set KEY=VALUE    change the parties' configuration, such as scheduler.max_context=128; may be repeated
@@ -87,7 +87,7 @@ done
     die 2 "--base-port $base_port: must be from 1024 to 65000"
 [[ -z $wan || -n $tunnel ]] || die 2 "--wan delays the tunnels, so it cannot go with --no-tunnel"
 [[ -z $wan || $wan =~ ^[0-9]+(\.[0-9]+)?(:[0-9]+(\.[0-9]+)?)?$ ]] || die 2 "--wan $wan: must be RTT or RTT:MBIT"
-[[ $rotate =~ ^[0-9]{1,6}$ ]] || die 2 "--rotate $rotate: must be seconds"
+[[ $rotate =~ ^(0|[5-9]|[1-9][0-9]{1,5})$ ]] || die 2 "--rotate $rotate: must be seconds from 5, or 0 for never"
 [[ -n $tunnel ]] || attest='' # evidence vouches for the keys of tunnels
 [[ -f $model/config.json ]] || die 4 "$model: no model there (config.json is missing); give --model DIR"
 
@@ -212,7 +212,7 @@ clean() {
     [[ -z $tunnel ]] || drop_sockets "$id"
     rm -f -- "$RECORDS/$id"
     if [[ -n $temporary ]]; then
-        if ((status != 0 && status < 128)); then
+        if ((status != 0 && status < 128)) && [[ -n $(find "$workdir"/party?/log -size +0 2>/dev/null) ]]; then
             # Logs help to find out why; keys and shares do not.
             rm -rf -- "$workdir"/party?/{data,tpm} "$workdir"/party?/*.key "$workdir"/*.key
             say "logs are kept in $workdir"
@@ -285,13 +285,14 @@ fi
 
 make_key() { # kind, name
     local out=$workdir/$2
-    [[ -f $out.key && -f $out.pub ]] && return
+    [[ -f $out.key && (-s $out.pub || $1 == storage) ]] && return
     rm -f -- "$out.key"
     "$bin/mimir" keygen --kind "$1" --out "$out.key" >"$out.pub" 2>"$out.err" || {
         cat "$out.err" >&2
         return 1
     }
     rm -f -- "$out.err"
+    [[ -s $out.pub ]] || rm -f -- "$out.pub" # a storage key has no public half
 }
 making=()
 for party in 0 1 2; do
@@ -333,7 +334,12 @@ if [[ -n $attest ]]; then
             >"$workdir/party$party/entry.toml" 2>"$workdir/party$party/enroll.log" & making+=($!)
     done
     for party in 0 1 2; do
-        wait "${making[party]}" || { cat "$workdir/party$party"/{tpm,enroll}.log >&2; die 5 "no evidence to be had"; }
+        wait "${making[party]}" || status=$?
+        if ((status)); then # a setting that is not understood, or a TPM that is not there
+            cat "$workdir/party$party/enroll.log" >&2
+            [[ -S $workdir/party$party/tpm/socket ]] || cat "$workdir/party$party/tpm.log" >&2
+            exit "$status"
+        fi
         cat "$workdir/party$party/entry.toml" >>"$policy"
     done
     "$bin/mimir" policy sign "$policy" --key "$workdir/owner.key" 2>>"$workdir/policy.log"
@@ -430,13 +436,27 @@ else
 fi
 
 if [[ -n $keep ]]; then
+    again="--federation $workdir/client.toml"
     say
     say "The parties stay up until Ctrl-C. From another terminal:"
-    say "  ${from[*]} $bin/mimir chat --federation $workdir/client.toml"
-    say "  ${from[*]} $bin/mimir generate \"$prompt\" --federation $workdir/client.toml"
-    say "  ${from[*]} $bin/mimir status --federation $workdir/client.toml"
-    while alive; do
+    say "  ${from[*]} $bin/mimir chat $again"
+    say "  ${from[*]} $bin/mimir generate \"$prompt\" $again"
+    say "  ${from[*]} $bin/mimir status $again"
+    [[ -z $attest ]] || say "  ${from[*]} $bin/mimir verify $again"
+    up=3
+    while ((up)); do
         sleep 1 &
-        wait $! || true
+        { wait $! || true; } 2>/dev/null # without bash's own words about a party that was killed
+        for party in 0 1 2; do
+            pid=${parties[party]}
+            [[ -n $pid ]] && ! kill -0 "$pid" 2>/dev/null || continue
+            wait "$pid" 2>/dev/null && status=0 || status=$?
+            parties[party]='' up=$((up - 1))
+            for index in "${!pids[@]}"; do [[ ${pids[index]} != "$pid" ]] || unset "pids[index]"; done
+            mapfile -t where < <(inside "$PREFIX-$id-$party")
+            say "party $party ended with status $status; its log is $workdir/party$party/log. To start it again:"
+            say "  ${where[*]:-} $bin/mimir-peer run --config $workdir/party$party/party.toml"
+        done
     done
+    die 6 "all three parties ended"
 fi

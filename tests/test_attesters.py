@@ -218,6 +218,13 @@ def test_the_key_is_the_same_after_a_restart_and_the_code_is_measured_anew() -> 
         judge(attest(own, claims).encode(), wanted, claims)
 
 
+def test_losses_of_power_do_not_lock_the_key_out() -> None:
+    with software_tpm() as own:
+        for count in range(5):  # without _NO_LOCKOUT it is over after three
+            on(own, lambda opened, count=count: opened.quote(bytes([count + 1]), {0}))
+            own.restart()
+
+
 def test_a_register_that_another_program_changes_is_quoted_again(
     chip: SoftwareTpm, monkeypatch: pytest.MonkeyPatch
 ) -> None:

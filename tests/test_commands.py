@@ -403,7 +403,12 @@ def test_a_tunnel_is_one_line_of_the_status() -> None:
     entry |= {"epoch": 3, "epoch_age": 61.7, "rotation": "steady"}
     assert _tunnel_line(entry) == "party 1: up, keys of epoch 3 for 62 s, steady, 7 bytes in, 9 out"
     entry |= {"epoch": None, "epoch_age": None, "rotation": "none"}
-    assert _tunnel_line(entry) == "party 1: up, keys of epoch None, none, 7 bytes in, 9 out"
+    assert _tunnel_line(entry) == "party 1: up, 7 bytes in, 9 out"
+    assert (
+        _tunnel_line(entry | {"rotation": "offered"}) == "party 1: up, first keys, offered, 7 bytes in, 9 out"
+    )
+    entry |= {"state": "not admitted", "rotation": "not admitted"}
+    assert _tunnel_line(entry) == "party 1: not admitted, 7 bytes in, 9 out"
     for odd in (None, 3, {}, {"rotation": 1}, {"epoch_age": "x"}):  # a party may send anything
         assert isinstance(_tunnel_line(odd), str)
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import ast
 import copy
+import fnmatch
 import pickle
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -449,3 +451,17 @@ def test_there_is_no_switch_that_turns_a_check_off() -> None:
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.keyword):
                 assert node.arg not in ("check", "verify", "insecure"), f"{name}: a switch named {node.arg}"
+
+
+# --- prose -----------------------------------------------------------------------------------------------
+
+
+def test_every_test_that_the_prose_names_is_there() -> None:
+    """A claim in DESIGN.md or README.md points at a test; a test that was renamed leaves it without one."""
+    files = {path.name: path.read_text() for path in (ROOT / "tests").glob("*.py")}
+    names = set(re.findall(r"^(?:async )?def (test_\w+)", "\n".join(files.values()), re.MULTILINE))
+    assert names
+    for prose in ("DESIGN.md", "README.md"):
+        for name in re.findall(r"\btest_[\w*]+(?:\.py)?", (ROOT / prose).read_text()):
+            there = name in files if name.endswith(".py") else fnmatch.filter(names, name)
+            assert there, f"{prose}: {name} is in no file of tests/"

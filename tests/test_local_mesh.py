@@ -221,6 +221,7 @@ def test_wrong_words_are_refused(tmp_path: Path) -> None:
         (("--wan", "20", "--no-tunnel"), 2),
         (("--wan", "20;rm"), 2),
         (("--base-port", "80"), 2),
+        (("--rotate", "3"), 2),
         (("--model", str(tmp_path)), 4),
     ]:
         result = run(*words)

@@ -1021,19 +1021,23 @@ async def test_status_shows_who_admitted_whom(
 ) -> None:
     async with attested(tmp_path, monkeypatch) as running:
         for party, machine in zip(running.made.parties, running.machines, strict=True):
-            boot = {"attested": 0.25, "serving": 1.5}
+            boot = [
+                {"step": "serve", "state": "done", "began": 1.5, "seconds": 0.25},
+                {"step": "admit", "state": "waits", "began": 0.5, "seconds": None, "note": "none yet"},
+            ]
             party.status = lambda m=machine, b=boot: {"admission": m.view(), "boot": b}  # type: ignore[method-assign, misc]
         assert await running("status") == 0
         out, err = capsys.readouterr()
         assert out.count('admitted by entry "it" until ') == 6 and out.count("revocation epoch 4") == 3
         assert "SIMULATED" in out and "VERIFIED: three parties" in err
-        assert out.count("boot: attested after 0.25 s, serving after 1.5 s") == 3
+        steps = "  boot: admit    waits at 0.50 s (none yet)\n  boot: serve    done at 1.50 s, 0.25 s\n"
+        assert out.count(steps) == 3  # in the order in which they began
         refusal = {"step": "snp.tcb", "expected": "23", "got": "22", "by": "peer"}
         change = {"state": "refused", "refusal": refusal, "attempts": 3}
         running.machines[0].lie = lambda said: said["admission"]["peers"][0].update(change)
         assert await running("status") == 10
         out, err = capsys.readouterr()
-        line = "party 1: refused; refused by that party itself at snp.tcb: expected 23; got 22, for 12 s"
+        line = "party 1: refused by that party itself at snp.tcb: expected 23; got 22, for 12 s"
         assert line + ", 3 attempts" in out.replace("\n", " ")
         assert "party alpha: peers.admitted" in err
 

@@ -125,11 +125,12 @@ def _sized(value: bytes | bytearray) -> bytes:
 
 # The key that signs quotes: P-256, restricted to what the TPM made, the same after every restart, since a
 # primary key is derived from the hierarchy's seed and this template. The label keeps it apart from other
-# programs' keys.
+# programs' keys. It has no password to guess: without _NO_LOCKOUT each loss of power after a quote counts as
+# a wrong one, and after a few the TPM signs nothing for a while.
 AK_TEMPLATE = (
     _big(_ECC, 2)
     + _big(_SHA256, 2)
-    + _big(_FIXED_TPM | _FIXED_PARENT | _MADE_INSIDE | _BY_PASSWORD | _RESTRICTED | _SIGN, 4)
+    + _big(_FIXED_TPM | _FIXED_PARENT | _MADE_INSIDE | _BY_PASSWORD | _NO_LOCKOUT | _RESTRICTED | _SIGN, 4)
     + _sized(b"")
     + _big(_ALG_NULL, 2)
     + _big(_ECDSA, 2)

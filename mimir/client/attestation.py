@@ -675,7 +675,8 @@ def judge_saved(
         ):
             raise ValueError("a client, three answers, a policy and signatures are due")
     except (KeyError, TypeError, ValueError, AttributeError, AttestationError, MessageError) as error:
-        raise BadInput(f"{path}: nothing that `mimir verify --save` wrote: {error}") from None
+        why = f"{error} is missing" if isinstance(error, KeyError) else error
+        raise BadInput(f"{path}: nothing that `mimir verify --save` wrote: {why}") from None
     basis = _basis(texts[0], path, texts[1], path, owners, threshold, collateral)
     return judge(answers, parties, client, basis, now if at is None else at, revocations, anchors)
 

@@ -336,10 +336,6 @@ async def _status(options: argparse.Namespace, terminal: Terminal) -> int:
             terminal.text(f"  {line}\n")
         details = answer.get("service")
         for name, value in details.items() if isinstance(details, dict) else ():
-            if name == "boot" and isinstance(value, dict):
-                steps = ", ".join(f"{step} after {seconds} s" for step, seconds in value.items())
-                terminal.text(f"  boot: {shown(steps)}\n")
-                continue
             if name == "admission":
                 for line in document.admission_lines(value):
                     terminal.text(f"  {line}\n")
@@ -349,12 +345,14 @@ async def _status(options: argparse.Namespace, terminal: Terminal) -> int:
                     terminal.text(f"  tunnel to {_tunnel_line(entry)}\n")
                 continue
             if name == "boot" and isinstance(value, list):
-                for entry in value:
+                for entry in sorted(value, key=_began):
                     terminal.text(f"  boot: {_boot_line(entry)}\n")
                 continue
+            if name == "peers" and isinstance(value, dict):
+                value = ", ".join(f"party {p} {'up' if up is True else 'AWAY'}" for p, up in value.items())
             if name == "storage" and isinstance(value, dict):
-                value = ", ".join(f"{key} {each}" for key, each in value.items())
-            terminal.text(f"  {name}: {value}\n")
+                value = ", ".join(f"{str(key).replace('_', ' ')} {each}" for key, each in value.items())
+            terminal.text(f"  {name}: {shown(str(value))}\n")
     if good:
         agreed = {answer.get("terms") for answer in answers if isinstance(answer, dict)}
         if len(agreed) != 1:
@@ -382,12 +380,18 @@ def _trust_lines(answer: dict[str, Any]) -> list[str]:
             by = f"by {str(shown.get('issuer'))[:16]} for {grounds.get('kind')}{simulated}"
         else:
             by = "by itself: no peer has admitted it"
-        lines.append(f"certificate {by}, until {shown.get('not_after')}")
+        until = str(shown.get("not_after")).replace("+00:00", "Z")
+        lines.append(f"certificate {by}, until {until}")
     if isinstance(known, dict):
         lines.append(f"revocations of epoch {known.get('epoch')}")
         if known.get("forks"):
             lines.append("THE OWNERS SIGNED TWO STATEMENTS OF ONE EPOCH")
     return lines
+
+
+def _began(entry: object) -> float:
+    began = entry.get("began") if isinstance(entry, dict) else None
+    return float(began) if isinstance(began, int | float) else 0.0
 
 
 def _boot_line(entry: object) -> str:
@@ -407,7 +411,11 @@ def _tunnel_line(entry: object) -> str:
         return str(entry)
     age = entry.get("epoch_age")
     since = f" for {age:.0f} s" if isinstance(age, int | float) else ""
-    keys = f", keys of epoch {entry.get('epoch')}{since}, {entry['rotation']}" if "rotation" in entry else ""
+    epoch, rotation, keys = entry.get("epoch"), entry.get("rotation"), ""
+    if epoch is not None:
+        keys = f", keys of epoch {epoch}{since}, {rotation}"
+    elif rotation not in (None, "none", entry.get("state")):
+        keys = f", first keys, {rotation}"
     return (
         f"party {entry.get('party')}: {entry.get('state')}{keys}, "
         f"{entry.get('received')} bytes in, {entry.get('sent')} out"

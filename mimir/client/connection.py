@@ -181,7 +181,8 @@ async def _connect(
                 except ConnectionClosed:
                     raise PartyError(party, why) from None
                 except TlsError as error:
-                    raise PartyError(party, f"no TLS 1.3 with it: {error}") from None
+                    hint = "" if unadmitted else "; `mimir status` tells whether its peers have admitted it"
+                    raise PartyError(party, f"no TLS 1.3 with it: {error}{hint}") from None
                 except AttestationError as error:
                     raise PartyError(party, f"its certificate does not hold: {error}") from None
                 except SealError as error:

@@ -67,7 +67,7 @@ def admission_lines(admission: Any) -> list[str]:
     peers = admission.get("peers")
     for entry in peers if isinstance(peers, list) else ():
         if isinstance(entry, dict):
-            lines.append(f"  party {entry.get('party')}: {_standing(entry)}{_since(entry)}")
+            lines.append(f"  party {entry.get('party')}: {_standing(entry)}{_since(entry)}{_loud(entry)}")
     return [shown(line) for line in lines]
 
 
@@ -75,15 +75,19 @@ def _standing(entry: Mapping[str, Any]) -> str:
     """How a peer stands with somebody: admitted until when, or refused at which step."""
     state, refusal = entry.get("state"), entry.get("refusal")
     if state == "admitted":
-        loud = f"  {SIMULATED_NOTE}" if entry.get("simulated") else ""
-        return f'admitted by entry "{entry.get("entry")}" until {entry.get("valid_until")}{loud}'
+        return f'admitted by entry "{entry.get("entry")}" until {entry.get("valid_until")}'
     if not isinstance(refusal, dict):
         return str(state)
     whose = " by that party itself" if refusal.get("by") == "peer" else ""
+    before = "" if state == "refused" else f"{state}; "
     return (
-        f"{state}; refused{whose} at {refusal.get('step')}: expected {refusal.get('expected')}; "
+        f"{before}refused{whose} at {refusal.get('step')}: expected {refusal.get('expected')}; "
         f"got {refusal.get('got')}"
     )
+
+
+def _loud(entry: Mapping[str, Any]) -> str:
+    return f"  {SIMULATED_NOTE}" if entry.get("state") == "admitted" and entry.get("simulated") else ""
 
 
 def _since(entry: Mapping[str, Any]) -> str:
@@ -189,9 +193,9 @@ def _party(page: _Page, party: Mapping[str, Any]) -> None:
         age = "" if each["age_s"] is None else f", {each['age_s']:.0f} s old"
         page.field("rotation", f"with {each['peer']}: epoch {each['epoch']}{age}")
     for each in party["certificates"]:
-        page.field("certified", f"by {each['issuer']}", f"until {each['not_after']}")
+        page.field("certified", f"by {each['issuer']}", "until " + each["not_after"].replace("+00:00", "Z"))
     for each in party["said_by_peers"]:
-        page.field("peers say", f"{each['peer']}: {shown(_standing(each))}")
+        page.field("peers say", f"{each['peer']}: {shown(_standing(each) + _loud(each))}")
     for each in party["steps"]:
         page.step(each["name"], each["expected"], each["got"], True)
     _failure(page, party["failed"])
