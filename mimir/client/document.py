@@ -93,7 +93,8 @@ def _loud(entry: Mapping[str, Any]) -> str:
 def _since(entry: Mapping[str, Any]) -> str:
     seconds, attempts = entry.get("seconds"), entry.get("attempts")
     for_ = f", for {seconds:.0f} s" if isinstance(seconds, int | float) else ""
-    return f"{for_}, {attempts} attempts" if entry.get("state") != "admitted" else for_
+    plural = "" if attempts == 1 else "s"
+    return f"{for_}, {attempts} attempt{plural}" if entry.get("state") != "admitted" else for_
 
 
 # --- parts -------------------------------------------------------------------------------------------------
