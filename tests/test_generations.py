@@ -160,7 +160,7 @@ def test_a_party_announces_as_its_identity_to_this_federation_only(tmp_path: Pat
     for party, message in ((1, b"message"), (0, b"another")):
         with pytest.raises(made.refusals):
             made.authenticate(party, message, signature)
-    closed = rotation_plan(config, identities[0], lambda party: party != 0)
+    closed = rotation_plan(config, identities[0], vault, lambda party: party != 0)
     assert closed is not None
     closed.authenticate(1, b"message", identities[1].sign(b"message"))
     with pytest.raises(closed.refusals, match="not admitted"):

@@ -31,7 +31,13 @@ def pytest_sessionfinish() -> None:
 @pytest.fixture
 def reached(request: pytest.FixtureRequest) -> set[refusals.Place]:
     ran = {item.path.name for item in request.session.items}
-    if set(FILES) <= ran and not request.config.option.keyword and not request.config.option.markexpr:
+    alone = "PYTEST_XDIST_WORKER" not in os.environ  # else another process may have run them
+    if (
+        alone
+        and set(FILES) <= ran
+        and not request.config.option.keyword
+        and not request.config.option.markexpr
+    ):
         return refusals.reached
     words = [
         sys.executable,
@@ -41,12 +47,14 @@ def reached(request: pytest.FixtureRequest) -> set[refusals.Place]:
         "-s",
         "-p",
         "test_refusals",
+        "-p",
+        "no:xdist",
         *(f"tests/{f}" for f in FILES),
     ]
     done = subprocess.run(
         words,
         cwd=TESTS.parent,
-        env=os.environ | {"PYTHONPATH": str(TESTS)},
+        env={k: v for k, v in os.environ.items() if "XDIST" not in k} | {"PYTHONPATH": str(TESTS)},
         capture_output=True,
         text=True,
         timeout=900,

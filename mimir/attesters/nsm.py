@@ -75,7 +75,8 @@ class NsmAttester:
             parsed = nitro.parse(document, trail)
             trail.same("binding", user_data, parsed.user_data)
             trail.same("nonce", nonce, parsed.nonce)
-            trail.same("public_key", public_key, parsed.public_key)
+            if public_key:
+                trail.same("public_key", public_key, parsed.public_key)
         except AttestationError as error:
             raise DeviceError(f"{self._device}: its document is of no use: {error}") from None
         return document

@@ -303,9 +303,10 @@ class Batch:
             return np.ascontiguousarray(v.reshape(2, -1)[:, :size]).reshape(2, *shape)
 
         # in block j the factors are components j, j + 1, and then j + 2
-        b0, b1, b2 = (
-            whole(np.stack([bk.known((j + k) % 3, blocks[:, j]) for j in range(3)], axis=1)) for k in range(3)
-        )
+        factors = [
+            np.stack([bk.known((j + k) % 3, blocks[:, j]) for j in range(3)], axis=1) for k in range(3)
+        ]
+        b0, b1, b2 = map(whole, factors)
         me, after, before = bk.party, bk.following, bk.previous
         drawn = bk.random(third)
         both = np.zeros_like(blocks)
@@ -315,9 +316,10 @@ class Batch:
         (told,) = await self._exchange(f"{step}/xor 1", dealt, narrow)
         both[0, me], both[1, after] = told
         shift = np.uint64(48 if narrow else 0)
+        # Stated with what fills the last block, so that nothing of a message is free to be wrong.
+        factor, product = (v.reshape(2, -1) << shift for v in (factors[0], both))
+        self.relations.append(check.Product(factor, factors[1].reshape(2, -1), product))
         both = whole(both)
-        factor, product = (v.reshape(2, -1) << shift for v in (b0, both))
-        self.relations.append(check.Product(factor, b1.reshape(2, -1), product))
         x = b0 + b1 - both * np.uint64(2)
         part = kernels.rss_mul(x, b2, bk.zero(*shape))
         (both,) = await self._exchange(f"{step}/xor 2", part, narrow)
@@ -336,7 +338,14 @@ class Batch:
         lanes16 = np.zeros(-(-size // 4) * 4, np.uint16)
         lanes16[:size] = summand.reshape(-1)
         (told,) = await self.doors.reshare(step, lanes16.view(np.uint64))
+        self._nothing_beyond(told, size)
         return [told.view(np.uint16)[:, :size].astype(np.uint64).reshape(2, *summand.shape)]
+
+    def _nothing_beyond(self, told: Ring, size: int) -> None:
+        """State that the 16-bit lanes that fill the last word share zeros: no part of a message is free."""
+        rest = told.view(np.uint16)[:, size:].astype(np.uint64)
+        if rest.size:
+            self.zeros.append(rest << np.uint64(48))
 
     def same_bits(self, x: Ring, bits: Ring, n: int) -> None:
         """State that ring elements (2, j, n), known to be 0 or 1, are the bits (2, j, w).
@@ -392,6 +401,7 @@ class Batch:
 
         await offload(4 * n * have, local)
         (high,) = await self.doors.reshare(step, part.view(np.uint64))
+        self._nothing_beyond(high, n * have)
         product = high.view(np.uint16)[:, : n * have].reshape(2, n, have)
         e[:, :, have : 2 * have] = product
         e[:, :, :have] -= product
