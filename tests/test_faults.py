@@ -811,6 +811,18 @@ def cheat_two_entries(seed: int) -> bool:
     return not caught(ends, cheater) and not sound(kind, [end and end[kind] for end in ends], cheater)
 
 
+def cheat_filling(seed: int) -> bool:
+    """An error in what fills the last word of a message of 16-bit numbers. It does no harm, but nothing of a
+    message shall be free to be wrong."""
+    cheater, kind = seed % PARTIES, prep.Lookup(4, 2, 0, narrow=True)
+
+    def lie(v: list[Ring]) -> None:
+        v[0][-1] += np.uint64(1 << 63)
+
+    ends = make({kind: 1}, {"lookup 4.2.0.narrow/inject/xor 1": lie}, cheater, seed)
+    return not caught(ends, cheater)
+
+
 def cheat_other_entry(seed: int) -> bool:
     """A party guesses two bits of a mask and moves the one of its one-hot: that is one-hot still."""
     cheater, kind = seed % PARTIES, prep.Lookup(0, 4, 0)
@@ -1034,9 +1046,12 @@ CHECKS: dict[str, Check] = {
     ),
     "injection: the first product": Check(
         "mpc.prep:Batch.inject",
-        "self.relations.append(check.Product(factor, b1.reshape(2, -1), product))",
+        "self.relations.append(check.Product(factor, factors[1].reshape(2, -1), product))",
         cheat_cancelling,
         20,
+    ),
+    "16-bit messages: what fills the last word": Check(
+        "mpc.prep:Batch._nothing_beyond", "self.zeros.append(rest << np.uint64(48))", cheat_filling
     ),
     "injection: a bit is 0 or 1": Check(
         "mpc.prep:Batch.inject",
