@@ -266,12 +266,6 @@ class ExchangeKey(Secret):
     SIZE = KEY_BYTES
 
 
-class TunnelKey(Secret):
-    """WireGuard private key."""
-
-    SIZE = KEY_BYTES
-
-
 class PresharedKey(Secret):
     """What two ends of a tunnel mix into its handshakes: from both, by a key encapsulation that will last."""
 

@@ -66,7 +66,6 @@ from mimir.vault import Vault
 
 NOW = pki.NOW
 AWS = pki.Aws.make()
-VECTORS = Path(__file__).resolve().parents[2] / "shared" / "vectors" / "attestation" / "kms"
 
 
 def reveal(key: Any) -> bytes:
@@ -938,12 +937,9 @@ def test_the_example_of_a_broker_is_valid(tmp_path: Path) -> None:
 # --- AWS KMS -----------------------------------------------------------------------------------------------
 
 
-def test_a_real_answer_of_kms_is_taken_apart() -> None:
-    folder = VECTORS / "kms_cms"
-    if not folder.is_dir():
-        if os.environ.get("CI") == "true":
-            pytest.fail(f"{folder} is missing")
-        pytest.skip("needs the shared vectors")
+def test_a_real_answer_of_kms_is_taken_apart(shared_dir: Path) -> None:
+    vectors = shared_dir / "vectors" / "attestation" / "kms"
+    folder = vectors / "kms_cms"
     found = cms.parse((folder / "enveloped.ber").read_bytes())
     assert found.encrypted_key == (folder / "encrypted_key.bin").read_bytes()
     assert found.iv == (folder / "iv.bin").read_bytes()
@@ -951,7 +947,7 @@ def test_a_real_answer_of_kms_is_taken_apart() -> None:
     assert len(found.recipient) == 32
     # The second one of the vectors lost bytes when it was copied: it is no BER, and refused.
     with pytest.raises(KeyRefused):
-        cms.parse((VECTORS / "kms_cms_w_ctx" / "enveloped.ber").read_bytes())
+        cms.parse((vectors / "kms_cms_w_ctx" / "enveloped.ber").read_bytes())
 
 
 def test_what_is_no_answer_of_kms_is_refused_within_bounds() -> None:

@@ -15,7 +15,7 @@ from datetime import UTC, datetime, timedelta
 
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes
-from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+from cryptography.hazmat.primitives.serialization import Encoding
 from cryptography.x509.oid import ExtensionOID
 
 from mimir.attest.trail import Reader, Trail
@@ -39,11 +39,6 @@ UNDERSTOOD = {
 def fingerprint(certificate: x509.Certificate) -> str:
     """SHA-256 of the whole certificate, hex."""
     return hashlib.sha256(certificate.public_bytes(Encoding.DER)).hexdigest()
-
-
-def spki_of(certificate: x509.Certificate) -> bytes:
-    """The subject's public key, DER."""
-    return certificate.public_key().public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
 
 
 def load_der(trail: Trail, step: str, der: bytes) -> x509.Certificate:
