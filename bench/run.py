@@ -84,7 +84,8 @@ from mimir.net.identity import Identity  # noqa: E402
 from mimir.net.messages import Message, Sampler  # noqa: E402
 
 RESULTS = HERE / "results"
-SHAPE = "llama-15m"  # of scripts/random_checkpoint.py
+SHAPE = "llama-15m"
+SHAPES = (SHAPE, "gpt2-small")  # of scripts/random_checkpoint.py
 PROMPT_BUCKETS = (1, 2, 4, 8, 16, 32)
 READY_TOKENS = 9
 QUICK_TOKENS = 4
@@ -501,7 +502,7 @@ class Subject:
 
 
 def subjects(work: Path) -> list[Subject]:
-    """The demo, the shared checkpoints if they are here, and the random shape (not made yet)."""
+    """The demo, the shared checkpoints if they are here, and the random shapes (not made yet)."""
 
     def first(path: Path) -> tuple[list[int], list[int]]:
         prompt = json.loads(path.read_text())["prompts"][0]
@@ -514,8 +515,7 @@ def subjects(work: Path) -> list[Subject]:
             p = m["expected"]["prompts"][0]
             at = shared / "models" / m["directory"]
             out.append(Subject(m["name"], at, p["input_ids"], p["greedy_new_ids"]))
-    out.append(Subject(SHAPE, work / SHAPE, [0, *range(3, 11)], None))
-    return out
+    return out + [Subject(shape, work / shape, [0, *range(3, 11)], None) for shape in SHAPES]
 
 
 async def planned(spec: PlanSpec, settings: Settings, slots: int) -> dict[str, int]:
@@ -931,8 +931,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         folder_out = a.out or (Path(folder) / "out" if a.quick else RESULTS)
         target = a.onto or folder_out / f"{now:%Y-%m-%d-%H%M}-{result['commit'][:10]}.json"
         before = earlier(target.parent, target)
-        if SHAPE in wanted:
-            _random(Path(folder) / SHAPE)
+        for shape in set(wanted) & set(SHAPES):
+            _random(shape, Path(folder) / shape)
         rates = cost.calibrate()
         for network in networks:
             for subject in (s for s in chosen if s.name in wanted):
@@ -949,10 +949,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _random(out: Path) -> None:
+def _random(shape: str, out: Path) -> None:
     script = str(ROOT / "scripts" / "random_checkpoint.py")
     subprocess.run(
-        [sys.executable, script, "--shape", SHAPE, str(out)], check=True, stdout=subprocess.DEVNULL
+        [sys.executable, script, "--shape", shape, str(out)], check=True, stdout=subprocess.DEVNULL
     )
 
 
