@@ -91,7 +91,8 @@ READY_TOKENS = 9
 QUICK_TOKENS = 4
 WARM_TOKENS = 2  # of the first session, which is not measured
 CONTEXT = 128
-POOL = 65536  # triple_pool.min_size: as much ahead as the party's memory limit allows
+POOL = 65536  # triple_pool.min_size: as much ahead as the memory allows
+POOL_MIB = 4096  # triple_pool.memory_mib
 START_SECONDS = 1800.0  # for the mesh to come up, share the model and answer once
 SESSION_SECONDS = 3600.0
 STOP_SECONDS = 90.0
@@ -549,6 +550,7 @@ def predicted(
         tokens=ready["tokens"],
         max_context=max_context,
         ahead=POOL,
+        memory=POOL_MIB << 20,
     )
     tokens = [
         cost.part(dryrun.ONLINE, b.lanes[dryrun.ONLINE].minus(a.lanes[dryrun.ONLINE]), rates, link)
@@ -601,6 +603,7 @@ def measure(
         "scheduler.prompt_buckets": [b for b in PROMPT_BUCKETS if b <= lengths.bucket],
         "scheduler.output_buckets": answers,
         "triple_pool.min_size": POOL,
+        "triple_pool.memory_mib": POOL_MIB,
         "deadlines.round": PEER_SECONDS,
         "deadlines.step": SESSION_SECONDS,
         "deadlines.client": SESSION_SECONDS,

@@ -473,6 +473,12 @@ def _parser(program: str) -> argparse.ArgumentParser:
     cost.add_argument(
         "--prompt-bucket", type=_positive, default=16, metavar="B", help="padded prompt (default: 16)"
     )
+    cost.add_argument(
+        "--memory",
+        type=_positive,
+        metavar="MIB",
+        help="triple_pool.memory_mib (default: that of a party's file)",
+    )
     cost.add_argument("--rtt", type=float, default=0.0, metavar="MS", help="there and back (default: 0)")
     cost.add_argument("--rate", type=float, metavar="MBIT", help="of a link each way (default: no limit)")
     cost.add_argument(

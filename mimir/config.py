@@ -259,6 +259,7 @@ class TriplePool:
     """[triple_pool] Prepared material."""
 
     min_size: Annotated[int, integer_rule(0, 1 << 16)] = 64  # token positions kept ready; below it, refill
+    memory_mib: Annotated[int, integer_rule(1, 1 << 20)] = 512  # of a session's material: ready and in use
 
 
 @dataclass(frozen=True)
@@ -513,6 +514,7 @@ class Config:
             "scheduler.prompt_buckets": list(self.scheduler.prompt_buckets),
             "scheduler.output_buckets": list(self.scheduler.output_buckets),
             "triple_pool.min_size": self.triple_pool.min_size,
+            "triple_pool.memory_mib": self.triple_pool.memory_mib,
             "topk": self.topk,
         }
 

@@ -271,7 +271,7 @@ async def _tiny_session(settings: Settings, bucket: int, tokens: int) -> tuple[f
     """
     net = MemoryNet(3)
     terms = Open(bytes(16), "0" * 64, (dryrun.CLIENT,), (bucket,), tokens, Sampler(), False)
-    limits = Limits((bucket,), (tokens,), TINY.context, TINY.context, 60.0, 600.0, 60.0)
+    limits = Limits((bucket,), (tokens,), TINY.context, TINY.context, dryrun.MEMORY, 60.0, 600.0, 60.0)
     silent = dryrun.NoLog()
     clients = [dryrun.Client(need=bucket + tokens - 1) for _ in range(3)]
     planning = 0.0
@@ -428,12 +428,24 @@ def first_token(run: dryrun.Run) -> tuple[Counts, Counts]:
 
 
 def predict(
-    spec: PlanSpec, settings: Settings, *, bucket: int, context: int, ahead: int, rates: Rates, link: Link
+    spec: PlanSpec,
+    settings: Settings,
+    *,
+    bucket: int,
+    context: int,
+    ahead: int,
+    memory: int,
+    rates: Rates,
+    link: Link,
 ) -> Prediction:
-    """Everything `mimir cost` tells. `context` is scheduler.max_context, `ahead` triple_pool.min_size."""
+    """Everything `mimir cost` tells. `context` is scheduler.max_context; `ahead` and `memory`, in bytes, are
+    those of [triple_pool].
+    """
     process = resident()
-    start = dryrun.run(spec, settings, bucket=bucket, tokens=1, max_context=context, ahead=ahead)
-    end = dryrun.run_last(spec, settings, max_context=context, ahead=ahead)
+    start = dryrun.run(
+        spec, settings, bucket=bucket, tokens=1, max_context=context, ahead=ahead, memory=memory
+    )
+    end = dryrun.run_last(spec, settings, max_context=context, ahead=ahead, memory=memory)
     online, made = last_token(end)
     first, first_made = first_token(start)
     planning = _seconds_to_plan(spec, settings, context)
@@ -496,9 +508,15 @@ def command(options: argparse.Namespace) -> int:
             rates.write(file)
     link = Link(options.rtt, options.rate, options.parties_here)
     settings = Settings(FixedPoint().scale_bits, Cheby().deg, Cheby().bins)
-    ahead = TriplePool().min_size
     told = predict(
-        spec, settings, bucket=options.prompt_bucket, context=context, ahead=ahead, rates=rates, link=link
+        spec,
+        settings,
+        bucket=options.prompt_bucket,
+        context=context,
+        ahead=TriplePool().min_size,
+        memory=(options.memory or TriplePool().memory_mib) << 20,
+        rates=rates,
+        link=link,
     )
     if options.json:
         shape = {k: getattr(spec, k) for k in ("family", "layers", "width", "heads", "hidden", "vocab")}

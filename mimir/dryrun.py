@@ -34,6 +34,7 @@ import mimir.actors.session as session_module
 from mimir import kernels
 from mimir.actors.session import Limits, SessionActor, Step, Turn, plan_turn
 from mimir.actors.triples import Batch, bytes_of
+from mimir.config import TriplePool
 from mimir.errors import BadInput, LocalError
 from mimir.model.checkpoint import PlanSpec
 from mimir.mpc import doors as doors_module
@@ -48,6 +49,7 @@ Array = npt.NDArray[Any]
 SMALL: Final = 2048  # elements up to which an array is a real one
 PARTY: Final = 0  # whose session is run; parties send alike
 CLIENT: Final = "00" * 32
+MEMORY: Final = TriplePool().memory_mib << 20
 ONLINE, PREP = "online", "prep"
 ONE_ROW: Final = "matmul of one row"  # counted apart: bound by memory, not by multiplying
 ARRAY, LARGE_ARRAY = "array", "large array"  # bytes read and written by functions of numpy
@@ -768,14 +770,16 @@ def run(
     tokens: int,
     max_context: int,
     ahead: int,
+    memory: int = MEMORY,
     session: bytes = bytes(16),
     sampler: Sampler | None = None,
 ) -> Run:
     """One session of one turn: a prompt of `bucket` positions, then `tokens` tokens. Not within a Trio run.
 
-    `ahead` is triple_pool.min_size. Raises what the engine raises for lengths that do not fit.
+    `ahead` and `memory`, in bytes, are those of [triple_pool]. Raises what the engine raises for lengths
+    that do not fit.
     """
-    return _run(spec, settings, bucket, tokens, max_context, ahead, session, sampler, None)
+    return _run(spec, settings, bucket, tokens, max_context, ahead, memory, session, sampler, None)
 
 
 def run_last(
@@ -784,6 +788,7 @@ def run_last(
     *,
     max_context: int,
     ahead: int,
+    memory: int = MEMORY,
     session: bytes = bytes(16),
     sampler: Sampler | None = None,
 ) -> Run:
@@ -794,7 +799,8 @@ def run_last(
     token is not to be used. A frame carries smaller numbers than at the end of a real session, and so may
     have a few bytes less.
     """
-    return _run(spec, settings, 1, 1, max_context, ahead, session, sampler, min(max_context, spec.context))
+    until = min(max_context, spec.context)
+    return _run(spec, settings, 1, 1, max_context, ahead, memory, session, sampler, until)
 
 
 def _run(
@@ -804,6 +810,7 @@ def _run(
     tokens: int,
     max_context: int,
     ahead: int,
+    memory: int,
     session: bytes,
     sampler: Sampler | None,
     until: int | None,
@@ -811,7 +818,7 @@ def _run(
     tally = Tally()
     client = Client(tally)
     terms = Open(session, "0" * 64, (CLIENT,), (bucket,), tokens, sampler or Sampler(), False)
-    limits = Limits((bucket,), (tokens,), max_context, ahead, 1.0, math.inf, math.inf)
+    limits = Limits((bucket,), (tokens,), max_context, ahead, memory, 1.0, math.inf, math.inf)
     transport: Any = _Transport()
 
     async def main() -> _Session:

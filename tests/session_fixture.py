@@ -42,6 +42,7 @@ from mimir.net.memory import MemoryNet, Tap
 from mimir.net.messages import Message, Open, Sampler
 
 PARTIES = 3
+MEMORY = 512 << 20  # of material
 ROUND_SECONDS = 5.0  # virtual
 CLIENT_SECONDS = 20.0
 CLIENT_KEY = "c1" * 32
@@ -245,7 +246,7 @@ class Seat:
 
 def limits_of(story: Story) -> Limits:
     return Limits(
-        (story.bucket,), (story.max_new,), story.spec.context, 4, ROUND_SECONDS, 60.0, CLIENT_SECONDS
+        (story.bucket,), (story.max_new,), story.spec.context, 4, MEMORY, ROUND_SECONDS, 60.0, CLIENT_SECONDS
     )
 
 

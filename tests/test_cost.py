@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from session_fixture import GPT2, LLAMA, SETTINGS, Sampler, Story, limits_of, run_session
 
 import mimir.actors.session as session_module
+import mimir.actors.triples as triples_module
 from mimir import cost, dryrun, kernels
 from mimir.__main__ import main
 from mimir.actors.session import SessionActor
@@ -62,6 +63,7 @@ def counted(story: Story) -> dict[str, tuple[int, int]]:
         tokens=story.max_new,
         max_context=limits.max_context,
         ahead=limits.ahead,
+        memory=limits.memory,
         sampler=story.sampler,
     )
     assert run.tokens == story.max_new
@@ -71,6 +73,21 @@ def counted(story: Story) -> dict[str, tuple[int, int]]:
 @pytest.mark.parametrize("name", STORIES)
 def test_rounds_and_bytes_are_what_three_parties_exchange(name: str) -> None:
     assert exchanged(STORIES[name]) == [counted(STORIES[name])] * 3
+
+
+def test_material_made_in_parts_and_a_prompt_in_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Little memory: the same tokens, predicted as exactly; with more of it a prompt takes fewer rounds."""
+    story = Story(LLAMA, prompts=((2, 4, 6, 8),), bucket=8)
+    at_once, whole = counted(story), run_session(story)
+    monkeypatch.setattr(triples_module, "BATCH_BYTES", 1 << 17)
+    parts = counted(story)
+    assert parts[ONLINE] == at_once[ONLINE] and parts[PREP][0] > at_once[PREP][0]
+    assert exchanged(story) == [parts] * 3
+    monkeypatch.setattr("session_fixture.MEMORY", 1 << 20)
+    steps = counted(story)
+    assert steps[ONLINE][0] > parts[ONLINE][0]
+    assert exchanged(story) == [steps] * 3
+    assert run_session(story).tokens == whole.tokens == story.expected
 
 
 def test_the_model_follows_a_change_of_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:

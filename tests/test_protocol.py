@@ -27,6 +27,7 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from mimir import kernels
+from mimir.actors import triples
 from mimir.errors import LocalError
 from mimir.model import sampling, transformer
 from mimir.model.checkpoint import PlanSpec
@@ -1189,6 +1190,53 @@ def test_every_kind_holds_exactly(backend: Replicated, seed: int) -> None:
                 got[name] = backend.reconstruct(each)
                 parts[name] = backend.summands(each)
         relation(kind, n, got, parts, w)
+
+
+def test_a_batch_made_in_parts_holds_exactly(backend: Replicated, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Parts cover the demand, in order and at whole words, and what they are joined to is as if made at once;
+    what the parts held is wiped.
+    """
+    shapes = {"w": WEIGHT}
+    total = {kind: (n if isinstance(kind, prep.Weight) else n + 128) for kind, n in KINDS}
+    monkeypatch.setattr(triples, "BATCH_BYTES", 100_000)
+    cut = [dict(part) for part in triples.parts(total, shapes)]
+    summed: dict[prep.Kind, int] = {}
+    for part in cut:
+        assert triples.bytes_of(part, shapes) < 2 * triples.BATCH_BYTES
+        prep.add_demand(summed, part)
+    assert summed == total and len(cut) > 2
+    assert sum(any(isinstance(k, prep.Weight) for k in part) for part in cut) == 1
+    for kind, n in total.items():
+        mine = [part[kind] for part in cut if kind in part]
+        assert all(m % 64 == 0 for m in mine[:-1]) and sum(mine) == n
+    assert any(sum(kind in part for part in cut) > 1 for kind in total)
+
+    async def party(p: Party) -> prep.Made:
+        made = []
+        for i, part in enumerate(cut):
+            ctx = await p.context(part, f"part {i}")
+            assert isinstance(ctx.store, prep.Store)
+            made.append(ctx.store.material)
+        owned = [v for m in made for k in m for v in m[k].values() if sum(k in c for c in cut) > 1]
+        assert owned and all(v.any() for v in owned if v.size > 8)
+        joined = prep.join(made)
+        assert not any(v.any() for v in owned)
+        assert [p for p in made if p] == []
+        return joined
+
+    w = vector([], 5, WEIGHT[0] * WEIGHT[1]).reshape(WEIGHT)
+    held = backend.run(party, weights={"w": w}, seed=5)
+    for kind, n in total.items():
+        names = prep.shapes(kind, n, WEIGHT)
+        assert {k: v.shape[1:] for k, v in held[0][kind].items()} == names
+        values = {
+            name: (backend.reconstruct_bits if is_bits(kind, name) else backend.reconstruct)(
+                [h[kind][name] for h in held]
+            )
+            for name in names
+        }
+        each = {name: backend.summands([h[kind][name] for h in held]) for name in names}
+        relation(kind, n, values, {k: v for k, v in each.items() if not is_bits(kind, k)}, w)
 
 
 def test_all_kinds_are_tested() -> None:

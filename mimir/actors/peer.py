@@ -190,6 +190,7 @@ class PartyService:
             config.scheduler.output_buckets,
             config.scheduler.max_context,
             config.triple_pool.min_size,
+            config.triple_pool.memory_mib << 20,
             config.deadlines.round,
             config.deadlines.step,
             config.deadlines.client,

@@ -22,7 +22,7 @@ from mimir.actors import Actor
 from mimir.actors.matmul import MatmulActor
 from mimir.actors.sampler import SamplerActor
 from mimir.actors.softmax import SoftmaxActor
-from mimir.actors.triples import Batch, TripleProducer, bytes_of
+from mimir.actors.triples import BATCH_BYTES, Batch, TripleProducer, bytes_of
 from mimir.errors import AbortError, BadInput, PeerError
 from mimir.model import sampling, transformer
 from mimir.model.checkpoint import PlanSpec
@@ -41,13 +41,9 @@ from mimir.net.messages import Message, Open
 
 log = structlog.get_logger("mimir.session")
 
-PROMPT_ROWS: Final = 16  # prompt rows of one step at most
+PROMPT_ROWS: Final = 32  # prompt rows of one step at most
 DECODE_BATCH: Final = 8  # decode steps whose material is made together at most
-BATCH_BYTES: Final = (
-    64 << 20
-)  # material made at once; making and checking it takes three times as much memory
 CHECK_ROWS: Final = 1 << 15  # inner dimensions of matrices checked together (memory: 1.5 kB each)
-POOL_BYTES: Final = 192 << 20  # material a session keeps ready at most, whatever triple_pool.min_size asks
 NONCE: Final = 32
 END_SECONDS: Final = 2.0  # to tell the peers that a session has ended
 VALID_BITS: Final = 64
@@ -76,7 +72,8 @@ class Limits:
     prompt_buckets: tuple[int, ...]
     output_buckets: tuple[int, ...]
     max_context: int
-    ahead: int  # token positions
+    ahead: int  # token positions of material kept ready
+    memory: int  # bytes of material, ready and in use; a step of one row is made whatever it takes
     round_seconds: float
     step_seconds: float
     client_seconds: float
@@ -211,7 +208,7 @@ class SessionActor(Actor[Any]):
         self.matmul = MatmulActor()
         self.softmax = SoftmaxActor()
         self.sampler = SamplerActor(self._online, self._sampler, self.terms.deterministic_seed)
-        self.triples = TripleProducer(self._making, self.model, self._ahead, self._made)
+        self.triples = TripleProducer(self._making, self.model, self._shapes, self._ahead, self._made)
         self._parts = Parts(self.matmul.matmul, self.softmax.exponentials)
         async with trio.open_nursery() as nursery:
             for actor in (self.matmul, self.softmax, self.sampler, self.triples):
@@ -288,15 +285,25 @@ class SessionActor(Actor[Any]):
         return cost.demand
 
     async def _sizes(self) -> None:
-        """How much to make at once and to keep ready, by what a position takes at the end of the context."""
+        """How much to make at once and to keep ready, by what a position takes at the end of the context.
+
+        Half of the memory is for a step in use, which matters for prompts only: the more rows go together,
+        the fewer rounds.
+        """
         slots = min(self.limits.max_context, self.spec.context)
-        last = await trio.to_thread.run_sync(self._demand, Step("plan", slots - 1, 1, False, True))
-        size, weights = (max(1, bytes_of(part, self._shapes)) for part in (last, _weights_of(last)))
-        rest = max(1, size - weights)
-        self._chunk = max(1, min(PROMPT_ROWS, BATCH_BYTES // rest))
+        half = self.limits.memory // 2
+
+        async def sizes(step: Step) -> tuple[int, int]:
+            demand = await trio.to_thread.run_sync(self._demand, step)
+            weights = bytes_of(_weights_of(demand), self._shapes)
+            return max(1, weights), max(1, bytes_of(demand, self._shapes) - weights)
+
+        weights, rest = await sizes(Step("plan", slots - 1, 1, False, True))
+        _, row = await sizes(Step("plan", min(slots, max(self.limits.prompt_buckets)) - 1, 1, True, False))
+        self._chunk = max(1, min(PROMPT_ROWS, half // row))
         self._group = max(1, min(DECODE_BATCH, BATCH_BYTES // rest))
         self._block = max(self._chunk, BATCH_BYTES // weights)
-        self._ahead = max(1, min(self.limits.ahead, POOL_BYTES // rest))
+        self._ahead = max(1, min(self.limits.ahead, half // rest))
 
     async def _prepare(self, turn: Turn) -> int:
         """Queue all material of a turn. Returns its token positions.

@@ -8,10 +8,12 @@ nothing of it is ever written to disk, so neither a crash nor a reconnect can ma
 
 from __future__ import annotations
 
+import math
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Final
 
 import structlog
 import trio
@@ -30,6 +32,9 @@ READY = Gauge("mimir_triple_pool_positions", "Token positions of verified materi
 MADE = Counter("mimir_triple_batches_total", "Batches of material made and verified")
 SECONDS = Histogram("mimir_triple_batch_seconds", "Seconds to make and verify a batch")
 SENT = Counter("mimir_triple_sent_bytes_total", "Bytes sent to make material")
+
+BATCH_BYTES: Final = 64 << 20  # material made at once; making it takes three times as much memory
+WHOLE: Final = 64  # items; kinds made of bit lanes can only be cut at whole words
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,11 +70,18 @@ class _Ready:
 
 class TripleProducer(Actor[Prepare | Need]):
     def __init__(
-        self, doors: Doors, weights: Weights, ahead: int, progress: Callable[[int], Awaitable[None]]
+        self,
+        doors: Doors,
+        weights: Weights,
+        shapes: Mapping[str, tuple[int, int]],
+        ahead: int,
+        progress: Callable[[int], Awaitable[None]],
     ) -> None:
+        """`shapes` are those of the weight matrices by name; at most `ahead` positions are kept ready."""
         super().__init__()
         self._doors = doors
         self._weights = weights
+        self._shapes = shapes
         self.ahead = ahead
         self._progress = progress
         self._caches: dict[tuple[str, int], list[Ring]] = {}
@@ -133,8 +145,12 @@ class TripleProducer(Actor[Prepare | Need]):
         total: dict[prep.Kind, int] = {}
         for demand in demands:
             prep.add_demand(total, demand)
-        work = prep.Batch(self._doors, self._weights, self._caches)
-        material = await prep.produce(work, f"prep/{batch.name}", total)
+        made = []
+        for number, part in enumerate(parts(total, self._shapes)):
+            work = prep.Batch(self._doors, self._weights, self._caches)
+            name = f"prep/{batch.name}" + (f"/{number}" if number else "")
+            made.append(await prep.produce(work, name, part))
+        material = prep.join(made)
         for step, store in zip(batch.steps, prep.split(material, demands), strict=True):
             if step in self._begun:
                 store.material |= self._begun.pop(step).material
@@ -151,6 +167,30 @@ class TripleProducer(Actor[Prepare | Need]):
         log.debug("made and verified", batch=batch.name, seconds=round(seconds, 3))
         self._deliver()
         await self._progress(self._made)
+
+
+def parts(total: Demand, weights: Mapping[str, tuple[int, int]]) -> Iterator[Demand]:
+    """Cut what is made into parts of about BATCH_BYTES, kind after kind in the order of their making: a part
+    of few kinds has few rounds. Products with weights are not cut, for their check costs the same anew.
+    """
+    cut = {k: bytes_of({k: n}, weights) for k, n in total.items() if not isinstance(k, prep.Weight)}
+    size = sum(cut.values())
+    limit = size / max(1, round(size / BATCH_BYTES))
+    part: dict[prep.Kind, int] = {k: n for k, n in total.items() if k not in cut}
+    filled = 0.0
+    for kind in sorted(cut, key=prep.order):
+        left, each = total[kind], cut[kind] / max(1, total[kind])
+        while left:
+            room = math.ceil((limit - filled) / each / WHOLE) * WHOLE
+            n = min(left, max(room, WHOLE))
+            part[kind] = part.get(kind, 0) + n
+            left -= n
+            filled += n * each
+            if filled >= limit:
+                yield part
+                part, filled = {}, 0.0
+    if part:
+        yield part
 
 
 def bytes_of(demand: Demand, weights: Mapping[str, tuple[int, int]]) -> int:

@@ -709,7 +709,7 @@ def shapes(kind: Kind, n: int, weight_shape: tuple[int, int] | None = None) -> d
 async def produce(batch: Batch, step: str, demand: Demand) -> Made:
     """Make and verify everything in `demand`, or raise. Nothing unverified is returned."""
     groups: dict[tuple[Any, ...], dict[Kind, int]] = {}
-    for kind, n in sorted(demand.items(), key=lambda kv: _order(kv[0])):
+    for kind, n in sorted(demand.items(), key=lambda kv: order(kv[0])):
         if n:
             groups.setdefault(_group(kind), {})[kind] = n
     for group, kinds in groups.items():
@@ -736,7 +736,7 @@ def _group(kind: Kind) -> tuple[Any, ...]:
     return (kind,)
 
 
-def _order(kind: Kind) -> tuple[str, Any]:
+def order(kind: Kind) -> tuple[str, Any]:
     # All parties make kinds in one order; attention masks in the order of positions.
     if isinstance(kind, Keys):
         return (type(kind).__name__, (kind.first, kind.layer))
@@ -762,7 +762,7 @@ class Store:
         at = self.taken.get(kind, 0)
         out = {}
         for name, v in have.items():
-            axis = 2 if name == "planes" else 1
+            axis = _axis(name)
             by_words = name == "planes" and isinstance(kind, Digits)  # otherwise n counts words itself
             lo, hi = (at // 64, at // 64 + words(n)) if by_words else (at, at + n)
             if hi > v.shape[axis]:
@@ -776,7 +776,7 @@ class Store:
         out = {}
         for kind, have in self.material.items():
             name, first = next(iter(have.items()))
-            total = 1 if isinstance(kind, Keys) else first.shape[2 if name == "planes" else 1]
+            total = 1 if isinstance(kind, Keys) else first.shape[_axis(name)]
             if total - self.taken.get(kind, 0) > 0:
                 out[kind] = total - self.taken.get(kind, 0)
         return out
@@ -791,6 +791,11 @@ class Store:
         self.material.clear()
 
 
+def _axis(name: str) -> int:
+    """Along which the items of an array of material are counted."""
+    return 2 if name == "planes" else 1
+
+
 def lanes(kind: Kind, n: int) -> int:
     """How many of a kind a request for n consumes: bit-lane kinds go by whole words."""
     return 64 * words(n) if isinstance(kind, Digits) else n
@@ -799,6 +804,24 @@ def lanes(kind: Kind, n: int) -> int:
 def add_demand(total: dict[Kind, int], more: Demand) -> None:
     for kind, n in more.items():
         total[kind] = total.get(kind, 0) + n
+
+
+def join(parts: Sequence[Made]) -> Made:
+    """Several verified batches as one: what was made of a kind in order, one after the other."""
+    if len(parts) == 1:
+        return parts[0]
+    out: Made = {}
+    for kind in {k: None for part in parts for k in part}:
+        pieces = [part.pop(kind) for part in parts if kind in part]
+        if len(pieces) == 1:
+            out[kind] = pieces[0]
+            continue
+        out[kind] = {
+            name: np.concatenate([piece[name] for piece in pieces], axis=_axis(name)) for name in pieces[0]
+        }
+        for piece in pieces:
+            Store({kind: piece}).wipe()
+    return out
 
 
 def split(material: dict[Kind, dict[str, Ring]], demands: Sequence[Demand]) -> list[Store]:
