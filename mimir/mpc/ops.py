@@ -294,6 +294,16 @@ async def scale(ctx: Context, step: str, s: Share, x: Share) -> Share:
     return c["z"] - c["x"] * ds[:, None] - c["s"].reshape(-1, 1) * dx + dx * ds[:, None]
 
 
+@lru_cache(maxsize=256)
+def _planes_within(kind: prep.Ands) -> list[npt.NDArray[np.intp]]:
+    """Of each monomial, where the planes of its subsets lie, the empty one left out, in binary order."""
+    at = {s: i for i, s in enumerate(kind.subsets)}
+    return [
+        np.array([at[tuple(v for j, v in enumerate(m) if mask >> j & 1)] for mask in range(1, 1 << len(m))])
+        for m in kind.monomials
+    ]
+
+
 async def monomials(ctx: Context, step: str, wanted: tuple[tuple[int, ...], ...], bits: Bits) -> list[Bits]:
     """Products over GF(2) of rows of words of bits (variables, n), one for each set of variables wanted: (n).
 
@@ -303,11 +313,9 @@ async def monomials(ctx: Context, step: str, wanted: tuple[tuple[int, ...], ...]
     kind = prep.Ands(wanted)
     planes = ctx.take(kind, bits.shape[1])["planes"].v
     (o,) = await ctx.doors.open_bits(step, bits ^ Bits(planes[:, : bits.shape[0]], ctx.bk))
-    at = {s: i for i, s in enumerate(kind.subsets)}
     out = []
-    for m in wanted:
-        inner = [tuple(v for j, v in enumerate(m) if mask >> j & 1) for mask in range(1, 1 << len(m))]
-        table = planes[:, [at[s] for s in inner]]
+    for m, inner in zip(wanted, _planes_within(kind), strict=True):
+        table = planes[:, inner]
         one = ctx.bk.xor_public(np.zeros_like(table[:, 0]), np.full(bits.shape[1], 2**64 - 1, np.uint64))
         table = np.concatenate([one[:, None], table], axis=1)  # the subsets of m, in binary order
         for j in reversed(range(len(m))):  # a variable at a time: o_j P(without) + P(with)
