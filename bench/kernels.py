@@ -127,11 +127,7 @@ def cases() -> list[Case]:
         add(f"lookup K={size} D={depth}", partial(k.lookup, e, c, t), 1024 * depth, "look-up", 0,
             1024 * depth * size)  # fmt: skip
         add(f"rotate K={size}", partial(k.rotate, e, c), 1024 * size, "el")
-    for size, depth in [(16, 16), (256, 1), (256, 8), (256, 64)]:
-        e, c = w(4096, max(1, size // 64)), w(4096)
-        masks = g.integers(0, 2, (depth, size), dtype=np.uint8)
-        add(f"bit_lookup K={size} D={depth}", partial(k.bit_lookup, e, size, c, masks),
-            4096 * depth, "look-up")  # fmt: skip
+    add("bit_pick K=32", partial(k.bit_pick, w(32, n // 64), w(n) % np.uint64(32)), n, "el")
     a, b = w(n), w(n)
     add("gf_mul 16k", partial(k.gf_mul, a, b), n, "mul")
     add("gf_scale 16k", partial(k.gf_scale, a, 3), n, "mul")

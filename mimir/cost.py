@@ -180,6 +180,7 @@ def _examples() -> dict[str, tuple[Any, ...]]:
         "bit_unslice": (w(64, n // 64), n),
         "bits_to_ring": (w(n // 64), n),
         "ring_lsb": (w(n),),
+        "bit_pick": (w(32, n // 64), w(n) % np.uint64(32)),
         "lookup": (w(few * 2, 128), w(few * 2), w(4, 128)),
         "rotate": (w(few * 2, 128), w(few * 2)),
         "double_part": (w(few * 2, 64), w(2, few * 2, 128), w(2, few * 2)),

@@ -385,6 +385,7 @@ RULES: Final[dict[str, Callable[..., tuple[tuple[int, ...] | None, float]]]] = {
     "bit_unslice": lambda planes, n: ((n,), n),
     "bits_to_ring": lambda words, n: ((n,), n),
     "ring_lsb": lambda x: ((_words(len(x)),), len(x)),
+    "bit_pick": lambda planes, rows: ((_words(len(rows)),), len(rows)),
     "lookup": lambda e, c, tables: ((len(tables), len(e)), len(tables) * e.size),
     "rotate": lambda e, c: (e.shape, e.nbytes),
     "double_part": lambda out, e, b: (None, out.size),

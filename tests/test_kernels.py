@@ -354,6 +354,13 @@ def test_bits_and_ring(level: str, rng: np.random.Generator, n: int) -> None:
     same(k.bits_to_ring(dirty, n), [bit(dirty, j) for j in range(n)])
 
 
+@pytest.mark.parametrize("n", LENGTHS)
+@pytest.mark.parametrize("count", [1, 2, 33])
+def test_bit_pick(level: str, rng: np.random.Generator, n: int, count: int) -> None:
+    planes, rows = words(rng, count, (n + 63) // 64), words(rng, n) % np.uint64(count)
+    same(k.bit_pick(planes, rows), pack([bit(planes[int(rows[j])], j) for j in range(n)]))
+
+
 def test_bit_misuse(rng: np.random.Generator) -> None:
     x = words(rng, 70)
     refuses(
@@ -366,6 +373,9 @@ def test_bit_misuse(rng: np.random.Generator) -> None:
         lambda: k.bits_to_ring(x, 64),
         lambda: k.bits_to_ring(x, -1),
         lambda: k.ring_lsb(x[::2]),
+        lambda: k.bit_pick(words(rng, 3, 2), x[:65] * np.uint64(0) + np.uint64(3)),
+        lambda: k.bit_pick(words(rng, 3, 2), x[:64] % np.uint64(3)),
+        lambda: k.bit_pick(words(rng, 0, 2), x % np.uint64(3)),
     )
 
 
@@ -394,21 +404,6 @@ def test_rotate(level: str, rng: np.random.Generator, size: int) -> None:
     same(half.astype(np.uint64), u64(want) % np.uint64(1 << 16))
 
 
-@pytest.mark.parametrize("size", [1, 2, 8, 32, 64, 128, 256])
-@pytest.mark.parametrize("depth", [0, 1, 7, 8, 9])
-def test_bit_lookup(level: str, rng: np.random.Generator, size: int, depth: int) -> None:
-    for n in (0, 1, 70):
-        e, c = words(rng, n, max(1, size // 64)), words(rng, n)
-        masks = rng.integers(0, 2, (depth, size), dtype=np.uint8)
-        rows = []
-        for mask in masks:
-            sums = [
-                sum(int(mask[(int(c[i]) - j) % size]) & bit(e[i], j) for j in range(size)) for i in range(n)
-            ]
-            rows.append(pack([s & 1 for s in sums]))
-        same(k.bit_lookup(e, size, c, masks), rows)
-
-
 def test_one_hot_lookup_finds_the_entry(level: str, rng: np.random.Generator) -> None:
     """The use: e is one-hot at a secret r, c = value + r is public, so the look-up yields table[value]."""
     size, n = 64, 20
@@ -419,23 +414,15 @@ def test_one_hot_lookup_finds_the_entry(level: str, rng: np.random.Generator) ->
     table = words(rng, 1, size)
     same(k.lookup(e, c, table)[0], table[0, value])
     same(np.argmax(k.rotate(e, c), axis=1).astype(np.uint64), value)
-    masks = (table & np.uint64(1)).astype(np.uint8)
-    packed = u64([[1 << int(x)] for x in r])
-    same(k.bit_lookup(packed, size, c, masks)[0], pack([int(masks[0, v]) for v in value]))
 
 
 def test_lookup_misuse(rng: np.random.Generator) -> None:
     e, c, t = words(rng, 3, 8), words(rng, 3), words(rng, 2, 8)
-    masks = np.ones((2, 8), np.uint8)
     refuses(
         lambda: k.lookup(words(rng, 3, 6), c, words(rng, 2, 6)),
         lambda: k.lookup(e, c[:2], t),
         lambda: k.lookup(e, c, t[:, :4]),
         lambda: k.rotate(words(rng, 3, 0), c),
-        lambda: k.bit_lookup(e, 8, c, masks),
-        lambda: k.bit_lookup(e[:, :1].copy(), 7, c, masks[:, :7]),
-        lambda: k.bit_lookup(e[:, :1].copy(), 8, c, masks * 2),
-        lambda: k.bit_lookup(e[:, :1].copy(), 8, c, masks.astype(np.uint64)),
     )
 
 
@@ -710,9 +697,7 @@ WIDE: dict[str, Callable[[np.random.Generator], Any]] = {
     "matmul_row": lambda g: k.matmul(words(g, 1, 211), words(g, 211, 4099)),
     "matmul_nt": lambda g: k.matmul_nt(words(g, 3, 211), words(g, 97, 211)),
     "lookup": lambda g: k.lookup(words(g, 301, 256), words(g, 301), words(g, 5, 256)),
-    "bit_lookup": lambda g: k.bit_lookup(
-        words(g, 301, 4), 256, words(g, 301), g.integers(0, 2, (21, 256), dtype=np.uint8)
-    ),
+    "bit_pick": lambda g: k.bit_pick(words(g, 77, 65), words(g, 4099) % np.uint64(77)),
     "gf_inner": lambda g: u64(k.gf_inner(words(g, 4099), words(g, 4099))),
     "gf_cross": lambda g: k.gf_cross(words(g, 2, 77, 64), words(g, 2, 77, 64), words(g, 64, 77)),
     "gf_combine": lambda g: k.gf_combine(words(g, 77, 64), words(g, 64, 77)),
@@ -799,7 +784,7 @@ def walk_fences() -> None:
                 k.lookup(w(n, size), w(n), w(5, size))
                 k.rotate(w(n, size), w(n))
                 k.rotate(fence.empty((n, size), np.uint16), w(n))
-                k.bit_lookup(w(n, max(1, size // 64)), size, w(n), np.ones((9, size), np.uint8))
+                k.bit_pick(w(size, packed), w(n) % np.uint64(size))
             k.gf_mul(w(n), w(n))
             k.gf_scale(w(n), 5)
             k.gf_inner(w(n), w(n))

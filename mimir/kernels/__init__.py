@@ -265,6 +265,20 @@ def ring_lsb(x: U64) -> U64:
     return words
 
 
+def bit_pick(planes: U64, rows: U64) -> U64:
+    """Planes (k, ceil(n/64)), rows (n,) below k -> (ceil(n/64),): lane i of plane rows[i]; padding is zero.
+
+    planes are secret, rows public.
+    """
+    (n,) = _array("rows", rows, (None,))
+    count, _ = _array("planes", planes, (None, _words(n)))
+    if n and int(rows.max()) >= count:
+        raise LocalError(f"rows must be below {count}")
+    out = np.empty(_words(n), np.uint64)
+    _lib.mk_bits_pick(_out(out), _in(planes), _in(rows), n)
+    return out
+
+
 # ---- look-up ----
 
 
@@ -323,29 +337,6 @@ def rotate(e: npt.NDArray[Any], c: U64) -> npt.NDArray[Any]:
         _lib.mk_half_rotate(to, _ffi.from_buffer("uint16_t[]", e), _in(c), n, size)
     else:
         _lib.mk_ring_rotate(_out(out), _in(e), _in(c), n, size)
-    return out
-
-
-def bit_lookup(e: U64, K: int, c: U64, masks: npt.NDArray[np.uint8]) -> U64:
-    """Bit i of out[d] = XOR_j masks[d, (c[i] - j) mod K] & bit j of e[i], packed: -> (D, ceil(n/64)).
-
-    e (n, max(1, K/64)) packed bits, secret; c (n,) and masks (D, K) uint8 of 0 and 1, public. K is a power
-    of two.
-    """
-    _power_of_two("K", K)
-    n, _ = _array("e", e, (None, _words(K)))
-    _array("c", c, (n,))
-    if not isinstance(masks, np.ndarray) or masks.dtype != np.uint8 or masks.ndim != 2 or masks.shape[1] != K:
-        raise LocalError(f"masks must be a uint8 array of shape (any, {K})")
-    if masks.size and int(masks.max()) > 1:
-        raise LocalError("masks must hold 0 and 1")
-    depth = masks.shape[0]
-    turned = np.zeros((depth, _words(2 * K) + 1), "<u8")  # one zero word more: windows read past their end
-    packed = np.packbits(_turned(masks), axis=1, bitorder="little")
-    turned.view(np.uint8)[:, : packed.shape[1]] = packed
-    by_word = np.ascontiguousarray(turned.T, np.uint64)
-    out = np.empty((depth, _words(n)), np.uint64)
-    _lib.mk_bits_lookup(_out(out), _in(e), _in(c), _in(by_word), depth, n, K)
     return out
 
 

@@ -95,6 +95,8 @@ MK_THUNK(mk_bits_slice, (uint64_t *planes, const uint64_t *x, size_t n, size_t n
 MK_THUNK(mk_bits_unslice, (uint64_t *x, const uint64_t *planes, size_t n, size_t nbits), (x, planes, n, nbits))
 MK_THUNK(mk_bits_to_ring, (uint64_t *out, const uint64_t *words, size_t n), (out, words, n))
 MK_THUNK(mk_ring_lsb, (uint64_t *words, const uint64_t *x, size_t n), (words, x, n))
+MK_THUNK(mk_bits_pick, (uint64_t *out, const uint64_t *planes, const uint64_t *row, size_t n),
+         (out, planes, row, n))
 MK_THUNK(mk_ring_double_part,
          (uint64_t *out, const uint64_t *e, const uint64_t *b, size_t n, size_t size, size_t have),
          (out, e, b, n, size, have))
@@ -108,10 +110,6 @@ MK_THUNK(mk_ring_rotate, (uint64_t *out, const uint64_t *e, const uint64_t *c, s
          (out, e, c, n, size))
 MK_THUNK(mk_half_rotate, (uint16_t *out, const uint16_t *e, const uint64_t *c, size_t n, size_t size),
          (out, e, c, n, size))
-MK_THUNK(mk_bits_lookup,
-         (uint64_t *out, const uint64_t *e, const uint64_t *c, const uint64_t *turned, size_t depth, size_t n,
-          size_t size),
-         (out, e, c, turned, depth, n, size))
 MK_THUNK(mk_gf_mul, (uint64_t *out, const uint64_t *a, const uint64_t *b, size_t n), (out, a, b, n))
 MK_THUNK(mk_gf_scale, (uint64_t *out, const uint64_t *a, uint64_t s, size_t n), (out, a, s, n))
 MK_THUNK(mk_gf_inner, (uint64_t *out, const uint64_t *a, const uint64_t *b, size_t n), (out, a, b, n))

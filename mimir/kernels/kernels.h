@@ -51,6 +51,10 @@ void mk_bits_unslice(uint64_t *x, const uint64_t *planes, size_t n, size_t nbits
 void mk_bits_to_ring(uint64_t *out, const uint64_t *words, size_t n);
 void mk_ring_lsb(uint64_t *words, const uint64_t *x, size_t n);
 
+/* Lane by lane a bit of one of many planes of n lanes, (.., ceil(n/64)) words: bit l of out[w] is that of
+ * planes[row[64 w + l], w]; padding is zero. Public: row. */
+void mk_bits_pick(uint64_t *out, const uint64_t *planes, const uint64_t *row, size_t n);
+
 /* Doubling one-hot vectors, rows of e (2, n, size) of which the first `have` entries are in use, by bits b (2, n).
  * double_part: a party's term of e b, added to out (n, have): out += e0 b0 + e0 b1 + e1 b0.
  * double: given one component e (n, size) and that of the product, high (n, have): the next `have` entries of each row
@@ -64,16 +68,11 @@ void mk_ring_double(uint64_t *e, const uint64_t *high, size_t n, size_t size, si
  * lookup: out (depth, n), out[d, i] = sum_j table[d, (c_i - j) mod size] e[i, j].
  * rotate: out (n, size), out[i, j] = e[i, (c_i - j) mod size].
  * half_rotate: the same as rotate for entries of 16 bits.
- * bits:   the same sum over GF(2). e is (n, max(1, size/64)) words, out (depth, ceil(n/64)) words, and turned is
- *         packed and lies word by word: (max(1, size/32) + 1, depth), bit l of turned[w, d] being bit 64 w + l of
- *         table d turned round and doubled; the last words are zero.
  * Public: c, turned. */
 void mk_ring_lookup(uint64_t *out, const uint64_t *e, const uint64_t *c, const uint64_t *turned, size_t depth,
                     size_t n, size_t size);
 void mk_ring_rotate(uint64_t *out, const uint64_t *e, const uint64_t *c, size_t n, size_t size);
 void mk_half_rotate(uint16_t *out, const uint16_t *e, const uint64_t *c, size_t n, size_t size);
-void mk_bits_lookup(uint64_t *out, const uint64_t *e, const uint64_t *c, const uint64_t *turned, size_t depth,
-                    size_t n, size_t size);
 
 /* GF(2^64) modulo x^64 + x^4 + x^3 + x + 1; bit i of a word is the coefficient of x^i.
  * scale: out_j = a_j s.  inner: *out = sum a_j b_j.  fold: out has `half` elements, a has 2 half:

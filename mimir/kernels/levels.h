@@ -15,12 +15,12 @@
     X(mk_bits_unslice)                                                                                                 \
     X(mk_bits_to_ring)                                                                                                 \
     X(mk_ring_lsb)                                                                                                     \
+    X(mk_bits_pick)                                                                                                    \
     X(mk_ring_double_part)                                                                                             \
     X(mk_ring_double)                                                                                                  \
     X(mk_ring_lookup)                                                                                                  \
     X(mk_ring_rotate)                                                                                                  \
     X(mk_half_rotate)                                                                                                  \
-    X(mk_bits_lookup)                                                                                                  \
     X(mk_gf_mul)                                                                                                       \
     X(mk_gf_scale)                                                                                                     \
     X(mk_gf_inner)                                                                                                     \

@@ -119,6 +119,13 @@ void mk_ring_lsb_ref(uint64_t *restrict words, const uint64_t *x, size_t n)
     mk_bits_slice_ref(words, x, n, 1);
 }
 
+void mk_bits_pick_ref(uint64_t *restrict out, const uint64_t *planes, const uint64_t *row, size_t n)
+{
+    size_t words = (n + 63) / 64;
+    if (n > 0) memset(out, 0, words * sizeof *out);
+    for (size_t j = 0; j < n; j++) out[j / 64] |= (planes[row[j] * words + j / 64] >> (j % 64) & 1) << (j % 64);
+}
+
 /* ---- look-up ---- */
 
 void mk_ring_double_part_ref(uint64_t *restrict out, const uint64_t *e, const uint64_t *b, size_t n, size_t size,
@@ -159,37 +166,10 @@ void mk_ring_rotate_ref(uint64_t *restrict out, const uint64_t *e, const uint64_
         for (size_t j = 0; j < size; j++) out[i * size + j] = e[i * size + (c[i] - j) % size];
 }
 
-/* The sum over GF(2) of the bits of x. */
-static uint64_t parity(uint64_t x)
-{
-    for (int s = 32; s > 0; s /= 2) x ^= x >> s;
-    return x & 1;
-}
-
 void mk_half_rotate_ref(uint16_t *restrict out, const uint16_t *e, const uint64_t *c, size_t n, size_t size)
 {
     for (size_t i = 0; i < n; i++)
         for (size_t j = 0; j < size; j++) out[i * size + j] = e[i * size + (c[i] - j) % size];
-}
-
-void mk_bits_lookup_ref(uint64_t *restrict out, const uint64_t *e, const uint64_t *c, const uint64_t *turned,
-                        size_t depth, size_t n, size_t size)
-{
-    size_t words = size < 64 ? 1 : size / 64, packed = (n + 63) / 64;
-    uint64_t used = size < 64 ? ((uint64_t)1 << size) - 1 : ~(uint64_t)0;
-    if (depth * packed > 0) memset(out, 0, depth * packed * sizeof *out);
-    for (size_t i = 0; i < n; i++)
-        for (size_t d = 0; d < depth; d++) {
-            size_t start = (0 - c[i]) % size; /* first bit of the run; public */
-            const uint64_t *run = turned + start / 64 * depth + d;
-            unsigned s = start % 64;
-            uint64_t sum = 0;
-            for (size_t w = 0; w < words; w++) {
-                uint64_t window = run[w * depth] >> s | run[(w + 1) * depth] << 1 << (63 - s);
-                sum ^= e[i * words + w] & window & used;
-            }
-            out[d * packed + i / 64] |= parity(sum) << (i % 64);
-        }
 }
 
 /* ---- GF(2^64) ---- */

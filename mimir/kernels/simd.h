@@ -367,6 +367,17 @@ void MK(mk_ring_lsb)(uint64_t *restrict words, const uint64_t *x, size_t n)
     }
 }
 
+void MK(mk_bits_pick)(uint64_t *restrict out, const uint64_t *planes, const uint64_t *row, size_t n)
+{
+    size_t words = (n + 63) / 64;
+    for (size_t w = 0; w < words; w++, row += 64) {
+        uint64_t word = 0;
+        for (size_t l = 0; l < least(n - 64 * w, 64); l++)
+            word |= planes[row[l] * words + w] & (uint64_t)1 << l;
+        out[w] = word;
+    }
+}
+
 /* ---- look-up ---- */
 
 void MK(mk_ring_double_part)(uint64_t *restrict out, const uint64_t *e, const uint64_t *b, size_t n, size_t size,
@@ -434,33 +445,6 @@ void MK(mk_half_rotate)(uint16_t *restrict out, const uint16_t *e, const uint64_
         size_t turn = c[i] % size;
         for (size_t j = 0; j <= turn; j++) out[j] = e[turn - j];
         for (size_t j = turn + 1; j < size; j++) out[j] = e[size + turn - j];
-    }
-}
-
-void MK(mk_bits_lookup)(uint64_t *restrict out, const uint64_t *e, const uint64_t *c, const uint64_t *turned,
-                        size_t depth, size_t n, size_t size)
-{
-    size_t words = size < 64 ? 1 : size / 64, packed = (n + 63) / 64;
-    uint64_t used = size < 64 ? ((uint64_t)1 << size) - 1 : ~(uint64_t)0;
-    for (size_t d = 0; d < depth; d += LANES) { /* one table per lane */
-        size_t left = least(depth - d, LANES);
-        for (size_t p = 0; p < packed; p++) {
-            vec bits = splat(0);
-            for (size_t l = 0; l < 64 && 64 * p + l < n; l++) {
-                size_t i = 64 * p + l, start = (0 - c[i]) % size;
-                const uint64_t *run = turned + start / 64 * depth + d;
-                unsigned s = start % 64;
-                vec x = splat(0), here = load_first(run, left);
-                for (size_t w = 0; w < words; w++) {
-                    vec next = load_first(run + (w + 1) * depth, left);
-                    x ^= (here >> s | next << 1 << (63 - s)) & splat(e[i * words + w] & used);
-                    here = next;
-                }
-                UNROLL for (int h = 32; h > 0; h /= 2) x ^= x >> h;
-                bits |= (x & splat(1)) << l;
-            }
-            UNROLL for (size_t h = 0; h < LANES; h++) if (h < left) out[(d + h) * packed + p] = bits[h];
-        }
     }
 }
 

@@ -406,11 +406,9 @@ async def is_zero(ctx: Context, step: str, x: Share, bits: int) -> Bits:
     return Bits(_chosen(c["planes"].v, o), ctx.bk)
 
 
-def _chosen(planes: Ring, row: npt.NDArray[Any]) -> Ring:
+def _chosen(planes: Ring, row: Ring) -> Ring:
     """Bit `row[i]` (public) of lane i of planes (components, rows, words), packed: (components, words)."""
-    lane = np.arange(len(row))
-    chosen = (planes[:, row.astype(np.int64), lane >> 6] >> (lane & 63).astype(np.uint64)) & np.uint64(1)
-    return np.stack([kernels.ring_lsb(np.ascontiguousarray(v)) for v in chosen])
+    return np.stack([kernels.bit_pick(np.ascontiguousarray(v), row) for v in planes])
 
 
 async def _at_most(
