@@ -123,8 +123,8 @@ def cases() -> list[Case]:
     add("bits_to_ring 16k", partial(k.bits_to_ring, packed, n), n, "el")
     add("ring_lsb 16k", partial(k.ring_lsb, z), n, "el")
     for size, depth in [(16, 1), (256, 1), (256, 4)]:
-        e, c, t = w(1024, size), w(1024), w(depth, size)
-        add(f"lookup K={size} D={depth}", partial(k.lookup, e, c, t), 1024 * depth, "look-up", 0,
+        e, c, t = w(1024, size), w(1024), w(1, depth, 2 * size)
+        add(f"lookup K={size} D={depth}", partial(k.lookup, e[None], c[None], t), 1024 * depth, "look-up", 0,
             1024 * depth * size)  # fmt: skip
         add(f"rotate K={size}", partial(k.rotate, e, c), 1024 * size, "el")
     add("bit_pick K=32", partial(k.bit_pick, w(32, n // 64), w(n) % np.uint64(32)), n, "el")

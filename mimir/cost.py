@@ -181,7 +181,7 @@ def _examples() -> dict[str, tuple[Any, ...]]:
         "bits_to_ring": (w(n // 64), n),
         "ring_lsb": (w(n),),
         "bit_pick": (w(32, n // 64), w(n) % np.uint64(32)),
-        "lookup": (w(few * 2, 128), w(few * 2), w(4, 128)),
+        "lookup": (w(1, few * 2, 128), w(1, few * 2), w(1, 4, 256)),
         "rotate": (w(few * 2, 128), w(few * 2)),
         "double_part": (w(few * 2, 64), w(2, few * 2, 128), w(2, few * 2)),
         "double": (w(few * 2, 128), w(few * 2, 64)),

@@ -386,7 +386,7 @@ RULES: Final[dict[str, Callable[..., tuple[tuple[int, ...] | None, float]]]] = {
     "bits_to_ring": lambda words, n: ((n,), n),
     "ring_lsb": lambda x: ((_words(len(x)),), len(x)),
     "bit_pick": lambda planes, rows: ((_words(len(rows)),), len(rows)),
-    "lookup": lambda e, c, tables: ((len(tables), len(e)), len(tables) * e.size),
+    "lookup": lambda e, c, turned: ((len(e), turned.shape[1], e.shape[1]), turned.shape[1] * e.size),
     "rotate": lambda e, c: (e.shape, e.nbytes),
     "double_part": lambda out, e, b: (None, out.size),
     "double": lambda e, high: (None, high.size),

@@ -100,7 +100,7 @@ DOORS: Counter[str] = Counter(
         "mimir/mpc/ops:open_bits open_all": 1,
         "mimir/mpc/ops:open_low open_all": 1,
         "mimir/mpc/ops:pick open_all": 1,
-        "mimir/mpc/ops:read_index open_all": 1,
+        "mimir/mpc/ops:read_index open_low": 1,
         "mimir/mpc/ops:scale open": 2,  # also of rows
         "mimir/mpc/ops:to_ring open_bits": 1,
         "mimir/mpc/ops:together open_all": 1,

@@ -386,12 +386,18 @@ def test_bit_misuse(rng: np.random.Generator) -> None:
 @pytest.mark.parametrize("n", [0, 1, 5])
 @pytest.mark.parametrize("depth", [0, 1, 3, 4, 9])
 def test_lookup(level: str, rng: np.random.Generator, size: int, n: int, depth: int) -> None:
-    e, c, tables = words(rng, n, size), words(rng, n), words(rng, depth, size)
+    e, c, tables = words(rng, 2, n, size), words(rng, 2, n), words(rng, 2, depth, size)
     want = [
-        [sum(int(row[(int(c[i]) - j) % size]) * int(e[i, j]) for j in range(size)) % M for i in range(n)]
-        for row in tables
+        [
+            [
+                sum(int(row[(int(c[g, i]) - j) % size]) * int(e[g, i, j]) for j in range(size)) % M
+                for i in range(n)
+            ]
+            for row in tables[g]
+        ]
+        for g in range(2)
     ]
-    same(k.lookup(e, c, tables), want)
+    same(k.lookup(e, c, turned(tables)), u64(want).reshape(2, depth, n))
 
 
 @pytest.mark.parametrize("size", [1, 2, 4, 8, 16, 128])
@@ -404,6 +410,12 @@ def test_rotate(level: str, rng: np.random.Generator, size: int) -> None:
     same(half.astype(np.uint64), u64(want) % np.uint64(1 << 16))
 
 
+def turned(tables: np.ndarray) -> np.ndarray:
+    """As a look-up wants its tables: column u is column -u, twice round."""
+    back = tables[:, :, -np.arange(2 * tables.shape[2]) % tables.shape[2]]
+    return np.ascontiguousarray(back)
+
+
 def test_one_hot_lookup_finds_the_entry(level: str, rng: np.random.Generator) -> None:
     """The use: e is one-hot at a secret r, c = value + r is public, so the look-up yields table[value]."""
     size, n = 64, 20
@@ -412,16 +424,17 @@ def test_one_hot_lookup_finds_the_entry(level: str, rng: np.random.Generator) ->
     e[np.arange(n), r] = 1
     c = ((value + r) % size).astype(np.uint64)
     table = words(rng, 1, size)
-    same(k.lookup(e, c, table)[0], table[0, value])
+    same(k.lookup(e[None], c[None], turned(table[None]))[0, 0], table[0, value])
     same(np.argmax(k.rotate(e, c), axis=1).astype(np.uint64), value)
 
 
 def test_lookup_misuse(rng: np.random.Generator) -> None:
-    e, c, t = words(rng, 3, 8), words(rng, 3), words(rng, 2, 8)
+    e, c, t = words(rng, 3, 8), words(rng, 3), words(rng, 1, 2, 16)
     refuses(
-        lambda: k.lookup(words(rng, 3, 6), c, words(rng, 2, 6)),
-        lambda: k.lookup(e, c[:2], t),
-        lambda: k.lookup(e, c, t[:, :4]),
+        lambda: k.lookup(words(rng, 1, 3, 6), c[None], words(rng, 1, 2, 12)),
+        lambda: k.lookup(e[None], c[None, :2], t),
+        lambda: k.lookup(e[None], c[None], t[:, :, :8]),
+        lambda: k.lookup(e[None], c[None], words(rng, 2, 2, 16)),
         lambda: k.rotate(words(rng, 3, 0), c),
     )
 
@@ -696,7 +709,7 @@ WIDE: dict[str, Callable[[np.random.Generator], Any]] = {
     "matmul": lambda g: k.matmul(words(g, 37, 211), words(g, 211, 403)),
     "matmul_row": lambda g: k.matmul(words(g, 1, 211), words(g, 211, 4099)),
     "matmul_nt": lambda g: k.matmul_nt(words(g, 3, 211), words(g, 97, 211)),
-    "lookup": lambda g: k.lookup(words(g, 301, 256), words(g, 301), words(g, 5, 256)),
+    "lookup": lambda g: k.lookup(words(g, 1, 301, 256), words(g, 1, 301), words(g, 1, 5, 512)),
     "bit_pick": lambda g: k.bit_pick(words(g, 77, 65), words(g, 4099) % np.uint64(77)),
     "gf_inner": lambda g: u64(k.gf_inner(words(g, 4099), words(g, 4099))),
     "gf_cross": lambda g: k.gf_cross(words(g, 2, 77, 64), words(g, 2, 77, 64), words(g, 64, 77)),
@@ -781,7 +794,7 @@ def walk_fences() -> None:
             k.bits_to_ring(w(packed), n)
             k.ring_lsb(w(n))
             for size in (2, 64, 128):
-                k.lookup(w(n, size), w(n), w(5, size))
+                k.lookup(w(2, n, size), w(2, n), w(2, 5, 2 * size))
                 k.rotate(w(n, size), w(n))
                 k.rotate(fence.empty((n, size), np.uint16), w(n))
                 k.bit_pick(w(size, packed), w(n) % np.uint64(size))

@@ -15,7 +15,7 @@ from __future__ import annotations
 import functools
 import pickle
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -842,9 +842,9 @@ def test_piecewise_reads_what_it_evaluates(
     piece = power_piece(low, rest, bits, degree)
 
     async def op(ctx: Context, s: Share) -> list[Share]:
-        (read,) = await ops.read_index(ctx, "index", (s, piece))
-        (value,) = await ops.evaluate(ctx, "value", [read])
-        return [value, read.flags[0], await ops.piecewise(ctx, "again", s, piece)]
+        read = await ops.read_index(ctx, "index", s.flat(), piece)
+        value = await ops.evaluate(ctx, "value", read)
+        return [value, read.flags[0, 0], await ops.piecewise(ctx, "again", s, piece)]
 
     value, flag, again = execute(backend, op, ring(x).reshape(4, 64))
     for v, got, j, other in zip(
@@ -858,18 +858,24 @@ def test_piecewise_reads_what_it_evaluates(
 
 
 def test_several_pieces_in_one_reading(backend: Replicated) -> None:
-    """Pieces of one degree over different windows and values, read and evaluated together."""
-    first, second = power_piece(0, 6, 4, 2), power_piece(3, 4, 3, 2)
-    x, y = ring(np.arange(0, 900, 3)), ring(np.arange(0, 850, 5))
+    """Pieces of one shape over different windows, and with tables of their own, read and evaluated
+    together.
+    """
+    first, second = power_piece(0, 6, 4, 2), power_piece(3, 6, 4, 2)
+    third = replace(first, tables=first.tables * np.uint64(5), flags=first.flags + np.uint64(100))
+    x = ring(np.arange(0, 900, 3))
 
-    async def op(ctx: Context, sx: Share, sy: Share) -> list[Share]:
-        reads = await ops.read_index(ctx, "index", (sx, first), (sy, second), (sy, first))
-        return await ops.evaluate(ctx, "value", reads)
+    async def op(ctx: Context, s: Share) -> list[Share]:
+        read = await ops.read_index(ctx, "index", s, first, second, third)
+        return [(await ops.evaluate(ctx, "value", read)).reshape(3, -1), *(read.flags[0, i] for i in (0, 2))]
 
-    a, b, c = execute(backend, op, x, y)
-    assert np.array_equal(a, x**2) and np.array_equal(c, y**2)  # nothing is dropped below the first window
+    value, low, high = execute(backend, op, x)
+    a, b, c = value
+    assert np.array_equal(a, x**2) and np.array_equal(c, 5 * x**2)  # nothing is dropped below these windows
     roots = np.sqrt(b.astype(float)).astype(np.uint64)
-    assert np.array_equal(roots**2, b) and (roots - (y >> np.uint64(3)) <= 3).all()
+    assert np.array_equal(roots**2, b) and (roots - (x >> np.uint64(3)) <= 3).all()
+    index = x >> np.uint64(6)
+    assert (low - index <= 1).all() and (high - 100 - index <= 1).all()
 
 
 # --- argmax -------------------------------------------------------------------------------------------------

@@ -303,25 +303,21 @@ def double(e: U64, high: U64) -> None:
     _lib.mk_ring_double(_out(e), _in(high), n, size, have)
 
 
-def _turned(table: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    """(D, K) -> (D, 2K), column u holding column -u mod K: a look-up by c reads one run from -c mod K."""
-    back = np.concatenate((table[:, :1], table[:, :0:-1]), axis=1)
-    return np.concatenate((back, back), axis=1)
+def lookup(e: U64, c: U64, turned: U64) -> U64:
+    """out[g, d, i] = sum_j table[g, d, (c[g, i] - j) mod K] e[g, i, j] modulo 2^64, for groups of rows that
+    have tables of their own.
 
-
-def lookup(e: U64, c: U64, tables: U64) -> U64:
-    """out[d, i] = sum_j tables[d, (c[i] - j) mod K] e[i, j] modulo 2^64.
-
-    e (n, K), c (n,), tables (D, K) -> (D, n). e is secret (a share of a one-hot vector); c and tables are
-    public. K is a power of two.
+    e (g, n, K), c (g, n), turned (g, D, 2K) -> (g, D, n). e is secret (a share of a one-hot vector); c and
+    tables are public. K is a power of two. Column u of `turned` is column -u mod K of the tables, so that a
+    look-up by c reads one run, from -c mod K.
     """
-    n, size = _array("e", e, (None, None))
-    _power_of_two("the second dimension of e", size)
-    _array("c", c, (n,))
-    depth, _ = _array("tables", tables, (None, size))
-    turned = np.ascontiguousarray(_turned(tables))
-    out = np.empty((depth, n), np.uint64)
-    _lib.mk_ring_lookup(_out(out), _in(e), _in(c), _in(turned), depth, n, size)
+    groups, n, size = _array("e", e, (None, None, None))
+    _power_of_two("the last dimension of e", size)
+    _array("c", c, (groups, n))
+    _, depth, _ = _array("turned", turned, (groups, None, 2 * size))
+    out = np.empty((groups, depth, n), np.uint64)
+    for g in range(groups):
+        _lib.mk_ring_lookup(_out(out[g]), _in(e[g]), _in(c[g]), _in(turned[g]), depth, n, size)
     return out
 
 

@@ -11,7 +11,6 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import pairwise
 from typing import Any, Final
 
 import numpy as np
@@ -230,7 +229,7 @@ async def activation(ctx: Context, step: str, x: Share, name: str, s: Settings, 
 
     y, (left, not_right) = await ops.together(ctx, table, sides)
     # within the table y, right of it x, left of it 0
-    bits = ops.joined([left ^ not_right, ~not_right], n)
+    bits = ops.joined(Bits(np.stack([(left ^ not_right).v, (~not_right).v], axis=1), ctx.bk), n)
     y, line = await ops.truncate_if(ctx, f"{step}/truncate", bits, (y, p.scale - to), (flat, scale - to))
     return (y + line).reshape(*x.shape)
 
@@ -290,24 +289,26 @@ async def _climb(
     The choice is made while the pieces are evaluated: none[w] says that no window above w is in use. Flags
     are 0 or 1, so their low bits share them over GF(2), where many are multiplied in one round.
     """
-    index = await ops.read_index(ctx, f"{step}/index", *((x, p) for p in ladder))
+    n = x.size
+    read = await ops.read_index(ctx, f"{step}/index", x.flat(), *ladder)
 
-    async def values(ctx: Context) -> list[Share]:
-        return await ops.evaluate(ctx, f"{step}/evaluate", index)
+    async def values(ctx: Context) -> Share:
+        return await ops.evaluate(ctx, f"{step}/evaluate", read)
 
     async def choice(ctx: Context) -> Bits:
-        empty = Bits(np.stack([(~ops.low_bits(r.flags[0].flat())).v for r in index[1:]], axis=1), ctx.bk)
-        above = tuple(tuple(range(w, len(index) - 1)) for w in range(len(index) - 1))
-        none = await ops.monomials(ctx, f"{step}/choose", above, empty)
-        chosen = [none[0], *(a ^ b for a, b in pairwise(none)), ~none[-1]]
-        return ops.joined(chosen, x.size)
+        empty = ~ops.low_bits_of_rows(read.flags[0][1:])
+        above = tuple(tuple(range(w, len(ladder) - 1)) for w in range(len(ladder) - 1))
+        none = np.stack([b.v for b in await ops.monomials(ctx, f"{step}/choose", above, empty)], axis=1)
+        ones = (~empty[-1:]).v
+        chosen = np.concatenate([none[:, :1], none[:, :-1] ^ none[:, 1:], ones], axis=1)
+        return ops.joined(Bits(chosen, ctx.bk), n)
 
     value, chosen = await ops.together(ctx, values, choice)
-    items = ((v, p.scale - scale) for v, p in zip(value, ladder, strict=True))
+    items = [(value[w * n : (w + 1) * n], p.scale - scale) for w, p in enumerate(ladder)]
     first, *others = await ops.truncate_if(ctx, f"{step}/select", chosen, *items)
     for p in others:
         first = first + p
-    return first
+    return first.reshape(*x.shape)
 
 
 @lru_cache(maxsize=8)

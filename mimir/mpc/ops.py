@@ -313,15 +313,16 @@ async def monomials(ctx: Context, step: str, wanted: tuple[tuple[int, ...], ...]
     kind = prep.Ands(wanted)
     planes = ctx.take(kind, bits.shape[1])["planes"].v
     (o,) = await ctx.doors.open_bits(step, bits ^ Bits(planes[:, : bits.shape[0]], ctx.bk))
-    out = []
-    for m, inner in zip(wanted, _planes_within(kind), strict=True):
-        table = planes[:, inner]
-        one = ctx.bk.xor_public(np.zeros_like(table[:, 0]), np.full(bits.shape[1], 2**64 - 1, np.uint64))
-        table = np.concatenate([one[:, None], table], axis=1)  # the subsets of m, in binary order
+    one = ctx.bk.xor_public(np.zeros_like(planes[:, :1]), np.full(bits.shape[1], 2**64 - 1, np.uint64))
+    found: dict[tuple[int, ...], Bits] = {}
+    for m, inner in sorted(zip(wanted, _planes_within(kind), strict=True), key=lambda e: -len(e[0])):
+        if m in found:
+            continue
+        table = np.concatenate([one, planes[:, inner]], axis=1)  # the subsets of m, in binary order
         for j in reversed(range(len(m))):  # a variable at a time: o_j P(without) + P(with)
             table = table[:, 1 << j :] ^ (table[:, : 1 << j] & o[m[j]])
-        out.append(Bits(table[:, 0], ctx.bk))
-    return out
+            found[m[j:]] = Bits(table[:, 0], ctx.bk)
+    return [found[m] for m in wanted]
 
 
 async def to_ring(ctx: Context, step: str, bits: Bits, n: int) -> Share:
@@ -338,14 +339,22 @@ def low_bits(x: Share) -> Bits:
 
 def lanes(bits: Bits, n: int) -> Share:
     """The first n lanes of rows of words of bits (k, w), each in the low bit of a word: (k, n). No round."""
-    rows = np.ascontiguousarray(bits.v).reshape(-1, bits.v.shape[-1])
-    out = np.stack([kernels.bits_to_ring(w, n) for w in rows])
-    return Share(out.reshape(bits.v.shape[0], -1, n), bits.bk)
+    k, w = bits.shape
+    out = np.stack([kernels.bits_to_ring(np.ascontiguousarray(v).reshape(-1), 64 * k * w) for v in bits.v])
+    return Share(out.reshape(len(out), k, 64 * w)[:, :, :n], bits.bk)
 
 
-def joined(rows: Sequence[Bits], n: int) -> Bits:
-    """Words of the first n lanes of each row of words, one row after another. No round."""
-    return low_bits(lanes(Bits(np.stack([r.v for r in rows], axis=1), rows[0].bk), n).flat())
+def low_bits_of_rows(x: Share) -> Bits:
+    """`low_bits` of each row of x (k, n): (k, words). No round."""
+    k, n = x.shape
+    v = np.zeros((len(x.v), k, 64 * words(n)), np.uint64)
+    v[:, :, :n] = x.v
+    return Bits(np.stack([kernels.ring_lsb(w.reshape(-1)).reshape(k, -1) for w in v]), x.bk)
+
+
+def joined(rows: Bits, n: int) -> Bits:
+    """Words of the first n lanes of each row of words (k, w), one row after another. No round."""
+    return low_bits(lanes(rows, n).flat())
 
 
 def _unmasked(ring: Share, opened: Ring) -> Share:
@@ -501,64 +510,64 @@ class Piecewise:
         return prep.Lookup(self.rest, self.bits, self.degree)
 
 
+@lru_cache(maxsize=64)
+def _turned(*pieces: Piecewise) -> Ring:
+    """The tables and flags of pieces as `kernels.lookup` wants them."""
+    tables = np.stack([np.concatenate([p.tables, p.flags]) for p in pieces])
+    back = np.concatenate([tables[:, :, :1], tables[:, :, :0:-1]], axis=2)
+    return np.concatenate([back, back], axis=2)
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Read:
-    """A value whose piece has been looked up: coefficients and remainder, ready to be evaluated."""
+    """Values (n) whose place has been looked up in each of some pieces: coefficients and remainders, ready to
+    be evaluated.
+    """
 
-    shape: tuple[int, ...]
-    coefs: Share  # (degree + 1, n)
-    flags: list[Share]
-    rest: Ring  # public part of the remainder; the remainder is rest - v
+    coefs: Share  # (degree + 1, pieces n)
+    flags: Share  # (flags, pieces, n)
+    rest: Ring  # (pieces n), public part of the remainder; the remainder is rest - v
     material: dict[str, Share]
 
 
-async def read_index(ctx: Context, step: str, *items: tuple[Share, Piecewise]) -> list[Read]:
-    """Look each x up in its table: coefficients and flags, as shares. One round, 4 bytes up to 32 bits of
-    index and remainder, else 8.
+async def read_index(ctx: Context, step: str, x: Share, *pieces: Piecewise) -> Read:
+    """Look x (n) up in each table: coefficients and flags, as shares. One round, 4 bytes a piece up to 32
+    bits of index and remainder, else 8.
 
-    x must lie in [0, 2^(low + rest + bits) - 2^(low + rest) - 3 * 2^low); what lies outside reads another
-    piece. What is read is 0 to 3 units of 2^low above x, 1.5 in the mean.
+    The pieces have equal shapes. x must lie in [0, 2^(low + rest + bits) - 2^(low + rest) - 3 * 2^low); what
+    lies outside reads another piece. What is read is 0 to 3 units of 2^low above x, 1.5 in the mean.
     A piece is read for remainders in (-2^rest, 2^rest) of its index.
     """
-    cs = [ctx.take(p.kind, x.size) for x, p in items]
-    sums: dict[int, list[Share]] = {}  # by width
-    for (x, p), c in zip(items, cs, strict=True):
-        sums.setdefault(p.rest + p.bits, []).append(drop(x.flat(), p.low, p.rest + p.bits) + c["r"])
-    asked = [Masked([concat(shares)], width) for width, shares in sums.items()]
-    opened = {w: o for w, (o,) in zip(sums, await ctx.doors.open_all(step, asked), strict=True)}
-    at = dict.fromkeys(sums, 0)
-    out = []
-    for (x, p), c in zip(items, cs, strict=True):
-        width = p.rest + p.bits
-        window = opened[width][at[width] : at[width] + x.size]
-        at[width] += x.size
-        index = window >> np.uint64(p.rest)
-        tables = np.concatenate([p.tables, p.flags])
-        e = c["e"].v
+    p, count, n = pieces[0], len(pieces), x.size
+    width = p.rest + p.bits
+    c = ctx.take(p.kind, count * n)
+    dropped = concat([drop(x, piece.low, width) for piece in pieces])
+    (o,) = await ctx.doors.open_low(step, width, dropped + c["r"])
+    index = (o >> np.uint64(p.rest)).reshape(count, n)
+    e, turned = c["e"].v, _turned(*pieces)
 
-        def local(e: Ring = e, index: Ring = index, tables: Ring = tables) -> Ring:
-            return np.stack([kernels.lookup(np.ascontiguousarray(v), index, tables) for v in e])
+    def local() -> Ring:
+        rows = (count, n, 1 << p.bits)
+        return np.stack([kernels.lookup(np.ascontiguousarray(v).reshape(rows), index, turned) for v in e])
 
-        shape = (2, len(tables), x.size)
-        looked = ctx.share(await ctx.compute(2 * len(tables) * (x.size << p.bits), local, shape))
-        d = p.degree + 1
-        flags = [looked[i].reshape(*x.shape) for i in range(d, len(tables))]
-        out.append(Read(x.shape, looked[:d], flags, window & np.uint64((1 << p.rest) - 1), c))
-    return out
+    depth = turned.shape[1]
+    work = 2 * depth * (count * n << p.bits)
+    looked = ctx.share(await ctx.compute(work, local, (2, count, depth, n))).swap(0, 1)
+    d = p.degree + 1
+    rest = o & np.uint64((1 << p.rest) - 1)
+    return Read(looked[:d].reshape(d, count * n), looked[d:], rest, c)
 
 
-async def evaluate(ctx: Context, step: str, reads: Sequence[Read]) -> list[Share]:
-    """Evaluate the pieces that were read, all of one degree. One round, 8 bytes a degree.
+async def evaluate(ctx: Context, step: str, read: Read) -> Share:
+    """Evaluate the pieces that were read: (pieces n). One round, 8 bytes a degree.
 
     The remainder is t = rest - v. Powers of t are public combinations of powers of v, and their products with
     masks m_i are the same of m_i v^j; all of these are in the material. With delta_i = open(c_i + m_i) for
     each coefficient but the first, c_i t^i = delta_i t^i - m_i t^i.
     """
-    degree = reads[0].coefs.shape[0] - 1
-    coefs = concat([r.coefs for r in reads], axis=1)  # (degree + 1, n)
-    poly = concat([r.material["poly"] for r in reads])  # (n, ..): see prep._powers
+    coefs, poly, rest = read.coefs, read.material["poly"], read.rest  # poly (pieces n, ..): see prep._powers
+    degree = coefs.shape[0] - 1
     (delta,) = await ctx.doors.open(step, coefs[1:].swap(0, 1) + poly[:, degree : 2 * degree])
-    rest = np.concatenate([r.rest for r in reads])
     powers = [np.ones_like(rest)]
     for _ in range(degree):
         powers.append(powers[-1] * rest)
@@ -568,19 +577,13 @@ async def evaluate(ctx: Context, step: str, reads: Sequence[Read]) -> list[Share
             at[i, j] = powers[i - j] * constant(math.comb(i, j) * (-1) ** j)
     told = [sum(delta[:, i - 1] * at[i, j] for i in range(max(j, 1), degree + 1)) for j in range(degree + 1)]
     minus = [-at[i, j] for j in range(degree + 1) for i in range(max(j, 1), degree + 1)]
-    value = coefs[0] + (poly * np.stack([*told[1:], *minus], axis=1)).sum(1) + told[0]
-    out, first = [], 0
-    for r in reads:
-        count = len(r.rest)
-        out.append(value[first : first + count].reshape(*r.shape))
-        first += count
-    return out
+    return coefs[0] + (poly * np.stack([*told[1:], *minus], axis=1)).sum(1) + told[0]
 
 
 async def piecewise(ctx: Context, step: str, x: Share, piece: Piecewise) -> Share:
     """The piecewise polynomial of x, at the scale of the piece. Two rounds."""
-    (value,) = await evaluate(ctx, f"{step}/evaluate", await read_index(ctx, f"{step}/index", (x, piece)))
-    return value
+    value = await evaluate(ctx, f"{step}/evaluate", await read_index(ctx, f"{step}/index", x.flat(), piece))
+    return value.reshape(*x.shape)
 
 
 def one_hot(ctx: Context, c: dict[str, Share], opened: Ring, bits: int) -> Share:
