@@ -358,7 +358,7 @@ class Incoming:
         """Append a piece; it must start where the last one ended."""
         tensor = self._tensors.get(name)
         if tensor is None:
-            raise WrongShare(f"model {self.manifest.name}: no words of {name!r} belong to this party")
+            raise BadInput(f"model {self.manifest.name}: no words of {name!r} belong to this party")
         size = self._size(tensor)
         if self.complete or offset != size or size + len(data) > tensor.nbytes:
             raise BadInput(f"{name}: {len(data)} bytes at {offset} do not follow the {size} that are here")
@@ -370,17 +370,16 @@ class Incoming:
         On a wrong hash the bad file is thrown away, so that a resumed upload sends it again.
         """
         party = self._store.party
-        if not self.complete:
-            for index, tensor in enumerate(self.manifest.tensors):
-                if tensor.name not in self._tensors:
-                    continue
-                size = self._size(tensor)
-                if size != tensor.nbytes:
-                    raise BadInput(f"{tensor.name}: {size} of {tensor.nbytes} bytes have arrived")
-                if self._hash(index, tensor) != tensor.sha256:
-                    self._path(tensor.name).unlink()
-                    self._begin(tensor)
-                    raise WrongShare(f"{tensor.name}: what arrived has not the manifest's hash; send again")
+        for index, tensor in enumerate(self.manifest.tensors):
+            if self.complete or tensor.name not in self._tensors:
+                continue
+            size = self._size(tensor)
+            if size != tensor.nbytes:
+                raise BadInput(f"{tensor.name}: {size} of {tensor.nbytes} bytes have arrived")
+            if self._hash(index, tensor) != tensor.sha256:
+                self._path(tensor.name).unlink()
+                self._begin(tensor)
+                raise WrongShare(f"{tensor.name}: what arrived has not the manifest's hash; send again")
         self._verified = True
         held = [(party + number) % COMPONENTS for number in (0, 1)]
         return {component: self.manifest.component_digest(component) for component in held}

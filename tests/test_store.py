@@ -208,7 +208,7 @@ def test_pieces_must_follow_each_other_and_belong_to_this_party(store: ModelStor
     foreign = [tensor.name for tensor in made.manifest.tensors if tensor.name not in incoming.have()]
     assert foreign, "of some tensors both components are key streams here"
     for each in (*foreign, "../embed", "nonsense"):
-        with pytest.raises(WrongShare, match="belong to this party"):
+        with pytest.raises(BadInput, match="belong to this party"):
             incoming.write(each, 0, data)
     for offset, piece in ((8, data), (0, data + b"x")):
         with pytest.raises(BadInput, match="do not follow"):
