@@ -24,14 +24,14 @@ position, in full batches of the producer and with its part of the products with
 many positions together. Their sum is the price of a token when nothing was prepared and
 nothing overlaps. Bytes are what one party hands to its links, framing included, of the party that sends most.
 Memory is the peak resident set of a party's process (VmHWM) over the whole life of the mesh, provisioning
-included, and the weights' shares, which are kept decrypted; the part of it that maps files, at the end, is
-programs (the shares, before they were encrypted at rest). The tunnel's own process comes apart. "Bound by" is
-the largest share of the time of a token that one resource explains: the processors of this machine, which all
-three parties and their tunnels share; the way there of every round; or the rate of a link. What else the
-machine does is measured too: if that is much, the table says that its seconds are too large. Beside what was
-measured stands what the cost model (`mimir cost`) predicts for the same session: its rounds and bytes are to
-agree exactly, its seconds are those of an otherwise idle machine, without the tunnels' processor time.
-Nothing here is asserted: tests do that.
+included, and the weights' shares, as far as `keys.keep_mib` keeps them; the part of it that maps files, at
+the end, is programs (the shares, before they were encrypted at rest). The tunnel's own process comes apart.
+"Bound by" is the largest share of the time of a token that one resource explains: the processors of this
+machine, which all three parties and their tunnels share; the way there of every round; or the rate of a link.
+What else the machine does is measured too: if that is much, the table says that its seconds are too large.
+Beside what was measured stands what the cost model (`mimir cost`) predicts for the same session: its rounds
+and bytes are to agree exactly, its seconds are those of an otherwise idle machine, without the tunnels'
+processor time. Nothing here is asserted: tests do that.
 
 Results go to bench/results/ as one JSON file a run, with machine, commit and date; the tables to
 bench/results/table.md (--quick keeps nothing unless --out is given). Ratios to the latest earlier results of
@@ -82,6 +82,7 @@ from mimir.model.checkpoint import PlanSpec  # noqa: E402
 from mimir.mpc.nonlinear import Settings  # noqa: E402
 from mimir.net.identity import Identity  # noqa: E402
 from mimir.net.messages import Message, Sampler  # noqa: E402
+from mimir.store import KEPT_BYTES  # noqa: E402
 
 RESULTS = HERE / "results"
 SHAPE = "llama-15m"
@@ -574,7 +575,7 @@ def predicted(
             name: statistics.median(getattr(p, name) for p in parts) for name in ("rounds", "sent", "seconds")
         }
 
-    memory = told.peak + cost.resident() + cost.SHARES * cost.WORD * spec.parameters()
+    memory = told.peak + cost.resident() + dryrun.Shares(spec, KEPT_BYTES).kept_bytes
     return {"token": middle(tokens), "preprocessing": middle(batches), "memory": memory}
 
 

@@ -1,18 +1,18 @@
 #!/usr/bin/env python3
-"""What encryption at rest costs: ciphers by chunk size, and one party's shares of a model in and out.
+"""What shares cost at rest and in use: ciphers by chunk size, one party's shares of a model in and out, and
+products with components that are in memory, expanded from a seed, or decrypted.
 
-    python bench/storage.py                  the 15 M shape, vocabulary 32,000; two minutes, 800 MB of disk
+    python bench/storage.py                  the 15 M shape, vocabulary 32,000; two minutes, 300 MB of disk
     python bench/storage.py --out FILE       the result (default: bench/results/storage.json)
 
-Each opening is a process of its own, with the files in the page cache. "plain" is what the store did before:
-words mapped from the file after a SHA-256 of every byte; a few lines here write and open it.
+Each opening is a process of its own, with the files in the page cache.
 """
 
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
+import math
 import os
 import platform
 import shutil
@@ -34,10 +34,18 @@ import numpy as np  # noqa: E402
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM, ChaCha20Poly1305  # noqa: E402
 
 from mimir.keys.file import FileCounter  # noqa: E402
-from mimir.manifest import Manifest, Tensor  # noqa: E402
+from mimir.manifest import (  # noqa: E402
+    COMPONENTS,
+    Manifest,
+    Tensor,
+    component_hash,
+    explicit_components,
+    seed_commitment,
+)
 from mimir.model.checkpoint import PlanSpec  # noqa: E402
-from mimir.secret import StorageKey  # noqa: E402
-from mimir.store import SIDES, ModelStore  # noqa: E402
+from mimir.mpc.weights import KeyStream, Stored, array, product  # noqa: E402
+from mimir.secret import ShareSeed, StorageKey  # noqa: E402
+from mimir.store import ModelStore  # noqa: E402
 from mimir.vault import Vault  # noqa: E402
 
 SHAPE = PlanSpec(
@@ -90,44 +98,45 @@ def _ciphers(size: int) -> dict[str, int]:
     }
 
 
-def component(shape: tuple[int, ...], number: int) -> bytes:
-    return np.random.default_rng(number).integers(0, 2**64, shape, dtype=np.uint64).tobytes()
+def share() -> tuple[Manifest, list[bytes], dict[str, bytes]]:
+    """A sharing of the shape: manifest, the three seeds, and the explicit component of every tensor."""
+    seeds = [bytes([number]) * 32 for number in range(COMPONENTS)]
+    shapes = SHAPE.shapes()
+    rule = explicit_components([math.prod(shape) for shape in shapes.values()])
+    tensors, words = [], {}
+    for index, (name, shape) in enumerate(shapes.items()):
+        words[name] = np.random.default_rng(index).bytes(8 * math.prod(shape))
+        whole = component_hash(rule[index], index, ShareSeed(seeds[rule[index]]))
+        whole.update(words[name])
+        tensors.append(Tensor(name, shape, rule[index], whole.hexdigest()))
+    a, b, c = (seed_commitment(number, ShareSeed(seed)) for number, seed in enumerate(seeds))
+    return Manifest("shape", SHAPE, 16, PARTIES, (a, b, c), tuple(tensors)), seeds, words
 
 
 def fill(root: Path) -> dict[str, Any]:
-    """Upload one party's two components of the shape, and write them plainly beside; seconds and bytes."""
-    shapes = list(SHAPE.shapes().items())
-    hashes = [
-        tuple(hashlib.sha256(component(shape, 3 * place + n)).hexdigest() for n in range(3))
-        for place, (_, shape) in enumerate(shapes)
-    ]
-    tensors = tuple(Tensor(name, shape, found) for (name, shape), found in zip(shapes, hashes, strict=True))  # type: ignore[arg-type]
-    manifest = Manifest("shape", SHAPE, 16, PARTIES, tensors)
+    """Upload one party's shares of the shape; seconds and bytes."""
+    manifest, seeds, words = share()
     store = open_store(root)
-    incoming = store.begin(manifest.public())
-    plain = root.with_name("plain")
-    plain.mkdir()
+    incoming = store.begin(manifest.public(), (ShareSeed(seeds[0]), ShareSeed(seeds[1])))
     written = 0.0
-    for place, (name, shape) in enumerate(shapes):
-        for number, side in enumerate(SIDES):
-            data = component(shape, 3 * place + number)
-            (plain / f"{name}.{side}").write_bytes(data)
-            begin = time.process_time()
-            for at in range(0, len(data), PIECE):
-                incoming.write(name, side, at, data[at : at + PIECE])
-            written += time.process_time() - begin
+    for name in incoming.have():
+        data = words[name]
+        begin = time.process_time()
+        for at in range(0, len(data), PIECE):
+            incoming.write(name, at, data[at : at + PIECE])
+        written += time.process_time() - begin
     begin = time.process_time()
     incoming.verify()
     verified = time.process_time() - begin
     incoming.accept()
     incoming.close()
     store.close()
-    sizes = [sum(each.stat().st_size for each in place.rglob("*.[ab]")) for place in (plain, root)]
     return {
-        "bytes_plain": sizes[0],
-        "bytes_encrypted": sizes[1],
+        "bytes_shares": 16 * SHAPE.parameters(),
+        "bytes_explicit": manifest.stored(0),
+        "bytes_on_disk": sum(each.stat().st_size for each in root.rglob("*") if each.is_file()),
         "upload_cpu_s": round(written, 3),
-        "upload_mb_s": round(sizes[0] / 1e6 / written),
+        "upload_mb_s": round(manifest.stored(0) / 1e6 / written),
         "read_back_and_hash_cpu_s": round(verified, 3),
     }
 
@@ -144,42 +153,65 @@ def memory() -> dict[str, int]:
     return {name: int(found[name]) >> 10 for name in ("RssAnon", "RssFile", "VmHWM")}
 
 
+KEEP = {"all kept": 4 << 30, "explicit kept": None, "nothing kept": 0}
+
+
 def opened(how: str, root: Path) -> dict[str, Any]:
-    """In a process of its own: open the model, then go through all of it three times."""
+    """In a process of its own: open the model, then multiply a row with all of it three times."""
     before = memory()
     begin, cpu = time.perf_counter(), time.process_time()
-    if how == "plain":
-        maps = {}
-        for name, shape in SHAPE.shapes().items():
-            for side in SIDES:
-                path = root.with_name("plain") / f"{name}.{side}"
-                words = np.memmap(path, dtype="<u8", mode="r", shape=shape)
-                hashlib.sha256(words.reshape(-1).data).hexdigest()
-                maps[name, side] = words
-
-        def get(name: str) -> tuple[Any, Any]:
-            return maps[name, "a"], maps[name, "b"]
-
-    else:
-        store = open_store(root, keep=0 if how == "decrypted at each use" else 4 << 30)
-        model = store.open(next(iter(store.models())))
-        get = model.get
+    keep = KEEP[how]
+    store = open_store(root, keep=share()[0].stored(0) if keep is None else keep)
+    model = store.open(next(iter(store.models())))
     seconds, used = time.perf_counter() - begin, time.process_time() - cpu
     after = memory()
     begin = time.process_time()
     for _ in range(3):
-        for name in SHAPE.shapes():
-            for words in get(name):
-                words.sum()
+        for name, shape in SHAPE.shapes().items():
+            for w in model.get(name):
+                if len(shape) == 2:
+                    product(np.ones((1, shape[0]), np.uint64), w, np.empty((1, shape[1]), np.uint64))
     return {
         "how": how,
         "open_s": round(seconds, 3),
         "open_cpu_s": round(used, 3),
         "pass_cpu_s": round((time.process_time() - begin) / 3, 3),
+        "kept_mib": model.kept_bytes >> 20,
         "anonymous_mib": after["RssAnon"] - before["RssAnon"],
-        "mapped_mib": after["RssFile"] - before["RssFile"],
         "peak_mib": memory()["VmHWM"],
     }
+
+
+def products(root: Path) -> list[dict[str, Any]]:
+    """Gigabytes of weights a processor second, of the largest matrix, by where its component comes from."""
+    store = open_store(root, keep=0)
+    pair = store.open(next(iter(store.models()))).get("head")
+    stored, stream = sorted(pair, key=lambda w: isinstance(w, KeyStream))
+    assert isinstance(stored, Stored) and isinstance(stream, KeyStream)
+    kept, out = array(stream), []
+    for m in (1, 32):
+        x, y = np.ones((m, SHAPE.width), np.uint64), np.empty((m, SHAPE.vocab), np.uint64)
+        for how, w in (("in memory", kept), ("expanded", stream), ("decrypted", stored)):
+            spent = []
+            for _ in range(7):
+                begin = time.process_time()
+                product(x, w, y)
+                spent.append(time.process_time() - begin)
+            out.append(
+                {"rows": m, "component": how, "gb_per_cpu_s": round(kept.nbytes / 1e9 / min(spent), 2)}
+            )
+    begin = time.process_time()
+    for _ in stream.blocks():
+        pass
+    out.append(
+        {
+            "rows": 0,
+            "component": "expanded",
+            "gb_per_cpu_s": round(kept.nbytes / 1e9 / (time.process_time() - begin), 2),
+        }
+    )
+    store.close()
+    return out
 
 
 def main() -> int:
@@ -201,7 +233,8 @@ def main() -> int:
             "upload": fill(folder / "data"),
             "open": [],
         }
-        for how in ("plain", "kept decrypted", "decrypted at each use"):
+        result["products"] = products(folder / "data")
+        for how in KEEP:
             command = [sys.executable, __file__, "--open", how, str(folder / "data")]
             runs = [
                 json.loads(subprocess.run(command, capture_output=True, check=True).stdout) for _ in range(5)

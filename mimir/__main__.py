@@ -479,6 +479,13 @@ def _parser(program: str) -> argparse.ArgumentParser:
         metavar="MIB",
         help="triple_pool.memory_mib (default: that of a party's file)",
     )
+    cost.add_argument(
+        "--keep-mib",
+        type=_not_negative,
+        default=4096,
+        metavar="MIB",
+        help="keys.keep_mib: of shares in memory (default: 4096)",
+    )
     cost.add_argument("--rtt", type=float, default=0.0, metavar="MS", help="there and back (default: 0)")
     cost.add_argument("--rate", type=float, metavar="MBIT", help="of a link each way (default: no limit)")
     cost.add_argument(
@@ -761,6 +768,13 @@ def _positive(text: str) -> int:
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError("must be at least 1")
+    return value
+
+
+def _not_negative(text: str) -> int:
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError("must be at least 0")
     return value
 
 

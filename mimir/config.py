@@ -427,8 +427,8 @@ class Keys:
     file: Annotated[Path | None, path_rule] = None
     # Not for "tpm"; a file in a folder of its own. Default: counter/storage.key, after that file's name.
     counter: Annotated[Path | None, path_rule] = None
-    keep_mib: Annotated[int, integer_rule(0, 1 << 24)] = 4096  # of decrypted shares, at most, kept in memory
-    lock_shares: Annotated[bool, flag_rule] = False  # keep decrypted shares out of swap; needs the right to
+    keep_mib: Annotated[int, integer_rule(0, 1 << 24)] = 4096  # of shares, at most, kept in memory
+    lock_shares: Annotated[bool, flag_rule] = False  # keep shares in memory out of swap; needs the right to
     require_locked: Annotated[bool, flag_rule] = False  # do not start if keys cannot be kept out of swap
     tpm: TpmKey = field(default_factory=TpmKey)
     kms: KmsKey | None = None

@@ -20,16 +20,18 @@ Material is made in batches: a token's preprocessing is its part of a batch of t
 of rows whose products with weights are made together.
 
 Rates come from a calibration of some ten seconds on this machine, in one thread: every kernel at one size,
-array functions in and out of the caches, SHA-256, and for each lane the seconds of a round, nearly all
-Python: what a tiny session of three real parties takes beyond its kernels, and two small frames each way over
-loopback sockets. Planning a step is timed as it is.
+array functions in and out of the caches, SHA-256, AES-GCM, and for each lane the seconds of a round, nearly
+all Python: what a tiny session of three real parties takes beyond its kernels, and two small frames each way
+over loopback sockets. Planning a step is timed as it is.
 
 What the model leaves out: caches that are smaller or larger than in the calibration, other work on the
 machine, WireGuard's own processor time, a link that slows when it is full.
 
 **Memory** is of one party: the process as it starts, the largest sum of arrays that are alive at once in the
 run over shapes, the material that a longer session keeps ready, and, apart, the weights' shares, which stay
-decrypted in memory as far as `keys.keep_mib` goes. What the allocator wastes is left out.
+in memory as far as `keys.keep_mib` goes. What does not is decrypted or expanded at each use, which is
+counted, in blocks of a megabyte, which are not. What the allocator wastes is left out, and so is reading the
+disk.
 """
 
 from __future__ import annotations
@@ -51,6 +53,7 @@ from unittest import mock
 
 import numpy as np
 import trio
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 import mimir.actors.session as session_module
 import mimir.actors.triples as triples_module
@@ -65,10 +68,9 @@ from mimir.mpc import plan
 from mimir.mpc.nonlinear import Settings
 from mimir.net.memory import MemoryNet
 from mimir.net.messages import Open, Sampler
+from mimir.vault import CHUNK
 
-FORMAT: Final = 2  # of a file of rates
-SHARES: Final = 2  # components of the weights that a party holds
-WORD: Final = 8
+FORMAT: Final = 3  # of a file of rates
 BEST_OF: Final = 3
 MIN_SECONDS: Final = 0.02
 ROUNDS: Final = 300  # over loopback, in the calibration
@@ -137,6 +139,7 @@ def _keys() -> set[str]:
         dryrun.ONE_ROW,
         dryrun.ARRAY,
         dryrun.LARGE_ARRAY,
+        dryrun.DECRYPT,
         "prg",
         "hash",
         "nanoseconds",
@@ -218,6 +221,9 @@ def calibrate() -> Rates:
     seconds["prg"] = _best(lambda: kernels.prg(bytes(32), 1, room)) / room.nbytes
     raw = bytes(room.nbytes)
     seconds["hash"] = _best(lambda: hashlib.sha256(raw).digest()) / len(raw)
+    box, nonce = AESGCM(bytes(32)), bytes(12)
+    sealed, opened = box.encrypt(nonce, raw[:CHUNK], b""), bytearray(CHUNK)
+    seconds[dryrun.DECRYPT] = _best(lambda: box.decrypt_into(nonce, sealed, b"", opened)) / CHUNK
     wire = trio.run(_loopback_round)
     seconds |= {f"round {lane}": wire + each for lane, each in _seconds_a_round(seconds).items()}
     return Rates(seconds, kernels.level(), os.cpu_count() or 1)
@@ -357,7 +363,7 @@ class Memory:
     process: int
     arrays: int
     ready: int
-    weights: int  # decrypted, and kept
+    weights: int  # shares that are kept
 
     @property
     def resident(self) -> int:
@@ -436,17 +442,17 @@ def predict(
     context: int,
     ahead: int,
     memory: int,
+    keep: int,
     rates: Rates,
     link: Link,
 ) -> Prediction:
     """Everything `mimir cost` tells. `context` is scheduler.max_context; `ahead` and `memory`, in bytes, are
-    those of [triple_pool].
+    those of [triple_pool], `keep` is the bytes of keys.keep_mib.
     """
     process = resident()
-    start = dryrun.run(
-        spec, settings, bucket=bucket, tokens=1, max_context=context, ahead=ahead, memory=memory
-    )
-    end = dryrun.run_last(spec, settings, max_context=context, ahead=ahead, memory=memory)
+    limits: dict[str, Any] = {"max_context": context, "ahead": ahead, "memory": memory, "keep": keep}
+    start = dryrun.run(spec, settings, bucket=bucket, tokens=1, **limits)
+    end = dryrun.run_last(spec, settings, **limits)
     online, made = last_token(end)
     first, first_made = first_token(start)
     planning = _seconds_to_plan(spec, settings, context)
@@ -463,7 +469,7 @@ def predict(
             ONLINE: part(ONLINE, online, rates, link),
             PREP: reduce(add, (part(PREP, c, rates, link, n, extra=planning * c.plans) for c, n in made)),
         },
-        Memory(process, max(start.peak, end.peak), end.pool, SHARES * WORD * spec.parameters()),
+        Memory(process, max(start.peak, end.peak), end.pool, dryrun.Shares(spec, keep).kept_bytes),
     )
 
 
@@ -516,6 +522,7 @@ def command(options: argparse.Namespace) -> int:
         context=context,
         ahead=TriplePool().min_size,
         memory=(options.memory or TriplePool().memory_mib) << 20,
+        keep=options.keep_mib << 20,
         rates=rates,
         link=link,
     )
@@ -562,6 +569,6 @@ def _text(spec: PlanSpec, told: Prediction, link: Link, rates: Rates) -> str:
         f"Tokens prepared together: {told.together}, for products with weights {told.block}. "
         "Rounds and bytes are exact, seconds a model.",
         f"Memory: {m.resident / mib:.0f} MiB (process {m.process / mib:.0f}, arrays {m.arrays / mib:.0f}, "
-        f"material ready {m.ready / mib:.0f}), and {m.weights / mib:.0f} MiB of decrypted weights.",
+        f"material ready {m.ready / mib:.0f}), and {m.weights / mib:.0f} MiB of weights' shares.",
     ]
     return "\n".join(out)

@@ -36,6 +36,7 @@ from mimir.actors.session import Limits, SessionActor, Step, Turn, plan_turn
 from mimir.actors.triples import Batch, bytes_of
 from mimir.config import TriplePool
 from mimir.errors import BadInput, LocalError
+from mimir.manifest import COMPONENTS, Tensor, explicit_components
 from mimir.model.checkpoint import PlanSpec
 from mimir.mpc import doors as doors_module
 from mimir.mpc import prep
@@ -44,6 +45,7 @@ from mimir.mpc.share import Share
 from mimir.net import Payload, wire
 from mimir.net.messages import Message, Open, Sampler
 from mimir.secret import Secret
+from mimir.store import KEPT_BYTES, kept
 
 Array = npt.NDArray[Any]
 SMALL: Final = 2048  # elements up to which an array is a real one
@@ -52,6 +54,7 @@ CLIENT: Final = "00" * 32
 MEMORY: Final = TriplePool().memory_mib << 20
 ONLINE, PREP = "online", "prep"
 ONE_ROW: Final = "matmul of one row"  # counted apart: bound by memory, not by multiplying
+DECRYPT: Final = "decrypt"  # bytes of shares at rest
 ARRAY, LARGE_ARRAY = "array", "large array"  # bytes read and written by functions of numpy
 CACHED: Final = 1 << 20  # bytes of an array that may still lie in a cache, and that costs no fresh pages
 _ENGINE: Final = ("mimir.mpc.", "mimir.model.", "mimir.actors.")  # modules whose names are replaced
@@ -613,13 +616,45 @@ def _nothing_real(tally: Tally) -> Iterator[None]:
 # --- a session ----------------------------------------------------------------------------------------------
 
 
-class _Model:
-    def __init__(self, spec: PlanSpec) -> None:
-        self._shapes = spec.shapes()
+class _Unkept:
+    """A component that is made anew at each use: all of it at once here, as it costs the same."""
 
-    def pair(self, name: str) -> tuple[Array, Array]:
-        w = stretched(self._shapes[name], owned=False)
-        return w, w
+    def __init__(self, shape: tuple[int, ...], work: str) -> None:
+        self.shape = shape
+        self._work = work
+
+    def blocks(self) -> Iterator[tuple[int, Array]]:
+        _tally.add(self._work, 8 * math.prod(self.shape))
+        yield 0, stretched((math.prod(self.shape[:-1]), self.shape[-1]), owned=False)
+
+
+class Shares:
+    """A party's shares of a model of which `keep` bytes may be in memory, all of zeros."""
+
+    def __init__(self, spec: PlanSpec, keep: int) -> None:
+        shapes = spec.shapes()
+        rule = explicit_components([math.prod(shape) for shape in shapes.values()])
+        self._tensors = {
+            name: Tensor(name, shape, component, "")
+            for (name, shape), component in zip(shapes.items(), rule, strict=True)
+        }
+        self._kept = kept(self._tensors.values(), PARTY, keep)
+
+    @property
+    def kept_bytes(self) -> int:
+        """Of shares in memory."""
+        return sum(self._tensors[name].nbytes for name, _ in self._kept)
+
+    def pair(self, name: str) -> tuple[Any, Any]:
+        tensor = self._tensors[name]
+
+        def component(number: int) -> Any:
+            if (name, number) in self._kept:
+                return stretched(tensor.shape, owned=False)
+            explicit = (PARTY + number) % COMPONENTS == tensor.explicit
+            return _Unkept(tensor.shape, DECRYPT if explicit else "prg")
+
+        return component(0), component(1)
 
 
 class _Session(SessionActor):
@@ -772,15 +807,16 @@ def run(
     max_context: int,
     ahead: int,
     memory: int = MEMORY,
+    keep: int = KEPT_BYTES,
     session: bytes = bytes(16),
     sampler: Sampler | None = None,
 ) -> Run:
     """One session of one turn: a prompt of `bucket` positions, then `tokens` tokens. Not within a Trio run.
 
-    `ahead` and `memory`, in bytes, are those of [triple_pool]. Raises what the engine raises for lengths
-    that do not fit.
+    `ahead` and `memory`, in bytes, are those of [triple_pool], `keep` the bytes of shares that may stay in
+    memory. Raises what the engine raises for lengths that do not fit.
     """
-    return _run(spec, settings, bucket, tokens, max_context, ahead, memory, session, sampler, None)
+    return _run(spec, settings, bucket, tokens, max_context, ahead, memory, keep, session, sampler, None)
 
 
 def run_last(
@@ -790,6 +826,7 @@ def run_last(
     max_context: int,
     ahead: int,
     memory: int = MEMORY,
+    keep: int = KEPT_BYTES,
     session: bytes = bytes(16),
     sampler: Sampler | None = None,
 ) -> Run:
@@ -801,7 +838,7 @@ def run_last(
     have a few bytes less.
     """
     until = min(max_context, spec.context)
-    return _run(spec, settings, 1, 1, max_context, ahead, memory, session, sampler, until)
+    return _run(spec, settings, 1, 1, max_context, ahead, memory, keep, session, sampler, until)
 
 
 def _run(
@@ -812,6 +849,7 @@ def _run(
     max_context: int,
     ahead: int,
     memory: int,
+    keep: int,
     session: bytes,
     sampler: Sampler | None,
     until: int | None,
@@ -823,7 +861,7 @@ def _run(
     transport: Any = _Transport()
 
     async def main() -> _Session:
-        actor = _Session(transport, terms, [client], spec, _Model(spec), settings, limits)
+        actor = _Session(transport, terms, [client], spec, Shares(spec, keep), settings, limits)
         actor.until = until
         session_module.plan_turn = actor.turn
         await actor.run()

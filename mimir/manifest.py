@@ -1,8 +1,14 @@
-"""What is public of a shared model: shape, scale, for whom it was shared, and the hash of every component.
+"""What is public of a shared model: shape, scale, for whom it was shared, and commitments to all components.
 
-Weight w is shared as w = c0 + c1 + c2 modulo 2^64; party i holds components i and i+1. The owner computes the
-hashes of all three components of every tensor, so each party can check its two, and two parties that agree on
-the manifest's digest hold the same third one. The digest is the model's name everywhere.
+Weight w is shared as w = c0 + c1 + c2 modulo 2^64; party i holds components i and i+1. There is one seed for
+each component number, known to the two holders. Of each tensor two components are key streams of their seeds
+(stream number: the tensor's place), and one, the *explicit* one, is what is left of w. Which one is a rule of
+the format: `explicit_components`, computed by everybody from the shapes.
+
+The manifest has a hash of each seed and of each explicit component, so each party can check what it gets, and
+two parties that agree on the manifest's digest hold the same. The digest is the model's name everywhere. A
+component's hash begins with its seed: the third party has the two other components, and could otherwise test
+guesses of the weights.
 """
 
 from __future__ import annotations
@@ -11,29 +17,73 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from mimir.errors import BadInput
 from mimir.model.checkpoint import MAX_SCALE_BITS, PlanSpec
+from mimir.secret import ShareSeed
 
-FORMAT = 1
+FORMAT = 2
 COMPONENTS = 3
 WORD_BYTES = 8  # of one ring element on disk and on the wire, little endian
 MAX_NAME = 64
-_ENTRIES = {"format", "name", "model", "scale_bits", "parties", "tensors"}
+_ENTRIES = {"format", "name", "model", "scale_bits", "parties", "seeds", "tensors"}
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _HASH = re.compile(r"[0-9a-f]{64}")
 
 
+class Hash(Protocol):
+    """SHA-256 in progress."""
+
+    def update(self, data: Any, /) -> None: ...
+
+    def hexdigest(self) -> str: ...
+
+
+def explicit_components(sizes: Sequence[int]) -> tuple[int, ...]:
+    """For tensors of these sizes, in order, which component of each is explicit.
+
+    The largest first (of equal ones the earlier), each goes to the component that has the fewest elements by
+    then (of equal ones the lowest), so that the three parties have about equally much to keep.
+    """
+    out, filled = [0] * len(sizes), [0] * COMPONENTS
+    for index in sorted(range(len(sizes)), key=lambda i: (-sizes[i], i)):
+        out[index] = filled.index(min(filled))
+        filled[out[index]] += sizes[index]
+    return tuple(out)
+
+
+def holds(party: int, component: int) -> bool:
+    """Whether this party is one of the two holders of a component."""
+    return (component - party) % COMPONENTS < 2
+
+
+def seed_commitment(component: int, seed: ShareSeed) -> str:
+    """By which a manifest commits to the seed of a component, hex."""
+    whole = hashlib.sha256(b"mimir share seed\0" + bytes((component,)))
+    with seed.reveal_to_kernel() as view:
+        whole.update(view)
+    return whole.hexdigest()
+
+
+def component_hash(component: int, index: int, seed: ShareSeed) -> Hash:
+    """To be fed the explicit component of the tensor at `index`, in C order; `seed` is the component's."""
+    whole = hashlib.sha256(b"mimir explicit component\0" + bytes((component,)) + index.to_bytes(4, "little"))
+    with seed.reveal_to_kernel() as view:
+        whole.update(view)
+    return whole
+
+
 @dataclass(frozen=True)
 class Tensor:
-    """One weight array: shape, and SHA-256 of each component's bytes in C order."""
+    """One weight array: shape, and which component is explicit, with its hash (see `component_hash`)."""
 
     name: str
     shape: tuple[int, ...]
-    sha256: tuple[str, str, str]
+    explicit: int
+    sha256: str
 
     @property
     def elements(self) -> int:
@@ -53,6 +103,7 @@ class Manifest:
     spec: PlanSpec
     scale_bits: int
     parties: tuple[str, str, str]  # identity public keys, in party order
+    seeds: tuple[str, str, str]  # `seed_commitment` of each component
     tensors: tuple[Tensor, ...]  # in the order of spec.shapes()
 
     def __post_init__(self) -> None:
@@ -62,14 +113,16 @@ class Manifest:
             raise BadInput(f"model {self.name}: scale_bits must be from 1 to {MAX_SCALE_BITS}")
         if len(set(self.parties)) != COMPONENTS or not all(_is_hash(text) for text in self.parties):
             raise BadInput(f"model {self.name}: parties must be {COMPONENTS} different public keys in hex")
-        expected = list(self.spec.shapes().items())
-        if [(tensor.name, tensor.shape) for tensor in self.tensors] != expected:
+        if len(self.seeds) != COMPONENTS or not all(_is_hash(text) for text in self.seeds):
+            raise BadInput(f"model {self.name}: {COMPONENTS} hashes of seeds in hex are needed")
+        shapes = self.spec.shapes()
+        rule = explicit_components([math.prod(shape) for shape in shapes.values()])
+        expected = [(*each, component) for each, component in zip(shapes.items(), rule, strict=True)]
+        if [(tensor.name, tensor.shape, tensor.explicit) for tensor in self.tensors] != expected:
             raise BadInput(f"model {self.name}: its tensors are not those of its description")
         for tensor in self.tensors:
-            if len(tensor.sha256) != COMPONENTS or not all(_is_hash(text) for text in tensor.sha256):
-                raise BadInput(
-                    f"model {self.name}: {tensor.name}: {COMPONENTS} SHA-256 hashes in hex are needed"
-                )
+            if not _is_hash(tensor.sha256):
+                raise BadInput(f"model {self.name}: {tensor.name}: a SHA-256 hash in hex is needed")
 
     def public(self) -> dict[str, Any]:
         """Plain values, for JSON and msgpack."""
@@ -79,25 +132,35 @@ class Manifest:
             "model": self.spec.public(),
             "scale_bits": self.scale_bits,
             "parties": list(self.parties),
-            "tensors": [[each.name, list(each.shape), list(each.sha256)] for each in self.tensors],
+            "seeds": list(self.seeds),
+            "tensors": [[each.name, list(each.shape), each.sha256] for each in self.tensors],
         }
 
     @classmethod
     def from_public(cls, data: Any) -> Manifest:
         """The inverse of `public`, strict; `BadInput` or `ModelError` says what is wrong."""
-        if not isinstance(data, Mapping) or set(data) != _ENTRIES:
-            raise BadInput("this is not a model manifest: missing or unknown entries")
-        if data["format"] != FORMAT or type(data["format"]) is not int:
-            raise BadInput(f"model manifest of format {data['format']!r}; this program reads {FORMAT}")
-        try:
-            tensors = tuple(
-                Tensor(str(name), tuple(_whole(size) for size in shape), tuple(map(str, hashes)))  # type: ignore[arg-type]
-                for name, shape, hashes in data["tensors"]
+        if isinstance(data, Mapping) and type(data.get("format")) is int and data["format"] != FORMAT:
+            raise BadInput(
+                f"model manifest of format {data['format']}; this program reads {FORMAT}: provision the "
+                "model again (mimir provision), with the same version at the owner and all parties"
             )
-            parties = tuple(map(str, data["parties"]))
+        if not isinstance(data, Mapping) or set(data) != _ENTRIES or type(data["format"]) is not int:
+            raise BadInput("this is not a model manifest: missing or unknown entries")
+        try:
+            found = [
+                (str(name), tuple(_whole(size) for size in shape), str(sha256))
+                for name, shape, sha256 in data["tensors"]
+            ]
+            parties, seeds = tuple(map(str, data["parties"])), tuple(map(str, data["seeds"]))
         except (TypeError, ValueError):
             raise BadInput("this model manifest is malformed") from None
-        return cls(data["name"], PlanSpec.from_public(data["model"]), data["scale_bits"], parties, tensors)  # type: ignore[arg-type]
+        rule = explicit_components([math.prod(shape) for _, shape, _ in found])
+        tensors = tuple(
+            Tensor(name, shape, component, sha256)
+            for (name, shape, sha256), component in zip(found, rule, strict=True)
+        )
+        spec = PlanSpec.from_public(data["model"])
+        return cls(data["name"], spec, data["scale_bits"], parties, seeds, tensors)  # type: ignore[arg-type]
 
     def canonical(self) -> bytes:
         """The one byte string that stands for this manifest."""
@@ -108,16 +171,23 @@ class Manifest:
         return hashlib.sha256(b"mimir model\0" + self.canonical()).hexdigest()
 
     def component_digest(self, component: int) -> str:
-        """One hash over the hashes of all tensors of one component: what its two holders compare."""
-        whole = hashlib.sha256(b"mimir component\0" + bytes((component,)))
+        """One hash over the seed's and those of all tensors that are explicit in one component: what its two
+        holders compare.
+        """
+        whole = hashlib.sha256(b"mimir component 2\0" + bytes((component,)))
+        whole.update(bytes.fromhex(self.seeds[component]))
         for tensor in self.tensors:
-            whole.update(bytes.fromhex(tensor.sha256[component]))
+            if tensor.explicit == component:
+                whole.update(bytes.fromhex(tensor.sha256))
         return whole.hexdigest()
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of one component of the whole model."""
-        return sum(tensor.nbytes for tensor in self.tensors)
+    def held(self, party: int) -> dict[str, Tensor]:
+        """Tensors whose explicit component this party holds, by name, in order."""
+        return {tensor.name: tensor for tensor in self.tensors if holds(party, tensor.explicit)}
+
+    def stored(self, party: int) -> int:
+        """Bytes of explicit components that this party holds."""
+        return sum(tensor.nbytes for tensor in self.held(party).values())
 
 
 def is_digest(text: object) -> bool:

@@ -272,7 +272,7 @@ class Writer:
     def size(self) -> int:
         return min(self._full * self.header.chunk, self.header.length) + len(self._tail)
 
-    def write(self, data: bytes) -> None:
+    def write(self, data: bytes | memoryview) -> None:
         """Append; not more than the length."""
         header = self.header
         if self.size + len(data) > header.length:

@@ -15,6 +15,7 @@ from mimir.mpc.doors import Doors
 from mimir.mpc.ops import Context
 from mimir.mpc.replicated import Replicated
 from mimir.mpc.share import Share
+from mimir.mpc.weights import Matrix
 from mimir.net.memory import MemoryNet, Tap
 
 T = TypeVar("T")
@@ -25,9 +26,9 @@ SESSION = bytes(range(16))
 class DictWeights:
     """Weight shares of one party, from plain dictionaries."""
 
-    tensors: Mapping[str, tuple[Ring, Ring]] = field(default_factory=dict)
+    tensors: Mapping[str, tuple[Matrix, Matrix]] = field(default_factory=dict)
 
-    def pair(self, name: str) -> tuple[Ring, Ring]:
+    def pair(self, name: str) -> tuple[Matrix, Matrix]:
         return self.tensors[name]
 
 

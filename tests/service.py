@@ -6,7 +6,7 @@ They let a test see what the client really sent (the prompt, unmasked) and chang
 from __future__ import annotations
 
 import hashlib
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import trio
-from storage import open_store
+from storage import open_store, share, upload
 from trust import Owners, verdict_on
 
 from mimir import vault as at_rest
@@ -27,12 +27,11 @@ from mimir.client.federation import Deadlines as ClientDeadlines
 from mimir.client.federation import Federation, Party, Revocation
 from mimir.config import Address, Config, Control, Deadlines, Mesh, Peer, Scheduler, Tls, Tunnel
 from mimir.errors import BadInput
-from mimir.manifest import Manifest, Tensor
 from mimir.model.checkpoint import PlanSpec
 from mimir.net.control import ClientHandle, Evidence, serve_control
 from mimir.net.identity import Identity
 from mimir.net.messages import Message, Open
-from mimir.store import SIDES, ComponentsDiffer, ModelStore
+from mimir.store import ComponentsDiffer, ModelStore
 
 VOCAB = 300
 NAMES = ("alpha", "beta", "gamma")
@@ -61,31 +60,6 @@ def spec(positions: str = "learned", **changes: Any) -> PlanSpec:
         eos_ids=(0,),
     )
     return replace(base, **changes)
-
-
-def shared_model(
-    model: PlanSpec, parties: tuple[str, str, str], name: str = "toy", seed: int = 1
-) -> tuple[Manifest, dict[str, list[bytes]]]:
-    """A model of random components: manifest, and per tensor the bytes of its three components."""
-    rng = np.random.default_rng(seed)
-    tensors, components = [], {}
-    for tensor, shape in model.shapes().items():
-        parts = [rng.integers(0, 2**64, shape, dtype=np.uint64).tobytes() for _ in range(3)]
-        components[tensor] = parts
-        a, b, c = (hashlib.sha256(part).hexdigest() for part in parts)
-        tensors.append(Tensor(tensor, shape, (a, b, c)))
-    return Manifest(name, model, 16, parties, tuple(tensors)), components
-
-
-def put(store: ModelStore, manifest: Manifest, components: Mapping[str, list[bytes]]) -> None:
-    """Have a store hold its two components of a model."""
-    incoming = store.begin(manifest.public())
-    for name, parts in components.items():
-        for number, side in enumerate(SIDES):
-            incoming.write(name, side, 0, parts[(store.party + number) % 3])
-    incoming.verify()
-    incoming.accept()
-    incoming.close()
 
 
 @dataclass
@@ -337,10 +311,10 @@ async def world(
                 for party in range(3):
                     made.certify(party, (party + 1) % 3)
             if hold:
-                manifest, components = shared_model(model, keys)
+                shared = share(model, keys)
                 for member in parties:
-                    put(member.store, manifest, components)
-                made.model = manifest.digest()
+                    upload(member.store, shared)
+                made.model = shared.manifest.digest()
             try:
                 yield made
             finally:

@@ -152,11 +152,12 @@ def test_predictions_are_those_of_the_session_that_is_measured(monkeypatch: pyte
     seconds = dict.fromkeys(cost._keys(), 0.0) | {"round online": 0.5, "round prep": 0.25}
     rates = cost.Rates(seconds, "ref", cores=3)
     row = {"ready": {"bucket": 2, "tokens": 3}, "wan": "20:8"}
-    whole = dryrun.run(LLAMA, SETTINGS, bucket=2, tokens=3, max_context=LLAMA.context, ahead=run.POOL)
+    lengths = {"bucket": 2, "tokens": 3, "max_context": LLAMA.context, "ahead": run.POOL}
+    lengths |= {"memory": run.POOL_MIB << 20}
+    whole = dryrun.run(LLAMA, SETTINGS, **lengths)
     asked: list[Any] = []
     monkeypatch.setattr(dryrun, "run", lambda *args, **kw: asked.append((args, kw)) or whole)
     got = run.predicted(LLAMA, SETTINGS, row, LLAMA.context, rates)
-    lengths = {"bucket": 2, "tokens": 3, "max_context": LLAMA.context, "ahead": run.POOL}
     assert asked == [((LLAMA, SETTINGS), lengths)]
     last, before = (m.lanes[dryrun.ONLINE] for m in (whole.of("token")[-1], whole.of("token")[-2]))
     rounds = last.rounds - before.rounds

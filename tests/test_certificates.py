@@ -594,7 +594,7 @@ def test_before_it_is_admitted_a_party_answers_about_its_state_alone(tmp_path: P
                 await connection.send({"t": "status"})
                 status = (await connection.receive("status"))["status"]
                 assert status["tls"]["grounds"] is None and status["revocations"]["epoch"] == 0
-                await connection.send({"t": "put_model", "manifest": {}})
+                await connection.send({"t": "put_model", "manifest": {}, "seeds": [bytes(32)] * 2})
                 with pytest.raises(BadInput, match="about its state alone"):
                     await connection.receive("have")
 

@@ -508,7 +508,7 @@ def test_strangers_learn_nothing_and_owners_and_clients_only_their_part(tmp_path
                 await once(made)
             party = made.federation.parties[0]
             async with connect(party, known, within=5, silence=5) as connection:
-                await connection.send({"t": "put_model", "manifest": {}})
+                await connection.send({"t": "put_model", "manifest": {}, "seeds": [bytes(32)] * 2})
                 with pytest.raises(BadInput, match="not in `owners` here"):
                     await connection.receive("have")
 

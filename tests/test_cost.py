@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -24,6 +25,7 @@ from mimir.__main__ import main
 from mimir.actors.session import SessionActor
 from mimir.dryrun import ONLINE, PREP
 from mimir.errors import BadInput, LocalError, ModelError
+from mimir.manifest import explicit_components
 from mimir.model import load_checkpoint, read_spec
 from mimir.mpc import check, doors, nonlinear, ops, prep
 
@@ -331,6 +333,7 @@ def test_the_command_needs_no_weights(
         return prediction
 
     monkeypatch.setattr(cost, "predict", kept)
+    monkeypatch.setattr(cost, "_seconds_to_plan", lambda *_: 0.01)  # which is measured anew each time
     told = ask(capsys, *words, "--rtt", "20", "--rate", "100")
     for part in ("prefill", "token"):
         for lane in (ONLINE, PREP, "together"):
@@ -342,10 +345,32 @@ def test_the_command_needs_no_weights(
     spec = read_spec(model)
     assert told["shape"]["parameters"] == spec.parameters()
     assert told["memory"]["weights"] == 16 * spec.parameters()
+    lean = ask(capsys, *words, "--keep-mib", "0")
+    assert lean["memory"]["weights"] == 0
+    # Everything is then made anew in each lane, and nothing else changes.
+    for lane in (ONLINE, PREP):
+        assert lean["token"][lane]["processor"] > told["token"][lane]["processor"]
+        assert lean["token"][lane]["rounds"] == told["token"][lane]["rounds"]
+        assert lean["token"][lane]["sent"] == told["token"][lane]["sent"]
     monkeypatch.setattr(cost, "predict", lambda *_, **__: prediction)
     assert main(["cost", *words]) == 0
     text = capsys.readouterr().out
     assert f"{told['token'][ONLINE]['rounds']:.0f}" in text and "Rounds and bytes are exact" in text
+
+
+def test_what_is_not_kept_is_counted_each_time_it_is_made() -> None:
+    """Two components of every tensor a token: of each byte once what it takes to decrypt or to expand it."""
+    spec = LLAMA
+    counts = {}
+    for keep in (0, 1 << 30):
+        run = dryrun.run(spec, SETTINGS, bucket=1, tokens=2, max_context=spec.context, ahead=4, keep=keep)
+        (first, second) = (mark.lanes[ONLINE] for mark in run.of("token"))
+        counts[keep] = second.minus(first).work
+    made = {kind: counts[0][kind] - counts[1 << 30][kind] for kind in ("prg", dryrun.DECRYPT)}
+    assert sum(made.values()) == 16 * spec.parameters()
+    sizes = [8 * math.prod(shape) for shape in spec.shapes().values()]
+    explicit = explicit_components([size // 8 for size in sizes])
+    assert made[dryrun.DECRYPT] == sum(n for n, c in zip(sizes, explicit, strict=True) if c in (0, 1))
 
 
 def test_seconds_are_what_the_model_says() -> None:

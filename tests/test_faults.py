@@ -22,6 +22,8 @@ from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import ModuleType, SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -57,14 +59,17 @@ from session_fixture import (
     tampered,
     unhooked,
 )
+from storage import open_store, share, upload
 from structlog.testing import capture_logs
 from trio.testing import MockClock
 
 from mimir import kernels
+from mimir import vault as at_rest
 from mimir.actors.peer import PartyService
 from mimir.actors.session import SessionActor
 from mimir.client import session as client
 from mimir.errors import ClientError, MimirError, PeerError
+from mimir.manifest import seed_commitment
 from mimir.mpc import check, doors, prep
 from mimir.mpc.domain import Ring
 from mimir.mpc.doors import Doors
@@ -72,8 +77,8 @@ from mimir.mpc.replicated import Replicated
 from mimir.net import wire
 from mimir.net.memory import MemoryNet, Tap
 from mimir.net.messages import Sampler
-from mimir.secret import Secret
-from mimir.store import ComponentsDiffer
+from mimir.secret import Secret, ShareSeed
+from mimir.store import ComponentsDiffer, WrongShare
 
 pytestmark = pytest.mark.slow
 
@@ -981,6 +986,34 @@ def cheat_provisioning(seed: int) -> bool:
     return ends[(cheater - 1) % PARTIES] is None
 
 
+STORED = share(LLAMA, ("a" * 64, "b" * 64, "c" * 64))
+
+
+def cheat_upload(words: Mapping[str, bytes], *, seed_of: int | None = None) -> Callable[[int], bool]:
+    """One party is sent other words than the manifest says; or, of one of its components, another seed than
+    the manifest commits to, and so its other holder has. True if it takes that for a model.
+    """
+
+    def cheat(seed: int) -> bool:
+        party = seed % PARTIES
+        manifest = STORED.manifest
+        if seed_of is not None:
+            commitments = list(manifest.seeds)
+            commitments[(party + seed_of) % PARTIES] = seed_commitment(0, ShareSeed(bytes(32)))
+            manifest = replace(manifest, seeds=(commitments[0], commitments[1], commitments[2]))
+        with TemporaryDirectory() as place, mock.patch.object(at_rest, "sync"):
+            store = open_store(Path(place) / "models", party, manifest.parties)
+            try:
+                upload(store, replace(STORED, manifest=manifest), words=words)
+                return manifest.digest() in store.models()
+            except WrongShare:
+                return False
+            finally:
+                store.close()
+
+    return cheat
+
+
 # What check stops which cheat. A check that is not here, or not there any more, fails a test.
 CHECKS: dict[str, Check] = {
     "an opening is what both holders say": Check(
@@ -1136,6 +1169,16 @@ CHECKS: dict[str, Check] = {
     "a weight component is the same at both holders": Check(
         "actors.peer:PartyService.compare_digests", "theirs", cheat_provisioning
     ),
+    "provisioning: seeds are those that the manifest commits to": Check(
+        "store:ModelStore.begin",
+        "seed_commitment(component, seed) != manifest.seeds[component]",
+        cheat_upload({}, seed_of=0),
+    ),
+    "provisioning: words are those that the manifest commits to": Check(
+        "store:Incoming.verify",
+        "self._hash(index, tensor) != tensor.sha256",
+        cheat_upload({name: bytes(len(STORED.words(name))) for name in STORED.components}),
+    ),
     "client: a component is the same from both holders": Check(
         "client.session:join", "not np.array_equal(pairs[first, 0], pairs[second, 1])", cheat_components
     ),
@@ -1219,9 +1262,10 @@ CHECKED: dict[str, tuple[str, ...]] = {
     "net.wire": ("Lockstep", "Board"),
     "actors.session": (),
     "actors.peer": (),
+    "store": (),
     "client.session": ("join", "check_masks", "Session"),
 }
-ACCUSING = ("PeerError", "ClientError", "ComponentsDiffer", "blame")
+ACCUSING = ("PeerError", "ClientError", "ComponentsDiffer", "WrongShare", "blame")
 STATING = re.compile(
     r"(\.(relations|gates|zeros|zero_bits)\.(append|extend)|same_bits|(residues|claims)\[.*\]\.(append|extend)"
     r"|assert_zero|\.agree)\("

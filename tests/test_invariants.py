@@ -146,7 +146,7 @@ ORDER = (
     ("mimir/attest/policy", "mimir/attest/collateral"),
     ("mimir/attest/appraisal",),
     ("mimir/model/checkpoint", "mimir/model/tokenizer", "mimir/model/__init__"),
-    ("mimir/manifest",),
+    ("mimir/manifest", "mimir/mpc/weights"),
     ("mimir/vault",),
     ("mimir/store",),
     ("mimir/net",),

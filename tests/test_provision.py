@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import stat
 from collections.abc import Awaitable, Callable
 from dataclasses import fields, replace
@@ -15,12 +16,13 @@ import trio
 from service import World, spec, world
 
 from mimir.client import provision as provisioning
-from mimir.client.connection import PartyError
-from mimir.client.provision import Seeds, Sharing, provision, seed_name
+from mimir.client.connection import Connection, PartyError
+from mimir.client.provision import Seeds, ShareSeeds, Sharing, provision, seed_name
 from mimir.client.session import connect_all
 from mimir.errors import BadInput, MimirError
 from mimir.manifest import Manifest
 from mimir.model.checkpoint import Plan, PlanSpec, encode
+from mimir.mpc.weights import KeyStream, array
 from mimir.secret import ShareSeed
 
 SCALE = 16
@@ -39,8 +41,12 @@ def plan(model: PlanSpec | None = None, seed: int = 3) -> Plan:
     return plan_of(model, {name: rng.normal(size=shape) for name, shape in model.shapes().items()})
 
 
-def seeds() -> tuple[ShareSeed, ShareSeed]:
-    return ShareSeed(b"\x01" * 32), ShareSeed(b"\x02" * 32)
+def seeds(first: int = 1) -> ShareSeeds:
+    return (
+        ShareSeed(bytes([first]) * 32),
+        ShareSeed(bytes([first + 1]) * 32),
+        ShareSeed(bytes([first + 2]) * 32),
+    )
 
 
 def run(test: Callable[[], Awaitable[None]]) -> None:
@@ -61,7 +67,7 @@ def check_stored(made: World, whole: Plan, digest: str) -> None:
     models = [party.store.open(digest) for party in made.parties]
     for name in whole.names():
         expected = encode(whole.tensor(name), SCALE)
-        pairs = [model.get(name) for model in models]
+        pairs = [[array(component) for component in model.get(name)] for model in models]
         for party in range(3):
             assert (pairs[party][1] == pairs[(party + 1) % 3][0]).all(), (
                 "the two holders of a component agree"
@@ -103,22 +109,51 @@ def test_no_component_repeats_between_tensors_or_seeds() -> None:
     """A key stream used twice would show the difference of two weights to a party."""
     seen: set[bytes] = set()
     count = 0
-    for pair in (seeds(), (ShareSeed(b"\x03" * 32), ShareSeed(b"\x04" * 32))):
-        sharing = Sharing(plan(), SCALE, pair)
-        for name in plan().names():
-            for _first, components in sharing.pieces(name):
-                for component in components:
-                    words = component.tobytes()
-                    for at in range(0, len(words) - 7, 8):
-                        seen.add(words[at : at + 8])
-                        count += 1
+    for three in (seeds(), seeds(4)):
+        sharing = Sharing(plan(), SCALE, three)
+        for index, (name, shape) in enumerate(plan().shapes().items()):
+            explicit = b"".join(piece.tobytes() for _first, piece in sharing.pieces(name))
+            streams = [array(KeyStream(sharing.seed(c), index, shape)).tobytes() for c in range(3)]
+            for words in (explicit, *streams):  # the stream that the explicit one stands for, too
+                assert len(words) == 8 * math.prod(shape)
+                for at in range(0, len(words), 8):
+                    seen.add(words[at : at + 8])
+                    count += 1
     assert len(seen) == count
 
 
-def test_the_last_component_of_equal_weights_is_not_equal() -> None:
+def test_the_explicit_component_of_equal_weights_is_not_equal() -> None:
     zeros = plan_of(spec(), {name: np.zeros(shape) for name, shape in spec().shapes().items()})
-    for _first, (_a, _b, last) in Sharing(zeros, SCALE, seeds()).pieces("embed"):
-        assert len(np.unique(last)) == last.size
+    for name in zeros.names():
+        words = np.concatenate([piece for _first, piece in Sharing(zeros, SCALE, seeds()).pieces(name)])
+        assert len(np.unique(words)) == words.size
+
+
+def test_a_third_of_the_shares_is_sent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two seeds to each party, and of each tensor one component, to its two holders."""
+
+    async def test() -> None:
+        async with world(tmp_path, hold=False) as made:
+            sharing = Sharing(plan(), SCALE, seeds())
+            manifest = sharing.manifest("toy", made.keys)
+            sent: list[dict[str, Any]] = []
+            send = Connection.send
+
+            async def watched(self: Connection, message: dict[str, Any]) -> None:
+                sent.append(message)
+                await send(self, message)
+
+            monkeypatch.setattr(Connection, "send", watched)
+            await share(made, sharing, manifest)
+            words = sum(len(each["data"]) for each in sent if each["t"] == "chunk")
+            assert words == 2 * sum(tensor.nbytes for tensor in manifest.tensors)
+            offers = [each["seeds"] for each in sent if each["t"] == "put_model"]
+            assert sorted(offers) == sorted([raw[i], raw[(i + 1) % 3]] for i in range(3))
+            for party in range(3):
+                assert made.parties[party].store.manifest(manifest.digest()) == manifest
+
+    raw = reveal(seeds())
+    run(test)
 
 
 def test_an_upload_that_was_cut_off_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -138,10 +173,10 @@ def test_an_upload_that_was_cut_off_goes_on(tmp_path: Path, monkeypatch: pytest.
                 await share(made, sharing, manifest, stop)
             assert scope.cancelled_caught
             await trio.sleep(0.05)  # the parties notice and close their uploads
-            incoming = made.parties[0].store.begin(manifest.public())
+            incoming = made.parties[0].store.begin(manifest.public(), seeds()[:2])
             have = incoming.have()
             incoming.close()
-            assert sum(map(sum, have.values())) > 0
+            assert sum(have.values()) > 0
             sent: list[int] = []
             digest = await share(made, sharing, manifest, lambda advance: sent.append(advance.done))
             check_stored(made, whole, digest)
@@ -153,32 +188,102 @@ def test_an_upload_that_was_cut_off_goes_on(tmp_path: Path, monkeypatch: pytest.
     run(test)
 
 
-@pytest.mark.parametrize("victim", range(3))
-@pytest.mark.parametrize("side", [0, 1])
-def test_an_owner_whose_data_are_not_what_it_promised_is_refused(
-    tmp_path: Path, victim: int, side: int
-) -> None:
+@pytest.mark.parametrize("component", range(3))
+def test_an_owner_whose_data_are_not_what_it_promised_is_refused(tmp_path: Path, component: int) -> None:
+    """By both holders; with the third party alone nothing is stored either."""
+
     async def test() -> None:
         async with world(tmp_path, hold=False) as made:
             sharing = Sharing(plan(), SCALE, seeds())
             manifest = sharing.manifest("toy", made.keys)
             honest = sharing.pieces
-            component = (victim + side) % 3
+            target = next(tensor.name for tensor in manifest.tensors if tensor.explicit == component)
 
             def lying(name: str) -> Any:
-                for first, components in honest(name):
-                    if name == "0.o":
-                        components[component][0, ...] ^= np.uint64(1)  # the same lie to both holders
-                    yield first, components
+                for first, words in honest(name):
+                    if name == target:
+                        words[0] ^= np.uint64(1)  # the same lie to both holders
+                    yield first, words
 
             sharing.pieces = lying  # type: ignore[method-assign]
             with pytest.raises(BadInput, match="has not the manifest's hash"):
                 await share(made, sharing, manifest)
-            assert all(
-                not party.store.models()
-                for party in made.parties
-                if party.party in (victim, (victim - 1) % 3)
-            )
+            assert not any(party.store.models() for party in made.parties)
+
+    run(test)
+
+
+@pytest.mark.parametrize("victim", range(3))
+@pytest.mark.parametrize("number", [0, 1])
+def test_a_wrong_seed_to_one_party_is_refused_before_anything_is_sent(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, victim: int, number: int
+) -> None:
+    """So it would have differed between its two holders."""
+    honest = provisioning._seeds_of
+
+    def lying(sharing: Sharing, party: int) -> list[bytes]:
+        found = honest(sharing, party)
+        if party == victim:
+            found[number] = bytes(32)
+        return found
+
+    monkeypatch.setattr(provisioning, "_seeds_of", lying)
+
+    async def test() -> None:
+        async with world(tmp_path, hold=False) as made:
+            sharing = Sharing(plan(), SCALE, seeds())
+            manifest = sharing.manifest("toy", made.keys)
+            with pytest.raises(BadInput, match=f"seed of component {(victim + number) % 3} is not"):
+                await share(made, sharing, manifest)
+            await trio.sleep(0.05)
+            assert not any(party.store.models() for party in made.parties)
+            assert not list((tmp_path / f"data{victim}").glob(".incoming-*"))
+
+    run(test)
+
+
+def test_words_of_a_component_that_the_party_expands_itself_are_refused(tmp_path: Path) -> None:
+    """An owner that claims another component to be the explicit one: the rule is everybody's."""
+
+    async def test() -> None:
+        async with world(tmp_path, hold=False) as made:
+            sharing = Sharing(plan(), SCALE, seeds())
+            manifest = sharing.manifest("toy", made.keys)
+            foreign = next(tensor for tensor in manifest.tensors if tensor.explicit == 2)
+            async with connect_all(made.federation, made.owner) as connections:
+                offered = provisioning._seeds_of(sharing, 0)
+                await connections[0].send({"t": "put_model", "manifest": manifest.public(), "seeds": offered})
+                have = (await connections[0].receive("have"))["tensors"]
+                assert foreign.name not in have and set(have) == set(manifest.held(0))
+                await connections[0].send(
+                    {"t": "chunk", "tensor": foreign.name, "offset": 0, "data": bytes(8)}
+                )
+                with pytest.raises(BadInput, match="belong to this party"):
+                    await connections[0].receive("committed")
+            moved = [replace(tensor, explicit=(tensor.explicit + 1) % 3) for tensor in manifest.tensors]
+            with pytest.raises(BadInput, match="not those of its description"):
+                replace(manifest, tensors=tuple(moved))
+
+    run(test)
+
+
+def test_expanded_shares_that_were_altered_are_not_what_was_shared(tmp_path: Path) -> None:
+    """The comparison in these tests is not idle: one word of one key stream, and the weights are others."""
+
+    async def test() -> None:
+        async with world(tmp_path, hold=False) as made:
+            whole = plan()
+            sharing = Sharing(whole, SCALE, seeds())
+            manifest = sharing.manifest("toy", made.keys)
+            digest = await share(made, sharing, manifest)
+            check_stored(made, whole, digest)
+            expanded = next(tensor.name for tensor in manifest.tensors if tensor.explicit != 0)
+            component = made.parties[0].store.open(digest).get(expanded)[0]
+            assert isinstance(component, np.ndarray)
+            component.flags.writeable = True
+            component.reshape(-1)[0] ^= np.uint64(1)
+            with pytest.raises(AssertionError):
+                check_stored(made, whole, digest)
 
     run(test)
 
@@ -237,8 +342,8 @@ def test_a_party_that_accepted_something_else_is_named(tmp_path: Path) -> None:
             store = made.parties[2].store
             begin = store.begin
 
-            def swap(data: Any) -> Any:
-                incoming = begin(data)
+            def swap(data: Any, seeds: Any) -> Any:
+                incoming = begin(data, seeds)
                 accept = incoming.accept
 
                 def accepted() -> None:
@@ -263,10 +368,10 @@ def test_a_party_that_claims_the_impossible_is_refused(tmp_path: Path) -> None:
             store = made.parties[1].store
             begin = store.begin
 
-            def claim(data: Any) -> Any:
-                incoming = begin(data)
+            def claim(data: Any, seeds: Any) -> Any:
+                incoming = begin(data, seeds)
                 have = incoming.have()
-                have["embed"][0] += 8 * 10**6
+                have[next(iter(have))] += 8 * 10**6
                 incoming.have = lambda: have
                 return incoming
 
@@ -306,9 +411,9 @@ def test_a_dead_party_is_named(tmp_path: Path) -> None:
 # --- seeds -------------------------------------------------------------------------------------------------
 
 
-def reveal(pair: tuple[ShareSeed, ShareSeed]) -> list[bytes]:
+def reveal(three: ShareSeeds) -> list[bytes]:
     out = []
-    for seed in pair:
+    for seed in three:
         with seed.reveal_to_kernel() as view:
             out.append(bytes(view))
     return out
@@ -318,7 +423,7 @@ def test_seeds_wait_in_a_private_file_until_they_are_forgotten(tmp_path: Path) -
     path = tmp_path / "x.seeds"
     first = Seeds(path)
     taken = reveal(first.take())
-    assert not first.resumed and taken[0] != taken[1]
+    assert not first.resumed and len(set(taken)) == 3
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
     again = Seeds(path)
     assert reveal(again.take()) == taken and again.resumed

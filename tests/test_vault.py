@@ -14,13 +14,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from storage import KEY, MemoryCounter, counter_of, open_store, open_vault
-from test_store import PARTIES, sharing, upload
+from storage import KEY, MemoryCounter, Shared, counter_of, open_store, open_vault, upload
+from test_store import PARTIES, sharing
 
 from mimir import vault as at_rest
 from mimir.errors import BadInput, MimirError
+from mimir.mpc import weights
 from mimir.secret import Pages, StorageKey
-from mimir.store import SIDES, ModelStore
+from mimir.store import SEEDS, SEEDS_BYTES, ModelStore
 from mimir.vault import Reader, StoreError, Vault, Writer
 
 PARTY = 2
@@ -35,25 +36,25 @@ def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def held(tmp_path: Path) -> Iterator[tuple[ModelStore, Any, Any]]:
-    """A store with one model: (store, manifest, components)."""
+    """A store with one model: (store, manifest, sharing)."""
     store = open_store(tmp_path / "models", PARTY, PARTIES)
-    manifest, components = sharing()
-    upload(store, manifest, components)
-    yield store, manifest, components
+    made = sharing()
+    upload(store, made)
+    yield store, made.manifest, made
     store.close()
 
 
 def share_files(store: ModelStore, manifest: Any) -> Iterator[tuple[Path, Callable[[], Any]]]:
-    """Every share file with what reads it."""
+    """Every share file with what reads it, that of the first tensor first."""
     home = store.root / manifest.digest()
 
     def read(name: str, path: Path, length: int) -> None:
         store.vault.reader("shares", name, path, length).into(memoryview(bytearray(length)))
 
-    for tensor in manifest.tensors:
-        for side in SIDES:
-            path = home / f"{tensor.name}.{side}"
-            yield path, partial(read, store._name(home.name, tensor.name, side), path, tensor.nbytes)
+    for tensor in manifest.held(PARTY).values():
+        path = home / f"{tensor.name}.words"
+        yield path, partial(read, store._name(home.name, tensor.name), path, tensor.nbytes)
+    yield home / SEEDS, partial(read, f"{PARTY}/{home.name}/{SEEDS}", home / SEEDS, SEEDS_BYTES)
 
 
 def test_no_byte_of_any_file_can_be_changed(held: Any) -> None:
@@ -72,7 +73,7 @@ def test_no_byte_of_any_file_can_be_changed(held: Any) -> None:
             tried += 1
         path.write_bytes(good)
         read()
-    assert tried > 1500
+    assert tried > 700
 
 
 def test_no_byte_of_the_register_can_be_changed(held: Any) -> None:
@@ -109,7 +110,7 @@ def test_a_length_that_lies_changes_the_key(held: Any) -> None:
     header = at_rest.peek(path)
     cut = at_rest.Header(header.version, 2 * header.chunk, header.chunk)
     path.write_bytes(cut.encode() + path.read_bytes()[at_rest._HEADER.size : cut.size])
-    name = store._name(manifest.digest(), "embed", "a")
+    name = store._name(manifest.digest(), path.stem)
     with pytest.raises(StoreError, match="expected"):
         store.vault.reader("shares", name, path, header.length)
     with pytest.raises(StoreError, match="chunk 0"):
@@ -234,7 +235,7 @@ def test_an_old_file_put_back_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_model_shared_anew_is_not_served_from_its_old_files(held: Any) -> None:
-    store, manifest, components = held
+    store, manifest, made = held
     digest = manifest.digest()
     old = store.root.parent / "old"
     shutil.copytree(store.root / digest, old)
@@ -244,10 +245,13 @@ def test_a_model_shared_anew_is_not_served_from_its_old_files(held: Any) -> None
     with pytest.raises(BadInput, match="not here"):
         store.open(digest)
     shutil.rmtree(store.root / digest)
-    upload(store, manifest, components)
-    shutil.copy(old / "0.qkv.b", store.root / digest / "0.qkv.b")
-    with pytest.raises(StoreError, match=r"0\.qkv\.b: not the version"):
-        store.open(digest)
+    upload(store, made)
+    for name in (f"{list(manifest.held(PARTY))[1]}.words", SEEDS):
+        good = (store.root / digest / name).read_bytes()
+        shutil.copy(old / name, store.root / digest / name)
+        with pytest.raises(StoreError, match=rf"{name}: not the version"):
+            store.open(digest)
+        (store.root / digest / name).write_bytes(good)
 
 
 @pytest.mark.parametrize("back", [1, 2, 5])
@@ -287,42 +291,44 @@ def test_another_storage_key_opens_nothing(held: Any) -> None:
 
 def test_a_store_without_encryption_is_refused(tmp_path: Path) -> None:
     """As it was before this: a directory of words, no register."""
-    manifest, components = sharing()
-    home = tmp_path / "models" / manifest.digest()
+    made = sharing()
+    home = tmp_path / "models" / made.manifest.digest()
     home.mkdir(mode=0o700, parents=True)
     (tmp_path / "models").chmod(0o700)
-    (home / "manifest.json").write_bytes(manifest.canonical())
-    for name, parts in components.items():
-        for number, side in enumerate(SIDES):
-            (home / f"{name}.{side}").write_bytes(parts[(PARTY + number) % 3])
+    (home / "manifest.json").write_bytes(made.manifest.canonical())
+    for name in made.manifest.held(PARTY):
+        (home / f"{name}.words").write_bytes(made.words(name))
     with pytest.raises(StoreError, match=r"without\s+encryption.* provision again"):
         open_store(tmp_path / "models", PARTY, PARTIES)
 
 
 def test_a_plain_file_among_sealed_ones_is_refused(held: Any) -> None:
-    store, manifest, components = held
-    (store.root / manifest.digest() / "embed.a").write_bytes(components["embed"][PARTY])
-    (store.root / manifest.digest() / "embed.a").chmod(0o600)
-    with pytest.raises(StoreError, match=r"embed\.a: not encrypted"):
-        store.open(manifest.digest())
+    store, manifest, made = held
+    for name, content in ((f"{next(iter(manifest.held(PARTY)))}.words", None), (SEEDS, bytes(SEEDS_BYTES))):
+        path = store.root / manifest.digest() / name
+        good = path.read_bytes()
+        path.write_bytes(content or made.words(path.stem))
+        with pytest.raises(StoreError, match=rf"{path.name}: not encrypted"):
+            store.open(manifest.digest())
+        path.write_bytes(good)
+    store.open(manifest.digest())
 
 
 def test_no_share_byte_lies_on_disk(held: Any) -> None:
     """Not in any file, the unfinished upload's included; a control shows that the search finds."""
-    store, _, components = held
-    other, others = sharing(9)
-    incoming = store.begin(other.public())
-    for name, parts in others.items():
-        incoming.write(name, "a", 0, parts[PARTY])
+    store, _, made = held
+    other = sharing(9)
+    incoming = store.begin(other.manifest.public(), other.seeds(PARTY))
+    for name in incoming.have():
+        incoming.write(name, 0, other.words(name))
     disk = b"".join(path.read_bytes() for path in store.root.rglob("*") if path.is_file())
     disk += b"".join(str(path).encode() for path in store.root.rglob("*"))
     words = 0
-    for source in (components, others):
-        for parts in source.values():
-            for part in parts:
-                for at in range(0, len(part) - 8, 8):
-                    assert part[at : at + 8] not in disk
-                    words += 1
+    for source in (made, other):
+        for part in [*itertools.chain(*source.components.values()), *source.raw_seeds]:
+            for at in range(0, len(part) - 8, 8):
+                assert part[at : at + 8] not in disk
+                words += 1
     assert words > 1000
     assert KEY[:8] not in disk
     assert manifest_name_of(disk), "what is public is found by the same search"
@@ -336,29 +342,37 @@ def manifest_name_of(disk: bytes) -> bool:
 # --- memory ------------------------------------------------------------------------------------------------
 
 
-def test_what_may_not_be_kept_is_decrypted_each_time_and_wiped(
+def test_what_may_not_be_kept_is_made_each_time_a_piece_at_a_time_and_wiped(
     held: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    store, manifest, components = held
+    store, manifest, made = held
     digest = manifest.digest()
-    assert store.open(digest).get("embed")[0] is store.open(digest).get("embed")[0]
+    tensor = manifest.tensors[0]
+    assert isinstance(store.open(digest).get(tensor.name)[0], np.ndarray)
+    store.close()
+    monkeypatch.setattr(weights, "SCRATCH", 128)
     wiped: list[int] = []
     wipe = Pages.wipe
     monkeypatch.setattr(Pages, "wipe", lambda self: (wiped.append(len(self)), wipe(self)))
-    store.close()
-    lean = open_store(store.root, PARTY, PARTIES, keep=2 * manifest.tensors[0].nbytes)
+    lean = open_store(store.root, PARTY, PARTIES, keep=0)
     model = lean.open(digest)
-    assert model.kept_bytes <= 2 * manifest.tensors[0].nbytes
-    wiped.clear()
-    a, b = model.get("head")
-    assert a.tobytes() == components["head"][PARTY] and b.tobytes() == components["head"][0]
-    assert model.get("head")[0] is not a
-    assert len(wiped) == 2, "the second pair is gone already"
-    row = a[1:2]
-    del a, b
-    assert len(wiped) == 3 and row.tobytes() in components["head"][PARTY], "a view keeps its pages"
-    del row
-    assert len(wiped) == 4
+    assert model.kept_bytes == 0
+    for each in manifest.tensors:
+        for number, component in enumerate(model.get(each.name)):
+            explicit = (PARTY + number) % 3 == each.explicit
+            assert isinstance(component, weights.Stored if explicit else weights.KeyStream)
+            assert made.components[each.name][(PARTY + number) % 3] not in repr(component).encode()
+            wiped.clear()
+            seen, views = b"", []
+            for _, rows in component.blocks():
+                seen += rows.tobytes()
+                views.append(rows)
+            assert seen == made.components[each.name][(PARTY + number) % 3]
+            assert len({view.ctypes.data for view in views}) == 1, "one buffer for all blocks"
+            assert len(views) > 1 or each.nbytes <= 8 * 128
+            assert not wiped, "a view keeps its pages"
+            del rows, views
+            assert len(wiped) == 1
     lean.close()
 
 
@@ -498,20 +512,26 @@ def crashes(disk: Disk, base: Path, place: Path, dense: int = 1000) -> Iterator[
             yield f"{steps} of {len(disk.log)}, names {names}, content {content}, torn {torn}", count
 
 
+def check_whole(store: ModelStore, made: Shared, state: str) -> None:
+    model = store.open(made.manifest.digest())
+    for name, parts in made.components.items():
+        for number, component in enumerate(model.get(name)):
+            assert weights.array(component).tobytes() == parts[(PARTY + number) % 3], state
+
+
 def test_a_crash_anywhere_in_an_upload_leaves_old_or_new(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     root = tmp_path / "models"
-    old, old_parts = sharing(1)
-    new, new_parts = sharing(2)
+    old, new = sharing(1), sharing(2)
     store = open_store(root, PARTY, PARTIES)
-    upload(store, old, old_parts)
+    upload(store, old)
     base, counter = tmp_path / "base", counter_of(root)
     shutil.copytree(root, base)
     start = counter.count
     disk = Disk(root, counter)
     with disk.watch(monkeypatch):
-        upload(store, new, new_parts, piece=5000)
+        upload(store, new, piece=5000)
     store.close()
     kinds = [event[0] for event in disk.log]
     assert kinds[-1] == "advance" and {"mkdir", "write", "sync", "rename"} <= set(kinds)
@@ -519,12 +539,12 @@ def test_a_crash_anywhere_in_an_upload_leaves_old_or_new(
     for state, count in crashes(disk, base, place, dense=10):
         counter_of(place).count = start + count
         again = open_store(place, PARTY, PARTIES)
-        assert again.open(old.digest()).get("head")[0].tobytes() == old_parts["head"][PARTY], state
-        there = new.digest() in again.models()
+        check_whole(again, old, state)
+        there = new.manifest.digest() in again.models()
         outcomes.add(there)
         if not there:
-            upload(again, new, new_parts, piece=5000)
-        assert again.open(new.digest()).get("head")[1].tobytes() == new_parts["head"][0], state
+            upload(again, new, piece=5000)
+        check_whole(again, new, state)
         again.close()
     assert outcomes == {False, True}
     assert there, "and after the last step it is there"
@@ -675,7 +695,7 @@ def test_the_register_lists_no_more_than_names_and_versions(held: Any) -> None:
     raw = at_rest.unseal(StorageKey(KEY), "register", "register", store.root / "register", None)
     found = json.loads(raw)
     assert set(found) == {"number", "files"}
-    assert len(found["files"]) == 2 * len(manifest.tensors)
+    assert len(found["files"]) == len(manifest.held(PARTY)) + 1
     assert issubclass(StoreError, MimirError) and Vault.__doc__
 
 

@@ -32,8 +32,8 @@ from mimir.errors import (
     PeerError,
 )
 from mimir.model.checkpoint import PlanSpec
-from mimir.mpc.domain import Ring
 from mimir.mpc.nonlinear import Settings
+from mimir.mpc.weights import Matrix
 from mimir.net import Transport
 from mimir.net.control import ClientHandle, Evidence, serve_control
 from mimir.net.identity import BadSignature, Identity, parse_public, verify
@@ -87,7 +87,7 @@ class _Weights:
     def __init__(self, model: SharedModel) -> None:
         self._model = model
 
-    def pair(self, name: str) -> tuple[Ring, Ring]:
+    def pair(self, name: str) -> tuple[Matrix, Matrix]:
         return self._model.get(name)
 
 

@@ -36,6 +36,7 @@ from mimir.mpc.ops import Context
 from mimir.mpc.prep import Demand
 from mimir.mpc.replicated import Replicated
 from mimir.mpc.share import Share, concat
+from mimir.mpc.weights import Matrix
 from mimir.net import Transport
 from mimir.net.messages import Message, Open
 
@@ -62,7 +63,7 @@ class Client(Protocol):
 class Model(Protocol):
     """Shares of the weights."""
 
-    def pair(self, name: str) -> tuple[Ring, Ring]: ...
+    def pair(self, name: str) -> tuple[Matrix, Matrix]: ...
 
 
 @dataclass(frozen=True, slots=True)

@@ -32,6 +32,7 @@ from mimir.client.session import (
 )
 from mimir.client.terminal import Terminal, amount, bar
 from mimir.errors import AttestationError, BadInput, ClientError, ConfigError, MimirError
+from mimir.manifest import COMPONENTS
 from mimir.model.checkpoint import load_checkpoint
 from mimir.model.tokenizer import Tokenizer
 from mimir.net.identity import Identity
@@ -521,7 +522,8 @@ async def _provision(options: argparse.Namespace, terminal: Terminal) -> int:
     if seeds.resumed:
         terminal.note("Going on with the upload that was cut off.")
     manifest = await trio.to_thread.run_sync(share.manifest, name, federation.identities, watch)
-    terminal.event("manifest", model=manifest.digest(), name=name, bytes_per_component=manifest.nbytes)
+    stored = [manifest.stored(party) for party in range(COMPONENTS)]
+    terminal.event("manifest", model=manifest.digest(), name=name, bytes_by_party=stored)
     # Connected afresh: hashing a large model takes longer than a party waits for a silent owner.
     async with _connect_all(terminal, federation, identity, again=True) as connections:
         digest = await sharing.provision(connections, share, manifest, watch)
@@ -529,7 +531,7 @@ async def _provision(options: argparse.Namespace, terminal: Terminal) -> int:
     terminal.clear()
     terminal.event("provisioned", model=digest, name=name)
     terminal.text(f"{name} {digest}\n")
-    terminal.note(f"All three parties hold {name}: {amount(2 * manifest.nbytes)} each.")
+    terminal.note(f"All three parties hold {name}: {amount(max(stored))} each at most.")
     return 0
 
 

@@ -1,8 +1,10 @@
 """The owner's side of sharing a model: every weight w becomes c0 + c1 + c2, and party i gets c_i and c_{i+1}.
 
-c0 and c1 are key streams of two random seeds, c2 is w - c0 - c1 modulo 2^64, so any two components are
-uniformly random whatever the weights. All three are made piece by piece, twice: once to hash them for the
-manifest, once to send them. Never more than one tensor of weights and a few pieces are in memory.
+Of each tensor two components are key streams of the seeds of their numbers, and the third, the explicit one
+(see mimir.manifest), is w less these, modulo 2^64, so any two components are uniformly random whatever the
+weights. A party is sent its two seeds, and words only of explicit components: twice each, to their holders.
+They are made piece by piece, twice: once to hash them for the manifest, once to send them. Never more than
+one tensor of weights and a few pieces are in memory.
 
 The seeds wait in an owner-only file until the parties have everything, so that an upload that was cut off
 goes on where it stopped; then the file is deleted. Whoever has it and one party's shares has the model.
@@ -11,6 +13,7 @@ goes on where it stopped; then the file is deleted. Whoever has it and one party
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -25,18 +28,27 @@ from mimir import kernels
 from mimir.client.connection import Connection, plain_errors
 from mimir.client.session import gather
 from mimir.errors import BadInput, ClientError
-from mimir.manifest import COMPONENTS, WORD_BYTES, Manifest, Tensor
+from mimir.manifest import (
+    COMPONENTS,
+    WORD_BYTES,
+    Manifest,
+    Tensor,
+    component_hash,
+    explicit_components,
+    holds,
+    seed_commitment,
+)
 from mimir.model.checkpoint import Plan, encode
 from mimir.net.messages import MAX_CHUNK
-from mimir.secret import ShareSeed
+from mimir.secret import KEY_BYTES, ShareSeed
 
 Words = npt.NDArray[np.uint64]
+ShareSeeds = tuple[ShareSeed, ShareSeed, ShareSeed]  # of components 0, 1 and 2
 
 PIECE = MAX_CHUNK // WORD_BYTES  # elements; a multiple of a key-stream block
 BLOCK = 64 // WORD_BYTES  # elements of one key-stream block
-SIDES = ("a", "b")
 QUEUE = 4  # pieces waiting for a slow party before all wait for it
-SEED_FILE_BYTES = 2 * 32
+SEED_FILE_BYTES = COMPONENTS * KEY_BYTES
 
 
 @dataclass(frozen=True)
@@ -54,57 +66,76 @@ Watch = Callable[[Advance], None]
 class Sharing:
     """One sharing of one model: deterministic given the seeds, so it can be made twice."""
 
-    def __init__(self, plan: Plan, scale_bits: int, seeds: tuple[ShareSeed, ShareSeed]) -> None:
+    def __init__(self, plan: Plan, scale_bits: int, seeds: ShareSeeds) -> None:
         self._plan = plan
         self._scale_bits = scale_bits
         self._seeds = seeds
-        self._streams = {name: index for index, name in enumerate(plan.names())}
+        shapes = plan.shapes()
+        rule = explicit_components([math.prod(shape) for shape in shapes.values()])
+        self._places = {name: (index, rule[index]) for index, name in enumerate(shapes)}
 
-    def pieces(self, name: str) -> Iterator[tuple[int, tuple[Words, Words, Words]]]:
-        """The three components of a tensor, piece by piece, each with the index of its first element."""
+    def seed(self, component: int) -> ShareSeed:
+        return self._seeds[component]
+
+    def pieces(self, name: str) -> Iterator[tuple[int, Words]]:
+        """The explicit component of a tensor, piece by piece, each with the index of its first element."""
+        index, explicit = self._places[name]
         weights = encode(
             self._plan.tensor(name), self._scale_bits, f"{self._plan.directory}: {name}"
         ).reshape(-1)
         for first in range(0, weights.size, PIECE):
-            piece = weights[first : first + PIECE]
-            masks = []
-            for seed in self._seeds:
-                mask = np.empty(piece.size, np.uint64)
-                with seed.reveal_to_kernel() as key:
-                    kernels.prg(key, self._streams[name], mask, first // BLOCK)
-                masks.append(mask)
-            yield first, (masks[0], masks[1], piece - masks[0] - masks[1])
+            piece = weights[first : first + PIECE].copy()
+            mask = np.empty(piece.size, np.uint64)
+            for component in range(COMPONENTS):
+                if component != explicit:
+                    with self._seeds[component].reveal_to_kernel() as key:
+                        kernels.prg(key, index, mask, first // BLOCK)
+                    piece -= mask
+            yield first, piece
 
     def manifest(self, title: str, parties: Sequence[str], watch: Watch | None = None) -> Manifest:
-        """Make every component once and hash it."""
+        """Make every explicit component once and hash it."""
         total, done = self._plan.parameters(), 0
         tensors = []
         for name, shape in self._plan.shapes().items():
-            digests = [hashlib.sha256() for _ in range(COMPONENTS)]
-            for _first, components in self.pieces(name):
-                for digest, component in zip(digests, components, strict=True):
-                    digest.update(component.astype("<u8", copy=False).data)
-                done += components[0].size
+            index, explicit = self._places[name]
+            whole = component_hash(explicit, index, self._seeds[explicit])
+            for _first, piece in self.pieces(name):
+                whole.update(piece.astype("<u8", copy=False).data)
+                done += piece.size
                 if watch is not None:
                     watch(Advance("hashing", done, total))
-            hashes = [digest.hexdigest() for digest in digests]
-            tensors.append(Tensor(name, shape, (hashes[0], hashes[1], hashes[2])))
-        keys = (parties[0], parties[1], parties[2])
-        return Manifest(title, self._plan.spec, self._scale_bits, keys, tuple(tensors))
+            tensors.append(Tensor(name, shape, explicit, whole.hexdigest()))
+        seeds = [seed_commitment(component, seed) for component, seed in enumerate(self._seeds)]
+        return Manifest(
+            title,
+            self._plan.spec,
+            self._scale_bits,
+            (parties[0], parties[1], parties[2]),
+            (seeds[0], seeds[1], seeds[2]),
+            tuple(tensors),
+        )
 
 
 async def provision(
     connections: Sequence[Connection], sharing: Sharing, manifest: Manifest, watch: Watch | None = None
 ) -> str:
-    """Send each party its two components and have all three accept; returns the model's digest.
+    """Send each party its two seeds and its explicit components, and have all three accept; returns the
+    model's digest.
 
     What a party already has is not sent again. If anything fails, nothing is accepted there; run it again.
     """
     with plain_errors():
         public = manifest.public()
-        await gather(connections, lambda each: each.send({"t": "put_model", "manifest": public}))
+        async with trio.open_nursery() as nursery:
+            for party, each in enumerate(connections):
+                seeds = _seeds_of(sharing, party)
+                nursery.start_soon(each.send, {"t": "put_model", "manifest": public, "seeds": seeds})
         answers = await gather(connections, lambda each: each.receive("have"))
-        have = [_checked(manifest, answer, each) for answer, each in zip(answers, connections, strict=True)]
+        have = [
+            _checked(manifest, party, answer, each)
+            for party, (answer, each) in enumerate(zip(answers, connections, strict=True))
+        ]
         async with trio.open_nursery() as nursery:
             queues = []
             for connection in connections:
@@ -123,41 +154,41 @@ async def provision(
     return manifest.digest()
 
 
+def _seeds_of(sharing: Sharing, party: int) -> list[bytes]:
+    """For a message, which takes `bytes`: these copies cannot be wiped."""
+    found = []
+    for number in (0, 1):
+        with sharing.seed((party + number) % COMPONENTS).reveal_to_kernel() as view:
+            found.append(bytes(view))
+    return found
+
+
 async def _send_pieces(
     sharing: Sharing,
     manifest: Manifest,
-    have: Sequence[dict[str, list[int]]],
+    have: Sequence[dict[str, int]],
     queues: Sequence[trio.MemorySendChannel[dict[str, Any]]],
     watch: Watch | None,
 ) -> None:
     total, done = sum(tensor.elements for tensor in manifest.tensors), 0
     for tensor in manifest.tensors:
-        if all(min(party[tensor.name]) == tensor.nbytes for party in have):
+        holders = [party for party in range(COMPONENTS) if holds(party, tensor.explicit)]
+        if all(have[party][tensor.name] == tensor.nbytes for party in holders):
             done += tensor.elements
             continue
         pieces = sharing.pieces(tensor.name)
         while (piece := await trio.to_thread.run_sync(next, pieces, None)) is not None:
-            first, components = piece
-            for party, queue in enumerate(queues):
-                for side in range(len(SIDES)):
-                    # A party may hold any number of bytes already: send from there.
-                    here = have[party][tensor.name][side]
-                    offset, data = (
-                        first * WORD_BYTES,
-                        components[(party + side) % COMPONENTS].astype("<u8").tobytes(),
+            first, words = piece
+            offset, data = first * WORD_BYTES, words.astype("<u8", copy=False).tobytes()
+            for party in holders:
+                # A party may hold any number of bytes already: send from there.
+                here = have[party][tensor.name]
+                if offset + len(data) > here:
+                    skip = max(0, here - offset)
+                    await queues[party].send(
+                        {"t": "chunk", "tensor": tensor.name, "offset": offset + skip, "data": data[skip:]}
                     )
-                    if offset + len(data) > here:
-                        skip = max(0, here - offset)
-                        await queue.send(
-                            {
-                                "t": "chunk",
-                                "tensor": tensor.name,
-                                "side": SIDES[side],
-                                "offset": offset + skip,
-                                "data": data[skip:],
-                            }
-                        )
-            done += components[0].size
+            done += words.size
             if watch is not None:
                 watch(Advance("sending", done, total))
 
@@ -168,11 +199,13 @@ async def _forward(connection: Connection, queue: trio.MemoryReceiveChannel[dict
         await connection.send(message)
 
 
-def _checked(manifest: Manifest, answer: dict[str, Any], connection: Connection) -> dict[str, list[int]]:
+def _checked(
+    manifest: Manifest, party: int, answer: dict[str, Any], connection: Connection
+) -> dict[str, int]:
     """What a party says it has, if that is possible at all."""
-    sizes: dict[str, list[int]] = answer["tensors"]
-    wanted = {tensor.name: tensor.nbytes for tensor in manifest.tensors}
-    if sizes.keys() != wanted.keys() or any(max(sizes[name]) > wanted[name] for name in wanted):
+    sizes: dict[str, int] = answer["tensors"]
+    wanted = {name: tensor.nbytes for name, tensor in manifest.held(party).items()}
+    if sizes.keys() != wanted.keys() or any(sizes[name] > wanted[name] for name in wanted):
         raise ClientError(
             f"party {connection.party.name} claims to hold parts of a model that was never sent"
         )
@@ -180,13 +213,13 @@ def _checked(manifest: Manifest, answer: dict[str, Any], connection: Connection)
 
 
 class Seeds:
-    """The two seeds of a sharing, kept in a file until the sharing is complete."""
+    """The three seeds of a sharing, kept in a file until the sharing is complete."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.resumed = False
 
-    def take(self) -> tuple[ShareSeed, ShareSeed]:
+    def take(self) -> ShareSeeds:
         """The seeds in the file, or fresh ones that are in it from now on."""
         try:
             handle = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
@@ -196,7 +229,7 @@ class Seeds:
             raise BadInput(
                 f"{self.path}: cannot be written: {error.strerror}; choose another --state"
             ) from None
-        seeds = ShareSeed.random(), ShareSeed.random()
+        seeds = ShareSeed.random(), ShareSeed.random(), ShareSeed.random()
         try:
             os.fchmod(handle, 0o600)
             for seed in seeds:
@@ -217,7 +250,7 @@ class Seeds:
         except FileNotFoundError:
             pass
 
-    def _read(self) -> tuple[ShareSeed, ShareSeed]:
+    def _read(self) -> ShareSeeds:
         with open(self.path, "rb", buffering=0) as file:
             facts = os.fstat(file.fileno())
             if facts.st_mode & 0o077 or facts.st_uid != os.geteuid():
@@ -229,11 +262,10 @@ class Seeds:
                 # The process died while writing it, before anything was sent.
                 self.path.unlink()
                 return self.take()
-        half = SEED_FILE_BYTES // 2
-        seeds = ShareSeed(raw[:half]), ShareSeed(raw[half:])
+        parts = [raw[at : at + KEY_BYTES] for at in range(0, len(raw), KEY_BYTES)]
         raw[:] = bytes(len(raw))
         self.resumed = True
-        return seeds
+        return ShareSeed(parts[0]), ShareSeed(parts[1]), ShareSeed(parts[2])
 
 
 def seed_name(plan: Plan, scale_bits: int, parties: Sequence[str]) -> str:
@@ -241,7 +273,7 @@ def seed_name(plan: Plan, scale_bits: int, parties: Sequence[str]) -> str:
 
     Other weights under the same seeds would show two parties the difference, so the name covers every weight.
     """
-    digest = hashlib.sha256(f"mimir seeds {scale_bits} {' '.join(parties)}\0".encode())
+    digest = hashlib.sha256(f"mimir seeds 2 {scale_bits} {' '.join(parties)}\0".encode())
     for name in plan.names():
         digest.update(name.encode() + b"\0")
         digest.update(plan.tensor(name).reshape(-1).data)

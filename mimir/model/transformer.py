@@ -24,6 +24,7 @@ from mimir.mpc.nonlinear import Settings
 from mimir.mpc.ops import Context
 from mimir.mpc.plan import Cost, planning
 from mimir.mpc.share import Share, concat
+from mimir.mpc.weights import array
 
 ROTARY_SCALE: Final = 14  # fraction bits of sines and cosines
 
@@ -209,7 +210,7 @@ async def attention(
 
 def _bias(ctx: Context, name: str, above: int) -> Share:
     """A bias as a row (1, m) at `above` more fraction bits than the f at which it is stored."""
-    v = np.stack(ctx.weights.pair(name)[: ctx.bk.components])
+    v = np.stack([array(w) for w in ctx.weights.pair(name)[: ctx.bk.components]])
     return ctx.share(v.reshape(len(v), 1, -1)) * (1 << above)
 
 

@@ -33,6 +33,7 @@ from mimir import kernels
 from mimir.mpc.domain import RING_BITS, Ring
 from mimir.mpc.doors import Doors
 from mimir.mpc.offload import offload
+from mimir.mpc.weights import Matrix, combine
 
 DEGREE: Final = 48
 _LOW48: Final = np.uint64((1 << DEGREE) - 1)
@@ -162,12 +163,10 @@ class SquareSum:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class MatrixProduct:
-    """a @ b = c for stacks: a (2, s, m, k), b (2, s, k, n), c (2, s, m, n); b may be a pair of mapped
-    arrays.
-    """
+    """a @ b = c for stacks: a (2, s, m, k), b two components of s matrices (k, n), c (2, s, m, n)."""
 
     a: Ring
-    b: Ring | Sequence[Ring]
+    b: tuple[Sequence[Matrix], Sequence[Matrix]]
     c: Ring
 
     def claims(self, draw: Draw) -> Iterator[Claim]:
@@ -175,7 +174,7 @@ class MatrixProduct:
         rows, cols, mix = draw.exceptional(m), draw.exceptional(self.c.shape[3]), draw.exceptional(s)
         for i in range(s):
             a = _each(lambda v: kernels.gr_combine_cols(v, rows), self.a[:, i])  # (k, 48)
-            w = _each(lambda v: kernels.gr_combine(v, cols), (self.b[0][i], self.b[1][i]))
+            w = combine(self.b[0][i], cols), combine(self.b[1][i], cols)
             c = _column_sum(_mixed(_summed(self.c[:, i], cols), rows))
             yield Claim(
                 _mixed(a, np.full(k, mix[i])),

@@ -25,6 +25,7 @@ from mimir.mpc.doors import Masked
 from mimir.mpc.offload import offload
 from mimir.mpc.prep import Kind, Weights
 from mimir.mpc.share import Backend, Bits, Share, concat
+from mimir.mpc.weights import product
 
 T = TypeVar("T")
 
@@ -266,7 +267,10 @@ async def matmul(ctx: Context, step: str, x: Share, name: str) -> Share:
     n, k, m = *x.shape, w[0].shape[1]
 
     def local() -> Ring:
-        return np.stack([kernels.matmul(delta, w[0]), kernels.matmul(delta, w[1])])
+        y = np.empty((2, n, m), np.uint64)
+        for i in range(2):
+            product(delta, w[i], y[i])
+        return y
 
     y = await ctx.compute(2 * n * k * m, local, (2, n, m))
     return ctx.share(y) - c["z"]

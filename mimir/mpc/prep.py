@@ -39,6 +39,7 @@ from mimir.mpc import check
 from mimir.mpc.domain import Ring, words
 from mimir.mpc.doors import Doors
 from mimir.mpc.offload import offload
+from mimir.mpc.weights import Matrix, product
 
 ADDER_LANES: Final = 1 << 15  # elements handled by one pass of the adder (bounds memory)
 
@@ -145,7 +146,7 @@ Made = dict[Kind, dict[str, Ring]]
 class Weights(Protocol):
     """Weight shares by name: two components (k, n), each held by this party and one other."""
 
-    def pair(self, name: str) -> tuple[Ring, Ring]: ...
+    def pair(self, name: str) -> tuple[Matrix, Matrix]: ...
 
 
 # --- making a batch --------------------------------------------------------------------------------
@@ -195,21 +196,21 @@ class Batch:
         self.gates.extend(check.And(x, y, r) for (x, y), r in zip(pairs, z, strict=True))
         return z
 
-    async def matmul(self, step: str, a: Ring, b: tuple[Ring, Ring]) -> Ring:
-        """Stacks a (2, s, m, k) times b, two components (s, k, n): (2, s, m, n), with its relation. One
-        round.
+    async def matmul(self, step: str, a: Ring, b: tuple[Sequence[Matrix], Sequence[Matrix]]) -> Ring:
+        """Stacks a (2, s, m, k) times b, two components of s matrices (k, n): (2, s, m, n), with its
+        relation. One round.
         """
-        bk = self.doors.bk
+        bk, width = self.doors.bk, b[0][0].shape[1]
 
         def local() -> Ring:
-            z = bk.zero(a.shape[1], a.shape[2], b[0].shape[2])
+            z = bk.zero(a.shape[1], a.shape[2], width)
             both = a[0] + a[1]
             for i in range(a.shape[1]):
-                kernels.matmul(both[i], b[0][i], out=z[i], add=True)
-                kernels.matmul(np.ascontiguousarray(a[0, i]), b[1][i], out=z[i], add=True)
+                product(both[i], b[0][i], z[i], add=True)
+                product(np.ascontiguousarray(a[0, i]), b[1][i], z[i], add=True)
             return z
 
-        (c,) = await self.doors.reshare(step, await offload(2 * a.size * b[0].shape[2], local))
+        (c,) = await self.doors.reshare(step, await offload(2 * a.size * width, local))
         self.relations.append(check.MatrixProduct(a, b, c))
         return c
 
@@ -608,7 +609,7 @@ async def _norm(b: Batch, kind: Norm, n: int, pairs: Mapping[str, Ring]) -> dict
 async def _weight(b: Batch, kind: Weight, n: int) -> dict[str, Ring]:
     w = b.weights.pair(kind.name)
     x = b.doors.bk.random(n, w[0].shape[0])
-    z = await b.matmul(f"weight {kind.name}", x[:, None], (w[0][None], w[1][None]))
+    z = await b.matmul(f"weight {kind.name}", x[:, None], ((w[0],), (w[1],)))
     return {"x": x, "z": z[:, 0]}
 
 
@@ -624,7 +625,7 @@ async def _keys(b: Batch, kind: Keys, n: int) -> dict[str, Ring]:
         raise LocalError("key masks must be made in the order of positions")
     keys = np.repeat(keys, kind.heads // kind.kv_heads, axis=1)
     keys_t = np.ascontiguousarray(np.swapaxes(keys, 2, 3))  # (2, heads, dim, positions)
-    z = await b.matmul(f"keys {kind.layer}", q, (keys_t[0], keys_t[1]))
+    z = await b.matmul(f"keys {kind.layer}", q, (list(keys_t[0]), list(keys_t[1])))
     return {"x": q, "new": new, "z": z}
 
 
@@ -639,7 +640,7 @@ async def _values(b: Batch, kind: Values, n: int) -> dict[str, Ring]:
     if values.shape[2] != kind.first + kind.rows:
         raise LocalError("value masks must be made in the order of positions")
     values = np.ascontiguousarray(np.repeat(values, kind.heads // kind.kv_heads, axis=1))
-    z = await b.matmul(f"values {kind.layer}", a, (values[0], values[1]))
+    z = await b.matmul(f"values {kind.layer}", a, (list(values[0]), list(values[1])))
     return {"x": a, "new": new, "z": z}
 
 

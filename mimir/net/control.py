@@ -35,6 +35,7 @@ from mimir.net import messages
 from mimir.net.identity import Identity, exchange_public
 from mimir.net.messages import MAX_MESSAGE, Message, MessageError, Open
 from mimir.net.seal import PROLOGUE, TAG, Handshake, Seal, SealError
+from mimir.secret import ShareSeed
 from mimir.store import ComponentsDiffer, Incoming, ModelStore
 from mimir.vault import StoreError
 
@@ -339,7 +340,8 @@ class _Door:
         elif kind == "put_model":
             if client.key not in self._config.owners:
                 raise BadInput("your key is not in `owners` here")
-            await self._put_model(client, message["manifest"])
+            first, second = (ShareSeed(raw) for raw in message.pop("seeds"))
+            await self._put_model(client, message["manifest"], (first, second))
         elif kind != "close":
             raise MessageError(f"message {kind} out of place")
 
@@ -424,8 +426,10 @@ class _Door:
             }
         )
 
-    async def _put_model(self, client: ClientHandle, manifest: Any) -> None:
-        incoming = await trio.to_thread.run_sync(self._service.store.begin, manifest)
+    async def _put_model(
+        self, client: ClientHandle, manifest: Any, seeds: tuple[ShareSeed, ShareSeed]
+    ) -> None:
+        incoming = await trio.to_thread.run_sync(self._service.store.begin, manifest, seeds)
         log.info(
             "receiving a model", name=incoming.manifest.name, model=incoming.digest[:16], key=client.key[:16]
         )
@@ -438,7 +442,7 @@ class _Door:
             await client.send({"t": "have", "tensors": incoming.have(), "complete": incoming.complete})
             while (message := await client.receive())["t"] == "chunk":
                 await trio.to_thread.run_sync(
-                    incoming.write, message["tensor"], message["side"], message["offset"], message["data"]
+                    incoming.write, message["tensor"], message["offset"], message["data"]
                 )
             if message["t"] == "commit":
                 await self._commit(client, incoming)

@@ -35,6 +35,7 @@ from mimir.attest.trail import MAX_SHOWN
 from mimir.config import PARTIES
 from mimir.errors import BadInput, MimirError
 from mimir.hpke import PUBLIC_BYTES
+from mimir.secret import KEY_BYTES
 
 MAX_MESSAGE = 8 << 20  # bytes of one message on the wire, sealed
 MAX_CHUNK = 1 << 20  # bytes of one piece of a component
@@ -207,10 +208,10 @@ FROM_CLIENT: dict[str, dict[str, Rule]] = {
     "close": {},
     "revocations": {},
     "revoke": {"statement": _blob(1, MAX_STATEMENT)},
-    "put_model": {"manifest": _free},
-    "chunk": {
+    # The seeds of the party's two components: the one with its number, and the next one.
+    "put_model": {"manifest": _free, "seeds": _list(_blob(KEY_BYTES, KEY_BYTES), 2, least=2)},
+    "chunk": {  # of the tensor's explicit component
         "tensor": _text(64),
-        "side": _one_of("a", "b"),
         "offset": _count,
         "data": _blob(1, MAX_CHUNK),
     },
@@ -249,7 +250,8 @@ FROM_PARTY: dict[str, dict[str, Rule]] = {
     "token": {"step": _whole(0, MAX_SLOTS), "components": _list(_whole(0, (1 << 64) - 1), 2, least=2)},
     "done": {"stats": _free},
     "error": {"code": _text(32), "message": _text(MAX_TEXT)},
-    "have": {"tensors": _map(_list(_count, 2, least=2), MAX_ENTRIES), "complete": _flag},
+    # Bytes that are here of each explicit component that the party holds.
+    "have": {"tensors": _map(_count, MAX_ENTRIES), "complete": _flag},
     "committed": {"model": _hash},
     "revoked": {"epoch": _count, "statement": _blob(0, MAX_STATEMENT)},
 }

@@ -1,0 +1,142 @@
+"""A component of a weight matrix that need not be in memory: an array, or rows made anew whenever it is used.
+
+What is not kept lies on disk, or is a key stream of a seed. Either comes as blocks of rows in one scratch
+buffer of about SCRATCH bytes, so a matrix of any size is used in so much memory, and results are those of an
+array, bit for bit. Which blocks, and when, depends on the shape alone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Final, Protocol, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from mimir import kernels
+from mimir.errors import LocalError
+from mimir.secret import Pages, ShareSeed
+
+Ring: TypeAlias = npt.NDArray[np.uint64]
+
+SCRATCH: Final = 1 << 20  # bytes; larger blocks leave the cache, smaller ones pay more for each call
+WORD: Final = 8
+STREAM_WORDS: Final = 64 // WORD  # of one block of the key stream, at which a block of rows must begin
+
+
+class Rows(Protocol):
+    """A matrix (k, n), or a vector (n,) as one row, that is made anew for each pass."""
+
+    shape: tuple[int, ...]
+
+    def blocks(self) -> Iterator[tuple[int, Ring]]:
+        """All rows in order: the first one's index, and (rows, n), good until the next is asked for.
+
+        The buffer is wiped when nobody has it any more. Raises what the source raises.
+        """
+
+
+Matrix: TypeAlias = Ring | Rows
+
+
+class KeyStream:
+    """A component that is the key stream of a seed."""
+
+    __slots__ = ("_locked", "_seed", "_stream", "shape")
+
+    def __init__(self, seed: ShareSeed, stream: int, shape: tuple[int, ...], *, lock: bool = False) -> None:
+        """`lock` keeps the scratch buffer out of swap."""
+        self.shape = shape
+        self._seed = seed
+        self._stream = stream
+        self._locked = lock
+
+    def blocks(self) -> Iterator[tuple[int, Ring]]:
+        width = self.shape[-1]
+        # As few rows as end where a block of the key stream does: 1, 2, 4 or 8.
+        step = _rows_at_once(width, STREAM_WORDS // math.gcd(width, STREAM_WORDS))
+        for first, rows, _ in _scratch(self.shape, step, self._locked):
+            with self._seed.reveal_to_kernel() as key:
+                kernels.prg(key, self._stream, rows, first * width // STREAM_WORDS)
+            yield first, rows
+
+    def __repr__(self) -> str:
+        return f"<KeyStream {self.shape}>"
+
+
+class Stored:
+    """A component that is read from somewhere, in pieces of any length that are its bytes in C order."""
+
+    __slots__ = ("_locked", "_pieces", "shape")
+
+    def __init__(
+        self, pieces: Callable[[], Iterator[memoryview]], shape: tuple[int, ...], *, lock: bool = False
+    ) -> None:
+        """Each pass calls `pieces`; a piece need only be good until the next is asked for."""
+        self.shape = shape
+        self._pieces = pieces
+        self._locked = lock
+
+    def blocks(self) -> Iterator[tuple[int, Ring]]:
+        pieces, piece = self._pieces(), memoryview(b"")
+        for first, rows, room in _scratch(self.shape, _rows_at_once(self.shape[-1], 1), self._locked):
+            at, need = 0, rows.nbytes
+            while at < need:
+                if not piece and not (piece := next(pieces, memoryview(b""))):
+                    raise LocalError(f"a stored component is shorter than its shape {self.shape}")
+                taken = min(len(piece), need - at)
+                room[at : at + taken] = piece[:taken]
+                piece, at = piece[taken:], at + taken
+            yield first, rows
+        for _ in pieces:  # to its end, where it tidies up
+            pass
+
+    def __repr__(self) -> str:
+        return f"<Stored {self.shape}>"
+
+
+def _rows_at_once(width: int, unit: int) -> int:
+    return max(1, SCRATCH // (WORD * width * unit)) * unit
+
+
+def _scratch(shape: tuple[int, ...], step: int, lock: bool) -> Iterator[tuple[int, Ring, memoryview]]:
+    """For each block its first row, and room for its rows, as words and as bytes: always the same room."""
+    width = shape[-1]
+    height = math.prod(shape[:-1])
+    pages = Pages(min(step, height) * width * WORD, lock=lock)
+    words = np.frombuffer(pages, "<u8", min(step, height) * width).reshape(-1, width)
+    for first in range(0, height, step):
+        rows = words[: min(step, height - first)]
+        yield first, rows, memoryview(pages)[: rows.nbytes]
+
+
+def product(x: Ring, w: Matrix, out: Ring, *, add: bool = False) -> Ring:
+    """x (m, k) times w (k, n), written or added to `out` (m, n), which is returned."""
+    if isinstance(w, np.ndarray):
+        return kernels.matmul(x, w, out=out, add=add)
+    for first, rows in w.blocks():
+        part = np.ascontiguousarray(x[:, first : first + len(rows)])
+        kernels.matmul(part, rows, out=out, add=add or first > 0)
+    return out
+
+
+def combine(w: Matrix, r: Ring) -> Ring:
+    """sum_j w[i, j] r_j over GR(2^64, 48): w (k, n), r (n,) with coordinates 0 and 1 -> (k, 48)."""
+    if isinstance(w, np.ndarray):
+        return kernels.gr_combine(np.ascontiguousarray(w), r)
+    out = np.empty((w.shape[0], kernels.GR_DEGREE), np.uint64)
+    for first, rows in w.blocks():
+        out[first : first + len(rows)] = kernels.gr_combine(rows, r)
+    return out
+
+
+def array(w: Matrix) -> Ring:
+    """All of w in memory: for what is small."""
+    if isinstance(w, np.ndarray):
+        return w
+    out = np.empty(w.shape, np.uint64)
+    flat = out.reshape(-1, w.shape[-1])
+    for first, rows in w.blocks():
+        flat[first : first + len(rows)] = rows
+    return out
