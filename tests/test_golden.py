@@ -128,6 +128,27 @@ def test_two_sessions_at_once_share_the_weights(
     assert len({id(model) for model in opened}) == 3  # one mapping of the shares a party
 
 
+def test_a_model_of_which_nothing_is_kept_in_memory_answers_alike(
+    demo: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every share is decrypted or expanded at each use, by blocks of rows, in preprocessing and online."""
+    opened: list[SharedModel] = []
+    original = ModelStore.open
+
+    def lean(store: ModelStore, digest: str) -> SharedModel:
+        store._keep = 0
+        opened.append(original(store, digest))
+        return opened[-1]
+
+    monkeypatch.setattr(ModelStore, "open", lean)
+
+    async def body(files: list[Path], digest: str) -> list[int]:
+        return (await generate(files[0], digest, PROMPT, TOKENS))[0]
+
+    assert_continues(demo, PROMPT, with_parties(tmp_path, DEMO, body))
+    assert len(opened) == 3 and not any(model.kept_bytes for model in opened)
+
+
 def test_two_clients_of_a_session_join_their_prompts_and_both_hear_the_answer(
     demo: Plan, tmp_path: Path
 ) -> None:

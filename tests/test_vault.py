@@ -351,6 +351,7 @@ def test_what_may_not_be_kept_is_made_each_time_a_piece_at_a_time_and_wiped(
     assert isinstance(store.open(digest).get(tensor.name)[0], np.ndarray)
     store.close()
     monkeypatch.setattr(weights, "SCRATCH", 128)
+    monkeypatch.setattr(weights, "LEAST_ROWS", 1)
     wiped: list[int] = []
     wipe = Pages.wipe
     monkeypatch.setattr(Pages, "wipe", lambda self: (wiped.append(len(self)), wipe(self)))

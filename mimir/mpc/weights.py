@@ -1,8 +1,8 @@
 """A component of a weight matrix that need not be in memory: an array, or rows made anew whenever it is used.
 
 What is not kept lies on disk, or is a key stream of a seed. Either comes as blocks of rows in one scratch
-buffer of about SCRATCH bytes, so a matrix of any size is used in so much memory, and results are those of an
-array, bit for bit. Which blocks, and when, depends on the shape alone.
+buffer of about SCRATCH bytes (more where so few rows are wider), so a matrix of any height is used in so much
+memory, and results are those of an array, bit for bit. Which blocks, and when, depends on the shape alone.
 """
 
 from __future__ import annotations
@@ -21,6 +21,9 @@ from mimir.secret import Pages, ShareSeed
 Ring: TypeAlias = npt.NDArray[np.uint64]
 
 SCRATCH: Final = 1 << 20  # bytes; larger blocks leave the cache, smaller ones pay more for each call
+# Each block reads and writes the whole result once: in blocks of 4 rows of 32,000 words a product of 32 rows
+# takes twice as long as in blocks of 16.
+LEAST_ROWS: Final = 16
 WORD: Final = 8
 STREAM_WORDS: Final = 64 // WORD  # of one block of the key stream, at which a block of rows must begin
 
@@ -97,7 +100,9 @@ class Stored:
 
 
 def _rows_at_once(width: int, unit: int) -> int:
-    return max(1, SCRATCH // (WORD * width * unit)) * unit
+    """A multiple of `unit`."""
+    rows = max(LEAST_ROWS, SCRATCH // (WORD * width))
+    return -(-rows // unit) * unit
 
 
 def _scratch(shape: tuple[int, ...], step: int, lock: bool) -> Iterator[tuple[int, Ring, memoryview]]:
