@@ -5,16 +5,18 @@ from __future__ import annotations
 import json
 import sys
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from parties import Party, reconstruct, run_parties
+from parties import Party, reconstruct, run_parties, share_weights
 from reference import Fixed, FixedModel, FloatModel, nats_per_token
 from session_fixture import GPT2, LLAMA, SETTINGS, tiny_plan
 
 from mimir import cost, dryrun
+from mimir.model import load_checkpoint
 from mimir.mpc.domain import decode, encode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "bench" / "peers"))
@@ -23,6 +25,7 @@ import blocks
 import compare
 import mimir_blocks
 import perplexity
+import positions
 import run
 import scaling
 
@@ -74,6 +77,55 @@ def test_windows_that_leave_the_range_are_counted_and_left_out(monkeypatch: pyte
     assert got["tokens"] == 4 * WINDOW and got["windows_outside"] == 1
     assert got["outside"] == ["3.softmax: too far"]
     assert got["float64"] == pytest.approx(np.exp(np.mean(kept)))
+
+
+# --- the engine beside its twin -----------------------------------------------------------------------------
+
+POSITIONS = (8, 6)  # bucket and prompt: with padding
+READ = 3  # tokens one by one
+SPREAD = 2.5  # of the twins' distance from one another, by which the engine may lie from them (DESIGN)
+SEEDS = range(1, 5)
+
+
+@pytest.fixture(scope="module")
+def read(shared_models: dict[str, Any]) -> Any:
+    """A window of text through three parties, and a checkpoint to give the twin."""
+    plan = load_checkpoint(shared_models["TinyStories-656K"]["path"])
+    told = shared_models["TinyStories-656K"]["expected"]["prompts"][0]
+    ids = (told["input_ids"] + told["greedy_new_ids"])[: POSITIONS[1] + READ + 1]
+    weights = share_weights({name: plan.encoded(name, SETTINGS.scale_bits) for name in plan.names()})
+    return plan, ids, positions.engine(plan, weights, ids, *POSITIONS)
+
+
+def from_twins(read: Any, fixed: Fixed) -> tuple[dict[str, Any], float]:
+    """The figures against a twin, and the root mean square distance of honest twins from one another."""
+    plan, ids, reading = read
+    twins = [positions.twin(plan, ids, *POSITIONS, replace(Fixed(), seed=s)) for s in SEEDS]
+    spread = np.sqrt(np.mean([(a - b) ** 2 for a, b in pairwise(twins)]))
+    want = positions.twin(plan, ids, *POSITIONS, fixed)
+    return positions.beside([reading], [want], twins[:1], [ids]), float(spread) / positions.UNIT
+
+
+@pytest.mark.slow
+@pytest.mark.models
+def test_three_parties_are_the_twin_to_its_own_rounding(read: Any) -> None:
+    told, spread = from_twins(read, replace(Fixed(), seed=len(SEEDS) + 1))
+    assert told["positions"] == POSITIONS[1] + READ and told["chosen"] == READ + 1
+    assert told["agree"] == told["positions"]
+    assert 0 < told["rms"] < SPREAD * spread
+    assert told["nats_largest"] < 2.0**-8 and abs(told["percent"]) < perplexity.TARGET
+
+
+@pytest.mark.slow
+@pytest.mark.models
+@pytest.mark.parametrize(
+    "wrong",
+    [{"scale_bits": 14}, {"degree": 2}, {"rotary_scale": 9}, {"bins": 16}],
+    ids=lambda w: next(iter(w)),
+)
+def test_an_engine_of_other_scales_or_tables_would_show(read: Any, wrong: dict[str, int]) -> None:
+    told, spread = from_twins(read, replace(Fixed(), **wrong))
+    assert told["rms"] > SPREAD * spread
 
 
 # --- beside others ------------------------------------------------------------------------------------------
