@@ -180,12 +180,28 @@ def fit(xs: Sequence[float], ys: Sequence[float]) -> dict[str, float | None]:
     return {"constant": float(a), "slope": float(b), "bend": bend, "worst": worst}
 
 
+def _line(t: dict[str, Any], last: float, larger: bool) -> str:
+    """A fit in words; a bend beyond the last point is none."""
+
+    def said(v: float) -> str:
+        return f"{v:.3g}" if v < 1e3 else f"{v:,.0f}"
+
+    a, b = t["constant"], t["slope"]
+    bend = f", bends at {said(t['bend'])}" if t["bend"] and t["bend"] < last else ""
+    if abs(b) <= 1e-9:
+        return said(a)
+    if abs(a) <= 1e-9 * abs(b):
+        return f"{said(b)} x"
+    return f"max({said(a)}, {said(b)} x){bend}" if larger else f"{said(a)} + {said(b)} x{bend}"
+
+
 def tables(result: dict[str, Any]) -> str:
     """Markdown of a result."""
     out = [
         f"GPT-2 small, one decoded token, per party, at commit {result['commit']}. Rounds, megabytes and "
         f"memory are exact, seconds a model by rates of {result['rates']}: local, and far, {FAR.rtt:g} ms "
-        f"there and back and {FAR.rate:g} Mbit/s each way; all three parties on this machine's cores.",
+        f"there and back (but for the last table) and {FAR.rate:g} Mbit/s each way; all three parties on "
+        "this machine's cores.",
         "",
     ]
     for size, told in result["sizes"].items():
@@ -193,16 +209,8 @@ def tables(result: dict[str, Any]) -> str:
         out += [f"| {size} | " + " | ".join(figures) + " |", "|--:|" + "--:|" * len(figures)]
         for x, p in zip(told["x"], told["points"], strict=True):
             out.append(f"| {x} | " + " | ".join(f"{p[f]:.4g}" for f in figures) + " |")
-        cells = []
-        for f in figures:
-            t = told["fits"][f]
-            bend = f", bends at {t['bend']:.3g}" if t["bend"] else ""
-            if abs(t["slope"]) <= 1e-9:
-                cells.append(f"{t['constant']:.3g}")
-            elif f in told.get("larger", ()):
-                cells.append(f"max({t['constant']:.3g}, {t['slope']:.3g} x){bend}")
-            else:
-                cells.append(f"{t['constant']:.3g} + {t['slope']:.3g} x{bend}")
+        fits, larger = told["fits"], told.get("larger", ())
+        cells = [_line(fits[f], told["x"][-1], f in larger) for f in figures]
         out += ["| line | " + " | ".join(cells) + " |", ""]
     return "\n".join(out)
 
@@ -235,7 +243,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             points.append(point(*shaped(size, x), rates))
         fits = {f: fit(xs, [q[f] for q in points]) for f in FIGURES}
         result["sizes"][size] = {"x": list(xs), "points": points, "fits": fits}
-    result["sizes"] |= {"sessions": of_sessions(rates), "round trip": of_round_trips(rates)}
+    result["sizes"] |= {"sessions": of_sessions(rates), "round trip, ms": of_round_trips(rates)}
     a.out.mkdir(parents=True, exist_ok=True)
     target = a.out / f"{now:%Y-%m-%d-%H%M}-{result['commit'][:10]}.json"
     target.write_text(json.dumps(result, indent=1) + "\n")

@@ -38,8 +38,10 @@ Results go to bench/results/targets/ as one JSON file a run.
 from __future__ import annotations
 
 import argparse
+import functools
 import hashlib
 import json
+import operator
 import os
 import statistics
 import subprocess
@@ -440,41 +442,45 @@ def _worst(parties: Sequence[Mapping[str, float]]) -> dict[str, float]:
 # --- predictions and floors ---------------------------------------------------------------------------------
 
 
-def floors(lane: str, c: dryrun.Counts, rates: cost.Rates, per: float = 1.0) -> dict[str, float]:
+def floors(lane: str, c: dryrun.Counts, rates: cost.Rates) -> dict[str, float]:
     """Seconds below which this work cannot come: of multiplying, of the link, of the delay."""
     known = {*dryrun.RULES, dryrun.ONE_ROW, "prg"}
     work = sum(rates.seconds[k] * n for k, n in c.work.items() if k in known)
-    link = cost.Link(LINK_RTT, LINK_MBIT)
-    told = cost.part(lane, c, rates, link)
-    return {
-        "multiplying": max(1.0, PARTIES / rates.cores) * work / per,
-        "link": told.link / per,
-        "delay": told.delay / per,
-    }
+    told = cost.part(lane, c, rates, cost.Link(LINK_RTT, LINK_MBIT))
+    crowd = max(1.0, PARTIES / rates.cores)
+    return {"multiplying": crowd * work, "link": told.link, "delay": told.delay}
+
+
+def expected(lane: str, shares: Sequence[cost.Shared], rates: cost.Rates, planning: float) -> dict[str, Any]:
+    """What the model says of work that serves so many positions, for one of them, and its floors."""
+    link = cost.Link(parties_here=PARTIES)
+    parts = [cost.part(lane, c, rates, link, n, extra=planning * c.plans) for c, n in shares]
+    each = [{k: v / n for k, v in floors(lane, c, rates).items()} for c, n in shares]
+    whole = functools.reduce(operator.add, parts).plain()
+    return whole | {"floors": {name: sum(f[name] for f in each) for name in each[0]}}
 
 
 def predicted(spec: PlanSpec, context: int, rates: cost.Rates) -> dict[str, Any]:
-    """The cost model's seconds, and floors, of a token at the end of the context and of the prefill."""
-    ahead = AHEAD
-    link = cost.Link(parties_here=PARTIES)
-    prompt = min(PROMPT, context // 2)
-    told = cost.predict(spec, SETTINGS, bucket=prompt, context=context, ahead=ahead, rates=rates, link=link)
-    online, made = cost.last_token(dryrun.run_last(spec, SETTINGS, max_context=context, ahead=ahead))
-    start = dryrun.run(spec, SETTINGS, bucket=prompt, tokens=1, max_context=context, ahead=ahead)
+    """The cost model's figures of a token at the end of the context and of the prefill, as `mimir cost` has
+    them.
+    """
+    end = dryrun.run_last(spec, SETTINGS, max_context=context, ahead=AHEAD)
+    start = dryrun.run(spec, SETTINGS, bucket=PROMPT, tokens=1, max_context=context, ahead=AHEAD)
+    online, made = cost.last_token(end)
     first, first_made = cost.first_token(start)
-    each = [floors(dryrun.PREP, shared.counts, rates, shared.positions) for shared in made]
+    planning = cost._seconds_to_plan(spec, SETTINGS, context)
+
+    def both(online: dryrun.Counts, made: Sequence[cost.Shared]) -> dict[str, Any]:
+        return {
+            "online": expected(dryrun.ONLINE, [cost.Shared(online, 1)], rates, planning),
+            "prep": expected(dryrun.PREP, made, rates, planning),
+        }
+
+    alone = cost.part(dryrun.ONLINE, online, rates, cost.Link(parties_here=PARTIES))
     return {
-        "token": {
-            "online": told.token[dryrun.ONLINE].plain() | {"floors": floors(dryrun.ONLINE, online, rates)},
-            "prep": told.token[dryrun.PREP].plain()
-            | {"floors": {name: sum(f[name] for f in each) for name in each[0]}},
-            "at once": AT_ONCE / at_once(told.token[dryrun.ONLINE], AT_ONCE),
-        },
-        "prefill": {
-            "online": told.prefill[dryrun.ONLINE].plain() | {"floors": floors(dryrun.ONLINE, first, rates)},
-            "prep": told.prefill[dryrun.PREP].plain() | {"floors": floors(dryrun.PREP, first_made, rates)},
-        },
-        "block": told.block,
+        "token": both(online, made) | {"at once": AT_ONCE / at_once(alone, AT_ONCE)},
+        "prefill": both(first, [cost.Shared(first_made, 1)]),
+        "block": made[1].positions,
     }
 
 

@@ -254,6 +254,23 @@ def test_the_whole_prefill_is_told() -> None:
     assert told["all"] == pytest.approx(3 * (online.sent + made.sent), rel=0.01)
 
 
+def test_predictions_of_targets_are_the_cost_models(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cost, "_seconds_to_plan", lambda *_: 0.25)
+    monkeypatch.setattr(targets, "PROMPT", 4)
+    rates = cost.Rates(dict.fromkeys(cost._keys(), 1e-9), "ref", cores=2)
+    got = targets.predicted(GPT2, GPT2.context, rates)
+    lengths = {"bucket": 4, "context": GPT2.context, "ahead": targets.AHEAD}
+    want = cost.predict(GPT2, SETTINGS, **lengths, rates=rates, link=cost.Link(parties_here=3))
+    for name, parts in (("token", want.token), ("prefill", want.prefill)):
+        for lane, part in parts.items():
+            floors = got[name][lane].pop("floors")
+            assert got[name][lane] == pytest.approx(part.plain())
+            assert floors["multiplying"] < part.processor
+            assert floors["delay"] == pytest.approx(part.rounds * targets.LINK_RTT / 2000)
+            assert 0 < floors["link"] <= part.sent * 8e-8
+    assert got["block"] == want.block
+
+
 def test_an_argmax_that_is_wrong_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     async def work(transport: Any) -> Any:
         return await targets.argmaxes(transport, GPT2, 2)
@@ -350,7 +367,7 @@ def test_charts_are_drawn_and_small(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     rates = cost.Rates(dict.fromkeys(cost._keys(), 1e-9), "ref", cores=3)
     monkeypatch.setattr(scaling, "SMALL", GPT2)
     monkeypatch.setattr(scaling, "CONTEXT", GPT2.context)
-    sizes |= {"sessions": scaling.of_sessions(rates), "round trip": scaling.of_round_trips(rates)}
+    sizes |= {"sessions": scaling.of_sessions(rates), "round trip, ms": scaling.of_round_trips(rates)}
     (tmp_path / "scaling" / "1.json").write_text(json.dumps({"sizes": sizes}))
     assert charts.main(["--results", str(tmp_path)]) == 0
     drawn = sorted(tmp_path.glob("*.png"))
