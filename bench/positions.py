@@ -17,8 +17,8 @@ text's own token goes on (teacher forcing), so that all positions of a window ca
 
 The twin reads the same tokens with the same padding and draws dithers of its own. Two runs cannot agree to
 the bit: each truncation is off by up to two units of 2^-16 at random, and the layers carry that on. What
-rounding may do to a logit is measured beside: the same twin against itself under another seed. An engine that
-is right lies as far from the twin as the twin from itself; what is more than that is a bug, or the tables'
+rounding may do to a logit is measured beside: the same twin against TWINS others, which differ in their seed.
+An engine that is right lies as far from the twin as these do; what is more than that is a bug, or the tables'
 fits, which the twin makes by another method.
 
 Columns. Differences of logits are in units of 2^-16: largest and root mean square over all positions and the
@@ -74,6 +74,7 @@ UNIT = 2.0**-16  # in which differences of logits are told
 BUCKET, PROMPT = 32, 29  # two steps of the engine, and three slots of padding
 DECODED = 11  # tokens that are read one by one behind the prompt
 WINDOWS = 2
+TWINS = 8  # that are compared with the first, for what rounding does
 TRIES = 20  # windows that are drawn for one inside the engine's range
 
 
@@ -148,17 +149,22 @@ def log_p(logits: Floats, following: Sequence[int]) -> Floats:
 
 
 def beside(
-    got: Sequence[Reading], want: Sequence[Floats], again: Sequence[Floats], windows: Sequence[Sequence[int]]
+    got: Sequence[Reading],
+    want: Sequence[Floats],
+    again: Sequence[Sequence[Floats]],
+    windows: Sequence[Sequence[int]],
 ) -> dict[str, Any]:
-    """The figures of a checkpoint: the engine against the twin, and the twin (`again`) against itself."""
+    """The figures of a checkpoint, window by window: the engine against the twin, and the twin against others
+    (`again`) that differ in their dithers.
+    """
 
-    def apart(a: Sequence[Floats], b: Sequence[Floats]) -> tuple[float, float]:
-        d = np.abs(np.concatenate(a) - np.concatenate(b)) / UNIT
-        return float(d.max()), math.sqrt(float((d**2).mean()))
+    def apart(others: Sequence[Sequence[Floats]]) -> tuple[float, float]:
+        d = np.stack([np.concatenate(o) - np.concatenate(want) for o in others]) / UNIT
+        return float(np.abs(d).max()), math.sqrt(float((d**2).mean()))
 
     engines = [g.logits for g in got]
-    largest, rms = apart(engines, want)
-    own_largest, own_rms = apart(again, want)
+    largest, rms = apart([engines])
+    own_largest, own_rms = apart(again)
     gaps = []
     for reading, rows in zip(got, want, strict=True):
         read = reading.logits[: len(rows) - len(reading.chosen)].argmax(axis=-1).tolist()
@@ -212,7 +218,8 @@ def measure(plan: Plan, ids: Sequence[int], windows: int, seed: int) -> dict[str
     texts, want, outside = drawn(
         plan, ids, windows, rng, PROMPT + DECODED, lambda w: twin(plan, w, *shape, Fixed(seed=seed))
     )
-    again = [twin(plan, w, *shape, Fixed(seed=seed + 1)) for w in texts]
+    seeds = range(seed + 1, seed + 1 + TWINS)
+    again = [[twin(plan, w, *shape, Fixed(seed=s)) for w in texts] for s in seeds]
     weights = share_weights({n: plan.encoded(n, SETTINGS.scale_bits) for n in plan.names()}, seed)
     got = [engine(plan, weights, w, *shape) for w in texts]
     told = beside(got, want, again, texts)
@@ -225,7 +232,7 @@ def tables(result: dict[str, Any]) -> str:
         f"Measured {result['date'][:10]} at commit {result['commit']} by `bench/positions.py --seed "
         f"{result['seed']}`: three parties against the twin, logits in units of 2^-16.",
         "",
-        "| checkpoint | positions | largest difference (twin against itself) | root mean square (the same) "
+        "| checkpoint | positions | largest difference (of twins) | root mean square (of twins) "
         "| choices agree | ln p of the next token, largest | perplexity | windows drawn anew | s |",
         "|---|--:|--:|--:|--:|--:|--:|--:|--:|",
     ]

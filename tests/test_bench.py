@@ -107,7 +107,7 @@ def from_twins(read: Any, fixed: Fixed) -> tuple[dict[str, Any], float]:
     twins = [positions.twin(plan, ids, *POSITIONS, replace(Fixed(), seed=s)) for s in SEEDS]
     spread = np.sqrt(np.mean([(a - b) ** 2 for a, b in pairwise(twins)]))
     want = positions.twin(plan, ids, *POSITIONS, fixed)
-    return positions.beside([reading], [want], twins[:1], [ids]), float(spread) / positions.UNIT
+    return positions.beside([reading], [want], [[t] for t in twins], [ids]), float(spread) / positions.UNIT
 
 
 @pytest.mark.slow
