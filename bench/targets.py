@@ -203,6 +203,8 @@ class Client:
 
     async def send(self, message: Mapping[str, Any]) -> None:
         match message["t"]:
+            case "opened":
+                self.mark("opened")
             case "masks":
                 names = {name: bytes(len(raw) // 2) for name, raw in message["names"].items()}
                 await self._send.send({"t": "offsets", "turn": message["turn"], "names": names})
@@ -385,23 +387,14 @@ def prefilled(parts: Sequence[Sequence[Sequence[Mapping[str, Any]]]]) -> dict[st
     """A whole session up to its first token, of the party that takes longest; bytes of all in `all`."""
     online, made, everything = [], [], 0.0
     for (marks,) in parts:
-        (start,), token, ready = _of(marks, "start"), _of(marks, "token")[0], _of(marks, "made")[-1]
-        online.append(
-            {
-                "seconds": _grown(start, token, "at"),
-                "used": _grown(start, token, "used"),
-                "rounds": float(token["rounds_online"]),
-                "sent": float(token["sent_online"]),
-            }
-        )
-        made.append(
-            {
-                "seconds": float(ready["seconds"]),  # since the session began
-                "used": 0.0,
-                "rounds": float(ready["rounds_preprocessing"]),
-                "sent": float(ready["sent_preprocessing"]),
-            }
-        )
+        (opened,), (start,) = _of(marks, "opened"), _of(marks, "start")
+        token, ready = _of(marks, "token")[0], _of(marks, "made")[-1]
+        for out, began, ended, lane in (
+            (made, opened, ready, "preprocessing"),
+            (online, start, token, "online"),
+        ):
+            figures = {"seconds": _grown(began, ended, "at"), "used": _grown(began, ended, "used")}
+            out.append(figures | {name: float(ended[f"{name}_{lane}"]) for name in ("rounds", "sent")})
         everything += token["sent_online"] + ready["sent_preprocessing"]
     return {"online": _worst(online), "prep": _worst(made), "all": everything}
 
@@ -506,6 +499,12 @@ def _floors_of_both(figures: Mapping[str, Any]) -> dict[str, float]:
     return {name: a[name] + b[name] for name in a}
 
 
+def _used(row: str, told: Mapping[str, Any], p: Mapping[str, Any], cores: int) -> str:
+    """Processor seconds of all three parties, which other work on the machine lengthens least."""
+    want = PARTIES * _both(p, "processor") / max(1.0, PARTIES / cores)
+    return _line(row + "processor s together, all three", None, _both(told, "used"), want)
+
+
 def tables(result: dict[str, Any]) -> str:
     """Markdown of a result."""
     m, got, want = result["machine"], result["measured"], result["predicted"]
@@ -544,6 +543,7 @@ def tables(result: dict[str, Any]) -> str:
                 p["online"]["floors"],
             ),
             _line(token + "s together", None, _both(told), _both(p), _floors_of_both(p)),
+            _used(token, told, p, m["cores"]),
         ]
     if told := got.get("prefill"):
         row, p = f"prefill of {PROMPT} and a token: ", want["prefill"]
@@ -556,6 +556,7 @@ def tables(result: dict[str, Any]) -> str:
                 p["online"]["floors"],
             ),
             _line(row + "s together", f"PUMA {PUMA_SECONDS}", _both(told), _both(p), _floors_of_both(p)),
+            _used(row, told, p, m["cores"]),
             _line(
                 row + "GB online, all three",
                 f"PUMA {PUMA_GB}",

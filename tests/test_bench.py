@@ -252,6 +252,7 @@ def test_the_whole_prefill_is_told() -> None:
     online, made = cost.first_token(whole)
     assert told["online"]["rounds"] == online.rounds and told["prep"]["rounds"] == made.rounds
     assert told["all"] == pytest.approx(3 * (online.sent + made.sent), rel=0.01)
+    assert all(told[lane]["seconds"] > 0 and told[lane]["used"] > 0 for lane in ("online", "prep"))
 
 
 def test_predictions_of_targets_are_the_cost_models(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -269,6 +270,41 @@ def test_predictions_of_targets_are_the_cost_models(monkeypatch: pytest.MonkeyPa
             assert floors["delay"] == pytest.approx(part.rounds * targets.LINK_RTT / 2000)
             assert 0 < floors["link"] <= part.sent * 8e-8
     assert got["block"] == want.block
+
+
+def test_the_table_has_every_target_and_adds_both_lanes() -> None:
+    lane = {"rounds": 30.0, "sent": 3e6, "seconds": 2.0, "processor": 1.0, "used": 0.5}
+    floors = {"floors": {"multiplying": 0.25, "link": 0.5, "delay": 0.75}}
+    both = dict.fromkeys(("online", "prep"), lane | floors)
+    result = {
+        "date": "2026-01-01",
+        "commit": "c",
+        "machine": {"cores": 2, "processor": "P", "kernels": "ref"},
+        "load": [0.0, 1.0],
+        "rounds": {"layer": 20},
+        "choice": {"rounds": 25, "sent": 1e6},
+        "measured": {
+            "decode": both,
+            "prefill": both | {"all": 36e9},
+            "sessions": {"sessions": 8, "rate": 4.0},
+            "argmax": both,
+        },
+        "predicted": {"token": both | {"at once": 2.0}, "prefill": both, "block": 16},
+    }
+    lines = [line.split(" | ") for line in targets.tables(result).splitlines() if line.startswith("| ")]
+    rows = {line[0].lstrip("| "): [cell.rstrip(" |") for cell in line[1:]] for line in lines}
+    token = "decode at 128, one token: "
+    assert rows[token + "rounds a layer"] == ["20", "20", "20", "-", "-", "-"]
+    assert rows[token + "MB together"][:3] == ["40", "6", "6"]
+    assert rows[token + "s together"] == ["-", "4", "4", "0.5", "1", "1.5"]
+    assert rows[token + "processor s together, all three"][1:3] == ["1", "4"]
+    prefill = "prefill of 32 and a token: "
+    assert rows[prefill + "s together"][:2] == ["PUMA 15.5", "4"]
+    assert rows[prefill + "GB together, all three"][:3] == ["PUMA 3.77", "36", "0.018"]
+    sessions = "8 sessions decoding at once: tokens/s "
+    assert rows[sessions + "online, in all"][1:3] == ["4", "2"]
+    assert rows[sessions + "together, in all"][1:3] == [f"{1 / 2.25:.3g}", f"{1 / 2.5:.3g}"]
+    assert rows["argmax of 50,257: s online"] == ["-", "2", "-", "-", "0.24", "0.3"]
 
 
 def test_an_argmax_that_is_wrong_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
