@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """GPT-2 small, target beside measured: decode at context 128, prefill of 32, eight sessions, argmax alone.
 
-    python bench/targets.py                 some ten minutes on two cores, 16 GiB; also as run.py --targets
+    python bench/targets.py                 a quarter of an hour on two idle cores, 16 GiB; run.py --targets
     python bench/targets.py --only NAME ... of decode, prefill, sessions, argmax
     python bench/targets.py --show FILE     print the table of a result again
 
@@ -11,13 +11,14 @@ things are not a party's. Weights are random words, alike at both holders of a c
 on them, and what comes out is noise. And the client sits in each process and answers at once. `bench/run.py`
 measures the whole, with tunnel and client, at a short context; what lies between is what they cost.
 
-    decode    A session whose cache holds 112 random positions, as in mimir.dryrun, reads 16 more: a block of
-              products with weights. The material of a full context fits no pool, so only that of these 16 is
-              made, all of it before the first round online; what is ready may exceed the engine's limit
-              (POOL_BYTES) for that. Online: the median between tokens. Preprocessing: all 16 positions, from
+    decode    A session whose cache holds 111 random positions, as in mimir.dryrun, reads 16 more, so that the
+              last token is the one that fills the context: a block of products with weights. The material of
+              a full context fits no pool, so only that of these 16 is made, all of it before the first round
+              online; what is ready may exceed the engine's limit (POOL_BYTES) for that. Online: rounds and
+              bytes of the last, seconds the median of the 15 between two tokens. Preprocessing: all 16, from
               the entry's material on, by 16.
     prefill   32 rows from an empty cache, and the token that they give: as PUMA counts (32 in, 1 out).
-    sessions  8 sessions as in `decode`, 3 tokens each at the end of the context. Their material is made one
+    sessions  8 sessions as in `decode`, 2 tokens each at the end of the context. Their material is made one
               session after another, since making eight at once takes eight times the memory; then all go at
               once. Online: tokens by seconds from the common start to the last token. Together: with a
               token's preprocessing as in `decode`, on the same processors, as if nothing overlapped.
@@ -85,7 +86,7 @@ CONTEXT = 128
 BLOCK = 16  # positions that `decode` reads
 PROMPT = 32
 AT_ONCE = 8
-PASSES = 3  # of each of these sessions
+PASSES = 2  # of each of these sessions
 CHOICES = 3  # argmaxes
 SETTINGS = Settings()
 SEED = 5
@@ -117,9 +118,9 @@ class Task:
 
 
 TASKS = (
-    Task("decode", CONTEXT - BLOCK, 1, BLOCK),
+    Task("decode", CONTEXT - 1 - BLOCK, 1, BLOCK),
     Task("prefill", 0, PROMPT, 1),
-    Task("sessions", CONTEXT - PASSES, 1, PASSES, AT_ONCE),
+    Task("sessions", CONTEXT - 1 - PASSES, 1, PASSES, AT_ONCE),
 )
 NAMES = (*(t.name for t in TASKS), "argmax")
 
@@ -368,24 +369,27 @@ def _grown(a: Mapping[str, Any], b: Mapping[str, Any], what: str) -> float:
 
 def decoded(parts: Sequence[Sequence[Sequence[Mapping[str, Any]]]], positions: int) -> dict[str, Any]:
     """A token online and its preprocessing, from the marks of one session at each party."""
-    online, made = [], []
+    online: list[dict[str, float]] = []
+    made: list[dict[str, float]] = []
     for (marks,) in parts:
         pairs = list(pairwise(_of(marks, "token")))
-
-        def middle(what: str, pairs: Any = pairs) -> float:
-            return statistics.median(_grown(a, b, what) for a, b in pairs)
-
-        figures = {"seconds": "at", "used": "used", "rounds": "rounds_online", "sent": "sent_online"}
-        online.append({name: middle(what) for name, what in figures.items()})
+        told = {
+            name: statistics.median(_grown(a, b, what) for a, b in pairs)
+            for name, what in (("seconds", "at"), ("used", "used"))
+        }
+        online.append(told | {name: _grown(*pairs[-1], f"{name}_online") for name in ("rounds", "sent")})
         first, last = _of(marks, "made")[0], _of(marks, "made")[-1]
-        figures |= {"rounds": "rounds_preprocessing", "sent": "sent_preprocessing"}
+        figures = {"seconds": "at", "used": "used"}
+        figures |= {name: f"{name}_preprocessing" for name in ("rounds", "sent")}
         made.append({name: _grown(first, last, what) / positions for name, what in figures.items()})
     return {"online": _worst(online), "prep": _worst(made)}
 
 
 def prefilled(parts: Sequence[Sequence[Sequence[Mapping[str, Any]]]]) -> dict[str, Any]:
     """A whole session up to its first token, of the party that takes longest; bytes of all in `all`."""
-    online, made, everything = [], [], 0.0
+    online: list[dict[str, float]] = []
+    made: list[dict[str, float]] = []
+    everything = 0.0
     for (marks,) in parts:
         (opened,), (start,) = _of(marks, "opened"), _of(marks, "start")
         token, ready = _of(marks, "token")[0], _of(marks, "made")[-1]

@@ -218,7 +218,7 @@ def test_late_sessions_are_what_the_model_counts(monkeypatch: pytest.MonkeyPatch
     """
     spec = LLAMA
     monkeypatch.setattr(targets, "AHEAD", spec.context)
-    task = targets.Task("late", spec.context - 3, 1, 3, sessions=2)
+    task = targets.Task("late", spec.context - 4, 1, 3, sessions=2)
 
     async def work(transport: Any) -> Any:
         weights = targets.Noise(spec.shapes(), transport.party)
@@ -231,7 +231,7 @@ def test_late_sessions_are_what_the_model_counts(monkeypatch: pytest.MonkeyPatch
     for number in range(task.sessions):
         told = targets.decoded([[p[number]] for p in parts], task.positions)
         assert told["online"]["rounds"] == online.rounds
-        assert told["online"]["sent"] == pytest.approx(online.sent, rel=0.01)
+        assert told["online"]["sent"] == pytest.approx(online.sent, abs=4 * online.rounds)  # sizes of numbers
         assert told["prep"]["sent"] == pytest.approx(cost.each(made, "sent"), rel=0.2)
         starts = [m["at"] for p in parts for m in p[number] if m["kind"] == "start"]
         assert min(starts) > max(m["at"] for p in parts for s in p for m in s if m["kind"] == "made")
