@@ -4,7 +4,8 @@
     python bench/charts.py                  from the latest results of scaling.py and peers/compare.py
     python bench/charts.py --results DIR    the folder with them (default: bench/results)
 
-    scaling.png    rounds, megabytes and memory of a token against context, width and layers
+    scaling.png    rounds, megabytes, memory and seconds of a token against context, width, layers, sessions
+                   at once and round trip
     peers.png      the blocks under SPU and under Mimir, processor seconds
 
 A chart whose results are not there is left out, and said so. Needs the extra `bench`.
@@ -27,6 +28,7 @@ except ModuleNotFoundError:
 
 matplotlib.use("Agg")
 
+import numpy as np
 from matplotlib import pyplot as plt
 
 HERE = Path(__file__).resolve().parent
@@ -42,30 +44,40 @@ def latest(folder: Path) -> dict[str, Any] | None:
 
 
 def scaling(result: dict[str, Any]) -> Any:
-    """A column a size; rounds, megabytes, memory."""
+    """A column a size; rounds, megabytes, memory, and seconds at either link, where a size has them."""
+    online, made = ("online", ONLINE), ("preprocessing", MADE)
     rows = (
-        ("rounds", (("rounds online", ONLINE), ("rounds preprocessing", MADE))),
-        ("MB sent", (("MB online", ONLINE), ("MB preprocessing", MADE))),
-        ("MiB of arrays", (("MiB of arrays", OTHER),)),
+        ("rounds", (("rounds online", *online), ("rounds preprocessing", *made))),
+        ("MB sent", (("MB online", *online), ("MB preprocessing", *made))),
+        ("MiB of arrays", (("MiB of arrays", "in all", OTHER),)),
+        ("s, local", (("s online, local", *online), ("s preprocessing, local", *made))),
+        ("s, far", (("s online, far", *online), ("s preprocessing, far", *made))),
     )
     sizes = result["sizes"]
-    figure, axes = plt.subplots(3, len(sizes), figsize=(10, 8), sharex="col")
+    figure, axes = plt.subplots(len(rows), len(sizes), figsize=(12, 11), sharex="col", squeeze=False)
     for column, (size, told) in enumerate(sizes.items()):
+        ends = np.linspace(told["x"][0], told["x"][-1], 50)
         for line, (title, curves) in enumerate(rows):
             axis = axes[line][column]
-            for name, colour in curves:
-                ys = [p[name] for p in told["points"]]
-                axis.plot(told["x"], ys, "o", color=colour, label=name)
+            shown = [c for c in curves if c[0] in told["points"][0]]
+            axis.set_visible(bool(shown))
+            for name, label, colour in shown:
+                axis.plot(told["x"], [p[name] for p in told["points"]], "o", color=colour, label=label)
                 t = told["fits"][name]
-                ends = (told["x"][0], told["x"][-1])
-                axis.plot(ends, [t["constant"] + t["slope"] * x for x in ends], color=colour, linewidth=0.8)
+                a, b = t["constant"], t["slope"]
+                larger = name in told.get("larger", ())
+                ys = np.maximum(a, b * ends) if larger else a + b * ends
+                axis.plot(ends, ys, color=colour, linewidth=0.8)
+                if t["bend"] and told["x"][0] < t["bend"] < told["x"][-1]:
+                    axis.axvline(t["bend"], color=colour, linewidth=0.6, linestyle=":")
             axis.set_ylim(bottom=0)
             if not column:
                 axis.set_ylabel(title)
                 axis.legend(frameon=False, fontsize=7)
         axes[-1][column].set_xlabel(size)
     figure.suptitle(
-        "One decoded token of GPT-2 small, per party, by the cost model (lines: fits)", fontsize=10
+        "One decoded token of GPT-2 small, per party, by the cost model (lines: fits, dotted: their bends)",
+        fontsize=10,
     )
     return figure
 

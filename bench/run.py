@@ -6,6 +6,7 @@
     python bench/run.py --only NAME ...   some of the models (as printed by --list)
     python bench/run.py --onto FILE       add to a result, replacing rows of the same model and network
     python bench/run.py --show FILE       print the tables of a result again
+    python bench/run.py --targets         GPT-2 small against what is aimed at: bench/targets.py instead
 
 For each model and each network, scripts/local_mesh.sh raises three namespaces, a WireGuard mesh and three
 `mimir-peer run`, and shares the model with them; `local` is the tunnel alone, `wan` adds the relay's delay
@@ -892,6 +893,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     p.add_argument("--out", type=Path, metavar="DIR", help="folder of the results (default bench/results)")
     p.add_argument("--onto", type=Path, metavar="FILE", help="add to this result")
     p.add_argument("--show", type=Path, metavar="FILE", help="print the tables of this result and end")
+    p.add_argument("--targets", action="store_true", help="run bench/targets.py instead")
     p.add_argument("--client", help=argparse.SUPPRESS)
     a = p.parse_args(argv)
     if a.tokens < 3:
@@ -906,6 +908,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if a.show:
         print(tables(json.loads(a.show.read_text())))
         return 0
+    if a.targets:
+        return subprocess.run([sys.executable, str(HERE / "targets.py")], check=False).returncode
     with tempfile.TemporaryDirectory(prefix="mimir-bench.") as folder:
         chosen = subjects(Path(folder))
         if a.list:

@@ -5,17 +5,22 @@ from __future__ import annotations
 import json
 import sys
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from parties import Party, reconstruct, run_parties
+import trio
+from parties import Party, reconstruct, run_parties, share_weights
 from reference import Fixed, FixedModel, FloatModel, nats_per_token
 from session_fixture import GPT2, LLAMA, SETTINGS, tiny_plan
 
 from mimir import cost, dryrun
+from mimir.model import load_checkpoint, transformer
+from mimir.mpc import plan
 from mimir.mpc.domain import decode, encode
+from mimir.net.memory import MemoryNet
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "bench" / "peers"))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "bench"))
@@ -23,8 +28,10 @@ import blocks
 import compare
 import mimir_blocks
 import perplexity
+import positions
 import run
 import scaling
+import targets
 
 WINDOW = 8
 IDS = np.random.default_rng(5).integers(0, 16, 5 * WINDOW + 1).tolist()
@@ -74,6 +81,55 @@ def test_windows_that_leave_the_range_are_counted_and_left_out(monkeypatch: pyte
     assert got["tokens"] == 4 * WINDOW and got["windows_outside"] == 1
     assert got["outside"] == ["3.softmax: too far"]
     assert got["float64"] == pytest.approx(np.exp(np.mean(kept)))
+
+
+# --- the engine beside its twin -----------------------------------------------------------------------------
+
+POSITIONS = (8, 6)  # bucket and prompt: with padding
+READ = 3  # tokens one by one
+SPREAD = 2.5  # of the twins' distance from one another, by which the engine may lie from them (DESIGN)
+SEEDS = range(1, 5)
+
+
+@pytest.fixture(scope="module")
+def read(shared_models: dict[str, Any]) -> Any:
+    """A window of text through three parties, and a checkpoint to give the twin."""
+    plan = load_checkpoint(shared_models["TinyStories-656K"]["path"])
+    told = shared_models["TinyStories-656K"]["expected"]["prompts"][0]
+    ids = (told["input_ids"] + told["greedy_new_ids"])[: POSITIONS[1] + READ + 1]
+    weights = share_weights({name: plan.encoded(name, SETTINGS.scale_bits) for name in plan.names()})
+    return plan, ids, positions.engine(plan, weights, ids, *POSITIONS)
+
+
+def from_twins(read: Any, fixed: Fixed) -> tuple[dict[str, Any], float]:
+    """The figures against a twin, and the root mean square distance of honest twins from one another."""
+    plan, ids, reading = read
+    twins = [positions.twin(plan, ids, *POSITIONS, replace(Fixed(), seed=s)) for s in SEEDS]
+    spread = np.sqrt(np.mean([(a - b) ** 2 for a, b in pairwise(twins)]))
+    want = positions.twin(plan, ids, *POSITIONS, fixed)
+    return positions.beside([reading], [want], [[t] for t in twins], [ids]), float(spread) / positions.UNIT
+
+
+@pytest.mark.slow
+@pytest.mark.models
+def test_three_parties_are_the_twin_to_its_own_rounding(read: Any) -> None:
+    told, spread = from_twins(read, replace(Fixed(), seed=len(SEEDS) + 1))
+    assert told["positions"] == POSITIONS[1] + READ and told["chosen"] == READ + 1
+    assert told["agree"] == told["positions"]
+    assert 0 < told["rms"] < SPREAD * spread
+    assert told["nats_largest"] < 2.0**-8 and abs(told["percent"]) < perplexity.TARGET
+
+
+@pytest.mark.slow
+@pytest.mark.models
+@pytest.mark.parametrize(
+    "wrong",
+    [{"scale_bits": 14}, {"degree": 2}, {"rotary_scale": 9}, {"bins": 16}],
+    ids=lambda w: next(iter(w)),
+)
+def test_an_engine_of_other_scales_or_tables_would_show(read: Any, wrong: dict[str, int]) -> None:
+    told, spread = from_twins(read, replace(Fixed(), **wrong))
+    assert told["rms"] > SPREAD * spread
 
 
 # --- beside others ------------------------------------------------------------------------------------------
@@ -136,6 +192,134 @@ def test_ratios_are_ours_over_theirs() -> None:
     assert line == f"| {blocks.NAMES[-1]} | {' | '.join(figures)} |"
 
 
+# --- targets ------------------------------------------------------------------------------------------------
+
+
+def in_one_process(work: Any) -> list[Any]:
+    """`work` at three parties over memory."""
+    net, out = MemoryNet(3), [None] * 3
+
+    async def main() -> None:
+        async def one(i: int) -> None:
+            out[i] = await work(net.party(i))
+
+        async with trio.open_nursery() as nursery:
+            for i in range(3):
+                nursery.start_soon(one, i)
+
+    trio.run(main)
+    return out
+
+
+@pytest.mark.slow
+def test_late_sessions_are_what_the_model_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cache that is there from the start, and two sessions at once: rounds and bytes of a token at the end
+    of a context.
+    """
+    spec = LLAMA
+    monkeypatch.setattr(targets, "AHEAD", spec.context)
+    task = targets.Task("late", spec.context - 4, 1, 3, sessions=2)
+
+    async def work(transport: Any) -> Any:
+        weights = targets.Noise(spec.shapes(), transport.party)
+        return await targets.sessions(transport, spec, weights, task, spec.context)
+
+    parts = in_one_process(work)
+    online, made = cost.last_token(
+        dryrun.run_last(spec, SETTINGS, max_context=spec.context, ahead=spec.context)
+    )
+    for number in range(task.sessions):
+        told = targets.decoded([[p[number]] for p in parts], task.positions)
+        assert told["online"]["rounds"] == online.rounds
+        assert told["online"]["sent"] == pytest.approx(online.sent, abs=4 * online.rounds)  # sizes of numbers
+        assert told["prep"]["sent"] == pytest.approx(cost.each(made, "sent"), rel=0.2)
+        starts = [m["at"] for p in parts for m in p[number] if m["kind"] == "start"]
+        assert min(starts) > max(m["at"] for p in parts for s in p for m in s if m["kind"] == "made")
+    rate = targets.side_by_side(parts)
+    assert rate["passes"] == 6 and rate["sessions"] == 2 and rate["rate"] == rate["passes"] / rate["seconds"]
+
+
+def test_the_whole_prefill_is_told() -> None:
+    task = targets.Task("prefill", 0, 4, 1)
+
+    async def work(transport: Any) -> Any:
+        return await targets.sessions(
+            transport, GPT2, targets.Noise(GPT2.shapes(), transport.party), task, GPT2.context
+        )
+
+    told = targets.prefilled(in_one_process(work))
+    whole = dryrun.run(GPT2, SETTINGS, bucket=4, tokens=1, max_context=GPT2.context, ahead=targets.AHEAD)
+    online, made = cost.first_token(whole)
+    assert told["online"]["rounds"] == online.rounds and told["prep"]["rounds"] == made.rounds
+    assert told["all"] == pytest.approx(3 * (online.sent + made.sent), rel=0.01)
+    assert all(told[lane]["seconds"] > 0 and told[lane]["used"] > 0 for lane in ("online", "prep"))
+
+
+def test_predictions_of_targets_are_the_cost_models(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cost, "_seconds_to_plan", lambda *_: 0.25)
+    monkeypatch.setattr(targets, "PROMPT", 4)
+    rates = cost.Rates(dict.fromkeys(cost._keys(), 1e-9), "ref", cores=2)
+    got = targets.predicted(GPT2, GPT2.context, rates)
+    lengths = {"bucket": 4, "context": GPT2.context, "ahead": targets.AHEAD}
+    want = cost.predict(GPT2, SETTINGS, **lengths, rates=rates, link=cost.Link(parties_here=3))
+    for name, parts in (("token", want.token), ("prefill", want.prefill)):
+        for lane, part in parts.items():
+            floors = got[name][lane].pop("floors")
+            assert got[name][lane] == pytest.approx(part.plain())
+            assert floors["multiplying"] < part.processor
+            assert floors["delay"] == pytest.approx(part.rounds * targets.LINK_RTT / 2000)
+            assert 0 < floors["link"] <= part.sent * 8e-8
+    assert got["block"] == want.block
+
+
+def test_the_table_has_every_target_and_adds_both_lanes() -> None:
+    lane = {"rounds": 30.0, "sent": 3e6, "seconds": 2.0, "processor": 1.0, "used": 0.5}
+    floors = {"floors": {"multiplying": 0.25, "link": 0.5, "delay": 0.75}}
+    both = dict.fromkeys(("online", "prep"), lane | floors)
+    result = {
+        "date": "2026-01-01",
+        "commit": "c",
+        "machine": {"cores": 2, "processor": "P", "kernels": "ref"},
+        "load": [0.0, 1.0],
+        "rounds": {"layer": 20},
+        "choice": {"rounds": 25, "sent": 1e6},
+        "measured": {
+            "decode": both,
+            "prefill": both | {"all": 36e9},
+            "sessions": {"sessions": 8, "rate": 4.0},
+            "argmax": both,
+        },
+        "predicted": {"token": both | {"at once": 2.0}, "prefill": both, "block": 16},
+    }
+    lines = [line.split(" | ") for line in targets.tables(result).splitlines() if line.startswith("| ")]
+    rows = {line[0].lstrip("| "): [cell.rstrip(" |") for cell in line[1:]] for line in lines}
+    token = "decode at 128, one token: "
+    assert rows[token + "rounds a layer"] == ["20", "20", "20", "-", "-", "-"]
+    assert rows[token + "MB together"][:3] == ["40", "6", "6"]
+    assert rows[token + "s together"] == ["-", "4", "4", "0.5", "1", "1.5"]
+    assert rows[token + "processor s together, all three"][1:3] == ["1", "4"]
+    prefill = "prefill of 32 and a token: "
+    assert rows[prefill + "s together"][:2] == ["PUMA 15.5", "4"]
+    assert rows[prefill + "GB together, all three"][:3] == ["PUMA 3.77", "36", "0.018"]
+    sessions = "8 sessions decoding at once: tokens/s "
+    assert rows[sessions + "online, in all"][1:3] == ["4", "2"]
+    assert rows[sessions + "together, in all"][1:3] == [f"{1 / 2.25:.3g}", f"{1 / 2.5:.3g}"]
+    assert rows["argmax of 50,257: s online"] == ["-", "2", "-", "-", "0.24", "0.3"]
+
+
+def test_an_argmax_that_is_wrong_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def work(transport: Any) -> Any:
+        return await targets.argmaxes(transport, GPT2, 2)
+
+    parts = in_one_process(work)
+    counted = plan.run(transformer.cost_of_choice(GPT2, targets.chooser(GPT2)))
+    told = targets.chosen(parts, GPT2)
+    assert told["online"]["rounds"] == counted.rounds and told["prep"]["sent"] > 0
+    parts[0][1]["components"][0] += 1
+    with pytest.raises(SystemExit, match="argmax 1 gave"):
+        targets.chosen(parts, GPT2)
+
+
 # --- the cost model in the tables ---------------------------------------------------------------------------
 
 
@@ -145,6 +329,44 @@ def test_a_line_is_found_with_its_bend() -> None:
     assert told["constant"] == pytest.approx(100) and told["slope"] == pytest.approx(2)
     assert told["bend"] == pytest.approx(50) and told["worst"] == pytest.approx(0, abs=1e-9)
     assert scaling.fit(xs, [7, 7, 7])["bend"] is None
+
+
+def test_seconds_of_a_point_are_the_cost_models() -> None:
+    """Processor, link and delay of exact counts, at both links."""
+    rates = cost.Rates(dict.fromkeys(cost._keys(), 0.0) | {"round online": 0.5}, "ref", cores=1)
+    got = scaling.point(GPT2, GPT2.context, rates)
+    online, _ = cost.last_token(scaling.counted(GPT2, GPT2.context))
+    assert got["rounds online"] == online.rounds
+    alone = 3 * 0.5 * online.rounds  # three parties on one core
+    assert got["s online, local"] == pytest.approx(alone)
+    far = online.rounds * 0.01 + online.busiest * 8e-8
+    assert got["s online, far"] == pytest.approx(alone + far)
+    assert got["s preprocessing, local"] == pytest.approx(0)
+
+
+def test_sessions_at_once_share_processors_and_links_and_not_delays() -> None:
+    part = cost.Part(rounds=10, sent=0, processor=2.0, link=1.0, delay=5.0)
+    assert [scaling.at_once(part, n) for n in (1, 2, 4, 8)] == [8.0, 8.0, 8.0, 16.0]
+    slow = replace(part, link=3.0)
+    assert [scaling.at_once(slow, n) for n in (1, 3, 4)] == [10.0, 10.0, 12.0]
+
+
+def test_curves_of_sessions_and_round_trips_bend_where_they_say(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scaling, "SMALL", GPT2)
+    monkeypatch.setattr(scaling, "CONTEXT", GPT2.context)
+    rates = cost.Rates(
+        dict.fromkeys(cost._keys(), 0.0) | {"round online": 1e-3, "hash": 1e-12}, "ref", cores=3
+    )
+    online = scaling.parts(scaling.counted(GPT2, GPT2.context), rates, scaling.FAR)["online"]
+    told = scaling.of_sessions(rates)
+    bend = told["fits"]["s online, far"]["bend"]
+    assert bend == pytest.approx(online.seconds / max(online.processor, online.link)) and bend > 8
+    assert {p["s online, far"] for p in told["points"]} == {online.seconds}
+    assert told["points"][3]["s online, local"] == pytest.approx(8 * online.processor)
+    trips = scaling.of_round_trips(rates)["fits"]["s online, far"]
+    assert trips["slope"] == pytest.approx(online.rounds / 2000)
+    assert trips["bend"] == pytest.approx((online.processor + online.link) / (online.rounds / 2000))
+    assert trips["worst"] == pytest.approx(0, abs=1e-9)
 
 
 def test_predictions_are_those_of_the_session_that_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -171,7 +393,7 @@ def test_predictions_are_those_of_the_session_that_is_measured(monkeypatch: pyte
     assert got["preprocessing"]["rounds"] == (answers - prompt) / 2 + (weights - entry) / 4
 
 
-def test_charts_are_drawn_and_small(tmp_path: Path) -> None:
+def test_charts_are_drawn_and_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("matplotlib", reason="the extra `bench` is not installed")
     import charts
 
@@ -179,6 +401,10 @@ def test_charts_are_drawn_and_small(tmp_path: Path) -> None:
     points = [dict.fromkeys(scaling.FIGURES, float(x)) for x in (1, 2)]
     fits = {f: scaling.fit([1, 2], [1, 2]) for f in scaling.FIGURES}
     sizes = {size: {"x": [1, 2], "points": points, "fits": fits} for size in scaling.SIZES}
+    rates = cost.Rates(dict.fromkeys(cost._keys(), 1e-9), "ref", cores=3)
+    monkeypatch.setattr(scaling, "SMALL", GPT2)
+    monkeypatch.setattr(scaling, "CONTEXT", GPT2.context)
+    sizes |= {"sessions": scaling.of_sessions(rates), "round trip, ms": scaling.of_round_trips(rates)}
     (tmp_path / "scaling" / "1.json").write_text(json.dumps({"sizes": sizes}))
     assert charts.main(["--results", str(tmp_path)]) == 0
     drawn = sorted(tmp_path.glob("*.png"))

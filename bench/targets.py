@@ -1,0 +1,672 @@
+#!/usr/bin/env python3
+"""GPT-2 small, target beside measured: decode at context 128, prefill of 32, eight sessions, argmax alone.
+
+    python bench/targets.py                 a quarter of an hour on two idle cores, 16 GiB; run.py --targets
+    python bench/targets.py --only NAME ... of decode, prefill, sessions, argmax
+    python bench/targets.py --show FILE     print the table of a result again
+
+What is measured, and how. Three processes on this machine, the mesh between them on loopback, without a
+tunnel, and in each what a party runs: the engine's session actor, its preprocessing with every check. Two
+things are not a party's. Weights are random words, alike at both holders of a component: time does not depend
+on them, and what comes out is noise. And the client sits in each process and answers at once. `bench/run.py`
+measures the whole, with tunnel and client, at a short context; what lies between is what they cost.
+
+    decode    A session whose cache holds 111 random positions, as in mimir.dryrun, reads 16 more, so that the
+              last token is the one that fills the context: a block of products with weights. The material of
+              a full context fits no pool, so only that of these 16 is made, all of it before the first round
+              online; what is ready may exceed the engine's limit (POOL_BYTES) for that. Online: rounds and
+              bytes of the last, seconds the median of the 15 between two tokens. Preprocessing: all 16, from
+              the entry's material on, by 16.
+    prefill   32 rows from an empty cache, and the token that they give: as PUMA counts (32 in, 1 out).
+    sessions  8 sessions as in `decode`, 2 tokens each at the end of the context. Their material is made one
+              session after another, since making eight at once takes eight times the memory; then all go at
+              once. Online: tokens by seconds from the common start to the last token. Together: with a
+              token's preprocessing as in `decode`, on the same processors, as if nothing overlapped.
+    argmax    sampling.choose of 50,257 logits with its preprocessing, the median of three; the index is
+              compared with that of the same logits in the clear.
+
+*Together* is online and preprocessing, as if nothing had been prepared and nothing overlapped. Seconds are by
+the clock, of the party that takes longest. Bytes are what one party hands to its links, of the party that
+sends most; of all three where it says so. Beside stands what the cost model predicts for three parties on
+this machine's cores, and three floors: multiplying (every kernel's work at this machine's measured rate, by
+the cores, no rounds, no Python), the link at LINK_MBIT, and half LINK_RTT for every round. Nothing is
+asserted: tests do that.
+
+PUMA (Dong et al., 2023) is semi-honest and ran on three servers of 32 cores; figures as published.
+Results go to bench/results/targets/ as one JSON file a run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import hashlib
+import json
+import operator
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import structlog
+import trio
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(HERE)]
+
+from run import commit, machine, planned  # noqa: E402
+from scaling import SMALL, at_once  # noqa: E402
+
+from mimir import cost, dryrun, kernels  # noqa: E402
+from mimir.actors.session import Limits, SessionActor, Turn, plan_turn  # noqa: E402
+from mimir.model import sampling, transformer  # noqa: E402
+from mimir.model.checkpoint import PlanSpec  # noqa: E402
+from mimir.mpc import plan, prep  # noqa: E402
+from mimir.mpc.domain import Ring, encode  # noqa: E402
+from mimir.mpc.doors import Doors  # noqa: E402
+from mimir.mpc.nonlinear import Settings  # noqa: E402
+from mimir.mpc.ops import Context  # noqa: E402
+from mimir.mpc.replicated import PARTIES, Replicated  # noqa: E402
+from mimir.mpc.share import Share  # noqa: E402
+from mimir.net import Transport  # noqa: E402
+from mimir.net.messages import Message, Open, Sampler  # noqa: E402
+
+RESULTS = HERE / "results" / "targets"
+CONTEXT = 128
+BLOCK = 16  # positions that `decode` reads
+PROMPT = 32
+AT_ONCE = 8
+PASSES = 2  # of each of these sessions
+CHOICES = 3  # argmaxes
+SETTINGS = Settings()
+SEED = 5
+LINK_RTT, LINK_MBIT = 20.0, 100.0  # of the floors
+AHEAD = 1 << 16  # positions: what is ready is never too much
+BASE_PORT = 19210
+UP_SECONDS = 60.0
+ROUND_SECONDS = 600.0
+SESSION_SECONDS = 3600.0
+KEY = "00" * 32
+PUMA_GB, PUMA_SECONDS = 3.77, 15.5
+# Per party and token, of what is aimed at; where nothing stands, none was set.
+TARGETS = {"rounds a layer": 20, "MB online": 5.0, "MB together": 40.0}
+
+
+@dataclass(frozen=True)
+class Task:
+    """Sessions that all parties run alike: how many positions are there before, and how many are read."""
+
+    name: str
+    before: int
+    bucket: int
+    tokens: int
+    sessions: int = 1
+
+    @property
+    def positions(self) -> int:
+        return self.bucket + self.tokens - 1
+
+
+TASKS = (
+    Task("decode", CONTEXT - 1 - BLOCK, 1, BLOCK),
+    Task("prefill", 0, PROMPT, 1),
+    Task("sessions", CONTEXT - 1 - PASSES, 1, PASSES, AT_ONCE),
+)
+NAMES = (*(t.name for t in TASKS), "argmax")
+
+
+# --- at one party -------------------------------------------------------------------------------------------
+
+
+class Noise:
+    """A party's two components of weights that are uniform; equal seeds give equal components."""
+
+    def __init__(self, shapes: Mapping[str, tuple[int, ...]], party: int) -> None:
+        self._tensors = {
+            name: (_noise(name, party, shape), _noise(name, (party + 1) % PARTIES, shape))
+            for name, shape in shapes.items()
+        }
+
+    def pair(self, name: str) -> tuple[Ring, Ring]:
+        return self._tensors[name]
+
+
+def _noise(name: str, component: int, shape: tuple[int, ...]) -> Ring:
+    out = np.empty(shape, np.uint64)
+    kernels.prg(hashlib.sha256(f"{name} {component}".encode()).digest(), SEED, out)
+    return out
+
+
+class Late(SessionActor):
+    """A session whose cache holds `before` random positions, all valid, before its first turn."""
+
+    before = 0
+
+    async def _sizes(self) -> None:
+        await super()._sizes()
+        self._ahead = AHEAD
+
+    async def _turn(self, turn: Turn) -> None:
+        spec, n = self.spec, self.before
+        if n and not self._cache.length:
+            bk, shape = self._making.bk, (spec.kv_heads, n, spec.head_dim)
+            self._cache.valid = Share(np.zeros((2, n), np.uint64), self._online.bk) + np.ones(1, np.uint64)
+            self._cache.length = n
+            for name, caches in (("keys", self._cache.keys), ("values", self._cache.values)):
+                for layer, cache in enumerate(caches):
+                    mask = bk.random(*shape)
+                    cache.delta = [_noise(f"{name} {layer}", 0, shape)]
+                    cache.mask = [Share(mask, self._online.bk)]
+                    self.triples._caches[name, layer] = [mask]
+            turn = plan_turn(turn.number, turn.buckets, turn.max_new, n, self._chunk)
+        await super()._turn(turn)
+
+
+@dataclass
+class Start:
+    """Sessions wait for one another: nothing goes online before all are prepared."""
+
+    missing: int
+    event: trio.Event = field(default_factory=trio.Event)
+
+    def ready(self) -> None:
+        self.missing -= 1
+        if not self.missing:
+            self.event.set()
+
+
+class Client:
+    """Gives a prompt of zeros as soon as all sessions are prepared, and takes notes of time and figures."""
+
+    key = KEY
+
+    def __init__(self, need: int, start: Start) -> None:
+        self._need, self._start = need, start
+        self.prepared = trio.Event()
+        self._send, self._receive = trio.open_memory_channel[Message](8)
+        self.actor: SessionActor | None = None
+        self.marks: list[dict[str, Any]] = []
+
+    def mark(self, kind: str, positions: int = 0) -> None:
+        assert self.actor is not None
+        known = {"kind": kind, "positions": positions, "at": time.monotonic(), "used": time.process_time()}
+        self.marks.append(known | self.actor._figures())
+
+    async def send(self, message: Mapping[str, Any]) -> None:
+        match message["t"]:
+            case "opened":
+                self.mark("opened")
+            case "masks":
+                names = {name: bytes(len(raw) // 2) for name, raw in message["names"].items()}
+                await self._send.send({"t": "offsets", "turn": message["turn"], "names": names})
+            case "token":
+                self.mark("token")
+            case "progress" if message["phase"] == "preprocessing":
+                self.mark("made", message["done"])
+                if message["done"] >= self._need and not self.prepared.is_set():
+                    self.prepared.set()
+                    self._start.ready()
+            case "done":
+                await self._send.send({"t": "close"})
+
+    async def receive(self, timeout: float | None = None) -> Message:
+        await self._start.event.wait()
+        message = await self._receive.receive()
+        if message["t"] == "offsets":
+            self.mark("start")
+        return message
+
+
+async def sessions(
+    transport: Transport, spec: PlanSpec, weights: Any, task: Task, context: int
+) -> list[list[dict[str, Any]]]:
+    """Run the sessions of a task at this party. Returns the marks of each."""
+    start = Start(task.sessions)
+    clients = [Client(task.positions, start) for _ in range(task.sessions)]
+    limits = Limits(
+        (task.bucket,), (task.tokens,), context, AHEAD, ROUND_SECONDS, SESSION_SECONDS, SESSION_SECONDS
+    )
+    async with trio.open_nursery() as nursery:
+        for number, client in enumerate(clients):
+            name = hashlib.sha256(f"{task.name} {number}".encode()).digest()[:16]
+            terms = Open(name, "0" * 64, (KEY,), (task.bucket,), task.tokens, Sampler(), False)
+            actor = Late(transport, terms, [client], spec, weights, SETTINGS, limits)
+            actor.before, client.actor = task.before, actor
+            nursery.start_soon(actor.run)
+            await client.prepared.wait()
+    return [client.marks for client in clients]
+
+
+def chooser(spec: PlanSpec) -> Callable[[Context, str, Share], Awaitable[Share]]:
+    greedy = sampling.Sampler("greedy", 1.0, 1, SETTINGS.scale_bits, spec.vocab)
+
+    async def choose(ctx: Context, step: str, logits: Share) -> Share:
+        return await sampling.choose(ctx, step, logits, greedy, sampling.no_noise)
+
+    return choose
+
+
+def logits(spec: PlanSpec, number: int) -> Any:
+    """Some logits in the clear."""
+    return 4 * np.random.default_rng([SEED, number]).standard_normal(spec.vocab)
+
+
+async def argmaxes(transport: Transport, spec: PlanSpec, count: int) -> list[dict[str, Any]]:
+    """Choose the largest of random logits, with the material for it made right before. Figures of each."""
+    party, choose, out = transport.party, chooser(spec), []
+    demand, none = plan.run(transformer.cost_of_choice(spec, choose)).demand, Noise({}, party)
+    for number in range(count):
+        session = hashlib.sha256(f"argmax {number}".encode()).digest()[:16]
+
+        def lane(label: str, session: bytes = session) -> Doors:
+            channel = transport.channel(session, label)
+            channel.timeout = ROUND_SECONDS
+            keys = [
+                transport.link_secret((party + way) % PARTIES, session, f"prf {label}") for way in (-1, 1)
+            ]
+            return Doors(channel, Replicated(party, *keys))
+
+        online, making = lane("online"), lane("prep")
+        value = encode(logits(spec, number), transformer.logit_scale(SETTINGS.scale_bits))
+        a, b = (_noise(f"logits {number}", i, value.shape) for i in (0, 1))
+        parts = (a, b, value - a - b)
+        x = Share(np.stack([parts[party], parts[(party + 1) % PARTIES]]), online.bk)
+        told: dict[str, Any] = {}
+        await making.agree("go", b"")
+        for name, doors in (("prep", making), ("online", online)):
+            before = (time.monotonic(), time.process_time(), doors.channel.rounds, doors.channel.sent)
+            if name == "prep":
+                made = await prep.produce(prep.Batch(making, none, {}), "argmax", demand)
+            else:
+                index = await choose(Context(online.bk, online, prep.Store(made), none), "choice", x)
+            after = (time.monotonic(), time.process_time(), doors.channel.rounds, doors.channel.sent)
+            grown = [y - x for x, y in zip(before, after, strict=True)]
+            told[name] = dict(zip(("seconds", "used", "rounds", "sent"), grown, strict=True))
+        await making.agree("done", b"")
+        out.append(told | {"components": [int(v) for v in index.v[:, 0]]})
+        for doors in (online, making):
+            doors.bk.wipe()
+            await doors.channel.aclose()
+    return out
+
+
+async def party(index: int, folder: Path, names: Sequence[str]) -> None:
+    """One of the three processes: everything that is asked for, in order; results as JSON in the folder."""
+    from mimir.net.identity import Identity, parse_public
+    from mimir.net.mesh import PeerAt, open_mesh  # not in the process that predicts: see mimir.dryrun
+
+    me = Identity.load(folder / f"key{index}")
+    public = [parse_public((folder / f"public{i}").read_text()) for i in range(PARTIES)]
+    peers = [PeerAt(i, "127.0.0.1", BASE_PORT + i, public[i]) for i in range(PARTIES) if i != index]
+    weights = Noise(SMALL.shapes() if set(names) != {"argmax"} else {}, index)
+    async with open_mesh(
+        party=index,
+        identity=me,
+        peers=peers,
+        config_digest=bytes(32),
+        listen=("127.0.0.1", BASE_PORT + index),
+        protected=False,
+    ) as mesh:
+        await mesh.wait_up(UP_SECONDS)
+        for task in (t for t in TASKS if t.name in names):
+            marks = await sessions(mesh, SMALL, weights, task, CONTEXT)
+            (folder / f"{task.name}{index}.json").write_text(json.dumps(marks))
+        if "argmax" in names:
+            told = await argmaxes(mesh, SMALL, CHOICES)
+            (folder / f"argmax{index}.json").write_text(json.dumps(told))
+        (folder / f"done{index}").touch()
+        while not all((folder / f"done{i}").exists() for i in range(PARTIES)):
+            await trio.sleep(0.05)  # whoever leaves first would break off the others' last round
+
+
+def measured(names: Sequence[str]) -> dict[str, list[Any]]:
+    """What the three parties noted, by name, party after party."""
+    from mimir.net.identity import Identity
+
+    with tempfile.TemporaryDirectory(prefix="mimir-bench.") as name:
+        folder = Path(name)
+        for i in range(PARTIES):
+            identity = Identity.generate()
+            identity.save(folder / f"key{i}")
+            (folder / f"public{i}").write_text(identity.public_hex)
+        words = [sys.executable, str(HERE / "targets.py"), "--folder", name, "--only", *names]
+        children = [subprocess.Popen([*words, "--party", str(i)]) for i in range(PARTIES)]
+        try:
+            while any(child.poll() is None for child in children):
+                if any(child.poll() for child in children):  # the others would wait for it
+                    break
+                time.sleep(0.2)
+        finally:
+            for child in children:
+                if child.poll() is None:
+                    child.terminate()
+            codes = [child.wait() for child in children]
+        if any(codes):
+            raise SystemExit(f"targets: a party ended with exit status {codes}; see above")
+        return {n: [json.loads((folder / f"{n}{i}.json").read_text()) for i in range(PARTIES)] for n in names}
+
+
+# --- figures ------------------------------------------------------------------------------------------------
+
+
+def _of(marks: Sequence[Mapping[str, Any]], kind: str) -> list[Mapping[str, Any]]:
+    return [m for m in marks if m["kind"] == kind]
+
+
+def _grown(a: Mapping[str, Any], b: Mapping[str, Any], what: str) -> float:
+    return float(b[what] - a[what])
+
+
+def decoded(parts: Sequence[Sequence[Sequence[Mapping[str, Any]]]], positions: int) -> dict[str, Any]:
+    """A token online and its preprocessing, from the marks of one session at each party."""
+    online: list[dict[str, float]] = []
+    made: list[dict[str, float]] = []
+    for (marks,) in parts:
+        pairs = list(pairwise(_of(marks, "token")))
+        told = {
+            name: statistics.median(_grown(a, b, what) for a, b in pairs)
+            for name, what in (("seconds", "at"), ("used", "used"))
+        }
+        online.append(told | {name: _grown(*pairs[-1], f"{name}_online") for name in ("rounds", "sent")})
+        first, last = _of(marks, "made")[0], _of(marks, "made")[-1]
+        figures = {"seconds": "at", "used": "used"}
+        figures |= {name: f"{name}_preprocessing" for name in ("rounds", "sent")}
+        made.append({name: _grown(first, last, what) / positions for name, what in figures.items()})
+    return {"online": _worst(online), "prep": _worst(made)}
+
+
+def prefilled(parts: Sequence[Sequence[Sequence[Mapping[str, Any]]]]) -> dict[str, Any]:
+    """A whole session up to its first token, of the party that takes longest; bytes of all in `all`."""
+    online: list[dict[str, float]] = []
+    made: list[dict[str, float]] = []
+    everything = 0.0
+    for (marks,) in parts:
+        (opened,), (start,) = _of(marks, "opened"), _of(marks, "start")
+        token, ready = _of(marks, "token")[0], _of(marks, "made")[-1]
+        for out, began, ended, lane in (
+            (made, opened, ready, "preprocessing"),
+            (online, start, token, "online"),
+        ):
+            figures = {"seconds": _grown(began, ended, "at"), "used": _grown(began, ended, "used")}
+            out.append(figures | {name: float(ended[f"{name}_{lane}"]) for name in ("rounds", "sent")})
+        everything += token["sent_online"] + ready["sent_preprocessing"]
+    return {"online": _worst(online), "prep": _worst(made), "all": everything}
+
+
+def side_by_side(parts: Sequence[Sequence[Sequence[Mapping[str, Any]]]]) -> dict[str, Any]:
+    """Passes a second of sessions that all decode at once."""
+    seconds = passes = 0.0
+    for sessions in parts:
+        began = min(_of(marks, "start")[0]["at"] for marks in sessions)
+        ended = max(_of(marks, "token")[-1]["at"] for marks in sessions)
+        seconds = max(seconds, ended - began)
+        passes = float(sum(len(_of(marks, "token")) for marks in sessions))
+    return {"seconds": seconds, "passes": passes, "sessions": len(parts[0]), "rate": passes / seconds}
+
+
+def chosen(parts: Sequence[Sequence[Mapping[str, Any]]], spec: PlanSpec) -> dict[str, Any]:
+    """Medians of the argmaxes; raises if an index is not that of the largest logit."""
+    out: dict[str, Any] = {}
+    for number in range(len(parts[0])):
+        index = sum(p[number]["components"][0] for p in parts) % 2**64
+        if index != int(logits(spec, number).argmax()):
+            raise SystemExit(f"targets: argmax {number} gave {index}, which is wrong")
+    for lane in ("online", "prep"):
+        each = [
+            {f: statistics.median(run[lane][f] for run in p) for f in ("seconds", "used", "rounds", "sent")}
+            for p in parts
+        ]
+        out[lane] = _worst(each)
+    return out
+
+
+def _worst(parties: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """The largest of each figure, but processor seconds of all together."""
+    out = {name: max(p[name] for p in parties) for name in parties[0]}
+    return out | {"used": sum(p["used"] for p in parties)}
+
+
+# --- predictions and floors ---------------------------------------------------------------------------------
+
+
+def floors(lane: str, c: dryrun.Counts, rates: cost.Rates) -> dict[str, float]:
+    """Seconds below which this work cannot come: of multiplying, of the link, of the delay."""
+    known = {*dryrun.RULES, dryrun.ONE_ROW, "prg"}
+    work = sum(rates.seconds[k] * n for k, n in c.work.items() if k in known)
+    told = cost.part(lane, c, rates, cost.Link(LINK_RTT, LINK_MBIT))
+    crowd = max(1.0, PARTIES / rates.cores)
+    return {"multiplying": crowd * work, "link": told.link, "delay": told.delay}
+
+
+def expected(lane: str, shares: Sequence[cost.Shared], rates: cost.Rates, planning: float) -> dict[str, Any]:
+    """What the model says of work that serves so many positions, for one of them, and its floors."""
+    link = cost.Link(parties_here=PARTIES)
+    parts = [cost.part(lane, c, rates, link, n, extra=planning * c.plans) for c, n in shares]
+    each = [{k: v / n for k, v in floors(lane, c, rates).items()} for c, n in shares]
+    whole = functools.reduce(operator.add, parts).plain()
+    return whole | {"floors": {name: sum(f[name] for f in each) for name in each[0]}}
+
+
+def predicted(spec: PlanSpec, context: int, rates: cost.Rates) -> dict[str, Any]:
+    """The cost model's figures of a token at the end of the context and of the prefill, as `mimir cost` has
+    them.
+    """
+    end = dryrun.run_last(spec, SETTINGS, max_context=context, ahead=AHEAD)
+    start = dryrun.run(spec, SETTINGS, bucket=PROMPT, tokens=1, max_context=context, ahead=AHEAD)
+    online, made = cost.last_token(end)
+    first, first_made = cost.first_token(start)
+    planning = cost._seconds_to_plan(spec, SETTINGS, context)
+
+    def both(online: dryrun.Counts, made: Sequence[cost.Shared]) -> dict[str, Any]:
+        return {
+            "online": expected(dryrun.ONLINE, [cost.Shared(online, 1)], rates, planning),
+            "prep": expected(dryrun.PREP, made, rates, planning),
+        }
+
+    alone = cost.part(dryrun.ONLINE, online, rates, cost.Link(parties_here=PARTIES))
+    return {
+        "token": both(online, made) | {"at once": AT_ONCE / at_once(alone, AT_ONCE)},
+        "prefill": both(first, [cost.Shared(first_made, 1)]),
+        "block": made[1].positions,
+    }
+
+
+# --- the table ----------------------------------------------------------------------------------------------
+
+
+def _line(
+    what: str, target: Any, got: Any, want: Any = None, floor: Mapping[str, float] | None = None
+) -> str:
+    def said(v: Any) -> str:
+        return "-" if v is None else v if isinstance(v, str) else f"{v:.3g}" if v < 1e3 else f"{v:,.0f}"
+
+    cells = [floor[name] for name in ("multiplying", "link", "delay")] if floor else [None] * 3
+    return "| " + " | ".join([what, *map(said, (target, got, want, *cells))]) + " |"
+
+
+def _both(figures: Mapping[str, Any], name: str = "seconds") -> float:
+    return float(figures["online"][name] + figures["prep"][name])
+
+
+def _floors_of_both(figures: Mapping[str, Any]) -> dict[str, float]:
+    a, b = (figures[lane]["floors"] for lane in ("online", "prep"))
+    return {name: a[name] + b[name] for name in a}
+
+
+def _used(row: str, told: Mapping[str, Any], p: Mapping[str, Any], cores: int) -> str:
+    """Processor seconds of all three parties, which other work on the machine lengthens least."""
+    want = PARTIES * _both(p, "processor") / max(1.0, PARTIES / cores)
+    return _line(row + "processor s together, all three", None, _both(told, "used"), want)
+
+
+def tables(result: dict[str, Any]) -> str:
+    """Markdown of a result."""
+    m, got, want = result["machine"], result["measured"], result["predicted"]
+    out = [
+        f"GPT-2 small, measured {result['date'][:10]} at commit {result['commit']} by `bench/targets.py`, on "
+        f"{m['cores']} cores of {m['processor']} ({m['kernels']} kernels), which all three parties share; "
+        f"load before and after {result['load'][0]:.1f}, {result['load'][1]:.1f}.",
+        "",
+        f"| | target | measured | predicted | floor: multiplying | link, {LINK_MBIT:g} Mbit/s "
+        f"| delay, {LINK_RTT:g} ms |",
+        "|---|--:|--:|--:|--:|--:|--:|",
+    ]
+    if told := got.get("decode"):
+        token, p = f"decode at {CONTEXT}, one token: ", want["token"]
+        rounds, counted = result["rounds"], p["online"]["rounds"]
+        out += [
+            _line(token + "rounds a layer", TARGETS["rounds a layer"], rounds["layer"], rounds["layer"]),
+            _line(token + "rounds online", None, told["online"]["rounds"], counted),
+            _line(
+                token + "MB online",
+                TARGETS["MB online"],
+                told["online"]["sent"] / 1e6,
+                p["online"]["sent"] / 1e6,
+            ),
+            _line(
+                token + "MB together",
+                TARGETS["MB together"],
+                _both(told, "sent") / 1e6,
+                _both(p, "sent") / 1e6,
+            ),
+            _line(
+                token + "s online",
+                None,
+                told["online"]["seconds"],
+                p["online"]["seconds"],
+                p["online"]["floors"],
+            ),
+            _line(token + "s together", None, _both(told), _both(p), _floors_of_both(p)),
+            _used(token, told, p, m["cores"]),
+        ]
+    if told := got.get("prefill"):
+        row, p = f"prefill of {PROMPT} and a token: ", want["prefill"]
+        out += [
+            _line(
+                row + "s online",
+                None,
+                told["online"]["seconds"],
+                p["online"]["seconds"],
+                p["online"]["floors"],
+            ),
+            _line(row + "s together", f"PUMA {PUMA_SECONDS}", _both(told), _both(p), _floors_of_both(p)),
+            _used(row, told, p, m["cores"]),
+            _line(
+                row + "GB online, all three",
+                f"PUMA {PUMA_GB}",
+                PARTIES * told["online"]["sent"] / 1e9,
+                PARTIES * p["online"]["sent"] / 1e9,
+            ),
+            _line(
+                row + "GB together, all three",
+                f"PUMA {PUMA_GB}",
+                told["all"] / 1e9,
+                PARTIES * _both(p, "sent") / 1e9,
+            ),
+        ]
+    if told := got.get("sessions"):
+        p = want["token"]
+        row = f"{told['sessions']} sessions decoding at once: "
+        out.append(_line(row + "tokens/s online, in all", None, told["rate"], p["at once"]))
+        if "decode" in got:
+            rate = 1 / (1 / told["rate"] + got["decode"]["prep"]["seconds"])
+            model = 1 / (1 / p["at once"] + p["prep"]["seconds"])
+            out.append(_line(row + "tokens/s together, in all", None, rate, model))
+    if told := got.get("argmax"):
+        row, counted = f"argmax of {SMALL.vocab:,}: ", result["choice"]
+        links = [
+            {
+                "multiplying": None,
+                "link": sent * 8 / (LINK_MBIT * 1e6),
+                "delay": rounds * LINK_RTT / 2000,
+            }
+            for rounds, sent in (
+                (told["online"]["rounds"], told["online"]["sent"]),
+                (_both(told, "rounds"), _both(told, "sent")),
+            )
+        ]
+        out += [
+            _line(row + "rounds online", None, told["online"]["rounds"], counted["rounds"]),
+            _line(row + "rounds together", None, _both(told, "rounds")),
+            _line(row + "MB online", None, told["online"]["sent"] / 1e6, counted["sent"] / 1e6),
+            _line(row + "MB together", None, _both(told, "sent") / 1e6),
+            _line(row + "s online", None, told["online"]["seconds"], None, links[0]),  # type: ignore[arg-type]
+            _line(row + "s together", None, _both(told), None, links[1]),  # type: ignore[arg-type]
+        ]
+    out += [
+        "",
+        f"Per party unless it says otherwise. Products with weights are made for {want['block']} rows "
+        "together. PUMA: semi-honest, three servers of 32 cores.",
+        "",
+    ]
+    return "\n".join(out)
+
+
+# --- the command --------------------------------------------------------------------------------------------
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    p = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage="targets.py [options]",
+    )
+    p.add_argument(
+        "--only", nargs="+", choices=NAMES, default=list(NAMES), metavar="NAME", help="of " + ", ".join(NAMES)
+    )
+    p.add_argument("--out", type=Path, default=RESULTS, metavar="DIR", help="folder of the results")
+    p.add_argument("--show", type=Path, metavar="FILE", help="print the table of this result and end")
+    p.add_argument("--party", type=int, help=argparse.SUPPRESS)
+    p.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    a = p.parse_args(argv)
+    if a.show:
+        print(tables(json.loads(a.show.read_text())))
+        return 0
+    if a.party is not None:
+        structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(40))
+        trio.run(party, a.party, a.folder, a.only)
+        return 0
+    now, load = datetime.now(UTC), os.getloadavg()[0]
+    rates = cost.calibrate()
+    want = predicted(SMALL, CONTEXT, rates)
+    choice = plan.run(transformer.cost_of_choice(SMALL, chooser(SMALL)))
+    parts = measured(a.only)
+    figures: dict[str, Any] = {}
+    if "decode" in parts:
+        figures["decode"] = decoded(parts["decode"], TASKS[0].positions)
+    if "prefill" in parts:
+        figures["prefill"] = prefilled(parts["prefill"])
+    if "sessions" in parts:
+        figures["sessions"] = side_by_side(parts["sessions"])
+    if "argmax" in parts:
+        figures["argmax"] = chosen(parts["argmax"], SMALL)
+    result: dict[str, Any] = {
+        "date": now.isoformat(timespec="seconds"),
+        "commit": commit(),
+        "machine": machine(),
+        "load": [load, os.getloadavg()[0]],
+        "rounds": trio.run(planned, SMALL, SETTINGS, CONTEXT),
+        "choice": {"rounds": choice.rounds, "sent": choice.sent},
+        "measured": figures,
+        "predicted": want,
+        "seconds": (datetime.now(UTC) - now).total_seconds(),
+    }
+    a.out.mkdir(parents=True, exist_ok=True)
+    target = a.out / f"{now:%Y-%m-%d-%H%M}-{result['commit'][:10]}.json"
+    target.write_text(json.dumps(result, indent=1) + "\n")
+    print(tables(result))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
