@@ -946,88 +946,192 @@ void MK(mk_gr_scale01)(uint64_t *restrict out, const uint64_t *x, const uint64_t
         UNROLL for (unsigned v = 0; v < GV; v++) store(out + LANES * v, keep(bits_of(r[j], v), splat(x[j])));
 }
 
-/* Vectors first .. first + GR_VECS - 1 of `rows` combinations out_u = sum_w x[u * right + w * down] r_w. */
-INLINE void combine_block(uint64_t *out, const uint64_t *x, const uint64_t *r, size_t right, size_t down, size_t n,
-                          const unsigned first, const int rows, int add)
+/* Sums of ring words with 01 coefficients, which are public, by the method of four Russians (Arlazarov, Dinic, Kronrod,
+ * Faradzev, 1970): of QUAD words all sums of subsets are made once, and each of the 48 coefficients adds the one that
+ * its bits name. Lanes are STRIP results side by side; their 48 coefficients lie one after another in `sums`, each
+ * STRIP words, until they are turned into elements at the end. */
+enum { QUAD = 4, SUBSETS = 1 << QUAD, STRIP = 2 * LANES, DEEP = 16, AT_ONCE = QUAD * DEEP };
+
+/* Where among `subsets` those words of each QUAD lie whose coefficients have X^t: choice[q][t]. Eight powers at a time. */
+static void choose(uint16_t choice[DEEP][MK_GR], const uint64_t *r, size_t n)
 {
-    vec s[GR_ROWS][GR_VECS];
-    UNROLL for (int u = 0; u < rows; u++) UNROLL for (int v = 0; v < GR_VECS; v++) s[u][v] =
-        add ? load(out + (size_t)u * MK_GR + LANES * (first + (unsigned)v)) : splat(0);
-    for (size_t w = 0; w < n; w++) {
-        bitmask k[GR_VECS];
-        UNROLL for (unsigned v = 0; v < GR_VECS; v++) k[v] = bits_of(r[w], first + v);
-        UNROLL for (int u = 0; u < rows; u++)
-        {
-            vec f = splat(x[(size_t)u * right + w * down]);
-            UNROLL for (int v = 0; v < GR_VECS; v++) s[u][v] = add_where(s[u][v], k[v], f);
+    const uint64_t ones = 0x0101010101010101, diagonal = 0x8040201008040201;
+    for (size_t q = 0; QUAD * q < n; q++)
+        for (size_t t = 0; t < MK_GR; t += 8) {
+            uint64_t chosen = 0;
+            for (size_t k = 0; k < QUAD && QUAD * q + k < n; k++) {
+                uint64_t bits = (r[QUAD * q + k] >> t & 0xff) * ones & diagonal;
+                chosen |= ((bits + 0x7f * ones) >> 7 & ones) << k;
+            }
+            for (size_t i = 0; i < 8; i++) choice[q][t + i] = (uint16_t)((SUBSETS * q + (chosen >> 8 * i & 0xff)) * STRIP);
         }
-    }
-    UNROLL for (int u = 0; u < rows; u++) UNROLL for (int v = 0; v < GR_VECS; v++) store(
-        out + (size_t)u * MK_GR + LANES * (first + (unsigned)v), s[u][v]);
 }
 
-static void combine(uint64_t *out, const uint64_t *x, const uint64_t *r, size_t right, size_t down, size_t rows,
-                    size_t n, int add)
+/* The sums of all subsets of four vectors, STRIP words apart. */
+INLINE void subset_sums(uint64_t *to, const vec v[QUAD])
 {
-    size_t u = 0;
-    for (; u + GR_ROWS <= rows; u += GR_ROWS)
-        UNROLL for (unsigned v = 0; v < GV; v += GR_VECS)
-            combine_block(out + u * MK_GR, x + u * right, r, right, down, n, v, GR_ROWS, add);
-    for (; u < rows; u++)
-        UNROLL for (unsigned v = 0; v < GV; v += GR_VECS)
-            combine_block(out + u * MK_GR, x + u * right, r, right, down, n, v, 1, add);
+    vec s[SUBSETS];
+    s[0] = splat(0);
+    UNROLL for (int k = 0; k < QUAD; k++) UNROLL for (int i = 0; i < 1 << k; i++) s[(1 << k) + i] = s[i] + v[k];
+    UNROLL for (int i = 0; i < SUBSETS; i++) store(to + STRIP * i, s[i]);
+}
+
+/* sums[t] += for each of n words the subset that is chosen; or = if it is the first time. */
+static void add_chosen(uint64_t *sums, const uint64_t *subsets, uint16_t choice[DEEP][MK_GR], size_t n, int add)
+{
+    enum { T = 4 };
+    for (size_t t = 0; t < MK_GR; t += T, sums += T * STRIP) {
+        const uint16_t *at = choice[0] + t;
+        vec s[T][2];
+        UNROLL for (int i = 0; i < 2 * T; i++) s[i / 2][i % 2] = add ? load(sums + LANES * i) : splat(0);
+        for (size_t w = 0; w < n; w += QUAD, at += MK_GR)
+            UNROLL for (int i = 0; i < T; i++)
+            {
+                s[i][0] += load(subsets + at[i]);
+                s[i][1] += load(subsets + LANES + at[i]);
+            }
+        UNROLL for (int i = 0; i < 2 * T; i++) store(sums + LANES * i, s[i / 2][i % 2]);
+    }
+}
+
+/* From lanes to elements, in place. */
+static void turn_sums(uint64_t *sums)
+{
+    uint64_t from[STRIP * MK_GR] __attribute__((aligned(64)));
+    memcpy(from, sums, sizeof from);
+    for (size_t j = 0; j < STRIP; j += LANES)
+        for (size_t t = 0; t < MK_GR; t += LANES) {
+            vec v[LANES];
+            UNROLL for (int l = 0; l < LANES; l++) v[l] = load(from + STRIP * (t + (size_t)l) + j);
+            turn_square(v);
+            UNROLL for (int l = 0; l < LANES; l++) store(sums + MK_GR * (j + (size_t)l) + t, v[l]);
+        }
+}
+
+/* Subsets of n words down each of STRIP columns of x, of which a row is `down` words. */
+static void subsets_down(uint64_t *subsets, const uint64_t *x, size_t down, size_t n)
+{
+    for (size_t w = 0; w < n; w += QUAD, subsets += STRIP * SUBSETS)
+        for (size_t j = 0; j < STRIP; j += LANES) {
+            vec v[QUAD];
+            UNROLL for (int k = 0; k < QUAD; k++) v[k] = w + (size_t)k < n ? load(x + (w + (size_t)k) * down + j) : splat(0);
+            subset_sums(subsets + j, v);
+        }
+}
+
+/* Subsets of n words along each of STRIP rows of x, which are `right` words apart. */
+static void subsets_along(uint64_t *subsets, const uint64_t *x, size_t right, size_t n)
+{
+    for (size_t w = 0; w < n; w += LANES)
+        for (size_t j = 0; j < STRIP; j += LANES) {
+            vec v[LANES];
+            UNROLL for (int l = 0; l < LANES; l++) v[l] = load_first(x + (j + (size_t)l) * right + w, least(n - w, LANES));
+            UNROLL for (int l = 0; l < LANES; l++) __builtin_prefetch(x + (STRIP + j + (size_t)l) * right + w);
+            turn_square(v);
+            UNROLL for (size_t k = 0; k < LANES; k += QUAD) subset_sums(subsets + STRIP * SUBSETS * ((w + k) / QUAD) + j, v + k);
+        }
+}
+
+/* Few results: vectors first .. first + GR_VECS - 1 of out = sum_w x[w * down] r_w. */
+INLINE void combine_block(uint64_t *out, const uint64_t *x, const uint64_t *r, size_t down, size_t n,
+                          const unsigned first)
+{
+    vec s[GR_VECS];
+    UNROLL for (int v = 0; v < GR_VECS; v++) s[v] = splat(0);
+    for (size_t w = 0; w < n; w++) {
+        vec f = splat(x[w * down]);
+        UNROLL for (int v = 0; v < GR_VECS; v++) s[v] = add_where(s[v], bits_of(r[w], first + (unsigned)v), f);
+    }
+    UNROLL for (int v = 0; v < GR_VECS; v++) store(out + LANES * (first + (unsigned)v), s[v]);
+}
+
+/* out_u = sum_w x[u * right + w * down] r_w, with right or down being 1. */
+static void combine(uint64_t *out, const uint64_t *x, const uint64_t *r, size_t right, size_t down, size_t rows,
+                    size_t n)
+{
+    uint64_t subsets[DEEP * SUBSETS * STRIP] __attribute__((aligned(64)));
+    uint16_t choice[DEEP][MK_GR] __attribute__((aligned(64)));
+    size_t strips = n >= QUAD ? rows / STRIP * STRIP : 0; /* for fewer words subsets do not pay */
+    for (size_t w = 0; strips > 0 && w < n; w += AT_ONCE) {
+        size_t left = least(n - w, AT_ONCE);
+        choose(choice, r + w, left);
+        for (size_t u = 0; u < strips; u += STRIP) {
+            if (down == 1) subsets_along(subsets, x + u * right + w, right, left);
+            else subsets_down(subsets, x + u + w * down, down, left);
+            add_chosen(out + u * MK_GR, subsets, choice, left, w > 0);
+        }
+    }
+    for (size_t u = 0; u < strips; u += STRIP) turn_sums(out + u * MK_GR);
+    for (size_t u = strips; u < rows; u++)
+        UNROLL for (unsigned v = 0; v < GV; v += GR_VECS) combine_block(out + u * MK_GR, x + u * right, r, down, n, v);
 }
 
 void MK(mk_gr_combine)(uint64_t *restrict out, const uint64_t *x, const uint64_t *r, size_t m, size_t n)
 {
-    combine(out, x, r, n, 1, m, n, 0);
+    combine(out, x, r, n, 1, m, n);
 }
 
 void MK(mk_gr_combine_cols)(uint64_t *restrict out, const uint64_t *x, const uint64_t *r, size_t m, size_t n)
 {
-    enum { DOWN = 64 }; /* rows at a time, which stay in the cache while all columns pass over them */
-    if (m == 0) memset(out, 0, n * MK_GR * sizeof *out);
-    for (size_t i = 0; i < m; i += DOWN) combine(out, x + i * n, r + i, 1, n, n, least(m - i, DOWN), i > 0);
+    combine(out, x, r, 1, n, n, m);
 }
 
-static uint64_t *gr_cross(uint64_t *out, const uint64_t *node, size_t stride, size_t rows, int slope, uint64_t *room,
-                          const bitmask (*masks)[GV])
+/* Results of a cross, which come one by one: STRIP of them wait in `terms`, CROSS words each, to be added together. */
+struct crossing {
+    uint64_t *out, *spare; /* where the next strip goes; where the last one, if it is not whole */
+    size_t left, have;     /* results still to come, and waiting */
+    size_t width;          /* columns of a result */
+    uint64_t *terms, *subsets;
+    uint16_t (*choice)[MK_GR];
+};
+
+static void cross_strip(struct crossing *c)
+{
+    uint64_t *sums = c->left < STRIP ? c->spare : c->out;
+    subsets_along(c->subsets, c->terms, CROSS, c->width);
+    add_chosen(sums, c->subsets, c->choice, c->width, 1);
+    c->out += STRIP * MK_GR;
+    c->left -= least(c->left, STRIP);
+    c->have = 0;
+}
+
+static void gr_cross(struct crossing *c, const uint64_t *node, size_t stride, size_t rows, int slope, uint64_t *room)
 {
     if (rows == 1) {
-        uint64_t term[CROSS] __attribute__((aligned(64)));
-        vec s[GV];
-        if (!slope) return out;
+        uint64_t *term = c->terms + CROSS * c->have;
+        if (!slope) return;
         UNROLL for (int j = 0; j < CROSS; j += LANES)
         {
             vec y0 = load(node + 2 * stride + j), y1 = load(node + 3 * stride + j);
             sum both = sum_mul(sum_zero(), factor_of(load(node + j)), factor_of(y0 + y1));
             store(term + j, sum_value(sum_mul(both, factor_of(load(node + stride + j)), factor_of(y0))));
         }
-        UNROLL for (int v = 0; v < GV; v++) s[v] = load(out + LANES * v);
-        for (int j = 0; j < CROSS; j++) {
-            vec f = splat(term[j]);
-            UNROLL for (int v = 0; v < GV; v++) s[v] = add_where(s[v], masks[j][v], f);
-        }
-        UNROLL for (int v = 0; v < GV; v++) store(out + LANES * v, s[v]);
-        return out + MK_GR;
+        if (++c->have == least(c->left, STRIP)) cross_strip(c);
+        return;
     }
     size_t half = rows / 2 * CROSS;
-    out = gr_cross(out, node, stride, rows / 2, slope, room, masks);
-    out = gr_cross(out, node + half, stride, rows / 2, slope, room, masks);
+    gr_cross(c, node, stride, rows / 2, slope, room);
+    gr_cross(c, node + half, stride, rows / 2, slope, room);
     cross_differences(room, node, stride, half, 0);
-    return gr_cross(out, room, half, rows / 2, 1, room + 4 * half, masks);
+    gr_cross(c, room, half, rows / 2, 1, room + 4 * half);
 }
 
 void MK(mk_gr_cross)(uint64_t *restrict out, const uint64_t *x, const uint64_t *y, const uint64_t *r, size_t rows,
                      size_t n)
 {
     uint64_t node[CROSS_ROOM] __attribute__((aligned(64))), room[CROSS_ROOM] __attribute__((aligned(64)));
-    bitmask masks[CROSS][GV];
-    memset(out, 0, cross_count(rows) * MK_GR * sizeof *out);
+    uint64_t spare[STRIP * MK_GR] __attribute__((aligned(64))) = {0}, terms[STRIP * CROSS] __attribute__((aligned(64))) = {0};
+    uint64_t subsets[CROSS / QUAD * SUBSETS * STRIP] __attribute__((aligned(64)));
+    uint16_t choice[DEEP][MK_GR] __attribute__((aligned(64)));
+    size_t count = cross_count(rows), whole = count / STRIP * STRIP;
+    memset(out, 0, count * MK_GR * sizeof *out);
     for (size_t g = 0; g < n; g += CROSS) {
+        struct crossing c = {out, spare, count, 0, least(n - g, CROSS), terms, subsets, choice};
         cross_columns(node, x, y, rows, n, g);
-        for (size_t j = 0; j < CROSS; j++)
-            UNROLL for (unsigned v = 0; v < GV; v++) masks[j][v] = bits_of(g + j < n ? r[g + j] : 0, v);
-        gr_cross(out, node, rows * CROSS, rows, 0, room, masks);
+        choose(choice, r + g, c.width);
+        gr_cross(&c, node, rows * CROSS, rows, 0, room);
     }
+    for (size_t u = 0; u < whole; u += STRIP) turn_sums(out + u * MK_GR);
+    turn_sums(spare);
+    memcpy(out + whole * MK_GR, spare, (count - whole) * MK_GR * sizeof *out);
 }
