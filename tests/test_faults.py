@@ -1029,10 +1029,10 @@ CHECKS: dict[str, Check] = {
         spoiling(ANDS, "ands/degree 2"),
     ),
     "products and gates": Check(
-        "mpc.check:_stated", "claims[f.ext].append(f.claim(v, xi))", spoiling(prep.Mul(), "mul")
+        "mpc.check:_claims", "yield from f.claims(v, xi)", spoiling(prep.Mul(), "mul")
     ),
     "other relations over the ring": Check(
-        "mpc.check:_stated", "claims[RING].extend(r.claims(draw))", spoiling(prep.Weight("w"), "weight w")
+        "mpc.check:_claims", "yield from r.claims(draw)", spoiling(prep.Weight("w"), "weight w")
     ),
     "ANDs": Check(
         "mpc.prep:Batch.conj",
@@ -1223,8 +1223,8 @@ CHECKED: dict[str, tuple[str, ...]] = {
 }
 ACCUSING = ("PeerError", "ClientError", "ComponentsDiffer", "blame")
 STATING = re.compile(
-    r"(\.(relations|gates|zeros|zero_bits)\.(append|extend)|same_bits|(residues|claims)\[.*\]\.(append|extend)"
-    r"|assert_zero|\.agree)\("
+    r"(\.(relations|gates|zeros|zero_bits)\.(append|extend)|same_bits|residues\[.*\]\.(append|extend)"
+    r"|yield from \w+\.claims|assert_zero|\.agree)\("
 )
 
 

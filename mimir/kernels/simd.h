@@ -538,10 +538,9 @@ static void turn(uint64_t *to, const uint64_t *x, size_t rows, size_t width)
         for (size_t j = 0; j < CROSS; j++) to[i * CROSS + j] = j < width ? x[j * rows + i] : 0;
 }
 
-static void cross_columns(uint64_t *node, const uint64_t *x, const uint64_t *y, size_t rows, size_t n, size_t g)
+static void cross_columns(uint64_t *node, const uint64_t *const from[4], size_t rows, size_t n, size_t g)
 {
-    for (size_t c = 0; c < 4; c++)
-        turn(node + c * rows * CROSS, (c < 2 ? x : y) + (c % 2 * n + g) * rows, rows, least(n - g, CROSS));
+    for (size_t c = 0; c < 4; c++) turn(node + c * rows * CROSS, from[c] + g * rows, rows, least(n - g, CROSS));
 }
 
 static void cross_planes(uint64_t *to, const uint64_t *planes, size_t n, size_t g)
@@ -596,14 +595,15 @@ static uint64_t *gf_cross(uint64_t *out, const uint64_t *node, size_t stride, si
     return gf_cross(out, room, half, rows / 2, 1, room + 4 * half, planes);
 }
 
-void MK(mk_gf_cross)(uint64_t *restrict out, const uint64_t *x, const uint64_t *y, const uint64_t *planes, size_t rows,
-                     size_t n)
+void MK(mk_gf_cross)(uint64_t *restrict out, const uint64_t *x0, const uint64_t *x1, const uint64_t *y0,
+                     const uint64_t *y1, const uint64_t *planes, size_t rows, size_t n)
 {
+    const uint64_t *const from[4] = {x0, x1, y0, y1};
     uint64_t node[CROSS_ROOM] __attribute__((aligned(64))), room[CROSS_ROOM] __attribute__((aligned(64)));
     uint64_t part[64 * CROSS] __attribute__((aligned(64)));
     memset(out, 0, cross_count(rows) * sizeof *out);
     for (size_t g = 0; g < n; g += CROSS) {
-        cross_columns(node, x, y, rows, n, g);
+        cross_columns(node, from, rows, n, g);
         cross_planes(part, planes, n, g);
         gf_cross(out, node, rows * CROSS, rows, 0, room, part);
     }
@@ -673,35 +673,32 @@ INLINE void gr_mul_add(sum p[2 * GV], const uint64_t *a, const uint64_t *b)
     }
 }
 
-/* p += a r for a 01 element r: lanes are all ones or zero. */
-INLINE void gr_mul01_add(vec p[2 * GV], const uint64_t *a, uint64_t r)
+/* The words s places before those of cur, which the words of before precede; s < LANES. Through memory they would be
+ * waited for: what is stored as two vectors cannot be forwarded to a load of one. */
+INLINE vec behind(vec before, vec cur, const int s)
 {
-    const uint64_t one = ct_one();
-    for (size_t s = 0; s < LANES; s++) {
-        vec t[GV + 1];
-        gr_shift(t, a, s);
-        UNROLL for (int q = 0; q < GV; q++)
-        {
-            bitmask k = bits_of(ct_mask(r, (unsigned)(LANES * (size_t)q + s), one), 0);
-            UNROLL for (int v = 0; v <= GV; v++) p[q + v] = add_where(p[q + v], k, t[v]);
-        }
-    }
+    vec from;
+    UNROLL for (int l = 0; l < LANES; l++) from[l] = (uint64_t)(LANES + l - s);
+    return __builtin_shuffle(before, cur, from);
 }
 
 /* out = lo + p modulo the modulus. With H the upper half of p: what X^2 H + X^3 H + X^5 H carries past X^48 joins the
  * lowest words of H first; then lo + p is lo + L - H - X^2 H - X^3 H - X^5 H cut at X^48. */
 INLINE void gr_reduce(uint64_t *out, const vec p[2 * GV], const uint64_t *lo)
 {
-    uint64_t room[8 + MK_GR] __attribute__((aligned(64))) = {0}, *h = room + 8;
-    UNROLL for (int v = 0; v < GV; v++) store(h + LANES * v, p[GV + v]);
-    h[0] -= h[46] + h[45] + h[43];
-    h[1] -= h[46] + h[44];
-    h[2] -= h[45];
-    h[3] -= h[46];
+    vec h[GV + 2], carried = splat(0);
+    uint64_t top[4];
+    UNROLL for (int i = 0; i < 4; i++) top[i] = p[GV + (43 + i) / LANES][(43 + i) % LANES];
+    h[0] = h[1] = splat(0);
+    carried[0] = top[3] + top[2] + top[0];
+    carried[1] = top[3] + top[1];
+    carried[2] = top[2];
+    carried[3] = top[3];
+    UNROLL for (int v = 0; v < GV; v++) h[v + 2] = v ? p[GV + v] : p[GV] - carried;
     UNROLL for (int v = 0; v < GV; v++)
     {
-        const uint64_t *at = h + LANES * v;
-        vec r = p[v] - load(at) - load(at - 2) - load(at - 3) - load(at - 5);
+        vec r = p[v] - h[v + 2] - behind(h[v + 1], h[v + 2], 2) - behind(h[v + 1], h[v + 2], 3);
+        r -= LANES > 5 ? behind(h[v + 1], h[v + 2], 5 % LANES) : behind(h[v], h[v + 1], 5 % LANES);
         if (lo) r += load(lo + LANES * v);
         store(out + LANES * v, r);
     }
@@ -899,35 +896,64 @@ void MK(mk_gr_halves)(uint64_t *restrict out, const uint64_t *a0, const uint64_t
     inner_finish(out + MK_GR, p[1]);
 }
 
+/* Products with a 01 element, which is public: only the powers that it has are walked through. */
+struct powers {
+    uint8_t all[MK_GR];
+    size_t count, below, from; /* `below` of them are less than WINDOW, and the last begin at `from` that reach its third */
+};
+
+enum { WINDOW = 32 };
+
+INLINE void powers_of(struct powers *k, uint64_t r)
+{
+    r &= ((uint64_t)1 << MK_GR) - 1;
+    k->count = 0;
+    k->below = (size_t)__builtin_popcountll(r & (((uint64_t)1 << WINDOW) - 1));
+    k->from = (size_t)__builtin_popcountll(r & (((uint64_t)1 << (2 * WINDOW - MK_GR + 1)) - 1));
+    for (; r; r &= r - 1) k->all[k->count++] = (uint8_t)__builtin_ctzll(r);
+}
+
+/* Words WINDOW w and on of the sum of X^q a; a has MK_GR zeros on either side. */
+INLINE void window_sum(vec *p, const uint64_t *a, const uint8_t *q, const uint8_t *end, int w)
+{
+    vec s[WINDOW / LANES];
+    UNROLL for (int v = 0; v < WINDOW / LANES; v++) s[v] = splat(0);
+    for (; q < end; q++)
+        UNROLL for (int v = 0; v < WINDOW / LANES; v++) s[v] += load(a + WINDOW * w - *q + LANES * v);
+    UNROLL for (int v = 0; v < WINDOW / LANES; v++) p[WINDOW / LANES * w + v] = s[v];
+}
+
+/* p = a r. */
+INLINE void gr_mul01(vec p[2 * GV], const uint64_t *a, const struct powers *k)
+{
+    window_sum(p, a, k->all, k->all + k->below, 0);
+    window_sum(p, a, k->all, k->all + k->count, 1);
+    window_sum(p, a, k->all + k->from, k->all + k->count, 2);
+}
+
 void MK(mk_gr_mul01)(uint64_t *restrict out, const uint64_t *a, const uint64_t *r, size_t n)
 {
+    uint64_t room[3 * MK_GR] __attribute__((aligned(64))) = {0};
+    struct powers k;
     for (size_t j = 0; j < n; j++) {
         vec p[2 * GV];
-        UNROLL for (int v = 0; v < 2 * GV; v++) p[v] = splat(0);
-        gr_mul01_add(p, a + MK_GR * j, r[j]);
+        memcpy(room + MK_GR, a + MK_GR * j, MK_GR * sizeof *a);
+        powers_of(&k, r[j]);
+        gr_mul01(p, room + MK_GR, &k);
         gr_reduce(out + MK_GR * j, p, NULL);
     }
 }
 
-/* xi is public: the powers that it lacks are passed over. */
 void MK(mk_gr_fold)(uint64_t *restrict out, const uint64_t *a, uint64_t xi, size_t half)
 {
     const uint64_t *b = a + MK_GR * half;
+    uint64_t room[3 * MK_GR] __attribute__((aligned(64))) = {0};
+    struct powers k;
+    powers_of(&k, xi);
     for (size_t j = 0; j < half; j++, a += MK_GR, b += MK_GR) {
-        uint64_t room[LANES + MK_GR + LANES] __attribute__((aligned(64))) = {0}, *d = room + LANES;
-        uint64_t to[2 * MK_GR + LANES] __attribute__((aligned(64))) = {0};
         vec p[2 * GV];
-        UNROLL for (int v = 0; v < GV; v++) store(d + LANES * v, load(b + LANES * v) - load(a + LANES * v));
-        for (unsigned s = 0; s < LANES; s++) {
-            vec t[GV + 1];
-            UNROLL for (int v = 0; v <= GV; v++) t[v] = load(d + LANES * v - s);
-            for (unsigned q = s; q < MK_GR; q += LANES) {
-                if (!(xi >> q & 1)) continue;
-                uint64_t *at = to + q - s;
-                UNROLL for (int v = 0; v <= GV; v++) store(at + LANES * v, load(at + LANES * v) + t[v]);
-            }
-        }
-        UNROLL for (int v = 0; v < 2 * GV; v++) p[v] = load(to + LANES * v);
+        UNROLL for (int v = 0; v < MK_GR; v += LANES) store(room + MK_GR + v, load(b + v) - load(a + v));
+        gr_mul01(p, room + MK_GR, &k);
         gr_reduce(out + MK_GR * j, p, a);
     }
 }
@@ -1116,9 +1142,10 @@ static void gr_cross(struct crossing *c, const uint64_t *node, size_t stride, si
     gr_cross(c, room, half, rows / 2, 1, room + 4 * half);
 }
 
-void MK(mk_gr_cross)(uint64_t *restrict out, const uint64_t *x, const uint64_t *y, const uint64_t *r, size_t rows,
-                     size_t n)
+void MK(mk_gr_cross)(uint64_t *restrict out, const uint64_t *x0, const uint64_t *x1, const uint64_t *y0,
+                     const uint64_t *y1, const uint64_t *r, size_t rows, size_t n)
 {
+    const uint64_t *const from[4] = {x0, x1, y0, y1};
     uint64_t node[CROSS_ROOM] __attribute__((aligned(64))), room[CROSS_ROOM] __attribute__((aligned(64)));
     uint64_t spare[STRIP * MK_GR] __attribute__((aligned(64))) = {0}, terms[STRIP * CROSS] __attribute__((aligned(64))) = {0};
     uint64_t subsets[CROSS / QUAD * SUBSETS * STRIP] __attribute__((aligned(64)));
@@ -1127,7 +1154,7 @@ void MK(mk_gr_cross)(uint64_t *restrict out, const uint64_t *x, const uint64_t *
     memset(out, 0, count * MK_GR * sizeof *out);
     for (size_t g = 0; g < n; g += CROSS) {
         struct crossing c = {out, spare, count, 0, least(n - g, CROSS), terms, subsets, choice};
-        cross_columns(node, x, y, rows, n, g);
+        cross_columns(node, from, rows, n, g);
         choose(choice, r + g, c.width);
         gr_cross(&c, node, rows * CROSS, rows, 0, room);
     }
