@@ -522,7 +522,7 @@ void MK(mk_gf_fold)(uint64_t *restrict out, const uint64_t *a, uint64_t xi, size
 
 /* CROSS columns lie side by side, so that lanes are columns. node holds x0, x1, y0, y1, `stride` words apart, each of
  * `rows` runs of CROSS words. */
-enum { CROSS = 32, CROSS_ROOM = 4 * MK_ROWS * CROSS };
+enum { CROSS = 32, CROSS_ROOM = 4 * MK_ROWS * CROSS, CROSSES = 665 }; /* results: 3^6 - 2^6 at most */
 
 static inline size_t cross_count(size_t rows)
 {
@@ -558,19 +558,43 @@ INLINE void cross_differences(uint64_t *room, const uint64_t *node, size_t strid
         }
 }
 
-/* out += the 64 parities of `term` under the planes: bit s that of the lanes common to term and plane s. */
-static uint64_t parities(const uint64_t *term, const uint64_t *planes)
+/* Word j of vector i becomes word i of vector j. */
+INLINE void turn_square(vec v[LANES])
 {
-    uint64_t sums[64] __attribute__((aligned(64))), word = 0;
-    for (unsigned s = 0; s < 64; s++) {
-        vec sum = splat(0);
-        UNROLL for (int j = 0; j < CROSS; j += LANES) sum ^= load(term + j) & load(planes + CROSS * s + j);
-        uint64_t folded = 0;
-        UNROLL for (int l = 0; l < LANES; l++) folded ^= sum[l];
-        sums[s] = folded;
+    UNROLL for (int s = LANES / 2; s; s /= 2) UNROLL for (int i = 0; i < LANES; i++)
+    {
+        if (i & s) continue;
+        vec low = swap_low(v[i], v[i | s], s);
+        v[i | s] = swap_high(v[i], v[i | s], s);
+        v[i] = low;
     }
-    transpose(sums, sums);
-    for (unsigned s = 0; s < 64; s++) word ^= sums[s];
+}
+
+/* sums, one for each plane, += the XOR of what term and plane have in common. */
+INLINE void add_common(uint64_t *sums, const uint64_t *term, const uint64_t *planes)
+{
+    vec t[CROSS / LANES];
+    UNROLL for (int j = 0; j < CROSS / LANES; j++) t[j] = load(term + LANES * j);
+    for (size_t s = 0; s < 64; s += LANES) {
+        vec common[LANES], all = load(sums + s);
+        UNROLL for (int l = 0; l < LANES; l++)
+        {
+            const uint64_t *plane = planes + CROSS * (s + (size_t)l);
+            common[l] = t[0] & load(plane);
+            UNROLL for (int j = 1; j < CROSS / LANES; j++) common[l] ^= t[j] & load(plane + LANES * j);
+        }
+        turn_square(common);
+        UNROLL for (int l = 0; l < LANES; l++) all ^= common[l];
+        store(sums + s, all);
+    }
+}
+
+/* The parities of 64 words, as the bits of one. */
+static uint64_t parities(const uint64_t *sums)
+{
+    uint64_t turned[64] __attribute__((aligned(64))), word = 0;
+    transpose(turned, sums);
+    for (unsigned s = 0; s < 64; s++) word ^= turned[s];
     return word;
 }
 
@@ -585,8 +609,8 @@ static uint64_t *gf_cross(uint64_t *out, const uint64_t *node, size_t stride, si
             vec y0 = load(node + 2 * stride + j), y1 = load(node + 3 * stride + j);
             store(term + j, (load(node + j) & (y0 ^ y1)) ^ (load(node + stride + j) & y0));
         }
-        *out ^= parities(term, planes);
-        return out + 1;
+        add_common(out, term, planes);
+        return out + 64;
     }
     size_t half = rows / 2 * CROSS;
     out = gf_cross(out, node, stride, rows / 2, slope, room, planes);
@@ -600,48 +624,65 @@ void MK(mk_gf_cross)(uint64_t *restrict out, const uint64_t *x0, const uint64_t 
 {
     const uint64_t *const from[4] = {x0, x1, y0, y1};
     uint64_t node[CROSS_ROOM] __attribute__((aligned(64))), room[CROSS_ROOM] __attribute__((aligned(64)));
-    uint64_t part[64 * CROSS] __attribute__((aligned(64)));
-    memset(out, 0, cross_count(rows) * sizeof *out);
+    uint64_t part[64 * CROSS] __attribute__((aligned(64))), sums[64 * CROSSES] __attribute__((aligned(64)));
+    size_t count = cross_count(rows);
+    memset(sums, 0, 64 * count * sizeof *sums);
     for (size_t g = 0; g < n; g += CROSS) {
         cross_columns(node, from, rows, n, g);
         cross_planes(part, planes, n, g);
-        gf_cross(out, node, rows * CROSS, rows, 0, room, part);
+        gf_cross(sums, node, rows * CROSS, rows, 0, room, part);
     }
+    for (size_t i = 0; i < count; i++) out[i] = parities(sums + 64 * i);
 }
 
 void MK(mk_gf_combine)(uint64_t *restrict out, const uint64_t *x, const uint64_t *planes, size_t rows, size_t n)
 {
     uint64_t node[MK_ROWS * CROSS] __attribute__((aligned(64))), part[64 * CROSS] __attribute__((aligned(64)));
-    memset(out, 0, rows * sizeof *out);
+    uint64_t sums[64 * MK_ROWS] __attribute__((aligned(64))) = {0};
     for (size_t g = 0; g < n; g += CROSS) {
         turn(node, x + g * rows, rows, least(n - g, CROSS));
         cross_planes(part, planes, n, g);
-        for (size_t i = 0; i < rows; i++) out[i] ^= parities(node + i * CROSS, part);
+        for (size_t i = 0; i < rows; i++) add_common(sums + 64 * i, node + i * CROSS, part);
     }
+    for (size_t i = 0; i < rows; i++) out[i] = parities(sums + 64 * i);
 }
 
-/* Planes of the result are sums of rows chosen by the public bits of w: four rows at a time, from their 16 sums. */
+/* Planes of the result are sums of rows chosen by the public bits of w: four rows at a time, from their 16 sums; lanes
+ * are columns. */
 void MK(mk_gf_blend)(uint64_t *restrict out, const uint64_t *x, const uint64_t *w, size_t rows, size_t n)
 {
-    uint8_t choice[64][MK_ROWS / 4] = {{0}};
+    uint16_t choice[64][MK_ROWS / 4] = {{0}};
     size_t groups = (rows + 3) / 4;
     for (size_t i = 0; i < rows; i++)
-        for (unsigned s = 0; s < 64; s++) choice[s][i / 4] |= (uint8_t)((w[i] >> s & 1) << i % 4);
-    for (size_t g = 0; g < n; g++, x += rows) {
-        uint64_t sums[MK_ROWS / 4][16], planes[64] __attribute__((aligned(64)));
+        for (unsigned s = 0; s < 64; s++) choice[s][i / 4] |= (uint16_t)(LANES * (w[i] >> s & 1) << i % 4);
+    for (size_t q = 1; q < groups; q++)
+        for (unsigned s = 0; s < 64; s++) choice[s][q] = (uint16_t)(choice[s][q] + 16 * LANES * q);
+    for (size_t g = 0; g < n; g += LANES, x += LANES * rows) {
+        size_t left = least(n - g, LANES);
+        uint64_t sums[MK_ROWS / 4 * 16 * LANES] __attribute__((aligned(64)));
+        uint64_t planes[LANES][64] __attribute__((aligned(64)));
         for (size_t q = 0; q < groups; q++) {
-            sums[q][0] = 0;
-            for (size_t i = 0; i < 4; i++) {
-                uint64_t row = 4 * q + i < rows ? x[4 * q + i] : 0;
-                for (size_t k = 0; k < (size_t)1 << i; k++) sums[q][k + ((size_t)1 << i)] = sums[q][k] ^ row;
+            vec s[16] = {splat(0)};
+            UNROLL for (int i = 0; i < 4; i++)
+            {
+                uint64_t row[LANES] = {0};
+                if (4 * q + (size_t)i < rows)
+                    for (size_t l = 0; l < left; l++) row[l] = x[l * rows + 4 * q + (size_t)i];
+                UNROLL for (int k = 0; k < 1 << i; k++) s[(1 << i) + k] = s[k] ^ load(row);
             }
+            UNROLL for (int k = 0; k < 16; k++) store(sums + LANES * (16 * q + (size_t)k), s[k]);
         }
-        for (unsigned s = 0; s < 64; s++) {
-            uint64_t plane = 0;
-            for (size_t q = 0; q < groups; q++) plane ^= sums[q][choice[s][q]];
-            planes[s] = plane;
+        for (size_t s = 0; s < 64; s += LANES) {
+            vec plane[LANES];
+            UNROLL for (int k = 0; k < LANES; k++)
+            {
+                plane[k] = splat(0);
+                for (size_t q = 0; q < groups; q++) plane[k] ^= load(sums + choice[s + (size_t)k][q]);
+            }
+            turn_square(plane);
+            UNROLL for (int l = 0; l < LANES; l++) store(planes[l] + s, plane[l]);
         }
-        transpose(out + 64 * g, planes);
+        for (size_t l = 0; l < left; l++) transpose(out + 64 * (g + l), planes[l]);
     }
 }
 
@@ -751,18 +792,6 @@ static void spread(uint64_t *out, const uint64_t *in)
                 store(out + 2 * H6 + k, low + high);
             }
         }
-    }
-}
-
-/* Word j of vector i becomes word i of vector j. */
-INLINE void turn_square(vec v[LANES])
-{
-    UNROLL for (int s = LANES / 2; s; s /= 2) UNROLL for (int i = 0; i < LANES; i++)
-    {
-        if (i & s) continue;
-        vec low = swap_low(v[i], v[i | s], s);
-        v[i | s] = swap_high(v[i], v[i | s], s);
-        v[i] = low;
     }
 }
 
