@@ -154,12 +154,6 @@ class SquareSum:
     x: Ring
     q: Ring
 
-    def claims(self, draw: Draw) -> Iterator[Claim]:
-        n, m = self.x.shape[1:]
-        r = draw.exceptional(n)
-        x = self.x.reshape(2, -1)
-        yield Claim(_scaled(x, np.repeat(r, m)), _each(_lift, x), _total(self.q, r))
-
 
 @dataclass(frozen=True, slots=True, eq=False)
 class MatrixProduct:
@@ -347,17 +341,20 @@ class _Folding:
     """
 
     def __init__(self, ext: Extension, parts: Sequence[Product | And], draw: Draw) -> None:
-        self.ext = ext
-        flat = [[np.asarray(v).reshape(2, -1) for v in (p.x, p.y, p.z)] for p in parts]
-        sizes = [x.shape[1] for x, _, _ in flat]
-        self.rows = next(rows for least, rows in FOLD_ROWS if sum(sizes) >= least)
-        # Long parts are folded where they lie; their ends and the short ones are put together.
-        whole = [n // self.rows if n >= APART * self.rows else 0 for n in sizes]
-        self._long = [(part, n) for part, n in zip(flat, whole, strict=True) if n]
-        self._short = [[v[:, n * self.rows :] for v in part] for part, n in zip(flat, whole, strict=True)]
-        left = sum(sizes) - self.rows * sum(whole)
-        self.columns = sum(whole) + -(-left // self.rows)
+        sizes = [np.asarray(p.x).size // 2 for p in parts]
+        self._lay(ext, [(p.x, p.y, p.z) for p in parts], _fold_rows(sum(sizes)))
         self._coefficients = ext.coefficients(draw, self.columns)
+
+    def _lay(self, ext: Extension, parts: Sequence[tuple[Ring, ...]], rows: int) -> None:
+        """Long parts are folded where they lie; then come their ends and the short ones, put together."""
+        self.ext, self.rows = ext, rows
+        flat = [[np.asarray(v).reshape(2, -1) for v in part] for part in parts]
+        sizes = [part[0].shape[1] for part in flat]
+        whole = [n // rows if n >= APART * rows else 0 for n in sizes]
+        self._long = [(part, n) for part, n in zip(flat, whole, strict=True) if n]
+        self._short = [[v[:, n * rows :] for v in part] for part, n in zip(flat, whole, strict=True)]
+        left = sum(sizes) - rows * sum(whole)
+        self.columns = sum(whole) + -(-left // rows)
 
     def _blocks(self, words: int, *which: int) -> Iterator[tuple[Ring, list[Pair]]]:
         """Coefficients, and x, y, z by number, each a pair of (n, rows), for columns of about so many words
@@ -411,22 +408,73 @@ class _Folding:
             high = ext.times(values, xi)
             values = _interleaved(ext.sub(values, high), high, ext.sub(ext.times(high, xi), high))
             inner = np.stack([inner, inner, np.ones_like(inner)], axis=1).reshape(-1)
-        told = [ext.inner(v, values[inner]) for v in crossed]
-        at_corners = [np.zeros((self.rows, *ext.shape), np.uint64)] * 2
+        told = [ext.inner(v, values[inner]) for v in crossed[:, : np.count_nonzero(inner)]]
+        at_corners = self._stated_corners(crossed)
         left = self.columns
-        for mine, (x, y, z) in self._blocks(CLAIMED, 0, 1, 2):
-            at_corners = [ext.add(sums, ext.combine(v, mine)) for sums, v in zip(at_corners, z, strict=True)]
-            left -= len(z[0])
-            c = (
-                None
-                if left
-                else [ext.add(t, ext.inner(v, values[~inner])) for t, v in zip(told, at_corners, strict=True)]
-            )
+        for mine, (x, y, *z) in self._blocks(CLAIMED, *self.claimed):
+            if z:
+                at_corners = [
+                    ext.add(sums, ext.combine(v, mine)) for sums, v in zip(at_corners, z[0], strict=True)
+                ]
+            left -= len(x[0])
+            c = [ext.add(t, ext.inner(v, values[~inner])) for t, v in zip(told, at_corners, strict=True)]
             yield Claim(
                 _each(lambda v, by=mine: ext.mix(ext.blend(v, corners), by), x),  # type: ignore[misc]
                 _each(lambda v: ext.blend(v, corners), y),
-                None if c is None else np.stack(c),
+                None if left else np.stack(c),
             )
+
+    claimed: tuple[int, ...] = (0, 1, 2)
+
+    def _stated_corners(self, crossed: Ring) -> list[Ring]:
+        """Values at corners before what the blocks add to them."""
+        return [np.zeros((self.rows, *self.ext.shape), np.uint64)] * 2
+
+
+class _Squares(_Folding):
+    """Sums of squares, folded in the same way.
+
+    Here the squares themselves are stated nowhere, only their sums. So the values at corners are shared as
+    well, and `residue` says that together they are the stated sums, row n with its beta_n. Whoever changes a
+    sum must change a corner, and then h is not the polynomial that x gives.
+    """
+
+    claimed = (0, 0)
+
+    def __init__(self, parts: Sequence[SquareSum], draw: Draw) -> None:
+        rows = _fold_rows(sum(p.x.size // 2 for p in parts))
+        rows = min(rows, 1 << max(p.x.shape[2] - 1 for p in parts).bit_length())
+        padded: list[tuple[Ring, Ring]] = []
+        self._sum = np.zeros((2, DEGREE), np.uint64)
+        for p in parts:
+            columns = -(-p.x.shape[2] // rows)
+            beta = draw.exceptional(p.x.shape[1])
+            self._sum += _total(p.q, beta)
+            wide = np.pad(p.x, [(0, 0), (0, 0), (0, columns * rows - p.x.shape[2])])
+            padded.append((wide, np.repeat(beta, columns)))
+        padded.sort(key=lambda part: part[1].size < APART)  # as they are laid
+        self._lay(RING, [(x,) for x, _ in padded], rows)
+        self._coefficients = np.concatenate([c for _, c in padded])
+
+    def cross(self) -> Ring:
+        """This party's summands of all values: those off the corners, then those at corners."""
+        off = np.zeros((kernels.crosses(self.rows), DEGREE), np.uint64)
+        corners = np.zeros((self.rows, DEGREE), np.uint64)
+        for mine, ((x0, x1),) in self._blocks(AT_ONCE, 0):
+            off += kernels.gr_cross((x0, x1), (x0, x1), mine)
+            corners += kernels.gr_combine_cols(x0 * (x0 + x1 + x1), mine)
+        return np.concatenate([off, corners])
+
+    def residue(self, crossed: Ring) -> Ring:
+        """A share (2, 48) that is zero if the corners add up to the stated sums."""
+        return crossed[:, -self.rows :].sum(axis=1, dtype=np.uint64) - self._sum
+
+    def _stated_corners(self, crossed: Ring) -> list[Ring]:
+        return list(crossed[:, -self.rows :])
+
+
+def _fold_rows(total: int) -> int:
+    return next(rows for least, rows in FOLD_ROWS if total >= least)
 
 
 def _rows(v: Pair, start: int, stop: int | None = None) -> Pair:
@@ -581,7 +629,7 @@ def _stated(
 async def verify(
     doors: Doors,
     step: str,
-    relations: Sequence[Product | Relation],
+    relations: Sequence[Product | SquareSum | Relation],
     gates: Sequence[And],
     zeros: Sequence[Ring],
     zero_bits: Sequence[Ring],
@@ -596,8 +644,10 @@ async def verify(
     draw = Draw(await coins.toss())
     narrow = [r for r in relations if isinstance(r, ScalarProduct) and r.x.shape[2] <= NARROW]
     products = [r for r in relations if isinstance(r, Product)] + [r.products() for r in narrow]
-    others = [r for r in relations if not isinstance(r, Product) and r not in narrow]
+    sums = [r for r in relations if isinstance(r, SquareSum)]
+    others = [r for r in relations if not isinstance(r, Product | SquareSum) and r not in narrow]
     foldings = [_Folding(e, p, draw) for e, p in ((RING, products), (BITS, gates)) if p]
+    foldings += [_Squares(sums, draw)] if sums else []
 
     async def share(name: str, summands: Sequence[tuple[Extension, Ring]]) -> list[Ring]:
         zeros = [bk.zero(*v.shape) if e is RING else bk.zero_bits(*v.shape) for e, v in summands]
@@ -620,6 +670,9 @@ async def verify(
     last = Draw(await coins.toss())
     opened = await doors.open_extension(f"{step}/open", [(r.masked(last), r.ext.add) for r in recursions])
     residues: dict[Extension, list[Ring]] = {RING: [*zeros], BITS: [*zero_bits]}
+    for f, v in zip(foldings, values, strict=True):
+        if isinstance(f, _Squares):
+            residues[RING].append(f.residue(v))
     for r, d, p in zip(recursions, opened, shared, strict=True):
         residues[r.ext].append(r.residue(d, p))
     await doors.assert_zero(f"{step}/zero", residues[RING], residues[BITS])
