@@ -372,9 +372,9 @@ def _product(n: int, a: Array, b: Array) -> tuple[tuple[int, ...], float]:
     return shape, math.prod(shape) * a.shape[-1]
 
 
-def _crossed(x: Array) -> int:
-    """Products that folding (2, n, rows) takes."""
-    return int(x.shape[1] * kernels.crosses(x.shape[2]))
+def _crossed(x: Sequence[Array]) -> int:
+    """Products that folding two components (n, rows) takes."""
+    return int(len(x[0]) * kernels.crosses(x[0].shape[1]))
 
 
 # Result shape (None: no array, or in place) and units of work of each kernel, from its arguments. Units are
@@ -397,7 +397,7 @@ RULES: Final[dict[str, Callable[..., tuple[tuple[int, ...] | None, float]]]] = {
     "gf_scale": lambda a, s: (a.shape, len(a)),
     "gf_inner": lambda a, b: (None, len(a)),
     "gf_fold": lambda a, xi: ((len(a) // 2,), len(a)),
-    "gf_cross": lambda x, y, planes: ((kernels.crosses(x.shape[2]),), _crossed(x)),
+    "gf_cross": lambda x, y, planes: ((kernels.crosses(x[0].shape[1]),), _crossed(x)),
     "gf_combine": lambda x, planes: ((x.shape[1],), x.size),
     "gf_blend": lambda x, w: ((64 * len(x),), x.size),
     "gr_inner": lambda a, b: ((DEGREE,), len(a)),
@@ -407,7 +407,7 @@ RULES: Final[dict[str, Callable[..., tuple[tuple[int, ...] | None, float]]]] = {
     "gr_scale01": lambda x, r: ((len(x), DEGREE), len(x)),
     "gr_combine": lambda x, r: ((len(x), DEGREE), x.size),
     "gr_combine_cols": lambda x, r: ((x.shape[1], DEGREE), x.size),
-    "gr_cross": lambda x, y, r: ((kernels.crosses(x.shape[2]), DEGREE), _crossed(x)),
+    "gr_cross": lambda x, y, r: ((kernels.crosses(x[0].shape[1]), DEGREE), _crossed(x)),
 }
 
 

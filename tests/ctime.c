@@ -152,7 +152,7 @@ static void gf_fold(void)
 
 static void gf_cross(void)
 {
-    mk_gf_cross(out, secret, more, public, 8, 3);
+    mk_gf_cross(out, secret, secret + 24, more, more + 24, public, 8, 3);
 }
 
 static void gf_combine(void)
@@ -218,7 +218,7 @@ static void gr_combine_cols(void)
 
 static void gr_cross(void)
 {
-    mk_gr_cross(out, secret, more, public, 8, 3);
+    mk_gr_cross(out, secret, secret + 24, more, more + 24, public, 8, 3);
 }
 
 static void gr_halves(void)

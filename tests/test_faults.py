@@ -623,6 +623,25 @@ def test_values_off_the_corners_cannot_hide_a_wrong_product(seed: int) -> None:
         assert caught(make({prep.Mul(): 3}, lies, cheater, seed + number), cheater)
 
 
+def test_values_at_corners_cannot_hide_a_wrong_sum_of_squares() -> None:
+    """Errors at two corners that cancel leave the stated sums as they are; the folding finds them, unless its
+    coins are known.
+    """
+
+    def lie(summands: list[Ring]) -> None:
+        summands[-1][-1, 5] += np.uint64(1 << 63)
+        summands[-1][-2, 5] -= np.uint64(1 << 63)
+
+    def passes(seed: int) -> bool:
+        cheater = seed % PARTIES
+        ends = make({prep.Norm(5, 16): 2}, {"batch/verify/cross": lie}, cheater, seed)
+        return not caught(ends, cheater)
+
+    assert not any(passes(seed) for seed in range(6))
+    with mock.patch.object(check._Galois, "challenge", lambda self, draw: 0):
+        assert all(passes(seed) for seed in range(3))
+
+
 # --- no check is idle ---------------------------------------------------------------------------------------
 
 
@@ -1062,10 +1081,10 @@ CHECKS: dict[str, Check] = {
         spoiling(ANDS, "ands/degree 2"),
     ),
     "products and gates": Check(
-        "mpc.check:_stated", "claims[f.ext].append(f.claim(v, xi))", spoiling(prep.Mul(), "mul")
+        "mpc.check:_claims", "yield from f.claims(v, xi)", spoiling(prep.Mul(), "mul")
     ),
     "other relations over the ring": Check(
-        "mpc.check:_stated", "claims[RING].extend(r.claims(draw))", spoiling(prep.Weight("w"), "weight w")
+        "mpc.check:_claims", "yield from r.claims(draw)", spoiling(prep.Weight("w"), "weight w")
     ),
     "ANDs": Check(
         "mpc.prep:Batch.conj",
@@ -1126,6 +1145,11 @@ CHECKS: dict[str, Check] = {
     "norms: sums of squares": Check(
         "mpc.prep:_norm",
         "b.relations.append(check.SquareSum(base, q))",
+        spoiling(prep.Norm(3, 16), "norm 3.16", number=1),
+    ),
+    "norms: what stands at corners adds up to the sums": Check(
+        "mpc.check:verify",
+        "residues[RING].append(f.residue(v))",
         spoiling(prep.Norm(3, 16), "norm 3.16", number=1),
     ),
     "norms: base times top": Check(
@@ -1267,8 +1291,8 @@ CHECKED: dict[str, tuple[str, ...]] = {
 }
 ACCUSING = ("PeerError", "ClientError", "ComponentsDiffer", "WrongShare", "blame")
 STATING = re.compile(
-    r"(\.(relations|gates|zeros|zero_bits)\.(append|extend)|same_bits|(residues|claims)\[.*\]\.(append|extend)"
-    r"|assert_zero|\.agree)\("
+    r"(\.(relations|gates|zeros|zero_bits)\.(append|extend)|same_bits|residues\[.*\]\.(append|extend)"
+    r"|yield from \w+\.claims|assert_zero|\.agree)\("
 )
 
 

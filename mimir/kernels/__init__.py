@@ -133,6 +133,18 @@ def _out(value: npt.NDArray[Any]) -> Any:
     return _ffi.from_buffer("uint64_t[]", value, require_writable=True)
 
 
+def _room(out: U64 | None, shape: tuple[int, ...], *inputs: U64) -> U64:
+    """`out`, after checking it, or a new array."""
+    if out is None:
+        return np.empty(shape, np.uint64)
+    _array("out", out, shape)
+    if not out.flags.writeable:
+        raise LocalError("out must be writable")
+    if any(np.may_share_memory(out, x) for x in inputs):
+        raise LocalError("out overlaps an input")
+    return out
+
+
 def _power_of_two(name: str, size: int) -> int:
     if size < 1 or size & (size - 1):
         raise LocalError(f"{name} must be a power of two, not {size}")
@@ -178,17 +190,9 @@ def _product(kernel: str, a: U64, b: U64, out: U64 | None, add: bool) -> U64:
         n = _array("b", b, (*lead, k, None))[-1]
     else:
         n = _array("b", b, (*lead, None, k))[-2]
-    shape = (*lead, m, n)
-    if out is None:
-        if add:
-            raise LocalError("add needs out")
-        out = np.empty(shape, np.uint64)
-    else:
-        _array("out", out, shape)
-        if not out.flags.writeable:
-            raise LocalError("out must be writable")
-        if np.may_share_memory(out, a) or np.may_share_memory(out, b):
-            raise LocalError("out overlaps an input")
+    if out is None and add:
+        raise LocalError("add needs out")
+    out = _room(out, (*lead, m, n), a, b)
     getattr(_lib, kernel)(_out(out), _in(a), _in(b), lead[0] if batched else 1, m, k, n, int(add))
     return out
 
@@ -365,27 +369,28 @@ def gf_inner(a: U64, b: U64) -> int:
     return int(out[0])
 
 
-def gf_fold(a: U64, xi: int) -> U64:
-    """lo + xi (lo + hi), the halves of a: (n,), n even -> (n/2,)."""
+def gf_fold(a: U64, xi: int, out: U64 | None = None) -> U64:
+    """lo + xi (lo + hi), the halves of a: (n,), n even -> (n/2,), written to `out` if there is one."""
     (n,) = _array("a", a, (None,))
     if n % 2:
         raise LocalError(f"a must have an even length, not {n}")
-    out = np.empty(n // 2, np.uint64)
+    out = _room(out, (n // 2,), a)
     _lib.mk_gf_fold(_out(out), _in(a), _word("xi", xi), n // 2)
     return out
 
 
-def gf_cross(x: U64, y: U64, planes: U64) -> U64:
-    """Folded products of replicated bits: x, y (2, n, rows) words, planes (64, n) public -> (crosses(rows),).
+def gf_cross(x: Sequence[U64], y: Sequence[U64], planes: U64) -> U64:
+    """Folded products of replicated bits: x, y of two components (n, rows), words; planes (64, n) public ->
+    (crosses(rows),).
 
     Halve the rows again and again, into low half, high half and their difference: out has one element for
     each of the 3^levels results that took a difference, the sum over lanes of the products' bit times the
     element whose bit s is the lane of plane s.
     """
-    _, n, rows = _cross_arrays(x, y)
+    n, rows = _cross_arrays(x, y)
     _array("planes", planes, (WORD_BITS, n))
     out = np.empty(crosses(rows), np.uint64)
-    _lib.mk_gf_cross(_out(out), _in(x), _in(y), _in(planes), rows, n)
+    _lib.mk_gf_cross(_out(out), _in(x[0]), _in(x[1]), _in(y[0]), _in(y[1]), _in(planes), rows, n)
     return out
 
 
@@ -416,10 +421,13 @@ def crosses(rows: int) -> int:
     return int(3 ** (rows.bit_length() - 1) - rows)
 
 
-def _cross_arrays(x: U64, y: U64) -> tuple[int, ...]:
-    shape = _array("x", x, (2, None, None))
-    _power_of_two("rows", _count("rows", shape[2], 1, MAX_ROWS))
-    _array("y", y, shape)
+def _cross_arrays(x: Sequence[U64], y: Sequence[U64]) -> tuple[int, ...]:
+    if len(x) != 2 or len(y) != 2:
+        raise LocalError("x and y must have two components")
+    shape = _array("x", x[0], (None, None))
+    _power_of_two("rows", _count("rows", shape[1], 1, MAX_ROWS))
+    for name, value in (("x", x[1]), ("y", y[0]), ("y", y[1])):
+        _array(name, value, shape)
     return shape
 
 
@@ -455,12 +463,14 @@ def gr_mul01(a: U64, r: U64) -> U64:
     return out
 
 
-def gr_fold(a: U64, xi: int) -> U64:
-    """lo + xi (hi - lo), the halves of a; xi a 01 element: (n, 48), n even -> (n/2, 48)."""
+def gr_fold(a: U64, xi: int, out: U64 | None = None) -> U64:
+    """lo + xi (hi - lo), the halves of a; xi a 01 element: (n, 48), n even -> (n/2, 48), written to `out` if
+    there is one.
+    """
     n, _ = _array("a", a, (None, GR_DEGREE))
     if n % 2:
         raise LocalError(f"a must have an even length, not {n}")
-    out = np.empty((n // 2, GR_DEGREE), np.uint64)
+    out = _room(out, (n // 2, GR_DEGREE), a)
     _lib.mk_gr_fold(_out(out), _in(a), _word("xi", xi, GR_DEGREE), n // 2)
     return out
 
@@ -515,15 +525,16 @@ def gr_combine_cols(x: U64, r: U64) -> U64:
     return out
 
 
-def gr_cross(x: U64, y: U64, r: U64) -> U64:
-    """Folded products of replicated ring words: x, y (2, n, rows), r (n,) 01 elements -> (crosses(rows), 48).
+def gr_cross(x: Sequence[U64], y: Sequence[U64], r: U64) -> U64:
+    """Folded products of replicated ring words: x, y of two components (n, rows), r (n,) 01 elements ->
+    (crosses(rows), 48).
 
     As gf_cross: sums over n of r_g times x0 y0 + x0 y1 + x1 y0 of each result that took a difference.
     """
-    _, n, rows = _cross_arrays(x, y)
+    n, rows = _cross_arrays(x, y)
     _array("r", r, (n,))
     out = np.empty((crosses(rows), GR_DEGREE), np.uint64)
-    _lib.mk_gr_cross(_out(out), _in(x), _in(y), _in(r), rows, n)
+    _lib.mk_gr_cross(_out(out), _in(x[0]), _in(x[1]), _in(y[0]), _in(y[1]), _in(r), rows, n)
     return out
 
 

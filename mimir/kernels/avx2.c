@@ -22,8 +22,8 @@ typedef struct {
     vec low, cross;
 } sum;
 
-/* Rows and vectors in the register block of a matrix product, rows and vectors in that of a combination in GR. */
-enum { MM_ROWS = 2, MM_VECS = 2, GR_ROWS = 2, GR_VECS = 4 };
+/* Rows and vectors in the register block of a matrix product, vectors in that of a combination in GR. */
+enum { MM_ROWS = 2, MM_VECS = 2, GR_VECS = 4 };
 
 static inline vec load(const uint64_t *p)
 {

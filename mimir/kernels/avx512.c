@@ -14,7 +14,7 @@ typedef __mmask8 bitmask;
 typedef vec factor; /* see avx2.c: here the processor multiplies 64 bits */
 typedef vec sum;
 
-enum { MM_ROWS = 8, MM_VECS = 3, GR_ROWS = 4, GR_VECS = 6 };
+enum { MM_ROWS = 8, MM_VECS = 3, GR_VECS = 6 };
 
 static inline vec load(const uint64_t *p)
 {

@@ -115,8 +115,9 @@ MK_THUNK(mk_gf_scale, (uint64_t *out, const uint64_t *a, uint64_t s, size_t n), 
 MK_THUNK(mk_gf_inner, (uint64_t *out, const uint64_t *a, const uint64_t *b, size_t n), (out, a, b, n))
 MK_THUNK(mk_gf_fold, (uint64_t *out, const uint64_t *a, uint64_t xi, size_t half), (out, a, xi, half))
 MK_THUNK(mk_gf_cross,
-         (uint64_t *out, const uint64_t *x, const uint64_t *y, const uint64_t *planes, size_t rows, size_t n),
-         (out, x, y, planes, rows, n))
+         (uint64_t *out, const uint64_t *x0, const uint64_t *x1, const uint64_t *y0, const uint64_t *y1,
+          const uint64_t *planes, size_t rows, size_t n),
+         (out, x0, x1, y0, y1, planes, rows, n))
 MK_THUNK(mk_gf_combine, (uint64_t *out, const uint64_t *x, const uint64_t *planes, size_t rows, size_t n),
          (out, x, planes, rows, n))
 MK_THUNK(mk_gf_blend, (uint64_t *out, const uint64_t *x, const uint64_t *w, size_t rows, size_t n),
@@ -134,5 +135,6 @@ MK_THUNK(mk_gr_combine, (uint64_t *out, const uint64_t *x, const uint64_t *r, si
 MK_THUNK(mk_gr_combine_cols, (uint64_t *out, const uint64_t *x, const uint64_t *r, size_t m, size_t n),
          (out, x, r, m, n))
 MK_THUNK(mk_gr_cross,
-         (uint64_t *out, const uint64_t *x, const uint64_t *y, const uint64_t *r, size_t rows, size_t n),
-         (out, x, y, r, rows, n))
+         (uint64_t *out, const uint64_t *x0, const uint64_t *x1, const uint64_t *y0, const uint64_t *y1,
+          const uint64_t *r, size_t rows, size_t n),
+         (out, x0, x1, y0, y1, r, rows, n))

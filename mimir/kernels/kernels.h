@@ -77,8 +77,8 @@ void mk_half_rotate(uint16_t *out, const uint16_t *e, const uint64_t *c, size_t 
 /* GF(2^64) modulo x^64 + x^4 + x^3 + x + 1; bit i of a word is the coefficient of x^i.
  * scale: out_j = a_j s.  inner: *out = sum a_j b_j.  fold: out has `half` elements, a has 2 half:
  * out_j = a_j + xi (a_j + a_{half+j}).
- * cross: the products of bits that tie rows to their folding (see check.py). x and y are (2, n, rows), word [g, i] of
- * block i holding 64 lanes; rows is a power of two, at most MK_ROWS. Halving the blocks again and again, into the low
+ * cross: the products of bits that tie rows to their folding (see check.py). x0, x1, y0 and y1 are (n, rows), word
+ * [g, i] of block i holding 64 lanes; rows is a power of two, at most MK_ROWS. Halving the blocks again and again, into the low
  * half, the high half and their difference, gives 3^levels vectors of words (n); out has one element for each that took
  * a difference, in that order: sum over g, l of rho[g, l] times lane l of x0 y0 + x0 y1 + x1 y0, rho[g, l] having bit s
  * of planes[s, g] lane l as its bit s. planes is (64, n). Public: planes.
@@ -89,7 +89,8 @@ void mk_gf_mul(uint64_t *out, const uint64_t *a, const uint64_t *b, size_t n);
 void mk_gf_scale(uint64_t *out, const uint64_t *a, uint64_t s, size_t n);
 void mk_gf_inner(uint64_t *out, const uint64_t *a, const uint64_t *b, size_t n);
 void mk_gf_fold(uint64_t *out, const uint64_t *a, uint64_t xi, size_t half);
-void mk_gf_cross(uint64_t *out, const uint64_t *x, const uint64_t *y, const uint64_t *planes, size_t rows, size_t n);
+void mk_gf_cross(uint64_t *out, const uint64_t *x0, const uint64_t *x1, const uint64_t *y0, const uint64_t *y1,
+                 const uint64_t *planes, size_t rows, size_t n);
 void mk_gf_combine(uint64_t *out, const uint64_t *x, const uint64_t *planes, size_t rows, size_t n);
 void mk_gf_blend(uint64_t *out, const uint64_t *x, const uint64_t *w, size_t rows, size_t n);
 
@@ -101,7 +102,7 @@ void mk_gf_blend(uint64_t *out, const uint64_t *x, const uint64_t *w, size_t row
  * halves: for replicated vectors of 2 half elements, given by component, out has two elements: with a.w short for
  * sum (a0 + a1)_j w0_j + a0_j w1_j, the first is a.w over the lower halves, the second over upper less lower halves.
  * combine: x (m, n), out_i = sum_j x[i, j] r_j, m elements.  combine_cols: out_j = sum_i x[i, j] r_i, n elements.
- * cross: as over GF(2^64), of ring words: x and y (2, n, rows), out_t = sum_g r_g (x0 y0 + x0 y1 + x1 y0)[t, g].
+ * cross: as over GF(2^64), of ring words: x0, x1, y0, y1 (n, rows), out_t = sum_g r_g (x0 y0 + x0 y1 + x1 y0)[t, g].
  * Public: xi and all r. */
 void mk_gr_mul(uint64_t *out, const uint64_t *a, const uint64_t *b, size_t n);
 void mk_gr_inner(uint64_t *out, const uint64_t *a, const uint64_t *b, size_t n);
@@ -113,7 +114,8 @@ void mk_gr_scale(uint64_t *out, const uint64_t *x, const uint64_t *g, size_t n);
 void mk_gr_scale01(uint64_t *out, const uint64_t *x, const uint64_t *r, size_t n);
 void mk_gr_combine(uint64_t *out, const uint64_t *x, const uint64_t *r, size_t m, size_t n);
 void mk_gr_combine_cols(uint64_t *out, const uint64_t *x, const uint64_t *r, size_t m, size_t n);
-void mk_gr_cross(uint64_t *out, const uint64_t *x, const uint64_t *y, const uint64_t *r, size_t rows, size_t n);
+void mk_gr_cross(uint64_t *out, const uint64_t *x0, const uint64_t *x1, const uint64_t *y0, const uint64_t *y1,
+                 const uint64_t *r, size_t rows, size_t n);
 
 /* Zero n bytes in a way no compiler drops. equal: 0 if all n bytes agree, else -1; the result alone is public.
  * One level only: both are bound by memory. */

@@ -255,12 +255,9 @@ static size_t cross_count(size_t rows)
     return all - rows;
 }
 
-static void cross_column(uint64_t *node, const uint64_t *x, const uint64_t *y, size_t rows, size_t n, size_t g)
+static void cross_column(uint64_t *node, const uint64_t *const from[4], size_t rows, size_t g)
 {
-    memcpy(node, x + g * rows, rows * sizeof *x);
-    memcpy(node + rows, x + (n + g) * rows, rows * sizeof *x);
-    memcpy(node + 2 * rows, y + g * rows, rows * sizeof *x);
-    memcpy(node + 3 * rows, y + (n + g) * rows, rows * sizeof *x);
+    for (size_t c = 0; c < 4; c++) memcpy(node + c * rows, from[c] + g * rows, rows * sizeof *node);
 }
 
 static void take_gf(uint64_t *out, const uint64_t t[4], const uint64_t *rho)
@@ -277,14 +274,15 @@ static void elements(uint64_t rho[64], const uint64_t *planes, size_t n, size_t 
         for (unsigned l = 0; l < 64; l++) rho[l] |= (planes[s * n + g] >> l & 1) << s;
 }
 
-void mk_gf_cross_ref(uint64_t *restrict out, const uint64_t *x, const uint64_t *y, const uint64_t *planes,
-                     size_t rows, size_t n)
+void mk_gf_cross_ref(uint64_t *restrict out, const uint64_t *x0, const uint64_t *x1, const uint64_t *y0,
+                     const uint64_t *y1, const uint64_t *planes, size_t rows, size_t n)
 {
+    const uint64_t *const from[4] = {x0, x1, y0, y1};
     uint64_t node[4 * MK_ROWS], room[4 * MK_ROWS], rho[64];
     memset(out, 0, cross_count(rows) * sizeof *out);
     for (size_t g = 0; g < n; g++) {
         elements(rho, planes, n, g);
-        cross_column(node, x, y, rows, n, g);
+        cross_column(node, from, rows, g);
         cross_terms(out, 1, node, rows, rows, 0, 1, room, take_gf, rho);
     }
 }
@@ -444,13 +442,14 @@ static void take_gr(uint64_t *out, const uint64_t t[4], const uint64_t *r)
     for (unsigned i = 0; i < MK_GR; i++) out[i] += word & ct_mask(*r, i, one);
 }
 
-void mk_gr_cross_ref(uint64_t *restrict out, const uint64_t *x, const uint64_t *y, const uint64_t *r, size_t rows,
-                     size_t n)
+void mk_gr_cross_ref(uint64_t *restrict out, const uint64_t *x0, const uint64_t *x1, const uint64_t *y0,
+                     const uint64_t *y1, const uint64_t *r, size_t rows, size_t n)
 {
+    const uint64_t *const from[4] = {x0, x1, y0, y1};
     uint64_t node[4 * MK_ROWS], room[4 * MK_ROWS];
     memset(out, 0, cross_count(rows) * MK_GR * sizeof *out);
     for (size_t g = 0; g < n; g++) {
-        cross_column(node, x, y, rows, n, g);
+        cross_column(node, from, rows, g);
         cross_terms(out, MK_GR, node, rows, rows, 0, 0, room, take_gr, r + g);
     }
 }

@@ -506,7 +506,7 @@ void MK(mk_gf_fold)(uint64_t *restrict out, const uint64_t *a, uint64_t xi, size
 
 /* CROSS columns lie side by side, so that lanes are columns. node holds x0, x1, y0, y1, `stride` words apart, each of
  * `rows` runs of CROSS words. */
-enum { CROSS = 32, CROSS_ROOM = 4 * MK_ROWS * CROSS };
+enum { CROSS = 32, CROSS_ROOM = 4 * MK_ROWS * CROSS, CROSSES = 665 }; /* results: 3^6 - 2^6 at most */
 
 static inline size_t cross_count(size_t rows)
 {
@@ -522,10 +522,9 @@ static void turn(uint64_t *to, const uint64_t *x, size_t rows, size_t width)
         for (size_t j = 0; j < CROSS; j++) to[i * CROSS + j] = j < width ? x[j * rows + i] : 0;
 }
 
-static void cross_columns(uint64_t *node, const uint64_t *x, const uint64_t *y, size_t rows, size_t n, size_t g)
+static void cross_columns(uint64_t *node, const uint64_t *const from[4], size_t rows, size_t n, size_t g)
 {
-    for (size_t c = 0; c < 4; c++)
-        turn(node + c * rows * CROSS, (c < 2 ? x : y) + (c % 2 * n + g) * rows, rows, least(n - g, CROSS));
+    for (size_t c = 0; c < 4; c++) turn(node + c * rows * CROSS, from[c] + g * rows, rows, least(n - g, CROSS));
 }
 
 static void cross_planes(uint64_t *to, const uint64_t *planes, size_t n, size_t g)
@@ -543,19 +542,43 @@ INLINE void cross_differences(uint64_t *room, const uint64_t *node, size_t strid
         }
 }
 
-/* out += the 64 parities of `term` under the planes: bit s that of the lanes common to term and plane s. */
-static uint64_t parities(const uint64_t *term, const uint64_t *planes)
+/* Word j of vector i becomes word i of vector j. */
+INLINE void turn_square(vec v[LANES])
 {
-    uint64_t sums[64] __attribute__((aligned(64))), word = 0;
-    for (unsigned s = 0; s < 64; s++) {
-        vec sum = splat(0);
-        UNROLL for (int j = 0; j < CROSS; j += LANES) sum ^= load(term + j) & load(planes + CROSS * s + j);
-        uint64_t folded = 0;
-        UNROLL for (int l = 0; l < LANES; l++) folded ^= sum[l];
-        sums[s] = folded;
+    UNROLL for (int s = LANES / 2; s; s /= 2) UNROLL for (int i = 0; i < LANES; i++)
+    {
+        if (i & s) continue;
+        vec low = swap_low(v[i], v[i | s], s);
+        v[i | s] = swap_high(v[i], v[i | s], s);
+        v[i] = low;
     }
-    transpose(sums, sums);
-    for (unsigned s = 0; s < 64; s++) word ^= sums[s];
+}
+
+/* sums, one for each plane, += the XOR of what term and plane have in common. */
+INLINE void add_common(uint64_t *sums, const uint64_t *term, const uint64_t *planes)
+{
+    vec t[CROSS / LANES];
+    UNROLL for (int j = 0; j < CROSS / LANES; j++) t[j] = load(term + LANES * j);
+    for (size_t s = 0; s < 64; s += LANES) {
+        vec common[LANES], all = load(sums + s);
+        UNROLL for (int l = 0; l < LANES; l++)
+        {
+            const uint64_t *plane = planes + CROSS * (s + (size_t)l);
+            common[l] = t[0] & load(plane);
+            UNROLL for (int j = 1; j < CROSS / LANES; j++) common[l] ^= t[j] & load(plane + LANES * j);
+        }
+        turn_square(common);
+        UNROLL for (int l = 0; l < LANES; l++) all ^= common[l];
+        store(sums + s, all);
+    }
+}
+
+/* The parities of 64 words, as the bits of one. */
+static uint64_t parities(const uint64_t *sums)
+{
+    uint64_t turned[64] __attribute__((aligned(64))), word = 0;
+    transpose(turned, sums);
+    for (unsigned s = 0; s < 64; s++) word ^= turned[s];
     return word;
 }
 
@@ -570,8 +593,8 @@ static uint64_t *gf_cross(uint64_t *out, const uint64_t *node, size_t stride, si
             vec y0 = load(node + 2 * stride + j), y1 = load(node + 3 * stride + j);
             store(term + j, (load(node + j) & (y0 ^ y1)) ^ (load(node + stride + j) & y0));
         }
-        *out ^= parities(term, planes);
-        return out + 1;
+        add_common(out, term, planes);
+        return out + 64;
     }
     size_t half = rows / 2 * CROSS;
     out = gf_cross(out, node, stride, rows / 2, slope, room, planes);
@@ -580,52 +603,70 @@ static uint64_t *gf_cross(uint64_t *out, const uint64_t *node, size_t stride, si
     return gf_cross(out, room, half, rows / 2, 1, room + 4 * half, planes);
 }
 
-void MK(mk_gf_cross)(uint64_t *restrict out, const uint64_t *x, const uint64_t *y, const uint64_t *planes, size_t rows,
-                     size_t n)
+void MK(mk_gf_cross)(uint64_t *restrict out, const uint64_t *x0, const uint64_t *x1, const uint64_t *y0,
+                     const uint64_t *y1, const uint64_t *planes, size_t rows, size_t n)
 {
+    const uint64_t *const from[4] = {x0, x1, y0, y1};
     uint64_t node[CROSS_ROOM] __attribute__((aligned(64))), room[CROSS_ROOM] __attribute__((aligned(64)));
-    uint64_t part[64 * CROSS] __attribute__((aligned(64)));
-    memset(out, 0, cross_count(rows) * sizeof *out);
+    uint64_t part[64 * CROSS] __attribute__((aligned(64))), sums[64 * CROSSES] __attribute__((aligned(64)));
+    size_t count = cross_count(rows);
+    memset(sums, 0, 64 * count * sizeof *sums);
     for (size_t g = 0; g < n; g += CROSS) {
-        cross_columns(node, x, y, rows, n, g);
+        cross_columns(node, from, rows, n, g);
         cross_planes(part, planes, n, g);
-        gf_cross(out, node, rows * CROSS, rows, 0, room, part);
+        gf_cross(sums, node, rows * CROSS, rows, 0, room, part);
     }
+    for (size_t i = 0; i < count; i++) out[i] = parities(sums + 64 * i);
 }
 
 void MK(mk_gf_combine)(uint64_t *restrict out, const uint64_t *x, const uint64_t *planes, size_t rows, size_t n)
 {
     uint64_t node[MK_ROWS * CROSS] __attribute__((aligned(64))), part[64 * CROSS] __attribute__((aligned(64)));
-    memset(out, 0, rows * sizeof *out);
+    uint64_t sums[64 * MK_ROWS] __attribute__((aligned(64))) = {0};
     for (size_t g = 0; g < n; g += CROSS) {
         turn(node, x + g * rows, rows, least(n - g, CROSS));
         cross_planes(part, planes, n, g);
-        for (size_t i = 0; i < rows; i++) out[i] ^= parities(node + i * CROSS, part);
+        for (size_t i = 0; i < rows; i++) add_common(sums + 64 * i, node + i * CROSS, part);
     }
+    for (size_t i = 0; i < rows; i++) out[i] = parities(sums + 64 * i);
 }
 
-/* Planes of the result are sums of rows chosen by the public bits of w: four rows at a time, from their 16 sums. */
+/* Planes of the result are sums of rows chosen by the public bits of w: four rows at a time, from their 16 sums; lanes
+ * are columns. */
 void MK(mk_gf_blend)(uint64_t *restrict out, const uint64_t *x, const uint64_t *w, size_t rows, size_t n)
 {
-    uint8_t choice[64][MK_ROWS / 4] = {{0}};
+    uint16_t choice[64][MK_ROWS / 4] = {{0}};
     size_t groups = (rows + 3) / 4;
     for (size_t i = 0; i < rows; i++)
-        for (unsigned s = 0; s < 64; s++) choice[s][i / 4] |= (uint8_t)((w[i] >> s & 1) << i % 4);
-    for (size_t g = 0; g < n; g++, x += rows) {
-        uint64_t sums[MK_ROWS / 4][16], planes[64] __attribute__((aligned(64)));
+        for (unsigned s = 0; s < 64; s++) choice[s][i / 4] |= (uint16_t)(LANES * (w[i] >> s & 1) << i % 4);
+    for (size_t q = 1; q < groups; q++)
+        for (unsigned s = 0; s < 64; s++) choice[s][q] = (uint16_t)(choice[s][q] + 16 * LANES * q);
+    for (size_t g = 0; g < n; g += LANES, x += LANES * rows) {
+        size_t left = least(n - g, LANES);
+        uint64_t sums[MK_ROWS / 4 * 16 * LANES] __attribute__((aligned(64)));
+        uint64_t planes[LANES][64] __attribute__((aligned(64)));
         for (size_t q = 0; q < groups; q++) {
-            sums[q][0] = 0;
-            for (size_t i = 0; i < 4; i++) {
-                uint64_t row = 4 * q + i < rows ? x[4 * q + i] : 0;
-                for (size_t k = 0; k < (size_t)1 << i; k++) sums[q][k + ((size_t)1 << i)] = sums[q][k] ^ row;
+            vec s[16] = {splat(0)};
+            UNROLL for (int i = 0; i < 4; i++)
+            {
+                uint64_t row[LANES] = {0};
+                if (4 * q + (size_t)i < rows)
+                    for (size_t l = 0; l < left; l++) row[l] = x[l * rows + 4 * q + (size_t)i];
+                UNROLL for (int k = 0; k < 1 << i; k++) s[(1 << i) + k] = s[k] ^ load(row);
             }
+            UNROLL for (int k = 0; k < 16; k++) store(sums + LANES * (16 * q + (size_t)k), s[k]);
         }
-        for (unsigned s = 0; s < 64; s++) {
-            uint64_t plane = 0;
-            for (size_t q = 0; q < groups; q++) plane ^= sums[q][choice[s][q]];
-            planes[s] = plane;
+        for (size_t s = 0; s < 64; s += LANES) {
+            vec plane[LANES];
+            UNROLL for (int k = 0; k < LANES; k++)
+            {
+                plane[k] = splat(0);
+                for (size_t q = 0; q < groups; q++) plane[k] ^= load(sums + choice[s + (size_t)k][q]);
+            }
+            turn_square(plane);
+            UNROLL for (int l = 0; l < LANES; l++) store(planes[l] + s, plane[l]);
         }
-        transpose(out + 64 * g, planes);
+        for (size_t l = 0; l < left; l++) transpose(out + 64 * (g + l), planes[l]);
     }
 }
 
@@ -657,35 +698,32 @@ INLINE void gr_mul_add(sum p[2 * GV], const uint64_t *a, const uint64_t *b)
     }
 }
 
-/* p += a r for a 01 element r: lanes are all ones or zero. */
-INLINE void gr_mul01_add(vec p[2 * GV], const uint64_t *a, uint64_t r)
+/* The words s places before those of cur, which the words of before precede; s < LANES. Through memory they would be
+ * waited for: what is stored as two vectors cannot be forwarded to a load of one. */
+INLINE vec behind(vec before, vec cur, const int s)
 {
-    const uint64_t one = ct_one();
-    for (size_t s = 0; s < LANES; s++) {
-        vec t[GV + 1];
-        gr_shift(t, a, s);
-        UNROLL for (int q = 0; q < GV; q++)
-        {
-            bitmask k = bits_of(ct_mask(r, (unsigned)(LANES * (size_t)q + s), one), 0);
-            UNROLL for (int v = 0; v <= GV; v++) p[q + v] = add_where(p[q + v], k, t[v]);
-        }
-    }
+    vec from;
+    UNROLL for (int l = 0; l < LANES; l++) from[l] = (uint64_t)(LANES + l - s);
+    return __builtin_shuffle(before, cur, from);
 }
 
 /* out = lo + p modulo the modulus. With H the upper half of p: what X^2 H + X^3 H + X^5 H carries past X^48 joins the
  * lowest words of H first; then lo + p is lo + L - H - X^2 H - X^3 H - X^5 H cut at X^48. */
 INLINE void gr_reduce(uint64_t *out, const vec p[2 * GV], const uint64_t *lo)
 {
-    uint64_t room[8 + MK_GR] __attribute__((aligned(64))) = {0}, *h = room + 8;
-    UNROLL for (int v = 0; v < GV; v++) store(h + LANES * v, p[GV + v]);
-    h[0] -= h[46] + h[45] + h[43];
-    h[1] -= h[46] + h[44];
-    h[2] -= h[45];
-    h[3] -= h[46];
+    vec h[GV + 2], carried = splat(0);
+    uint64_t top[4];
+    UNROLL for (int i = 0; i < 4; i++) top[i] = p[GV + (43 + i) / LANES][(43 + i) % LANES];
+    h[0] = h[1] = splat(0);
+    carried[0] = top[3] + top[2] + top[0];
+    carried[1] = top[3] + top[1];
+    carried[2] = top[2];
+    carried[3] = top[3];
+    UNROLL for (int v = 0; v < GV; v++) h[v + 2] = v ? p[GV + v] : p[GV] - carried;
     UNROLL for (int v = 0; v < GV; v++)
     {
-        const uint64_t *at = h + LANES * v;
-        vec r = p[v] - load(at) - load(at - 2) - load(at - 3) - load(at - 5);
+        vec r = p[v] - h[v + 2] - behind(h[v + 1], h[v + 2], 2) - behind(h[v + 1], h[v + 2], 3);
+        r -= LANES > 5 ? behind(h[v + 1], h[v + 2], 5 % LANES) : behind(h[v], h[v + 1], 5 % LANES);
         if (lo) r += load(lo + LANES * v);
         store(out + LANES * v, r);
     }
@@ -738,18 +776,6 @@ static void spread(uint64_t *out, const uint64_t *in)
                 store(out + 2 * H6 + k, low + high);
             }
         }
-    }
-}
-
-/* Word j of vector i becomes word i of vector j. */
-INLINE void turn_square(vec v[LANES])
-{
-    UNROLL for (int s = LANES / 2; s; s /= 2) UNROLL for (int i = 0; i < LANES; i++)
-    {
-        if (i & s) continue;
-        vec low = swap_low(v[i], v[i | s], s);
-        v[i | s] = swap_high(v[i], v[i | s], s);
-        v[i] = low;
     }
 }
 
@@ -883,35 +909,64 @@ void MK(mk_gr_halves)(uint64_t *restrict out, const uint64_t *a0, const uint64_t
     inner_finish(out + MK_GR, p[1]);
 }
 
+/* Products with a 01 element, which is public: only the powers that it has are walked through. */
+struct powers {
+    uint8_t all[MK_GR];
+    size_t count, below, from; /* `below` of them are less than WINDOW, and the last begin at `from` that reach its third */
+};
+
+enum { WINDOW = 32 };
+
+INLINE void powers_of(struct powers *k, uint64_t r)
+{
+    r &= ((uint64_t)1 << MK_GR) - 1;
+    k->count = 0;
+    k->below = (size_t)__builtin_popcountll(r & (((uint64_t)1 << WINDOW) - 1));
+    k->from = (size_t)__builtin_popcountll(r & (((uint64_t)1 << (2 * WINDOW - MK_GR + 1)) - 1));
+    for (; r; r &= r - 1) k->all[k->count++] = (uint8_t)__builtin_ctzll(r);
+}
+
+/* Words WINDOW w and on of the sum of X^q a; a has MK_GR zeros on either side. */
+INLINE void window_sum(vec *p, const uint64_t *a, const uint8_t *q, const uint8_t *end, int w)
+{
+    vec s[WINDOW / LANES];
+    UNROLL for (int v = 0; v < WINDOW / LANES; v++) s[v] = splat(0);
+    for (; q < end; q++)
+        UNROLL for (int v = 0; v < WINDOW / LANES; v++) s[v] += load(a + WINDOW * w - *q + LANES * v);
+    UNROLL for (int v = 0; v < WINDOW / LANES; v++) p[WINDOW / LANES * w + v] = s[v];
+}
+
+/* p = a r. */
+INLINE void gr_mul01(vec p[2 * GV], const uint64_t *a, const struct powers *k)
+{
+    window_sum(p, a, k->all, k->all + k->below, 0);
+    window_sum(p, a, k->all, k->all + k->count, 1);
+    window_sum(p, a, k->all + k->from, k->all + k->count, 2);
+}
+
 void MK(mk_gr_mul01)(uint64_t *restrict out, const uint64_t *a, const uint64_t *r, size_t n)
 {
+    uint64_t room[3 * MK_GR] __attribute__((aligned(64))) = {0};
+    struct powers k;
     for (size_t j = 0; j < n; j++) {
         vec p[2 * GV];
-        UNROLL for (int v = 0; v < 2 * GV; v++) p[v] = splat(0);
-        gr_mul01_add(p, a + MK_GR * j, r[j]);
+        memcpy(room + MK_GR, a + MK_GR * j, MK_GR * sizeof *a);
+        powers_of(&k, r[j]);
+        gr_mul01(p, room + MK_GR, &k);
         gr_reduce(out + MK_GR * j, p, NULL);
     }
 }
 
-/* xi is public: the powers that it lacks are passed over. */
 void MK(mk_gr_fold)(uint64_t *restrict out, const uint64_t *a, uint64_t xi, size_t half)
 {
     const uint64_t *b = a + MK_GR * half;
+    uint64_t room[3 * MK_GR] __attribute__((aligned(64))) = {0};
+    struct powers k;
+    powers_of(&k, xi);
     for (size_t j = 0; j < half; j++, a += MK_GR, b += MK_GR) {
-        uint64_t room[LANES + MK_GR + LANES] __attribute__((aligned(64))) = {0}, *d = room + LANES;
-        uint64_t to[2 * MK_GR + LANES] __attribute__((aligned(64))) = {0};
         vec p[2 * GV];
-        UNROLL for (int v = 0; v < GV; v++) store(d + LANES * v, load(b + LANES * v) - load(a + LANES * v));
-        for (unsigned s = 0; s < LANES; s++) {
-            vec t[GV + 1];
-            UNROLL for (int v = 0; v <= GV; v++) t[v] = load(d + LANES * v - s);
-            for (unsigned q = s; q < MK_GR; q += LANES) {
-                if (!(xi >> q & 1)) continue;
-                uint64_t *at = to + q - s;
-                UNROLL for (int v = 0; v <= GV; v++) store(at + LANES * v, load(at + LANES * v) + t[v]);
-            }
-        }
-        UNROLL for (int v = 0; v < 2 * GV; v++) p[v] = load(to + LANES * v);
+        UNROLL for (int v = 0; v < MK_GR; v += LANES) store(room + MK_GR + v, load(b + v) - load(a + v));
+        gr_mul01(p, room + MK_GR, &k);
         gr_reduce(out + MK_GR * j, p, a);
     }
 }
@@ -930,88 +985,193 @@ void MK(mk_gr_scale01)(uint64_t *restrict out, const uint64_t *x, const uint64_t
         UNROLL for (unsigned v = 0; v < GV; v++) store(out + LANES * v, keep(bits_of(r[j], v), splat(x[j])));
 }
 
-/* Vectors first .. first + GR_VECS - 1 of `rows` combinations out_u = sum_w x[u * right + w * down] r_w. */
-INLINE void combine_block(uint64_t *out, const uint64_t *x, const uint64_t *r, size_t right, size_t down, size_t n,
-                          const unsigned first, const int rows, int add)
+/* Sums of ring words with 01 coefficients, which are public, by the method of four Russians (Arlazarov, Dinic, Kronrod,
+ * Faradzev, 1970): of QUAD words all sums of subsets are made once, and each of the 48 coefficients adds the one that
+ * its bits name. Lanes are STRIP results side by side; their 48 coefficients lie one after another in `sums`, each
+ * STRIP words, until they are turned into elements at the end. */
+enum { QUAD = 4, SUBSETS = 1 << QUAD, STRIP = 2 * LANES, DEEP = 16, AT_ONCE = QUAD * DEEP };
+
+/* Where among `subsets` those words of each QUAD lie whose coefficients have X^t: choice[q][t]. Eight powers at a time. */
+static void choose(uint16_t choice[DEEP][MK_GR], const uint64_t *r, size_t n)
 {
-    vec s[GR_ROWS][GR_VECS];
-    UNROLL for (int u = 0; u < rows; u++) UNROLL for (int v = 0; v < GR_VECS; v++) s[u][v] =
-        add ? load(out + (size_t)u * MK_GR + LANES * (first + (unsigned)v)) : splat(0);
-    for (size_t w = 0; w < n; w++) {
-        bitmask k[GR_VECS];
-        UNROLL for (unsigned v = 0; v < GR_VECS; v++) k[v] = bits_of(r[w], first + v);
-        UNROLL for (int u = 0; u < rows; u++)
-        {
-            vec f = splat(x[(size_t)u * right + w * down]);
-            UNROLL for (int v = 0; v < GR_VECS; v++) s[u][v] = add_where(s[u][v], k[v], f);
+    const uint64_t ones = 0x0101010101010101, diagonal = 0x8040201008040201;
+    for (size_t q = 0; QUAD * q < n; q++)
+        for (size_t t = 0; t < MK_GR; t += 8) {
+            uint64_t chosen = 0;
+            for (size_t k = 0; k < QUAD && QUAD * q + k < n; k++) {
+                uint64_t bits = (r[QUAD * q + k] >> t & 0xff) * ones & diagonal;
+                chosen |= ((bits + 0x7f * ones) >> 7 & ones) << k;
+            }
+            for (size_t i = 0; i < 8; i++) choice[q][t + i] = (uint16_t)((SUBSETS * q + (chosen >> 8 * i & 0xff)) * STRIP);
         }
-    }
-    UNROLL for (int u = 0; u < rows; u++) UNROLL for (int v = 0; v < GR_VECS; v++) store(
-        out + (size_t)u * MK_GR + LANES * (first + (unsigned)v), s[u][v]);
 }
 
-static void combine(uint64_t *out, const uint64_t *x, const uint64_t *r, size_t right, size_t down, size_t rows,
-                    size_t n, int add)
+/* The sums of all subsets of four vectors, STRIP words apart. */
+INLINE void subset_sums(uint64_t *to, const vec v[QUAD])
 {
-    size_t u = 0;
-    for (; u + GR_ROWS <= rows; u += GR_ROWS)
-        UNROLL for (unsigned v = 0; v < GV; v += GR_VECS)
-            combine_block(out + u * MK_GR, x + u * right, r, right, down, n, v, GR_ROWS, add);
-    for (; u < rows; u++)
-        UNROLL for (unsigned v = 0; v < GV; v += GR_VECS)
-            combine_block(out + u * MK_GR, x + u * right, r, right, down, n, v, 1, add);
+    vec s[SUBSETS];
+    s[0] = splat(0);
+    UNROLL for (int k = 0; k < QUAD; k++) UNROLL for (int i = 0; i < 1 << k; i++) s[(1 << k) + i] = s[i] + v[k];
+    UNROLL for (int i = 0; i < SUBSETS; i++) store(to + STRIP * i, s[i]);
+}
+
+/* sums[t] += for each of n words the subset that is chosen; or = if it is the first time. */
+static void add_chosen(uint64_t *sums, const uint64_t *subsets, uint16_t choice[DEEP][MK_GR], size_t n, int add)
+{
+    enum { T = 4 };
+    for (size_t t = 0; t < MK_GR; t += T, sums += T * STRIP) {
+        const uint16_t *at = choice[0] + t;
+        vec s[T][2];
+        UNROLL for (int i = 0; i < 2 * T; i++) s[i / 2][i % 2] = add ? load(sums + LANES * i) : splat(0);
+        for (size_t w = 0; w < n; w += QUAD, at += MK_GR)
+            UNROLL for (int i = 0; i < T; i++)
+            {
+                s[i][0] += load(subsets + at[i]);
+                s[i][1] += load(subsets + LANES + at[i]);
+            }
+        UNROLL for (int i = 0; i < 2 * T; i++) store(sums + LANES * i, s[i / 2][i % 2]);
+    }
+}
+
+/* From lanes to elements, in place. */
+static void turn_sums(uint64_t *sums)
+{
+    uint64_t from[STRIP * MK_GR] __attribute__((aligned(64)));
+    memcpy(from, sums, sizeof from);
+    for (size_t j = 0; j < STRIP; j += LANES)
+        for (size_t t = 0; t < MK_GR; t += LANES) {
+            vec v[LANES];
+            UNROLL for (int l = 0; l < LANES; l++) v[l] = load(from + STRIP * (t + (size_t)l) + j);
+            turn_square(v);
+            UNROLL for (int l = 0; l < LANES; l++) store(sums + MK_GR * (j + (size_t)l) + t, v[l]);
+        }
+}
+
+/* Subsets of n words down each of STRIP columns of x, of which a row is `down` words. */
+static void subsets_down(uint64_t *subsets, const uint64_t *x, size_t down, size_t n)
+{
+    for (size_t w = 0; w < n; w += QUAD, subsets += STRIP * SUBSETS)
+        for (size_t j = 0; j < STRIP; j += LANES) {
+            vec v[QUAD];
+            UNROLL for (int k = 0; k < QUAD; k++) v[k] = w + (size_t)k < n ? load(x + (w + (size_t)k) * down + j) : splat(0);
+            subset_sums(subsets + j, v);
+        }
+}
+
+/* Subsets of n words along each of STRIP rows of x, which are `right` words apart. */
+static void subsets_along(uint64_t *subsets, const uint64_t *x, size_t right, size_t n)
+{
+    for (size_t w = 0; w < n; w += LANES)
+        for (size_t j = 0; j < STRIP; j += LANES) {
+            vec v[LANES];
+            UNROLL for (int l = 0; l < LANES; l++) v[l] = load_first(x + (j + (size_t)l) * right + w, least(n - w, LANES));
+            UNROLL for (int l = 0; l < LANES; l++) __builtin_prefetch(x + (STRIP + j + (size_t)l) * right + w);
+            turn_square(v);
+            UNROLL for (size_t k = 0; k < LANES; k += QUAD) subset_sums(subsets + STRIP * SUBSETS * ((w + k) / QUAD) + j, v + k);
+        }
+}
+
+/* Few results: vectors first .. first + GR_VECS - 1 of out = sum_w x[w * down] r_w. */
+INLINE void combine_block(uint64_t *out, const uint64_t *x, const uint64_t *r, size_t down, size_t n,
+                          const unsigned first)
+{
+    vec s[GR_VECS];
+    UNROLL for (int v = 0; v < GR_VECS; v++) s[v] = splat(0);
+    for (size_t w = 0; w < n; w++) {
+        vec f = splat(x[w * down]);
+        UNROLL for (int v = 0; v < GR_VECS; v++) s[v] = add_where(s[v], bits_of(r[w], first + (unsigned)v), f);
+    }
+    UNROLL for (int v = 0; v < GR_VECS; v++) store(out + LANES * (first + (unsigned)v), s[v]);
+}
+
+/* out_u = sum_w x[u * right + w * down] r_w, with right or down being 1. */
+static void combine(uint64_t *out, const uint64_t *x, const uint64_t *r, size_t right, size_t down, size_t rows,
+                    size_t n)
+{
+    uint64_t subsets[DEEP * SUBSETS * STRIP] __attribute__((aligned(64)));
+    uint16_t choice[DEEP][MK_GR] __attribute__((aligned(64)));
+    size_t strips = n >= QUAD ? rows / STRIP * STRIP : 0; /* for fewer words subsets do not pay */
+    for (size_t w = 0; strips > 0 && w < n; w += AT_ONCE) {
+        size_t left = least(n - w, AT_ONCE);
+        choose(choice, r + w, left);
+        for (size_t u = 0; u < strips; u += STRIP) {
+            if (down == 1) subsets_along(subsets, x + u * right + w, right, left);
+            else subsets_down(subsets, x + u + w * down, down, left);
+            add_chosen(out + u * MK_GR, subsets, choice, left, w > 0);
+        }
+    }
+    for (size_t u = 0; u < strips; u += STRIP) turn_sums(out + u * MK_GR);
+    for (size_t u = strips; u < rows; u++)
+        UNROLL for (unsigned v = 0; v < GV; v += GR_VECS) combine_block(out + u * MK_GR, x + u * right, r, down, n, v);
 }
 
 void MK(mk_gr_combine)(uint64_t *restrict out, const uint64_t *x, const uint64_t *r, size_t m, size_t n)
 {
-    combine(out, x, r, n, 1, m, n, 0);
+    combine(out, x, r, n, 1, m, n);
 }
 
 void MK(mk_gr_combine_cols)(uint64_t *restrict out, const uint64_t *x, const uint64_t *r, size_t m, size_t n)
 {
-    enum { DOWN = 64 }; /* rows at a time, which stay in the cache while all columns pass over them */
-    if (m == 0) memset(out, 0, n * MK_GR * sizeof *out);
-    for (size_t i = 0; i < m; i += DOWN) combine(out, x + i * n, r + i, 1, n, n, least(m - i, DOWN), i > 0);
+    combine(out, x, r, 1, n, n, m);
 }
 
-static uint64_t *gr_cross(uint64_t *out, const uint64_t *node, size_t stride, size_t rows, int slope, uint64_t *room,
-                          const bitmask (*masks)[GV])
+/* Results of a cross, which come one by one: STRIP of them wait in `terms`, CROSS words each, to be added together. */
+struct crossing {
+    uint64_t *out, *spare; /* where the next strip goes; where the last one, if it is not whole */
+    size_t left, have;     /* results still to come, and waiting */
+    size_t width;          /* columns of a result */
+    uint64_t *terms, *subsets;
+    uint16_t (*choice)[MK_GR];
+};
+
+static void cross_strip(struct crossing *c)
+{
+    uint64_t *sums = c->left < STRIP ? c->spare : c->out;
+    subsets_along(c->subsets, c->terms, CROSS, c->width);
+    add_chosen(sums, c->subsets, c->choice, c->width, 1);
+    c->out += STRIP * MK_GR;
+    c->left -= least(c->left, STRIP);
+    c->have = 0;
+}
+
+static void gr_cross(struct crossing *c, const uint64_t *node, size_t stride, size_t rows, int slope, uint64_t *room)
 {
     if (rows == 1) {
-        uint64_t term[CROSS] __attribute__((aligned(64)));
-        vec s[GV];
-        if (!slope) return out;
+        uint64_t *term = c->terms + CROSS * c->have;
+        if (!slope) return;
         UNROLL for (int j = 0; j < CROSS; j += LANES)
         {
             vec y0 = load(node + 2 * stride + j), y1 = load(node + 3 * stride + j);
             sum both = sum_mul(sum_zero(), factor_of(load(node + j)), factor_of(y0 + y1));
             store(term + j, sum_value(sum_mul(both, factor_of(load(node + stride + j)), factor_of(y0))));
         }
-        UNROLL for (int v = 0; v < GV; v++) s[v] = load(out + LANES * v);
-        for (int j = 0; j < CROSS; j++) {
-            vec f = splat(term[j]);
-            UNROLL for (int v = 0; v < GV; v++) s[v] = add_where(s[v], masks[j][v], f);
-        }
-        UNROLL for (int v = 0; v < GV; v++) store(out + LANES * v, s[v]);
-        return out + MK_GR;
+        if (++c->have == least(c->left, STRIP)) cross_strip(c);
+        return;
     }
     size_t half = rows / 2 * CROSS;
-    out = gr_cross(out, node, stride, rows / 2, slope, room, masks);
-    out = gr_cross(out, node + half, stride, rows / 2, slope, room, masks);
+    gr_cross(c, node, stride, rows / 2, slope, room);
+    gr_cross(c, node + half, stride, rows / 2, slope, room);
     cross_differences(room, node, stride, half, 0);
-    return gr_cross(out, room, half, rows / 2, 1, room + 4 * half, masks);
+    gr_cross(c, room, half, rows / 2, 1, room + 4 * half);
 }
 
-void MK(mk_gr_cross)(uint64_t *restrict out, const uint64_t *x, const uint64_t *y, const uint64_t *r, size_t rows,
-                     size_t n)
+void MK(mk_gr_cross)(uint64_t *restrict out, const uint64_t *x0, const uint64_t *x1, const uint64_t *y0,
+                     const uint64_t *y1, const uint64_t *r, size_t rows, size_t n)
 {
+    const uint64_t *const from[4] = {x0, x1, y0, y1};
     uint64_t node[CROSS_ROOM] __attribute__((aligned(64))), room[CROSS_ROOM] __attribute__((aligned(64)));
-    bitmask masks[CROSS][GV];
-    memset(out, 0, cross_count(rows) * MK_GR * sizeof *out);
+    uint64_t spare[STRIP * MK_GR] __attribute__((aligned(64))) = {0}, terms[STRIP * CROSS] __attribute__((aligned(64))) = {0};
+    uint64_t subsets[CROSS / QUAD * SUBSETS * STRIP] __attribute__((aligned(64)));
+    uint16_t choice[DEEP][MK_GR] __attribute__((aligned(64)));
+    size_t count = cross_count(rows), whole = count / STRIP * STRIP;
+    memset(out, 0, count * MK_GR * sizeof *out);
     for (size_t g = 0; g < n; g += CROSS) {
-        cross_columns(node, x, y, rows, n, g);
-        for (size_t j = 0; j < CROSS; j++)
-            UNROLL for (unsigned v = 0; v < GV; v++) masks[j][v] = bits_of(g + j < n ? r[g + j] : 0, v);
-        gr_cross(out, node, rows * CROSS, rows, 0, room, masks);
+        struct crossing c = {out, spare, count, 0, least(n - g, CROSS), terms, subsets, choice};
+        cross_columns(node, from, rows, n, g);
+        choose(choice, r + g, c.width);
+        gr_cross(&c, node, rows * CROSS, rows, 0, room);
     }
+    for (size_t u = 0; u < whole; u += STRIP) turn_sums(out + u * MK_GR);
+    turn_sums(spare);
+    memcpy(out + whole * MK_GR, spare, (count - whole) * MK_GR * sizeof *out);
 }

@@ -21,7 +21,7 @@ coins only, so a failing check says nothing about the secrets (see DESIGN.md for
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final, Protocol
@@ -40,11 +40,12 @@ _LOW48: Final = np.uint64((1 << DEGREE) - 1)
 OPEN_BELOW: Final = 32  # entries at which halving stops and the masked opening takes over
 # From so many products, or words of gates, on: so many become one.
 FOLD_ROWS: Final = ((1 << 19, 64), (1 << 16, 32), (1 << 12, 16), (0, 8))
-AT_ONCE: Final = 1 << 17  # products or words of gates folded at once (memory: 32 B each)
+AT_ONCE: Final = 1 << 17  # products or words of gates crossed at once (memory: 32 B each)
+CLAIMED: Final = 1 << 15  # and turned into claims, which are 48 times as large, at once
+APART: Final = 64  # columns from which on products are folded where they lie
 NARROW: Final = 24  # a row of so many products is checked one by one
 WORK: Final = 64  # multiplications to fold one product, about
 WHOLE: Final = 1 << 30  # making claims always goes to a thread
-ALIGNED: Final = 256  # rows of a long claim come in multiples of so many
 LEVELS: Final = 28  # halvings of a recursion at most
 
 
@@ -72,11 +73,11 @@ Pair = tuple[Ring, Ring]  # the two components of a share, each its own array, s
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Claim:
-    """Part of <a, w> = c: rows (n, 48) of both components, and c (2, 48)."""
+    """Part of <a, w> = c: rows (n, 48) of both components, and c (2, 48), unless other rows bring it."""
 
     a: Pair
     w: Pair
-    c: Ring
+    c: Ring | None = None
 
 
 class Relation(Protocol):
@@ -154,12 +155,6 @@ class SquareSum:
     x: Ring
     q: Ring
 
-    def claims(self, draw: Draw) -> Iterator[Claim]:
-        n, m = self.x.shape[1:]
-        r = draw.exceptional(n)
-        x = self.x.reshape(2, -1)
-        yield Claim(_scaled(x, np.repeat(r, m)), _each(_lift, x), _total(self.q, r))
-
 
 @dataclass(frozen=True, slots=True, eq=False)
 class MatrixProduct:
@@ -198,29 +193,16 @@ class OneHot:
         n, k = self.e.shape[1:]
         p, q, down = draw.exceptional(k), draw.exceptional(k), draw.exceptional(n)
         pq = kernels.gr_mul01(kernels.gr_scale01(np.ones(k, np.uint64), p), q)  # (k, 48), general elements
-        e = self.e.astype(np.uint64, copy=False)
-        high = e << np.uint64(self.shift) if self.shift else e  # high e_i e_j depends on the low bits alone
-        columns = _each(lambda v: kernels.gr_combine_cols(v, down), high)  # (k, 48)
-        c = np.stack([kernels.gr_inner(v, pq) for v in columns])
-        yield Claim(_mixed(_summed(high, p), down), _summed(e, q), c)
-
-
-def _joined(parts: Sequence[Pair]) -> Pair:
-    """Rows one after another, and zeros after them so that they can be halved down to OPEN_BELOW."""
-    rows = sum(len(p[0]) for p in parts)
-    unit = 1
-    while rows > OPEN_BELOW * unit:
-        unit *= 2
-    out = []
-    for i in range(2):
-        joined = np.empty((-(-rows // unit) * unit, *parts[0][i].shape[1:]), np.uint64)
-        at = 0
-        for p in parts:
-            joined[at : at + len(p[i])] = p[i]
-            at += len(p[i])
-        joined[at:] = 0
-        out.append(joined)
-    return out[0], out[1]
+        columns = np.zeros((2, k, DEGREE), np.uint64)
+        step = RING.block
+        for at in range(0, n, step):
+            e = self.e[:, at : at + step].astype(np.uint64, copy=False)
+            high = e << np.uint64(self.shift) if self.shift else e  # high e_i e_j depends on low bits alone
+            coefficients = down[at : at + step]
+            for i in range(2):
+                columns[i] += kernels.gr_combine_cols(np.ascontiguousarray(high[i]), coefficients)
+            told = np.stack([kernels.gr_inner(v, pq) for v in columns]) if at + step >= n else None
+            yield Claim(_mixed(_summed(high, p), coefficients), _summed(e, q), told)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -236,6 +218,7 @@ class _Galois:
     """Arithmetic over GR(2^64, 48); an element is 48 words."""
 
     shape: tuple[int, ...] = (DEGREE,)
+    block = 512  # rows at once: what is halved and folded by so many still lies in a cache
     work = DEGREE * DEGREE  # multiplications of one product
     unit = np.eye(1, DEGREE, dtype=np.uint64)
 
@@ -245,8 +228,8 @@ class _Galois:
     def inner(self, a: Ring, b: Ring) -> Ring:
         return kernels.gr_inner(a, b)
 
-    def fold(self, a: Ring, xi: int) -> Ring:
-        return kernels.gr_fold(a, xi)
+    def fold(self, a: Ring, xi: int, out: Ring) -> None:
+        kernels.gr_fold(a, xi, out=out)
 
     def times(self, a: Ring, xi: int) -> Ring:
         flat = np.ascontiguousarray(a).reshape(-1, DEGREE)
@@ -269,7 +252,7 @@ class _Galois:
     def coefficients(self, draw: Draw, columns: int) -> Ring:
         return draw.exceptional(columns)
 
-    def cross(self, x: Ring, y: Ring, coefficients: Ring) -> Ring:
+    def cross(self, x: Pair, y: Pair, coefficients: Ring) -> Ring:
         return kernels.gr_cross(x, y, coefficients)
 
     def combine(self, z: Ring, coefficients: Ring) -> Ring:
@@ -286,6 +269,7 @@ class _Binary:
     """Arithmetic over GF(2^64); an element is one word."""
 
     shape: tuple[int, ...] = ()
+    block = 1 << 14
     work = 8
     unit = np.ones(1, np.uint64)
 
@@ -295,8 +279,8 @@ class _Binary:
     def inner(self, a: Ring, b: Ring) -> Ring:
         return np.array(kernels.gf_inner(a, b), np.uint64)
 
-    def fold(self, a: Ring, xi: int) -> Ring:
-        return kernels.gf_fold(a, xi)
+    def fold(self, a: Ring, xi: int, out: Ring) -> None:
+        kernels.gf_fold(a, xi, out=out)
 
     def times(self, a: Ring, xi: int) -> Ring:
         return kernels.gf_scale(np.ascontiguousarray(a).reshape(-1), xi).reshape(a.shape)
@@ -321,7 +305,7 @@ class _Binary:
     def coefficients(self, draw: Draw, columns: int) -> Ring:
         return kernels.bit_slice(draw.field(RING_BITS * columns), RING_BITS)
 
-    def cross(self, x: Ring, y: Ring, coefficients: Ring) -> Ring:
+    def cross(self, x: Pair, y: Pair, coefficients: Ring) -> Ring:
         return kernels.gf_cross(x, y, coefficients)
 
     def combine(self, z: Ring, coefficients: Ring) -> Ring:
@@ -356,46 +340,62 @@ class _Folding:
     """
 
     def __init__(self, ext: Extension, parts: Sequence[Product | And], draw: Draw) -> None:
-        self.ext = ext
-        self._parts = [[np.asarray(v).reshape(2, -1) for v in (p.x, p.y, p.z)] for p in parts]
-        total = sum(x.shape[1] for x, _, _ in self._parts)
-        self.rows = next(rows for least, rows in FOLD_ROWS if total >= least)
-        self.columns = -(-total // self.rows)
+        sizes = [np.asarray(p.x).size // 2 for p in parts]
+        self._lay(ext, [(p.x, p.y, p.z) for p in parts], _fold_rows(sum(sizes)))
         self._coefficients = ext.coefficients(draw, self.columns)
 
-    def _blocks(self, *which: int) -> Iterator[tuple[slice, list[Ring]]]:
-        """x, y, z by number, as (2, n, rows), for a range of columns at a time; the last is padded with
-        zeros.
-        """
-        step = max(1, AT_ONCE // self.rows)
-        pieces = ([v[w] for w in which] for v in self._parts)
-        current = next(pieces, None)
-        at = 0
-        for lo in range(0, self.columns, step):
-            columns = slice(lo, min(self.columns, lo + step))
-            want = (columns.stop - lo) * self.rows
-            out = [np.zeros((2, want), np.uint64) for _ in which]
-            filled = 0
-            while filled < want and current is not None:
-                take = min(want - filled, current[0].shape[1] - at)
-                for to, v in zip(out, current, strict=True):
-                    to[:, filled : filled + take] = v[:, at : at + take]
-                filled, at = filled + take, at + take
-                if at == current[0].shape[1]:
-                    current, at = next(pieces, None), 0
-            yield columns, [v.reshape(2, -1, self.rows) for v in out]
+    def _lay(self, ext: Extension, parts: Sequence[tuple[Ring, ...]], rows: int) -> None:
+        """Long parts are folded where they lie; then come their ends and the short ones, put together."""
+        self.ext, self.rows = ext, rows
+        flat = [[np.asarray(v).reshape(2, -1) for v in part] for part in parts]
+        sizes = [part[0].shape[1] for part in flat]
+        whole = [n // rows if n >= APART * rows else 0 for n in sizes]
+        self._long = [(part, n) for part, n in zip(flat, whole, strict=True) if n]
+        self._short = [[v[:, n * rows :] for v in part] for part, n in zip(flat, whole, strict=True)]
+        left = sum(sizes) - rows * sum(whole)
+        self.columns = sum(whole) + -(-left // rows)
 
-    def _of(self, columns: slice) -> Ring:
-        return np.ascontiguousarray(self._coefficients[..., columns])
+    def _blocks(self, words: int, *which: int) -> Iterator[tuple[Ring, list[Pair]]]:
+        """Coefficients, and x, y, z by number, each a pair of (n, rows), for columns of about so many words
+        at a time.
+        """
+        step, at = max(1, words // self.rows), 0
+        for part, columns in self._long:
+            for lo in range(0, columns, step):
+                n = min(step, columns - lo)
+                span = slice(lo * self.rows, (lo + n) * self.rows)
+                yield (
+                    self._of(at, n),
+                    [_each(lambda v: v.reshape(-1, self.rows), part[w][:, span]) for w in which],
+                )
+                at += n
+        pieces = ([part[w] for w in which] for part in self._short if part[0].size)
+        current, taken = next(pieces, None), 0
+        while at < self.columns:
+            n = min(step, self.columns - at)
+            out = [np.zeros((2, n * self.rows), np.uint64) for _ in which]
+            filled = 0
+            while filled < n * self.rows and current is not None:
+                take = min(n * self.rows - filled, current[0].shape[1] - taken)
+                for to, v in zip(out, current, strict=True):
+                    to[:, filled : filled + take] = v[:, taken : taken + take]
+                filled, taken = filled + take, taken + take
+                if taken == current[0].shape[1]:
+                    current, taken = next(pieces, None), 0
+            yield self._of(at, n), [_each(lambda v: v.reshape(-1, self.rows), v) for v in out]
+            at += n
+
+    def _of(self, at: int, n: int) -> Ring:
+        return np.ascontiguousarray(self._coefficients[..., at : at + n])
 
     def cross(self) -> Ring:
         """This party's summands of the values that are not at corners: (3^levels - 2^levels, ...)."""
         out = np.zeros((kernels.crosses(self.rows), *self.ext.shape), np.uint64)
-        for columns, (x, y) in self._blocks(0, 1):
-            out = self.ext.add(out, self.ext.cross(x, y, self._of(columns)))
+        for mine, (x, y) in self._blocks(AT_ONCE, 0, 1):
+            out = self.ext.add(out, self.ext.cross(x, y, mine))
         return out
 
-    def claim(self, crossed: Ring, draw: Draw) -> Claim:
+    def claims(self, crossed: Ring, draw: Draw) -> Iterator[Claim]:
         """The claim, for values (2, 3^levels - 2^levels, ...) and coins tossed after they were received."""
         ext = self.ext
         corners, values = ext.unit, ext.unit
@@ -407,26 +407,84 @@ class _Folding:
             high = ext.times(values, xi)
             values = _interleaved(ext.sub(values, high), high, ext.sub(ext.times(high, xi), high))
             inner = np.stack([inner, inner, np.ones_like(inner)], axis=1).reshape(-1)
-        at_corners = np.zeros((2, self.rows, *ext.shape), np.uint64)
-        parts: list[tuple[Pair, Pair]] = []
-        for columns, (x, y, z) in self._blocks(0, 1, 2):
-            mine = self._of(columns)
-            for i in range(2):
-                at_corners[i] = ext.add(at_corners[i], ext.combine(z[i], mine))
-            parts.append(
-                (
-                    _each(lambda v, c=mine: ext.mix(ext.blend(v, corners), c), x),  # type: ignore[misc]
-                    _each(lambda v: ext.blend(v, corners), y),
-                )
+        told = [ext.inner(v, values[inner]) for v in crossed[:, : np.count_nonzero(inner)]]
+        at_corners = self._stated_corners(crossed)
+        left = self.columns
+        for mine, (x, y, *z) in self._blocks(CLAIMED, *self.claimed):
+            if z:
+                at_corners = [
+                    ext.add(sums, ext.combine(v, mine)) for sums, v in zip(at_corners, z[0], strict=True)
+                ]
+            left -= len(x[0])
+            c = [ext.add(t, ext.inner(v, values[~inner])) for t, v in zip(told, at_corners, strict=True)]
+            yield Claim(
+                _each(lambda v, by=mine: ext.mix(ext.blend(v, corners), by), x),  # type: ignore[misc]
+                _each(lambda v: ext.blend(v, corners), y),
+                None if left else np.stack(c),
             )
-        a, w = ([np.concatenate([p[side][i] for p in parts]) for i in range(2)] for side in range(2))
-        c = np.stack(
-            [
-                ext.add(ext.inner(crossed[i], values[inner]), ext.inner(at_corners[i], values[~inner]))
-                for i in range(2)
-            ]
-        )
-        return Claim((a[0], a[1]), (w[0], w[1]), c)
+
+    claimed: tuple[int, ...] = (0, 1, 2)
+
+    def _stated_corners(self, crossed: Ring) -> list[Ring]:
+        """Values at corners before what the blocks add to them."""
+        return [np.zeros((self.rows, *self.ext.shape), np.uint64)] * 2
+
+
+class _Squares(_Folding):
+    """Sums of squares, folded in the same way.
+
+    Here the squares themselves are stated nowhere, only their sums. So the values at corners are shared as
+    well, and `residue` says that together they are the stated sums, row n with its beta_n. Whoever changes a
+    sum must change a corner, and then h is not the polynomial that x gives.
+    """
+
+    claimed = (0, 0)
+
+    def __init__(self, parts: Sequence[SquareSum], draw: Draw) -> None:
+        rows = _fold_rows(sum(p.x.size // 2 for p in parts))
+        rows = min(rows, 1 << max(p.x.shape[2] - 1 for p in parts).bit_length())
+        padded: list[tuple[Ring, Ring]] = []
+        self._sum = np.zeros((2, DEGREE), np.uint64)
+        for p in parts:
+            columns = -(-p.x.shape[2] // rows)
+            beta = draw.exceptional(p.x.shape[1])
+            self._sum += _total(p.q, beta)
+            wide = np.pad(p.x, [(0, 0), (0, 0), (0, columns * rows - p.x.shape[2])])
+            padded.append((wide, np.repeat(beta, columns)))
+        padded.sort(key=lambda part: part[1].size < APART)  # as they are laid
+        self._lay(RING, [(x,) for x, _ in padded], rows)
+        self._coefficients = np.concatenate([c for _, c in padded])
+
+    def cross(self) -> Ring:
+        """This party's summands of all values: those off the corners, then those at corners."""
+        off = np.zeros((kernels.crosses(self.rows), DEGREE), np.uint64)
+        corners = np.zeros((self.rows, DEGREE), np.uint64)
+        for mine, ((x0, x1),) in self._blocks(AT_ONCE, 0):
+            off += kernels.gr_cross((x0, x1), (x0, x1), mine)
+            corners += kernels.gr_combine_cols(x0 * (x0 + x1 + x1), mine)
+        return np.concatenate([off, corners])
+
+    def residue(self, crossed: Ring) -> Ring:
+        """A share (2, 48) that is zero if the corners add up to the stated sums."""
+        return crossed[:, -self.rows :].sum(axis=1, dtype=np.uint64) - self._sum
+
+    def _stated_corners(self, crossed: Ring) -> list[Ring]:
+        return list(crossed[:, -self.rows :])
+
+
+def _fold_rows(total: int) -> int:
+    return next(rows for least, rows in FOLD_ROWS if total >= least)
+
+
+def _rows(v: Pair, start: int, stop: int | None = None) -> Pair:
+    return v[0][start:stop], v[1][start:stop]
+
+
+def _joined(parts: Sequence[Pair], zeros: int = 0) -> Pair:
+    """Rows one after another, and so many zeros after them."""
+    filling = [np.zeros((zeros, *parts[0][0].shape[1:]), np.uint64)]
+    a, b = (np.concatenate([p[i] for p in parts] + filling) for i in range(2))
+    return a, b
 
 
 def _interleaved(*parts: Ring) -> Ring:
@@ -437,36 +495,46 @@ def _interleaved(*parts: Ring) -> Ring:
 class _Recursion:
     """<a, w> = c, halved until at most OPEN_BELOW entries are left.
 
-    Long claims are halved each by itself, which copies nothing; their odd ends and the short ones go
-    together.
+    Rows stand in blocks, and the entries of a block are halved by themselves, so that a block is made or
+    folded, and halved for the next level, while it lies in a cache.
     """
 
-    def __init__(self, ext: Extension, claims: Sequence[Claim]) -> None:
+    def __init__(self, ext: Extension, claims: Iterable[Claim]) -> None:
         self.ext = ext
-        self.c = np.stack([ext.sum(np.stack([c.c[i] for c in claims])) for i in range(2)])
-        self._parts: list[tuple[Pair, Pair]] = []
-        short: list[tuple[Pair, Pair]] = []
+        self.c = np.zeros((2, *ext.shape), np.uint64)
+        self._halves = np.zeros((2, *ext.shape), np.uint64)
+        self._blocks: list[tuple[Pair, Pair]] = []
+        rest: list[tuple[Pair, Pair]] = []  # too few rows for a block
         for claim in claims:
-            whole = len(claim.a[0]) // ALIGNED * ALIGNED
-            for at, to in ((slice(0, whole), self._parts), (slice(whole, None), short)):
-                a, w = ((p[0][at], p[1][at]) for p in (claim.a, claim.w))
-                if len(a[0]):
-                    to.append((a, w))
-        if short:
-            self._parts.append((_joined([a for a, _ in short]), _joined([w for _, w in short])))
-        self._even()
+            if claim.c is not None:
+                self.c = ext.add(self.c, claim.c)
+            whole = len(claim.a[0]) // ext.block * ext.block
+            for at in range(0, whole, ext.block):
+                self._take(_rows(claim.a, at, at + ext.block), _rows(claim.w, at, at + ext.block))
+            if whole < len(claim.a[0]):
+                rest.append((_rows(claim.a, whole), _rows(claim.w, whole)))
+            if sum(len(a[0]) for a, _ in rest) >= ext.block:
+                a, w = _joined([a for a, _ in rest]), _joined([w for _, w in rest])
+                self._take(_rows(a, 0, ext.block), _rows(w, 0, ext.block))
+                rest = [(_rows(a, ext.block), _rows(w, ext.block))]
+        left = sum(len(a[0]) for a, _ in rest)
+        if left:
+            last = bool(not self._blocks and left <= OPEN_BELOW)
+            self._take(*(_joined(v, 0 if last else left % 2) for v in zip(*rest, strict=True)))
 
-    def _even(self) -> None:
-        if not self.done and any(len(a[0]) % 2 for a, _ in self._parts):
-            self._parts = [(_joined([a for a, _ in self._parts]), _joined([w for _, w in self._parts]))]
+    def _take(self, a: Pair, w: Pair) -> None:
+        """Append a block, whose rows are even in number unless no halving follows."""
+        self._blocks.append((a, w))
+        if not self.done:
+            self._halves = self.ext.add(self._halves, self.ext.halves(a, w))
 
     @property
     def length(self) -> int:
-        return sum(len(a[0]) for a, _ in self._parts)
+        return sum(len(a[0]) for a, _ in self._blocks)
 
     @property
     def done(self) -> bool:
-        return len(self._parts) == 1 and self.length <= OPEN_BELOW
+        return len(self._blocks) == 1 and len(self._blocks[0][0][0]) <= OPEN_BELOW
 
     @property
     def cost(self) -> int:
@@ -474,7 +542,7 @@ class _Recursion:
 
     def halves(self) -> Ring:
         """This party's summands of h(0) and of h at infinity, for h(X) = <a_0 + X (a_1 - a_0), w_0 + ...>."""
-        return self.ext.sum(np.stack([self.ext.halves(a, w) for a, w in self._parts]))
+        return self._halves
 
     def fold(self, told: Ring, draw: Draw) -> None:
         """Go on at a challenge tossed after `told` (2, 2, ...), the shares of h(0) and h(infinity),
@@ -486,19 +554,34 @@ class _Recursion:
         h1 = ext.sub(self.c, h0)  # <a, w> = h(0) + h(1)
         # h(X) = h0 + (h1 - h0 - h2) X + h2 X^2
         self.c = ext.add(h0, ext.times(ext.add(ext.sub(ext.sub(h1, h0), h2), ext.times(h2, xi)), xi))
-        self._parts = [
-            ((ext.fold(a[0], xi), ext.fold(a[1], xi)), (ext.fold(w[0], xi), ext.fold(w[1], xi)))
-            for a, w in self._parts
-        ]
-        self._even()
+        before, self._blocks = self._blocks, []
+        before.reverse()
+        last = len(before) <= 2 and sum(len(a[0]) for a, _ in before) <= 2 * OPEN_BELOW
+        self._halves = np.zeros_like(self._halves)
+        while before:
+            pair = [before.pop() for _ in range(min(2, len(before)))]
+            rows = sum(len(a[0]) // 2 for a, _ in pair)
+            shape = (rows if last else rows + rows % 2, *ext.shape)
+            a, w = ((np.empty(shape, np.uint64), np.empty(shape, np.uint64)) for _ in range(2))
+            at = 0
+            for folded in pair:
+                half = len(folded[0][0]) // 2
+                for to, v in zip((*a, *w), (*folded[0], *folded[1]), strict=True):
+                    ext.fold(v, xi, to[at : at + half])
+                at += half
+            for v in (*a, *w):
+                v[at:] = 0
+            self._blocks.append((a, w))
+            if not last:
+                self._halves = ext.add(self._halves, ext.halves(a, w))
 
     @property
     def a(self) -> Pair:
-        return self._parts[0][0]
+        return self._blocks[0][0]
 
     @property
     def w(self) -> Pair:
-        return self._parts[0][1]
+        return self._blocks[0][1]
 
     def mask(self, random: Ring) -> Ring:
         """Take a random share (2, n, ...) as the mask of a; this party's summand of <mask, w>."""
@@ -518,22 +601,34 @@ class _Recursion:
         return self.ext.sub(self.ext.sub(at, self.ext.times(self.c, self._t)), product[:, 0])
 
 
+def _claims(
+    ext: Extension,
+    foldings: Sequence[_Folding],
+    values: Sequence[Ring],
+    others: Sequence[Relation],
+    draw: Draw,
+    xi: Draw,
+) -> Iterator[Claim]:
+    for f, v in zip(foldings, values, strict=True):
+        if f.ext is ext:
+            yield from f.claims(v, xi)
+    if ext is RING:
+        for r in others:
+            yield from r.claims(draw)
+
+
 def _stated(
     foldings: Sequence[_Folding], values: Sequence[Ring], others: Sequence[Relation], draw: Draw, xi: Draw
 ) -> list[_Recursion]:
     """All that a batch claims, over each extension one inner product."""
-    claims: dict[Extension, list[Claim]] = {RING: [], BITS: []}
-    for f, v in zip(foldings, values, strict=True):
-        claims[f.ext].append(f.claim(v, xi))
-    for r in others:
-        claims[RING].extend(r.claims(draw))
-    return [_Recursion(ext, c) for ext, c in claims.items() if c]
+    made = [_Recursion(ext, _claims(ext, foldings, values, others, draw, xi)) for ext in (RING, BITS)]
+    return [r for r in made if r.length]
 
 
 async def verify(
     doors: Doors,
     step: str,
-    relations: Sequence[Product | Relation],
+    relations: Sequence[Product | SquareSum | Relation],
     gates: Sequence[And],
     zeros: Sequence[Ring],
     zero_bits: Sequence[Ring],
@@ -548,8 +643,10 @@ async def verify(
     draw = Draw(await coins.toss())
     narrow = [r for r in relations if isinstance(r, ScalarProduct) and r.x.shape[2] <= NARROW]
     products = [r for r in relations if isinstance(r, Product)] + [r.products() for r in narrow]
-    others = [r for r in relations if not isinstance(r, Product) and r not in narrow]
+    sums = [r for r in relations if isinstance(r, SquareSum)]
+    others = [r for r in relations if not isinstance(r, Product | SquareSum) and r not in narrow]
     foldings = [_Folding(e, p, draw) for e, p in ((RING, products), (BITS, gates)) if p]
+    foldings += [_Squares(sums, draw)] if sums else []
 
     async def share(name: str, summands: Sequence[tuple[Extension, Ring]]) -> list[Ring]:
         zeros = [bk.zero(*v.shape) if e is RING else bk.zero_bits(*v.shape) for e, v in summands]
@@ -572,6 +669,9 @@ async def verify(
     last = Draw(await coins.toss())
     opened = await doors.open_extension(f"{step}/open", [(r.masked(last), r.ext.add) for r in recursions])
     residues: dict[Extension, list[Ring]] = {RING: [*zeros], BITS: [*zero_bits]}
+    for f, v in zip(foldings, values, strict=True):
+        if isinstance(f, _Squares):
+            residues[RING].append(f.residue(v))
     for r, d, p in zip(recursions, opened, shared, strict=True):
         residues[r.ext].append(r.residue(d, p))
     await doors.assert_zero(f"{step}/zero", residues[RING], residues[BITS])

@@ -160,7 +160,7 @@ class Batch:
     weights: Weights
     caches: dict[tuple[str, int], list[Ring]]
     out: Made = field(default_factory=dict)
-    relations: list[check.Product | check.Relation] = field(default_factory=list)
+    relations: list[check.Product | check.SquareSum | check.Relation] = field(default_factory=list)
     gates: list[check.And] = field(default_factory=list)
     zeros: list[Ring] = field(default_factory=list)
     zero_bits: list[Ring] = field(default_factory=list)
