@@ -14,7 +14,7 @@ measures the whole, with tunnel and client, at a short context; what lies betwee
     decode    A session whose cache holds 111 random positions, as in mimir.dryrun, reads 16 more, so that the
               last token is the one that fills the context: a block of products with weights. The material of
               a full context fits no pool, so only that of these 16 is made, all of it before the first round
-              online; what is ready may exceed the engine's limit (POOL_BYTES) for that. Online: rounds and
+              online; what is ready may exceed triple_pool.memory_mib for that. Online: rounds and
               bytes of the last, seconds the median of the 15 between two tokens. Preprocessing: all 16, from
               the entry's material on, by 16.
     prefill   32 rows from an empty cache, and the token that they give: as PUMA counts (32 in, 1 out).
@@ -92,6 +92,7 @@ SETTINGS = Settings()
 SEED = 5
 LINK_RTT, LINK_MBIT = 20.0, 100.0  # of the floors
 AHEAD = 1 << 16  # positions: what is ready is never too much
+MEMORY = 4 << 30  # triple_pool.memory_mib: a prompt of 32 goes through the model at once
 BASE_PORT = 19210
 UP_SECONDS = 60.0
 ROUND_SECONDS = 600.0
@@ -234,7 +235,14 @@ async def sessions(
     start = Start(task.sessions)
     clients = [Client(task.positions, start) for _ in range(task.sessions)]
     limits = Limits(
-        (task.bucket,), (task.tokens,), context, AHEAD, ROUND_SECONDS, SESSION_SECONDS, SESSION_SECONDS
+        (task.bucket,),
+        (task.tokens,),
+        context,
+        AHEAD,
+        MEMORY,
+        ROUND_SECONDS,
+        SESSION_SECONDS,
+        SESSION_SECONDS,
     )
     async with trio.open_nursery() as nursery:
         for number, client in enumerate(clients):
@@ -461,8 +469,9 @@ def predicted(spec: PlanSpec, context: int, rates: cost.Rates) -> dict[str, Any]
     """The cost model's figures of a token at the end of the context and of the prefill, as `mimir cost` has
     them.
     """
-    end = dryrun.run_last(spec, SETTINGS, max_context=context, ahead=AHEAD)
-    start = dryrun.run(spec, SETTINGS, bucket=PROMPT, tokens=1, max_context=context, ahead=AHEAD)
+    limits: dict[str, Any] = {"max_context": context, "ahead": AHEAD, "memory": MEMORY}
+    end = dryrun.run_last(spec, SETTINGS, **limits)
+    start = dryrun.run(spec, SETTINGS, bucket=PROMPT, tokens=1, **limits)
     online, made = cost.last_token(end)
     first, first_made = cost.first_token(start)
     planning = cost._seconds_to_plan(spec, SETTINGS, context)

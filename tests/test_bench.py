@@ -260,7 +260,8 @@ def test_predictions_of_targets_are_the_cost_models(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(targets, "PROMPT", 4)
     rates = cost.Rates(dict.fromkeys(cost._keys(), 1e-9), "ref", cores=2)
     got = targets.predicted(GPT2, GPT2.context, rates)
-    lengths = {"bucket": 4, "context": GPT2.context, "ahead": targets.AHEAD}
+    lengths = {"bucket": 4, "context": GPT2.context, "ahead": targets.AHEAD, "memory": targets.MEMORY}
+    lengths["keep"] = dryrun.KEPT_BYTES
     want = cost.predict(GPT2, SETTINGS, **lengths, rates=rates, link=cost.Link(parties_here=3))
     for name, parts in (("token", want.token), ("prefill", want.prefill)):
         for lane, part in parts.items():
