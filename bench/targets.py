@@ -645,7 +645,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(40))
         trio.run(party, a.party, a.folder, a.only)
         return 0
-    now, load = datetime.now(UTC), os.getloadavg()[0]
+    now, load, at = datetime.now(UTC), os.getloadavg()[0], commit()  # before a commit meanwhile
     rates = cost.calibrate()
     want = predicted(SMALL, CONTEXT, rates)
     choice = plan.run(transformer.cost_of_choice(SMALL, chooser(SMALL)))
@@ -661,7 +661,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         figures["argmax"] = chosen(parts["argmax"], SMALL)
     result: dict[str, Any] = {
         "date": now.isoformat(timespec="seconds"),
-        "commit": commit(),
+        "commit": at,
         "machine": machine(),
         "load": [load, os.getloadavg()[0]],
         "rounds": trio.run(planned, SMALL, SETTINGS, CONTEXT),
@@ -671,7 +671,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "seconds": (datetime.now(UTC) - now).total_seconds(),
     }
     a.out.mkdir(parents=True, exist_ok=True)
-    target = a.out / f"{now:%Y-%m-%d-%H%M}-{result['commit'][:10]}.json"
+    target = a.out / f"{now:%Y-%m-%d-%H%M}-{at[:10]}.json"
     target.write_text(json.dumps(result, indent=1) + "\n")
     print(tables(result))
     return 0
