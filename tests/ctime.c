@@ -188,7 +188,7 @@ static void gr_inner(void)
 
 static void gr_mul01(void)
 {
-    mk_gr_mul01(out, secret, more, 5);
+    mk_gr_mul01(out, secret, public, 5);
 }
 
 static void gr_fold(void)
@@ -208,12 +208,12 @@ static void gr_scale01(void)
 
 static void gr_combine(void)
 {
-    mk_gr_combine(out, secret, more, 7, 9);
+    mk_gr_combine(out, secret, public, 35, 9);
 }
 
 static void gr_combine_cols(void)
 {
-    mk_gr_combine_cols(out, secret, more, 9, 7);
+    mk_gr_combine_cols(out, secret, public, 9, 35);
 }
 
 static void gr_cross(void)

@@ -642,6 +642,36 @@ def test_values_at_corners_cannot_hide_a_wrong_sum_of_squares() -> None:
         assert all(passes(seed) for seed in range(3))
 
 
+def test_constant_errors_of_two_foldings_cannot_cancel() -> None:
+    """All products of a column wrong by 2^63, and all corners of the squares by beta 2^63: they add up still,
+    and the two claims would cancel if the second had no coefficient of its own.
+    """
+    kept: list[np.uint64] = []
+    whole = check._Galois.coefficients
+
+    def keep(self: Any, draw: check.Draw, columns: int) -> Ring:
+        out = whole(self, draw, columns)
+        kept.append(out[0])
+        return out
+
+    def wrong(summands: list[Ring]) -> None:
+        summands[0] += np.uint64(1 << 63)
+
+    def shifted(summands: list[Ring]) -> None:
+        error = kept[-1] >> np.arange(check.DEGREE, dtype=np.uint64) << np.uint64(63)
+        summands[-1][-8:] += error
+
+    def passes(seed: int) -> bool:
+        cheater = seed % PARTIES
+        lies = {"mul": wrong, "batch/verify/cross": shifted}
+        return not caught(make({prep.Mul(): 8, prep.Norm(8, 16): 1}, lies, cheater, seed), cheater)
+
+    with mock.patch.object(check._Galois, "coefficients", keep):
+        assert not any(passes(seed) for seed in range(6))
+        with mock.patch.object(check._Squares, "apart", lambda self, draw: 1):
+            assert all(passes(seed) for seed in range(3))
+
+
 # --- no check is idle ---------------------------------------------------------------------------------------
 
 

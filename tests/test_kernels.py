@@ -601,7 +601,22 @@ def test_gr_fold(level: str, rng: np.random.Generator, half: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "shape", [(0, 3), (3, 0), (1, 1), (1, 9), (2, 5), (3, 4), (4, 7), (5, 8), (9, 6), (8, 17)]
+    "shape",
+    [
+        (0, 3),
+        (3, 0),
+        (1, 1),
+        (1, 9),
+        (2, 5),
+        (3, 4),
+        (4, 7),
+        (5, 8),
+        (9, 6),
+        (8, 17),
+        (17, 9),
+        (16, 70),
+        (70, 33),
+    ],
 )
 def test_gr_combine(level: str, rng: np.random.Generator, shape: tuple[int, int]) -> None:
     m, n = shape
@@ -690,6 +705,8 @@ def test_gr_misuse(rng: np.random.Generator) -> None:
         lambda: k.gr_inner(a, r),
         lambda: k.gr_mul01(a, r[:2]),
         lambda: k.gr_fold(a, 1),
+        lambda: k.gr_fold(a[:2], 1, a[:1]),
+        lambda: k.gr_fold(a[:2], 1, a[:2].copy()),
         lambda: k.gr_fold(a[:2], 1 << 48),
         lambda: k.gr_scale(r[:2], a),
         lambda: k.gr_scale01(r, r[:2]),

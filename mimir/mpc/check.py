@@ -4,15 +4,15 @@ Everything a batch contains is stated as *relations* over shares. After the whol
 toss a coin, and random linear combinations turn all relations of a batch into one claim <a, w> = c over an
 extension: GR(2^64, 48) for ring elements, GF(2^64) for bits.
 
-Products of ring elements and AND gates, by far the most, are folded up to 64 to 1 before they become elements
-of the extension, 48 or 64 times larger (`_Folding`). What remains is halved (Boyle et al., CCS 2019) with two
-extension elements and two rounds per level, ring and bits side by side; the last few entries are opened under
-a random mask.
+Products of ring elements and AND gates, by far the most, and sums of squares are folded up to 64 to 1 before
+they become elements of the extension, 48 or 64 times larger (`_Folding`). What remains is halved (Boyle et
+al., CCS 2019) with two extension elements and two rounds per level, ring and bits side by side; the last few
+entries are opened under a random mask.
 
 Coefficients are drawn from the 2^48 elements of GR(2^64, 48) with coordinates 0 and 1. The difference of two
 such elements is a unit, so an error, even one in the top bit alone, survives a combination with probability
 at most 2^-48; a plain 64-bit coefficient would miss a top-bit error half of the time. One batch errs with
-probability at most (2 + 12 + 2 LEVELS + 1) / 2^48 < 2^-41, and a cheater has one try: a failed check ends the
+probability at most (3 + 12 + 2 LEVELS + 1) / 2^48 < 2^-41, and a cheater has one try: a failed check ends the
 session.
 
 An error that a cheater adds to a product shows up as a residue of the claim that depends on the error and the
@@ -436,6 +436,9 @@ class _Squares(_Folding):
     Here the squares themselves are stated nowhere, only their sums. So the values at corners are shared as
     well, and `residue` says that together they are the stated sums, row n with its beta_n. Whoever changes a
     sum must change a corner, and then h is not the polynomial that x gives.
+
+    Corners that a cheater shares when it knows beta may all be wrong by one d with rows d = 0, and d may be
+    what a wrong product adds to its claim. So this claim gets a coefficient of its own, tossed afterwards.
     """
 
     claimed = (0, 0)
@@ -470,6 +473,16 @@ class _Squares(_Folding):
 
     def _stated_corners(self, crossed: Ring) -> list[Ring]:
         return list(crossed[:, -self.rows :])
+
+    def apart(self, draw: Draw) -> int:
+        """The coefficient of this claim."""
+        return self.ext.challenge(draw)
+
+    def claims(self, crossed: Ring, draw: Draw) -> Iterator[Claim]:
+        gamma, ext = self.apart(draw), self.ext
+        for part in super().claims(crossed, draw):
+            a = ext.times(part.a[0], gamma), ext.times(part.a[1], gamma)
+            yield Claim(a, part.w, None if part.c is None else ext.times(part.c, gamma))
 
 
 def _fold_rows(total: int) -> int:
@@ -636,7 +649,7 @@ async def verify(
     """Verify a whole batch or raise. Call when nothing in the batch will change any more.
 
     Rounds: 9 + 2 log2(N / 32) for N the larger of claims and lanes left after folding. Sent: up to 255 kB for
-    the ring's products and 5 kB for gates.
+    the ring's products, 280 kB for sums of squares and 5 kB for gates.
     """
     bk = doors.bk
     coins = await doors.commit(f"{step}/coin", 3 + LEVELS)
