@@ -297,15 +297,15 @@ def test_the_table_has_every_target_and_adds_both_lanes() -> None:
     token = "decode at 128, one token: "
     assert rows[token + "rounds a layer"] == ["20", "20", "20", "-", "-", "-"]
     assert rows[token + "MB together"][:3] == ["40", "6", "6"]
-    assert rows[token + "s together"] == ["-", "4", "4", "0.5", "1", "1.5"]
+    assert rows[token + "s together"] == ["2", "4", "4", "0.5", "1", "1.5"]
     assert rows[token + "processor s together, all three"][1:3] == ["1", "4"]
     prefill = "prefill of 32 and a token: "
-    assert rows[prefill + "s together"][:2] == ["PUMA 15.5", "4"]
+    assert rows[prefill + "s together (PUMA 15.5)"][:2] == ["25", "4"]
     assert rows[prefill + "GB together, all three"][:3] == ["PUMA 3.77", "36", "0.018"]
     sessions = "8 sessions decoding at once: tokens/s "
     assert rows[sessions + "online, in all"][1:3] == ["4", "2"]
     assert rows[sessions + "together, in all"][1:3] == [f"{1 / 2.25:.3g}", f"{1 / 2.5:.3g}"]
-    assert rows["argmax of 50,257: s online"] == ["-", "2", "-", "-", "0.24", "0.3"]
+    assert rows["argmax of 50,257: s online"] == ["0.3", "2", "-", "-", "0.24", "0.3"]
 
 
 def test_an_argmax_that_is_wrong_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
