@@ -608,6 +608,32 @@ def test_one_wrong_product_among_many(kind: prep.Kind, step: str, rows: int, see
     assert caught(make({kind: n}, {step: lie}, cheater, seed), cheater)
 
 
+@pytest.mark.parametrize("rows", [rows for _, rows in check.FOLD_ROWS])
+def test_one_wrong_sum_of_squares_among_many(rows: int, seed: int) -> None:
+    """At each width of the folding: all sums right they pass, one wrong in its top bit they do not."""
+    width = 320  # no power of two
+    n = next(least for least, number in check.FOLD_ROWS if number == rows) // width + 1
+    rng, cheater = np.random.default_rng([seed, rows]), rows % PARTIES
+    wrong = int(rng.integers(n))
+
+    def ends(lie: bool) -> list[Any]:
+        async def state(p: Party) -> None:
+            bk = p.prep_doors.bk
+            x = bk.random(n, width)
+            part = (x[0] * (x[0] + x[1] + x[1])).sum(axis=1, dtype=np.uint64) + bk.zero(n)
+            if lie and p.index == cheater:
+                part[wrong] ^= np.uint64(1 << 63)
+            (q,) = await p.prep_doors.reshare("sums", part)
+            # A short part first: the coefficients must follow the order in which parts are laid.
+            parts = [check.SquareSum(x[:, a:b], q[:, a:b]) for a, b in ((0, 1), (1, n)) if a < b]
+            await check.verify(p.prep_doors, "verify", parts, [], [], [])
+
+        return trial(state, seed)
+
+    assert not caught(ends(lie=False), cheater)
+    assert caught(ends(lie=True), cheater)
+
+
 def test_values_off_the_corners_cannot_hide_a_wrong_product(seed: int) -> None:
     """A cheater may add anything to the folded values; whatever it adds, the wrong product is found."""
     rng = np.random.default_rng(seed)
