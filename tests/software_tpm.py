@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import subprocess
 import tempfile
@@ -11,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import pytest
+from conftest import missing
 
 SCRIPT = Path(__file__).resolve().parent.parent / "scripts" / "software_tpm"
 PATIENCE = 60.0  # seconds for a loaded machine
@@ -20,10 +19,7 @@ PATIENCE = 60.0  # seconds for a loaded machine
 def need_swtpm() -> None:
     """Skip where there is no swtpm; where CI=true it must be there."""
     if shutil.which("swtpm") is None:
-        why = "needs the program swtpm (Debian: the package swtpm; scripts/setup --attester installs it)"
-        if os.environ.get("CI") == "true":
-            pytest.fail(why)
-        pytest.skip(why)
+        missing("needs the program swtpm (Debian: the package swtpm; scripts/setup --attester installs it)")
 
 
 class SoftwareTpm:

@@ -13,6 +13,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from conftest import missing
 
 from mimir import kernels
 from mimir.kernels import build
@@ -44,9 +45,9 @@ def compiled(program: Path, *flags: str) -> Path:
     if platform.machine() != "x86_64":
         pytest.skip("the harness counts cycles as x86-64 does")
     if shutil.which("gcc") is None:
-        pytest.skip("gcc is missing: install it (Debian: apt install gcc)")
+        missing("gcc is missing: install it (Debian: apt install gcc)")
     if not Path("/usr/include/valgrind/memcheck.h").exists():
-        pytest.skip("valgrind/memcheck.h is missing: install valgrind (Debian: apt install valgrind)")
+        missing("valgrind/memcheck.h is missing: install valgrind (Debian: apt install valgrind)")
     sources = [HERE / "ctime.c", *(build.HERE / name for name in build.SOURCES)]
     command = ["gcc", *build.FLAGS, "-g", *flags, f"-I{build.HERE}", "-o", str(program), *map(str, sources)]
     subprocess.run([*command, "-lm"], check=True, timeout=DEADLINE)
@@ -66,7 +67,7 @@ def sanitized(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def taint(harness: Path, level: str, name: str) -> subprocess.CompletedProcess[str]:
     if shutil.which("valgrind") is None:
-        pytest.skip("valgrind is missing: install it (Debian: apt install valgrind)")
+        missing("valgrind is missing: install it (Debian: apt install valgrind)")
     command = ["valgrind", "--quiet", f"--error-exitcode={CHECKER_ERROR}", "--track-origins=no", str(harness)]
     command += ["taint", str(kernels.LEVELS.index(level)), name]
     return subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE)

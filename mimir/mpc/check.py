@@ -88,13 +88,6 @@ def _each(f: Callable[[Ring], Ring], v: Ring | Pair) -> Pair:
     return f(np.ascontiguousarray(v[0])), f(np.ascontiguousarray(v[1]))
 
 
-def _lift(x: Ring) -> Ring:
-    """Ring elements (n,) as constants of the extension (n, 48)."""
-    out = np.zeros((*x.shape, DEGREE), np.uint64)
-    out[..., 0] = x
-    return out
-
-
 def _scaled(x: Ring, r: Ring) -> Pair:
     return _each(lambda v: kernels.gr_scale01(v, r), x)
 
