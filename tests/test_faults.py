@@ -634,6 +634,35 @@ def test_one_wrong_sum_of_squares_among_many(rows: int, seed: int) -> None:
     assert caught(ends(lie=True), cheater)
 
 
+@pytest.mark.parametrize("inner", [1, 5, 8, 64, 200])
+def test_one_wrong_product_of_vectors_and_matrices(inner: int, seed: int) -> None:
+    """Whatever the inner dimension, few matrices or many: all right they pass, one entry wrong in its top bit
+    they do not.
+    """
+    rng, cheater = np.random.default_rng([seed, inner]), inner % PARTIES
+    stacks = ((1, 3), (23, 2))  # matrices, columns
+    wrong = [int(rng.integers(n)) for n in stacks[inner % 2]]
+
+    def ends(lie: bool) -> list[Any]:
+        async def state(p: Party) -> None:
+            bk = p.prep_doors.bk
+            parts = []
+            for number, (s, n) in enumerate(stacks):
+                a, b = bk.random(s, 1, inner), bk.random(s, inner, n)
+                part = kernels.matmul(a[0] + a[1], np.ascontiguousarray(b[0])) + bk.zero(s, 1, n)
+                part += kernels.matmul(np.ascontiguousarray(a[0]), np.ascontiguousarray(b[1]))
+                if lie and p.index == cheater and number == inner % 2:
+                    part[wrong[0], 0, wrong[1]] ^= np.uint64(1 << 63)
+                (c,) = await p.prep_doors.reshare("vectors", part)
+                parts.append(check.MatrixProduct(a, (list(b[0]), list(b[1])), c))
+            await check.verify(p.prep_doors, "verify", parts, [], [], [])
+
+        return trial(state, seed)
+
+    assert not caught(ends(lie=False), cheater)
+    assert caught(ends(lie=True), cheater)
+
+
 def test_values_off_the_corners_cannot_hide_a_wrong_product(seed: int) -> None:
     """A cheater may add anything to the folded values; whatever it adds, the wrong product is found."""
     rng = np.random.default_rng(seed)
@@ -649,28 +678,46 @@ def test_values_off_the_corners_cannot_hide_a_wrong_product(seed: int) -> None:
         assert caught(make({prep.Mul(): 3}, lies, cheater, seed + number), cheater)
 
 
-def test_values_at_corners_cannot_hide_a_wrong_sum_of_squares() -> None:
+@pytest.mark.parametrize(
+    ("kind", "n", "corners", "coin"),
+    [(prep.Norm(5, 16), 2, (-1, -2), 0), (prep.Weight("w"), 1, (0, 1), 1)],
+    ids=str,
+)
+def test_values_at_corners_cannot_hide_a_wrong_sum(
+    kind: prep.Kind, n: int, corners: tuple[int, int], coin: int
+) -> None:
     """Errors at two corners that cancel leave the stated sums as they are; the folding finds them, unless its
-    coins are known.
+    coins are known to lead to another corner.
     """
 
     def lie(summands: list[Ring]) -> None:
-        summands[-1][-1, 5] += np.uint64(1 << 63)
-        summands[-1][-2, 5] -= np.uint64(1 << 63)
+        summands[-1][corners[0], 5] += np.uint64(1 << 63)
+        summands[-1][corners[1], 5] -= np.uint64(1 << 63)
 
     def passes(seed: int) -> bool:
         cheater = seed % PARTIES
-        ends = make({prep.Norm(5, 16): 2}, {"batch/verify/cross": lie}, cheater, seed)
-        return not caught(ends, cheater)
+        return not caught(make({kind: n}, {"batch/verify/cross": lie}, cheater, seed), cheater)
 
     assert not any(passes(seed) for seed in range(6))
-    with mock.patch.object(check._Galois, "challenge", lambda self, draw: 0):
+    with mock.patch.object(check._Galois, "challenge", lambda self, draw: coin):
         assert all(passes(seed) for seed in range(3))
 
 
-def test_constant_errors_of_two_foldings_cannot_cancel() -> None:
-    """All products of a column wrong by 2^63, and all corners of the squares by beta 2^63: they add up still,
-    and the two claims would cancel if the second had no coefficient of its own.
+@pytest.mark.parametrize(
+    ("kind", "folding", "corners"),
+    [
+        (prep.Norm(8, 16), check._Squares, slice(-8, None)),
+        (
+            prep.Weight("w"),
+            check._Vectors,
+            [9 * a + 3 * b + c for a in (0, 1) for b in (0, 1) for c in (0, 1)],
+        ),
+    ],
+    ids=str,
+)
+def test_constant_errors_of_two_foldings_cannot_cancel(kind: prep.Kind, folding: type, corners: Any) -> None:
+    """All products of a column wrong by 2^63, and all corners of sums by beta 2^63: they add up still, and
+    the two claims would cancel if the second had no coefficient of its own.
     """
     kept: list[np.uint64] = []
     whole = check._Galois.coefficients
@@ -685,16 +732,16 @@ def test_constant_errors_of_two_foldings_cannot_cancel() -> None:
 
     def shifted(summands: list[Ring]) -> None:
         error = kept[-1] >> np.arange(check.DEGREE, dtype=np.uint64) << np.uint64(63)
-        summands[-1][-8:] += error
+        summands[-1][corners] += error
 
     def passes(seed: int) -> bool:
         cheater = seed % PARTIES
         lies = {"mul": wrong, "batch/verify/cross": shifted}
-        return not caught(make({prep.Mul(): 8, prep.Norm(8, 16): 1}, lies, cheater, seed), cheater)
+        return not caught(make({prep.Mul(): 8, kind: 1}, lies, cheater, seed), cheater)
 
     with mock.patch.object(check._Galois, "coefficients", keep):
         assert not any(passes(seed) for seed in range(6))
-        with mock.patch.object(check._Squares, "apart", lambda self, draw: 1):
+        with mock.patch.object(folding, "apart", lambda self, draw: 1):
             assert all(passes(seed) for seed in range(3))
 
 

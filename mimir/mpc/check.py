@@ -5,9 +5,10 @@ toss a coin, and random linear combinations turn all relations of a batch into o
 extension: GR(2^64, 48) for ring elements, GF(2^64) for bits.
 
 Products of ring elements and AND gates, by far the most, and sums of squares are folded up to 64 to 1 before
-they become elements of the extension, 48 or 64 times larger (`_Folding`). What remains is halved (Boyle et
-al., CCS 2019) with two extension elements and two rounds per level, ring and bits side by side; the last few
-entries are opened under a random mask.
+they become elements of the extension, 48 or 64 times larger (`_Folding`); vectors times matrices are folded
+8 to 1 when half of them have (`_Vectors`). What remains is halved (Boyle et al., CCS 2019) with two extension
+elements and two rounds per level, ring and bits side by side; the last few entries are opened under a random
+mask.
 
 Coefficients are drawn from the 2^48 elements of GR(2^64, 48) with coordinates 0 and 1. The difference of two
 such elements is a unit, so an error, even one in the top bit alone, survives a combination with probability
@@ -43,6 +44,8 @@ FOLD_ROWS: Final = ((1 << 19, 64), (1 << 16, 32), (1 << 12, 16), (0, 8))
 AT_ONCE: Final = 1 << 17  # products or words of gates crossed at once (memory: 32 B each)
 CLAIMED: Final = 1 << 15  # and turned into claims, which are 48 times as large, at once
 APART: Final = 64  # columns from which on products are folded where they lie
+VECTOR_FOLDS: Final = 3  # vectors times matrices: so often halved before their words become elements
+VECTOR_COLUMNS: Final = 32  # of these at once: 200 kB of elements
 NARROW: Final = 24  # a row of so many products is checked one by one
 WORK: Final = 64  # multiplications to fold one product, about
 WHOLE: Final = 1 << 30  # making claims always goes to a thread
@@ -321,6 +324,26 @@ def _summand(ext: Extension, x: Pair, y: Pair) -> Ring:
     return ext.add(ext.inner(ext.add(x[0], x[1]), y[0]), ext.inner(x[0], y[1]))
 
 
+def _point(ext: Extension, variables: int, draw: Draw) -> tuple[list[int], Ring, Ring, npt.NDArray[np.bool_]]:
+    """A random point of a cube: its coordinates, the first variable's first; what the value there is of
+    values at corners, for a multilinear function, and of values at 0, 1 and infinity of each variable, for
+    one of degree 2; and which of the latter are not at corners. Indices are in base 2 and 3, the first
+    variable's digit on top.
+    """
+    xis = []
+    corners, values = ext.unit, ext.unit
+    inner = np.zeros(1, bool)
+    for _ in range(variables):
+        xi = ext.challenge(draw)
+        high = ext.times(corners, xi)
+        corners = _interleaved(ext.sub(corners, high), high)
+        high = ext.times(values, xi)
+        values = _interleaved(ext.sub(values, high), high, ext.sub(ext.times(high, xi), high))
+        inner = np.stack([inner, inner, np.ones_like(inner)], axis=1).reshape(-1)
+        xis.append(xi)
+    return xis, corners, values, inner
+
+
 class _Folding:
     """Many products, or words of AND gates, turned into a claim of `rows` times fewer.
 
@@ -391,15 +414,7 @@ class _Folding:
     def claims(self, crossed: Ring, draw: Draw) -> Iterator[Claim]:
         """The claim, for values (2, 3^levels - 2^levels, ...) and coins tossed after they were received."""
         ext = self.ext
-        corners, values = ext.unit, ext.unit
-        inner = np.zeros(1, bool)  # which values are not at a corner
-        for _ in range(self.rows.bit_length() - 1):
-            xi = ext.challenge(draw)
-            high = ext.times(corners, xi)
-            corners = _interleaved(ext.sub(corners, high), high)
-            high = ext.times(values, xi)
-            values = _interleaved(ext.sub(values, high), high, ext.sub(ext.times(high, xi), high))
-            inner = np.stack([inner, inner, np.ones_like(inner)], axis=1).reshape(-1)
+        _, corners, values, inner = _point(ext, self.rows.bit_length() - 1, draw)
         told = [ext.inner(v, values[inner]) for v in crossed[:, : np.count_nonzero(inner)]]
         at_corners = self._stated_corners(crossed)
         left = self.columns
@@ -476,6 +491,87 @@ class _Squares(_Folding):
         for part in super().claims(crossed, draw):
             a = ext.times(part.a[0], gamma), ext.times(part.a[1], gamma)
             yield Claim(a, part.w, None if part.c is None else ext.times(part.c, gamma))
+
+
+class _Vectors:
+    """Vectors times matrices, as attention has them while decoding, folded 8 to 1.
+
+    Random combinations of a matrix's columns leave <a, w> = c with elements in w, but words in a, and a word
+    times an element costs a twentieth of a product of elements. So before words become elements, rows are put
+    on a cube, column g and row i as in `_Folding`, and h(xi) = sum_g a_g(xi) w_g(xi). As with squares only
+    sums are stated, so the values at corners are shared too, `residue` says that they add up to the sums, and
+    the claim has a coefficient of its own. Every matrix has its own column coefficients.
+    """
+
+    ext, rows = RING, 1 << VECTOR_FOLDS
+
+    def __init__(self, parts: Sequence[MatrixProduct], draw: Draw) -> None:
+        self._parts = [(p, [draw.exceptional(p.c.shape[3]) for _ in p.b[0]]) for p in parts]
+        self.columns = sum(len(r) * -(-p.a.shape[3] // self.rows) for p, r in self._parts)
+        self._sum = np.zeros((2, DEGREE), np.uint64)
+        self._blocks: list[tuple[Pair, Pair]] = []  # a (columns, rows) and w (rows, columns, 48)
+
+    def cross(self) -> Ring:
+        """This party's summands of h at 0, 1 and infinity of each variable: (3^folds, 48). Once."""
+        pairs = np.zeros((self.rows, self.rows, DEGREE), np.uint64)  # a at one corner times w at another
+        for a, w in self._made():
+            self._blocks.append((a, w))
+            for x, y in ((a[0] + a[1], w[0]), (a[0], w[1])):
+                kernels.matmul(np.repeat(x.T[None], self.rows, axis=0), y, out=pairs, add=True)
+        v = pairs.reshape(*[2] * (2 * VECTOR_FOLDS), DEGREE)
+        for variable in range(VECTOR_FOLDS):  # (a_1 - a_0) (w_1 - w_0) is its value at infinity
+            v = np.moveaxis(v, (variable, VECTOR_FOLDS), (0, 1))
+            v = np.stack([v[0, 0], v[1, 1], v[1, 1] - v[0, 1] - v[1, 0] + v[0, 0]])
+            v = np.moveaxis(v, 0, variable)
+        return np.ascontiguousarray(v.reshape(-1, DEGREE))
+
+    def _made(self) -> Iterator[tuple[Pair, Pair]]:
+        """Columns, some at a time; the stated sums are taken on the way."""
+        for p, coefficients in self._parts:
+            inner = p.a.shape[3]
+            columns = -(-inner // self.rows)
+            whole = columns * self.rows
+            at_once = max(1, VECTOR_COLUMNS // columns)
+            for first in range(0, len(coefficients), at_once):
+                these = range(first, min(first + at_once, len(coefficients)))
+                n = len(these) * columns
+                a, w = np.zeros((2, n, self.rows), np.uint64), np.empty((2, self.rows, n, DEGREE), np.uint64)
+                for to, i in enumerate(these):
+                    span = slice(to * columns, (to + 1) * columns)
+                    a[:, span] = _extended(p.a[:, i, 0].T, whole).T.reshape(2, self.rows, -1).swapaxes(1, 2)
+                    for component in range(2):
+                        e = _extended(combine(p.b[component][i], coefficients[i]), whole)
+                        w[component, :, span] = e.reshape(self.rows, columns, DEGREE)
+                    self._sum += _total(p.c[:, i, 0], coefficients[i])
+                yield (a[0], a[1]), (w[0], w[1])
+
+    def residue(self, values: Ring) -> Ring:
+        """A share (2, 48) that is zero if the values at corners add up to the stated sums."""
+        at_corners = values.reshape(2, *[3] * VECTOR_FOLDS, DEGREE)[:, *[slice(2)] * VECTOR_FOLDS]
+        return at_corners.reshape(2, -1, DEGREE).sum(axis=1, dtype=np.uint64) - self._sum
+
+    def apart(self, draw: Draw) -> int:
+        """The coefficient of this claim."""
+        return self.ext.challenge(draw)
+
+    def claims(self, values: Ring, draw: Draw) -> Iterator[Claim]:
+        """The claim, for shares (2, 3^folds, 48) of the values and coins tossed after they were received."""
+        gamma, ext = self.apart(draw), self.ext
+        xis, corners, at, _ = _point(ext, VECTOR_FOLDS, draw)
+        corners = ext.times(corners, gamma)
+        told: Ring | None = np.stack([ext.times(ext.inner(v, at), gamma) for v in values])
+        for a, w in self._blocks:
+            halved = [v.reshape(-1, DEGREE) for v in w]
+            for xi in xis:
+                halved = [kernels.gr_fold(v, xi) for v in halved]
+            yield Claim(_each(lambda v: ext.blend(v, corners), a), (halved[0], halved[1]), told)
+            told = None
+        self._blocks.clear()
+
+
+def _extended(v: Ring, rows: int) -> Ring:
+    """Zeros after the rows of v, so that there are so many."""
+    return v if len(v) == rows else np.concatenate([v, np.zeros((rows - len(v), *v.shape[1:]), np.uint64)])
 
 
 def _fold_rows(total: int) -> int:
@@ -609,7 +705,7 @@ class _Recursion:
 
 def _claims(
     ext: Extension,
-    foldings: Sequence[_Folding],
+    foldings: Sequence[_Folding | _Vectors],
     values: Sequence[Ring],
     others: Sequence[Relation],
     draw: Draw,
@@ -624,7 +720,11 @@ def _claims(
 
 
 def _stated(
-    foldings: Sequence[_Folding], values: Sequence[Ring], others: Sequence[Relation], draw: Draw, xi: Draw
+    foldings: Sequence[_Folding | _Vectors],
+    values: Sequence[Ring],
+    others: Sequence[Relation],
+    draw: Draw,
+    xi: Draw,
 ) -> list[_Recursion]:
     """All that a batch claims, over each extension one inner product."""
     made = [_Recursion(ext, _claims(ext, foldings, values, others, draw, xi)) for ext in (RING, BITS)]
@@ -642,7 +742,7 @@ async def verify(
     """Verify a whole batch or raise. Call when nothing in the batch will change any more.
 
     Rounds: 9 + 2 log2(N / 32) for N the larger of claims and lanes left after folding. Sent: up to 255 kB for
-    the ring's products, 280 kB for sums of squares and 5 kB for gates.
+    the ring's products, 280 kB for sums of squares, 10 kB for vectors times matrices and 5 kB for gates.
     """
     bk = doors.bk
     coins = await doors.commit(f"{step}/coin", 3 + LEVELS)
@@ -650,9 +750,14 @@ async def verify(
     narrow = [r for r in relations if isinstance(r, ScalarProduct) and r.x.shape[2] <= NARROW]
     products = [r for r in relations if isinstance(r, Product)] + [r.products() for r in narrow]
     sums = [r for r in relations if isinstance(r, SquareSum)]
-    others = [r for r in relations if not isinstance(r, Product | SquareSum) and r not in narrow]
-    foldings = [_Folding(e, p, draw) for e, p in ((RING, products), (BITS, gates)) if p]
+    vectors = [r for r in relations if isinstance(r, MatrixProduct) and r.a.shape[2] == 1]
+    aside = [*narrow, *vectors]
+    others = [r for r in relations if not isinstance(r, Product | SquareSum) and r not in aside]
+    foldings: list[_Folding | _Vectors] = [
+        _Folding(e, p, draw) for e, p in ((RING, products), (BITS, gates)) if p
+    ]
     foldings += [_Squares(sums, draw)] if sums else []
+    foldings += [_Vectors(vectors, draw)] if vectors else []
 
     async def share(name: str, summands: Sequence[tuple[Extension, Ring]]) -> list[Ring]:
         zeros = [bk.zero(*v.shape) if e is RING else bk.zero_bits(*v.shape) for e, v in summands]
@@ -676,7 +781,7 @@ async def verify(
     opened = await doors.open_extension(f"{step}/open", [(r.masked(last), r.ext.add) for r in recursions])
     residues: dict[Extension, list[Ring]] = {RING: [*zeros], BITS: [*zero_bits]}
     for f, v in zip(foldings, values, strict=True):
-        if isinstance(f, _Squares):
+        if isinstance(f, _Squares | _Vectors):
             residues[RING].append(f.residue(v))
     for r, d, p in zip(recursions, opened, shared, strict=True):
         residues[r.ext].append(r.residue(d, p))
