@@ -20,7 +20,7 @@ from mimir.secret import Pages, ShareSeed
 
 KEY = b"\x05" * 32
 STREAM = 7
-# Widths with each number of rows to a block of the key stream, heights that do not divide, single rows.
+# Widths that do and do not end with a block of the key stream, heights that do not divide, single rows.
 SHAPES = [
     (1, 1),
     (1, 7),

@@ -25,7 +25,7 @@ SCRATCH: Final = 1 << 20  # bytes; larger blocks leave the cache, smaller ones p
 # takes twice as long as in blocks of 16.
 LEAST_ROWS: Final = 16
 WORD: Final = 8
-STREAM_WORDS: Final = 64 // WORD  # of one block of the key stream, at which a block of rows must begin
+STREAM_WORDS: Final = kernels.BLOCK_BYTES // WORD  # at whose multiples a block of rows must begin
 
 
 class Rows(Protocol):
@@ -57,7 +57,7 @@ class KeyStream:
 
     def blocks(self) -> Iterator[tuple[int, Ring]]:
         width = self.shape[-1]
-        # As few rows as end where a block of the key stream does: 1, 2, 4 or 8.
+        # Where rows are of odd width, every other one ends with a block of the key stream.
         step = _rows_at_once(width, STREAM_WORDS // math.gcd(width, STREAM_WORDS))
         for first, rows, _ in _scratch(self.shape, step, self._locked):
             with self._seed.reveal_to_kernel() as key:
