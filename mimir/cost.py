@@ -70,7 +70,7 @@ from mimir.net.memory import MemoryNet
 from mimir.net.messages import Open, Sampler
 from mimir.vault import CHUNK
 
-FORMAT: Final = 3  # of a file of rates
+FORMAT: Final = 4  # of a file of rates
 BEST_OF: Final = 3
 MIN_SECONDS: Final = 0.02
 ROUNDS: Final = 300  # over loopback, in the calibration

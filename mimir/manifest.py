@@ -25,7 +25,7 @@ from mimir.errors import BadInput
 from mimir.model.checkpoint import MAX_SCALE_BITS, PlanSpec
 from mimir.secret import ShareSeed
 
-FORMAT = 2
+FORMAT = 3  # 1 had no seeds, 2 other key streams
 COMPONENTS = 3
 WORD_BYTES = 8  # of one ring element on disk and on the wire, little endian
 MAX_NAME = 64

@@ -50,7 +50,7 @@ static void leaky_compare(void)
 
 static void prg(void)
 {
-    mk_prg_chacha20((uint8_t *)out, 8 * N + 3, (uint8_t *)secret, 5, 7);
+    mk_prg_aes((uint8_t *)out, 16 * N + 3, (uint8_t *)secret, 5, 7);
 }
 
 static void matmul_row(void)

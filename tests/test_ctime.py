@@ -1,7 +1,9 @@
 """Time tells nothing: secrets tainted under a memory checker, and Welch's t-test on cycle counts.
 
 Both tools must catch functions that leak on purpose; else their silence about the kernels proves nothing. The
-checker knows no AVX-512, so that level rests on the statistics and on sharing its source with avx2.
+checker knows no AVX-512, so that level rests on the statistics and on sharing its source with avx2. Nor does
+it know VAES, and it shows its programs a processor without: what it sees of the generator at avx2 is AES-NI,
+which shares its source with VAES.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Every kernel at every level against Python integers, on random and on edge values.
 
 The oracles below share no code with the kernels: GF and GR products are schoolbook polynomial arithmetic on
-Python integers, matrix products are sums of Python products, ChaCha20 is another library's.
+Python integers, matrix products are sums of Python products, AES is another library's.
 """
 
 from __future__ import annotations
@@ -20,10 +20,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
-from cryptography.hazmat.primitives.ciphers import Cipher, algorithms
+from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 
 from mimir import kernels as k
 from mimir.errors import LocalError
+from mimir.kernels import build
 
 U64 = npt.NDArray[np.uint64]
 M = 1 << 64
@@ -155,33 +156,85 @@ def test_environment_with_unknown_level_is_refused() -> None:
 # ---- PRG ----
 
 
-@pytest.mark.parametrize("n", [0, 1, 63, 64, 65, 511, 512, 513, 1023, 1024, 1025, 5000])
-@pytest.mark.parametrize("block", [0, 1, (1 << 32) - 3, (1 << 64) - 80])
-def test_prg_is_chacha20(level: str, n: int, block: int) -> None:
+# FIPS 197 appendix C.3; NIST SP 800-38A F.5.5, where it tells the key stream apart as "output block".
+PRG_VECTORS = [
+    (
+        "000102030405060708090a0b0c0d0e0f101112131415161718191a1b1c1d1e1f",
+        0x0011223344556677,
+        0x8899AABBCCDDEEFF,
+        "8ea2b7ca516745bfeafc49904b496089",
+    ),
+    (
+        "603deb1015ca71be2b73aef0857d77811f352c073b6108d72d9810a30914dff4",
+        0xF0F1F2F3F4F5F6F7,
+        0xF8F9FAFBFCFDFEFF,
+        "0bdf7df1591716335e9a8b15c860c502"
+        "5a6e699d536119065433863c8f657b94"
+        "1bc12c9c01610d5d0d8bd6a3378eca62"
+        "2956e1c8693536b1bee99c73a31576b6",
+    ),
+]
+
+
+def o_prg(key: bytes, stream: int, n: int, block: int) -> bytes:
+    first = stream.to_bytes(8, "big") + block.to_bytes(8, "big")
+    return Cipher(algorithms.AES(key), modes.CTR(first)).encryptor().update(bytes(n))
+
+
+@pytest.mark.parametrize(("key", "stream", "block", "want"), PRG_VECTORS)
+def test_prg_gives_published_blocks(level: str, key: str, stream: int, block: int, want: str) -> None:
+    out = np.zeros(len(want) // 2, np.uint8)
+    k.prg(bytes.fromhex(key), stream, out, block)
+    assert out.tobytes().hex() == want
+
+
+@pytest.mark.parametrize("n", [0, 1, 15, 16, 17, 127, 128, 129, 255, 256, 257, 511, 512, 513, 2048, 5000])
+@pytest.mark.parametrize("block", [0, 1, (1 << 32) - 3, (1 << 64) - 313])
+def test_prg_is_aes_256_in_counter_mode(level: str, n: int, block: int) -> None:
     key = bytes(range(1, 33))
     stream = 0x0123456789ABCDEF
     out = np.full(n + 8, 0xA5, np.uint8)
     k.prg(key, stream, out[:n], block)
-    # That library counts in 32 bits only: run it block by block, each with its own counter.
-    want = b""
-    for i in range((n + 63) // 64):
-        nonce = (block + i).to_bytes(8, "little") + stream.to_bytes(8, "little")
-        want += Cipher(algorithms.ChaCha20(key, nonce), mode=None).encryptor().update(bytes(64))
-    assert out[:n].tobytes() == want[:n]
+    assert out[:n].tobytes() == o_prg(key, stream, n, block)
     assert (out[n:] == 0xA5).all(), "wrote past the end"
 
 
-def test_prg_zero_key_vector(level: str) -> None:
-    out = np.zeros(8, np.uint32)
-    k.prg(bytes(32), 0, out)
-    assert out.tobytes().hex() == "76b8e0ada0f13d90405d6ae55386bd28bdd219b8a08ded1aa836efcc8b770dc7"
+def test_the_last_block_is_not_followed_by_the_next_stream(level: str) -> None:
+    """Counting stops at 64 bits, for what is generated side by side as for what is asked for."""
+    out = np.zeros(24, np.uint8)
+    k.prg(bytes(32), 1, out[:16], M - 1)
+    assert out.tobytes() == o_prg(bytes(32), 1, 16, M - 1) + bytes(8)
+    refuses(lambda: k.prg(bytes(32), 1, out, M - 1), lambda: k.prg(bytes(32), 1, out[:17], M - 1))
+
+
+def generators() -> list[str]:
+    """Of the library, all that this processor can run: avx2 has two, and the level shows one of them."""
+    names = k.available()
+    if "avx2" in names and " vaes " in Path("/proc/cpuinfo").read_text():
+        names.append("vaes")
+    return names
+
+
+@pytest.mark.parametrize("name", generators())
+def test_every_generator_gives_the_same_anywhere_in_memory(name: str, rng: np.random.Generator) -> None:
+    """Random keys, streams, blocks, lengths and places, each function of the library called by itself."""
+    run = ctypes.CDLL(str(build.HERE / build.LIBRARY))[f"mk_prg_aes_{name}"]
+    run.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_char_p, ctypes.c_uint64, ctypes.c_uint64]
+    run.restype = None
+    for n in rng.integers(0, 3000, 200).tolist():
+        key, at = rng.bytes(32), int(rng.integers(0, 65))
+        stream, block = (int(each) for each in rng.integers(0, M - 300, 2, np.uint64))
+        room = np.full(at + n + 64, 0xA5, np.uint8)
+        run(room.ctypes.data + at, n, key, stream, block)
+        assert room[at : at + n].tobytes() == o_prg(key, stream, n, block)
+        assert (room[:at] == 0xA5).all() and (room[at + n :] == 0xA5).all()
 
 
 def test_prg_fills_any_dtype_and_continues(level: str) -> None:
     whole = np.zeros((6, 64), np.uint64)
     k.prg(b"k" * 32, 5, whole)
     part = np.zeros(64, np.uint64)
-    k.prg(memoryview(bytearray(b"k" * 32)), 5, part, 16)
+    k.prg(memoryview(bytearray(b"k" * 32)), 5, part, 2 * part.nbytes // k.BLOCK_BYTES)
     same(part, whole[2])
 
 
@@ -798,7 +851,10 @@ def walk_fences() -> None:
             w = fence.words
             module["np"] = SimpleNamespace(**{**vars(numpy), "empty": fence.empty})
             packed = (n + 63) // 64
-            k.prg(bytes(32), 1, fence.empty(n, np.uint8))
+            key = fence.empty(32, np.uint8)
+            key[...] = n
+            k.prg(key.data, 1, fence.empty(n, np.uint8))
+            k.prg(key.data, 1, fence.empty(17 * n, np.uint8))
             for m in (1, 2, 3, 7, 9):
                 k.matmul(w(m, n), w(n, 5))
                 k.matmul(w(m, 9), w(9, n))

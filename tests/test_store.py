@@ -267,18 +267,20 @@ def test_the_hash_of_a_component_says_nothing_to_who_has_the_others() -> None:
     assert hashlib.sha256(guess).hexdigest() != tensor.sha256
 
 
-def test_a_share_of_before_the_seeds_is_refused_with_the_remedy(store: ModelStore) -> None:
-    """Format 1, on the wire and on disk."""
+@pytest.mark.parametrize("number", [1, 2])
+def test_a_share_of_an_older_format_is_refused_with_the_remedy(store: ModelStore, number: int) -> None:
+    """Of before the seeds, and of before today's key streams; on the wire and on disk."""
     made = sharing()
-    old = {**made.manifest.public(), "format": 1}
-    old["tensors"] = [[name, shape, ["0" * 64] * 3] for name, shape, _ in old["tensors"]]
-    del old["seeds"]
-    with pytest.raises(BadInput, match=r"format 1; this program reads 2: provision the model again"):
+    old = {**made.manifest.public(), "format": number}
+    if number == 1:
+        old["tensors"] = [[name, shape, ["0" * 64] * 3] for name, shape, _ in old["tensors"]]
+        del old["seeds"]
+    with pytest.raises(BadInput, match=rf"format {number}; this program reads 3: provision the model again"):
         store.begin(old, made.seeds(2))
     upload(store, made)
     home = store.root / made.manifest.digest()
     (home / "manifest.json").write_text(json.dumps(old))
-    with pytest.raises(StoreError, match=r"format 1; .*provision the model again"):
+    with pytest.raises(StoreError, match=rf"format {number}; .*provision the model again"):
         store.open(made.manifest.digest())
     assert store.models() == {}
 
@@ -423,6 +425,7 @@ def test_a_manifest_is_read_back_as_it_was_and_the_digest_covers_all_of_it() -> 
     "change",
     [
         {"format": 1},
+        {"format": 2},
         {"format": True},
         {"seeds": ["0" * 64] * 2},
         {"seeds": None},

@@ -352,9 +352,6 @@ def test_what_may_not_be_kept_is_made_each_time_a_piece_at_a_time_and_wiped(
     store.close()
     monkeypatch.setattr(weights, "SCRATCH", 128)
     monkeypatch.setattr(weights, "LEAST_ROWS", 1)
-    wiped: list[int] = []
-    wipe = Pages.wipe
-    monkeypatch.setattr(Pages, "wipe", lambda self: (wiped.append(len(self)), wipe(self)))
     lean = open_store(store.root, PARTY, PARTIES, keep=0)
     model = lean.open(digest)
     assert model.kept_bytes == 0
@@ -363,7 +360,6 @@ def test_what_may_not_be_kept_is_made_each_time_a_piece_at_a_time_and_wiped(
             explicit = (PARTY + number) % 3 == each.explicit
             assert isinstance(component, weights.Stored if explicit else weights.KeyStream)
             assert made.components[each.name][(PARTY + number) % 3] not in repr(component).encode()
-            wiped.clear()
             seen, views = b"", []
             for _, rows in component.blocks():
                 seen += rows.tobytes()
@@ -371,9 +367,7 @@ def test_what_may_not_be_kept_is_made_each_time_a_piece_at_a_time_and_wiped(
             assert seen == made.components[each.name][(PARTY + number) % 3]
             assert len({view.ctypes.data for view in views}) == 1, "one buffer for all blocks"
             assert len(views) > 1 or each.nbytes <= 8 * 128
-            assert not wiped, "a view keeps its pages"
-            del rows, views
-            assert len(wiped) == 1
+            assert not any(view.any() for view in views)
     lean.close()
 
 

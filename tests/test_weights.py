@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -20,7 +21,7 @@ from mimir.secret import Pages, ShareSeed
 
 KEY = b"\x05" * 32
 STREAM = 7
-# Widths with each number of rows to a block of the key stream, heights that do not divide, single rows.
+# Widths that do and do not end with a block of the key stream, heights that do not divide, single rows.
 SHAPES = [
     (1, 1),
     (1, 7),
@@ -39,7 +40,8 @@ VECTORS = [(1,), (5,), (8,), (300,)]
 
 @pytest.fixture(params=[(1, 1), (64, 1), (1000, 1), (1, 6), (1 << 20, 16)], ids=str, autouse=True)
 def scratch(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> tuple[int, int]:
-    """Bytes and rows of a block, from the smallest to those that are used."""
+    """Bytes and rows of a block, from the smallest to those that are used; no buffer waits from elsewhere."""
+    monkeypatch.setattr(weights, "_spare", {False: [], True: []})
     monkeypatch.setattr(weights, "SCRATCH", request.param[0])
     monkeypatch.setattr(weights, "LEAST_ROWS", request.param[1])
     size, rows = request.param
@@ -93,31 +95,58 @@ def test_a_vector_is_one_row(shape: tuple[int]) -> None:
         assert array(form).shape == shape and np.array_equal(array(form), whole(shape))
 
 
+def spare(locked: bool = False) -> list[Pages]:
+    """Buffers that wait for the next pass: all of them must be zero."""
+    assert not any(bytes(pages).strip(b"\0") for pages in weights._spare[locked])
+    return weights._spare[locked]
+
+
 @pytest.mark.parametrize("shape", [*SHAPES, *VECTORS], ids=str)
 def test_the_scratch_buffer_is_bounded_reused_and_wiped(
-    shape: tuple[int, ...], scratch: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+    shape: tuple[int, ...], scratch: tuple[int, int]
 ) -> None:
-    made: list[tuple[int, bool]] = []
-    wiped: list[int] = []
-    wipe, init = Pages.wipe, Pages.__new__
-    monkeypatch.setattr(Pages, "wipe", lambda self: (wiped.append(id(self)), wipe(self)))
-    monkeypatch.setattr(
-        Pages,
-        "__new__",
-        lambda cls, size, lock=False: (made.append((size, lock)), init(cls, size, lock=lock))[1],
-    )
     unit = weights.STREAM_WORDS // math.gcd(shape[-1], weights.STREAM_WORDS)
     for form in forms(shape):
-        made.clear(), wiped.clear()
-        at, places = 0, set[int]()
-        for first, rows in form.blocks():
-            assert first == at
-            at += len(rows)
-            places.add(rows.ctypes.data)
-        del rows
-        assert at == math.prod(shape[:-1])
-        assert len(made) == len(wiped) == len(places) == 1
-        assert made[0][0] <= max(scratch[0], 8 * shape[-1] * scratch[1]) + 8 * shape[-1] * (unit - 1)
+        spare().clear()
+        for _ in range(2):
+            at, places = 0, set[int]()
+            for first, rows in form.blocks():
+                assert first == at
+                at += len(rows)
+                places.add(rows.ctypes.data)
+                assert not spare(), "lent"
+            assert at == math.prod(shape[:-1])
+            (pages,) = spare()
+            assert places == {pages.address()}
+            assert not rows.any()
+            assert len(pages) <= max(scratch[0], 8 * shape[-1] * scratch[1]) + 8 * shape[-1] * (unit - 1)
+
+
+def test_passes_at_once_have_buffers_of_their_own_and_an_abandoned_one_is_wiped() -> None:
+    wide, narrow = (KeyStream(ShareSeed(KEY), STREAM, shape) for shape in ((40, 66), (1, 4)))
+    passes: list[Any] = [wide.blocks(), narrow.blocks()]
+    views = [next(each)[1] for each in passes]
+    assert views[0].any() and views[1].any() and not np.may_share_memory(*views)
+    for each in passes:
+        each.close()
+    assert not views[0].any() and not views[1].any()
+    assert len(spare()) == 2
+    # The narrow one, which came back last, is asked first, is too small, and is given up.
+    next(wide.blocks())
+    assert len(spare()) == 1
+    assert np.array_equal(array(wide), whole((40, 66)))
+    assert len(spare()) == 1
+
+
+def test_a_failing_source_leaves_nothing() -> None:
+    def failing() -> Iterator[memoryview]:
+        yield memoryview(b"secret!!")
+        raise OSError("disk")
+
+    with pytest.raises(OSError, match="disk"):
+        array(Stored(failing, (3, 5)))
+    gc.collect()
+    assert len(spare()) == 1
 
 
 def test_a_component_shows_nothing_and_locks_when_asked(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -129,7 +158,7 @@ def test_a_component_shows_nothing_and_locks_when_asked(monkeypatch: pytest.Monk
     ):
         assert repr(form) == f"<{type(form).__name__} (2, 3)>"
         array(form)
-    assert len(locked) == 2
+    assert locked and len(spare(locked=True)) == 1 and not spare()
 
 
 def test_a_source_that_ends_early_is_an_error_and_one_that_fails_is_heard() -> None:

@@ -46,7 +46,7 @@ Words = npt.NDArray[np.uint64]
 ShareSeeds = tuple[ShareSeed, ShareSeed, ShareSeed]  # of components 0, 1 and 2
 
 PIECE = MAX_CHUNK // WORD_BYTES  # elements; a multiple of a key-stream block
-BLOCK = 64 // WORD_BYTES  # elements of one key-stream block
+BLOCK = kernels.BLOCK_BYTES // WORD_BYTES  # elements of one key-stream block
 QUEUE = 4  # pieces waiting for a slow party before all wait for it
 SEED_FILE_BYTES = COMPONENTS * KEY_BYTES
 

@@ -28,6 +28,7 @@ LEVEL_VARIABLE = "MIMIR_KERNEL_LEVEL"
 GR_DEGREE = 48
 WORD_BITS = 64
 KEY_BYTES = 32
+BLOCK_BYTES = 16  # of the generator
 MAX_ROWS = 64  # MK_ROWS
 
 
@@ -155,10 +156,11 @@ def _power_of_two(name: str, size: int) -> int:
 
 
 def prg(key: Bytes, stream: int, out: npt.NDArray[Any], offset_blocks: int = 0) -> None:
-    """Fill `out` (any dtype, contiguous) with the ChaCha20 key stream from 64-byte block `offset_blocks`.
+    """Fill `out` (any dtype, contiguous) with the key stream of AES-256-CTR from block `offset_blocks` on, of
+    BLOCK_BYTES each.
 
-    Bernstein's layout: a 64-bit block counter in words 12-13, the 64-bit `stream` in words 14-15. Never use a
-    (key, stream, block) twice. RFC 8439 2.3; stream and offset are public.
+    The counter block is `stream`, then the number of the block, each in 8 bytes, big-endian (NIST SP
+    800-38A 6.5). Never use a (key, stream, block) twice. stream and offset are public.
     """
     if memoryview(key).nbytes != KEY_BYTES:
         raise LocalError(f"key must be {KEY_BYTES} bytes")
@@ -168,9 +170,9 @@ def prg(key: Bytes, stream: int, out: npt.NDArray[Any], offset_blocks: int = 0) 
         raise LocalError("out must hold plain numbers")
     _word("stream", stream)
     _word("offset_blocks", offset_blocks)
-    if offset_blocks + (out.nbytes + 63) // 64 > 1 << 64:
+    if offset_blocks + -(-out.nbytes // BLOCK_BYTES) > 1 << 64:
         raise LocalError("the block counter would wrap")
-    _lib.mk_prg_chacha20(
+    _lib.mk_prg_aes(
         _ffi.from_buffer("uint8_t[]", out, require_writable=True),
         out.nbytes,
         _ffi.from_buffer("uint8_t[]", key),

@@ -1,9 +1,9 @@
-/* The avx2 level: simd.h on four lanes, with AVX2 and PCLMULQDQ. */
+/* The avx2 level: simd.h on four lanes, with AVX2, PCLMULQDQ and AES-NI. */
 #include "ct.h"
 #include "levels.h"
 
 #if MK_X86
-#pragma GCC target("avx2,pclmul")
+#pragma GCC target("avx2,pclmul,aes")
 #include <immintrin.h>
 
 #define MK(name) name##_avx2
@@ -185,43 +185,14 @@ static inline vec swap_high(vec a, vec b, int s)
     return pick_high(a, b, s);
 }
 
-typedef uint32_t vec32 __attribute__((vector_size(32)));
-
-static inline vec32 rotl32(vec32 x, int r)
-{
-    const __m256i by16 = _mm256_setr_epi8(2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13, 2, 3, 0, 1, 6, 7, 4,
-                                          5, 10, 11, 8, 9, 14, 15, 12, 13);
-    const __m256i by8 = _mm256_setr_epi8(3, 0, 1, 2, 7, 4, 5, 6, 11, 8, 9, 10, 15, 12, 13, 14, 3, 0, 1, 2, 7, 4, 5,
-                                         6, 11, 8, 9, 10, 15, 12, 13, 14);
-    if (r == 16) return (vec32)_mm256_shuffle_epi8((__m256i)x, by16);
-    if (r == 8) return (vec32)_mm256_shuffle_epi8((__m256i)x, by8);
-    return x << r | x >> (32 - r);
-}
-
-/* Word w of block l is lane l of x[w]: write the blocks one after another. */
-static inline void put_blocks(uint8_t *out, const vec32 x[16])
-{
-    for (int h = 0; h < 2; h++) { /* words 0-7, then 8-15 */
-        __m256i r[2][4];
-        for (int g = 0; g < 2; g++) {
-            const vec32 *w = x + 8 * h + 4 * g;
-            __m256i ab0 = _mm256_unpacklo_epi32((__m256i)w[0], (__m256i)w[1]);
-            __m256i ab1 = _mm256_unpackhi_epi32((__m256i)w[0], (__m256i)w[1]);
-            __m256i cd0 = _mm256_unpacklo_epi32((__m256i)w[2], (__m256i)w[3]);
-            __m256i cd1 = _mm256_unpackhi_epi32((__m256i)w[2], (__m256i)w[3]);
-            r[g][0] = _mm256_unpacklo_epi64(ab0, cd0);
-            r[g][1] = _mm256_unpackhi_epi64(ab0, cd0);
-            r[g][2] = _mm256_unpacklo_epi64(ab1, cd1);
-            r[g][3] = _mm256_unpackhi_epi64(ab1, cd1);
-        }
-        for (int i = 0; i < 4; i++) { /* half q of r[g][i] is words 4g.. of block 4q + i */
-            _mm256_storeu_si256((__m256i *)(out + 64 * i + 32 * h),
-                                _mm256_permute2x128_si256(r[0][i], r[1][i], 0x20));
-            _mm256_storeu_si256((__m256i *)(out + 64 * (4 + i) + 32 * h),
-                                _mm256_permute2x128_si256(r[0][i], r[1][i], 0x31));
-        }
-    }
-}
-
 #include "simd.h"
+
+#define AES_NAME mk_prg_aes_avx2
+#define AES_WIDE 1
+#include "aes.h"
+
+#pragma GCC target("vaes")
+#define AES_NAME mk_prg_aes_vaes
+#define AES_WIDE 2
+#include "aes.h"
 #endif

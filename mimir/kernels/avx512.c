@@ -1,9 +1,9 @@
-/* The avx512 level: simd.h on eight lanes, with AVX-512 F, DQ, BW, VL and VPCLMULQDQ. */
+/* The avx512 level: simd.h on eight lanes, with AVX-512 F, DQ, BW, VL, VPCLMULQDQ and VAES. */
 #include "ct.h"
 #include "levels.h"
 
 #if MK_X86
-#pragma GCC target("avx2,pclmul,avx512f,avx512dq,avx512bw,avx512vl,vpclmulqdq,prefer-vector-width=512")
+#pragma GCC target("avx2,pclmul,aes,avx512f,avx512dq,avx512bw,avx512vl,vpclmulqdq,vaes,prefer-vector-width=512")
 #include <immintrin.h>
 
 #define MK(name) name##_avx512
@@ -164,36 +164,9 @@ static inline vec swap_high(vec a, vec b, int s)
     return __builtin_shuffle(a, b, s == 4 ? by4 : s == 2 ? by2 : by1);
 }
 
-typedef uint32_t vec32 __attribute__((vector_size(64)));
-
-static inline vec32 rotl32(vec32 x, int r)
-{
-    return x << r | x >> (32 - r);
-}
-
-static inline void put_blocks(uint8_t *out, const vec32 x[16])
-{
-    __m512i r[4][4];
-    for (int g = 0; g < 4; g++) {
-        const vec32 *w = x + 4 * g;
-        __m512i ab0 = _mm512_unpacklo_epi32((__m512i)w[0], (__m512i)w[1]);
-        __m512i ab1 = _mm512_unpackhi_epi32((__m512i)w[0], (__m512i)w[1]);
-        __m512i cd0 = _mm512_unpacklo_epi32((__m512i)w[2], (__m512i)w[3]);
-        __m512i cd1 = _mm512_unpackhi_epi32((__m512i)w[2], (__m512i)w[3]);
-        r[g][0] = _mm512_unpacklo_epi64(ab0, cd0);
-        r[g][1] = _mm512_unpackhi_epi64(ab0, cd0);
-        r[g][2] = _mm512_unpacklo_epi64(ab1, cd1);
-        r[g][3] = _mm512_unpackhi_epi64(ab1, cd1);
-    }
-    for (int i = 0; i < 4; i++) { /* quarter q of r[g][i] is words 4g.. of block 4q + i */
-        __m512i a = _mm512_shuffle_i64x2(r[0][i], r[1][i], 0x44), b = _mm512_shuffle_i64x2(r[2][i], r[3][i], 0x44);
-        __m512i c = _mm512_shuffle_i64x2(r[0][i], r[1][i], 0xee), d = _mm512_shuffle_i64x2(r[2][i], r[3][i], 0xee);
-        _mm512_storeu_si512(out + 64 * i, _mm512_shuffle_i64x2(a, b, 0x88));
-        _mm512_storeu_si512(out + 64 * (4 + i), _mm512_shuffle_i64x2(a, b, 0xdd));
-        _mm512_storeu_si512(out + 64 * (8 + i), _mm512_shuffle_i64x2(c, d, 0x88));
-        _mm512_storeu_si512(out + 64 * (12 + i), _mm512_shuffle_i64x2(c, d, 0xdd));
-    }
-}
-
 #include "simd.h"
+
+#define AES_NAME mk_prg_aes_avx512
+#define AES_WIDE 4
+#include "aes.h"
 #endif

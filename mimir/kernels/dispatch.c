@@ -13,7 +13,7 @@ struct table {
 #define MK_AT_REF(name) name##_ref,
 #define MK_AT_AVX2(name) name##_avx2,
 #define MK_AT_AVX512(name) name##_avx512,
-static const struct table levels[] = {
+static struct table levels[] = {
     {MK_EACH(MK_AT_REF)},
 #if MK_X86
     {MK_EACH(MK_AT_AVX2)},
@@ -26,10 +26,11 @@ static int best_level(void)
 {
 #if MK_X86
     __builtin_cpu_init();
-    if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("pclmul")) return 0;
+    if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("pclmul") || !__builtin_cpu_supports("aes"))
+        return 0;
     if (!__builtin_cpu_supports("avx512f") || !__builtin_cpu_supports("avx512dq") ||
         !__builtin_cpu_supports("avx512bw") || !__builtin_cpu_supports("avx512vl") ||
-        !__builtin_cpu_supports("vpclmulqdq"))
+        !__builtin_cpu_supports("vpclmulqdq") || !__builtin_cpu_supports("vaes"))
         return 1;
     return 2;
 #else
@@ -41,6 +42,10 @@ static _Atomic(const struct table *) active = &levels[0];
 
 __attribute__((constructor)) static void choose(void)
 {
+#if MK_X86
+    __builtin_cpu_init();
+    if (__builtin_cpu_supports("vaes")) levels[1].mk_prg_aes = mk_prg_aes_vaes;
+#endif
     atomic_store(&active, &levels[best_level()]);
 }
 
@@ -79,7 +84,7 @@ int mk_bytes_equal(const uint8_t *a, const uint8_t *b, size_t n)
         atomic_load_explicit(&active, memory_order_relaxed)->name arguments;                                           \
     }
 
-MK_THUNK(mk_prg_chacha20, (uint8_t *out, size_t n, const uint8_t *key, uint64_t stream, uint64_t block),
+MK_THUNK(mk_prg_aes, (uint8_t *out, size_t n, const uint8_t *key, uint64_t stream, uint64_t block),
          (out, n, key, stream, block))
 MK_THUNK(mk_ring_matmul,
          (uint64_t *c, const uint64_t *a, const uint64_t *b, size_t batch, size_t m, size_t k, size_t n, int add),

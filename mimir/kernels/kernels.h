@@ -25,10 +25,11 @@ int mk_level(void);
 int mk_level_max(void);
 int mk_level_force(int level);
 
-/* Pseudo-random bytes: out[0..n) is the ChaCha20 key stream (20 rounds, the block function of RFC 8439) from block
- * number `block`, in the first layout by Bernstein: words 12-13 count blocks in 64 bits, words 14-15 hold `stream`.
- * Public: stream, block. */
-void mk_prg_chacha20(uint8_t *out, size_t n, const uint8_t *key, uint64_t stream, uint64_t block);
+/* Pseudo-random bytes: out[0..n) is the key stream of AES-256 in counter mode (FIPS 197; NIST SP 800-38A section 6.5)
+ * under a key of 32 bytes. Block i of 16 bytes is the encryption of `stream`, then block + i modulo 2^64, either as 8
+ * bytes, the most significant first: what the standard calls the counter blocks that follow this first one. Public:
+ * stream, block. */
+void mk_prg_aes(uint8_t *out, size_t n, const uint8_t *key, uint64_t stream, uint64_t block);
 
 /* Matrix products, `batch` times over: c (m, n) = a (m, k) b (k, n), or with _nt the rows of b are its columns:
  * b (n, k). With add nonzero the product is added to c. Public: add. */

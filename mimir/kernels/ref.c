@@ -4,50 +4,173 @@
 #include "ct.h"
 #include "levels.h"
 
-/* ---- ChaCha20: D. J. Bernstein, "ChaCha, a variant of Salsa20" (2008); RFC 8439 section 2.1-2.3 ---- */
+/* ---- AES-256 in counter mode: FIPS 197; NIST SP 800-38A section 6.5 ----
+ *
+ * Bit by bit, on 128 blocks at once: bit l of state[j][b] is bit b of byte j of block l. Nothing is looked up, and what
+ * moves bytes within a block only renames. Lanes are vectors since nearly every machine has them of 128 bits, and since
+ * gcc 12 makes slow code of plain words here, by vectorising them in its own way. */
 
-static uint32_t load32(const uint8_t *p)
+enum { AES_ROUNDS = 14, AES_BLOCK = 16, AES_KEY = 32, AES_SCHEDULE = AES_BLOCK * (AES_ROUNDS + 1), AES_LANES = 128 };
+
+typedef uint64_t lanes __attribute__((vector_size(16)));
+
+/* In GF(16) = GF(2)[z] / (z^4 + z + 1), lanes i holding the coefficients of z^i of 128 elements. */
+static inline void gf16_mul(lanes out[4], const lanes a[4], const lanes b[4])
 {
-    return (uint32_t)p[0] | (uint32_t)p[1] << 8 | (uint32_t)p[2] << 16 | (uint32_t)p[3] << 24;
+    lanes p[7] = {{0}};
+    for (int i = 0; i < 4; i++)
+        for (int j = 0; j < 4; j++) p[i + j] ^= a[i] & b[j];
+    for (int i = 6; i >= 4; i--) p[i - 4] ^= p[i], p[i - 3] ^= p[i];
+    memcpy(out, p, 4 * sizeof *out);
 }
 
-static uint32_t rotl(uint32_t x, int r)
+static inline void gf16_square(lanes out[4], const lanes a[4])
 {
-    return x << r | x >> (32 - r);
+    const lanes square[4] = {a[0] ^ a[2], a[2], a[1] ^ a[3], a[3]};
+    memcpy(out, square, sizeof square);
 }
 
-static void quarter(uint32_t *a, uint32_t *b, uint32_t *c, uint32_t *d)
+/* out[i] is the sum of those x[j] for which bit j of rows[i] is set; rows are public. */
+static inline void bit_matrix(lanes out[8], const uint8_t rows[8], const lanes x[8])
 {
-    *a += *b, *d = rotl(*d ^ *a, 16);
-    *c += *d, *b = rotl(*b ^ *c, 12);
-    *a += *b, *d = rotl(*d ^ *a, 8);
-    *c += *d, *b = rotl(*b ^ *c, 7);
-}
-
-void mk_prg_chacha20_ref(uint8_t *out, size_t n, const uint8_t *key, uint64_t stream, uint64_t block)
-{
-    uint32_t s[16] = {0x61707865, 0x3320646e, 0x79622d32, 0x6b206574}; /* "expand 32-byte k" */
-    uint32_t x[16];
-    uint8_t bytes[64];
-    for (int i = 0; i < 8; i++) s[4 + i] = load32(key + 4 * i);
-    s[14] = (uint32_t)stream, s[15] = (uint32_t)(stream >> 32);
-    while (n > 0) {
-        s[12] = (uint32_t)block, s[13] = (uint32_t)(block >> 32);
-        memcpy(x, s, sizeof x);
-        for (int i = 0; i < 10; i++) {
-            for (int j = 0; j < 4; j++) quarter(&x[j], &x[4 + j], &x[8 + j], &x[12 + j]);
-            for (int j = 0; j < 4; j++)
-                quarter(&x[j], &x[4 + (j + 1) % 4], &x[8 + (j + 2) % 4], &x[12 + (j + 3) % 4]);
-        }
-        for (int i = 0; i < 16; i++)
-            for (int j = 0; j < 4; j++) bytes[4 * i + j] = (uint8_t)((x[i] + s[i]) >> (8 * j));
-        size_t take = n < 64 ? n : 64;
-        memcpy(out, bytes, take);
-        out += take, n -= take, block++;
+    _Pragma("GCC unroll 8") for (int i = 0; i < 8; i++) {
+        out[i] = (lanes){0};
+        _Pragma("GCC unroll 8") for (int j = 0; j < 8; j++)
+            if (rows[i] >> j & 1) out[i] ^= x[j];
     }
-    ct_wipe(s, sizeof s);
-    ct_wipe(x, sizeof x);
-    ct_wipe(bytes, sizeof bytes);
+}
+
+/* SubBytes: inversion in GF(2)[x] / (x^8 + x^4 + x^3 + x + 1), 0 to 0, then an affine map. A field of 256 elements is
+ * also GF(16)[y] / (y^2 + y + z^3), where z is the element 0x5c and y 0xa2; `enter` goes there, with y in the last four,
+ * and `leave` comes back and does the affine map's matrix. (a y + b)(a y + a + b) = z^3 a^2 + a b + b^2 = n lies in
+ * GF(16), so the inverse is (a y + a + b) / n, and 1 / n = n^14. */
+static void aes_substitute(lanes x[8])
+{
+    static const uint8_t enter[8] = {0xa1, 0x04, 0xfc, 0x18, 0x70, 0xd2, 0xac, 0xa0};
+    static const uint8_t leave[8] = {0x45, 0x3f, 0x69, 0x25, 0x3b, 0xee, 0xd0, 0x06};
+    lanes t[8], n[4], power[4], inverse[4], *b = t, *a = t + 4;
+    bit_matrix(t, enter, x);
+    gf16_mul(n, a, b);
+    gf16_square(power, b);
+    const lanes z3a2[4] = {a[2], a[1] ^ a[2] ^ a[3], a[1], a[0] ^ a[2] ^ a[3]};
+    for (int i = 0; i < 4; i++) n[i] ^= z3a2[i] ^ power[i];
+    gf16_square(inverse, n); /* n^2, n^4, n^8 */
+    gf16_square(power, inverse);
+    gf16_mul(inverse, inverse, power);
+    gf16_square(power, power);
+    gf16_mul(inverse, inverse, power);
+    for (int i = 0; i < 4; i++) b[i] ^= a[i];
+    gf16_mul(a, a, inverse);
+    gf16_mul(b, b, inverse);
+    bit_matrix(x, leave, t);
+    for (int i = 0; i < 8; i++) x[i] ^= (uint64_t)0 - (0x63 >> i & 1);
+}
+
+/* KeyExpansion: four bytes at a time, words of 32 bits in the standard. */
+static void aes_schedule(uint8_t keys[AES_SCHEDULE], const uint8_t *key)
+{
+    uint8_t t[4];
+    unsigned constant = 1;
+    memcpy(keys, key, AES_KEY);
+    for (size_t at = AES_KEY; at < AES_SCHEDULE; at += 4) {
+        memcpy(t, keys + at - 4, 4);
+        if (at % (AES_KEY / 2) == 0) {
+            size_t turn = at % AES_KEY == 0;
+            lanes x[8] = {{0}};
+            for (size_t j = 0; j < 4; j++)
+                for (int b = 0; b < 8; b++) x[b][0] |= (uint64_t)(t[(j + turn) % 4] >> b & 1) << j;
+            aes_substitute(x);
+            memset(t, 0, sizeof t);
+            for (size_t j = 0; j < 4; j++)
+                for (int b = 0; b < 8; b++) t[j] |= (uint8_t)((x[b][0] >> j & 1) << b);
+            ct_wipe(x, sizeof x);
+            if (turn) t[0] ^= (uint8_t)constant, constant <<= 1;
+        }
+        for (size_t j = 0; j < 4; j++) keys[at + j] = keys[at + j - AES_KEY] ^ t[j];
+    }
+    ct_wipe(t, sizeof t);
+}
+
+/* Bit l of word b and bit b of word l change places: two quarters of the square, then two of each quarter, and on. */
+static void transpose(uint64_t x[64])
+{
+    for (int s = 32; s > 0; s /= 2) {
+        const uint64_t low = ~(uint64_t)0 / (((uint64_t)1 << s) + 1); /* the bits whose place lacks s */
+        for (int i = 0; i < 64; i++)
+            if ((i & s) == 0) {
+                uint64_t t = (x[i] >> s ^ x[i + s]) & low;
+                x[i] ^= t << s, x[i + s] ^= t;
+            }
+    }
+}
+
+/* The same key for all blocks. */
+static void aes_add_key(lanes state[AES_BLOCK][8], const uint8_t *key)
+{
+    uint64_t one = ct_one();
+    for (int j = 0; j < AES_BLOCK; j++)
+        for (unsigned b = 0; b < 8; b++) state[j][b] ^= ct_mask(key[j], b, one);
+}
+
+/* SubBytes and ShiftRows: byte 4 c + r of the result is byte r of column c + r. */
+static void aes_confuse(lanes state[AES_BLOCK][8])
+{
+    lanes t[AES_BLOCK][8];
+    for (int j = 0; j < AES_BLOCK; j++) aes_substitute(state[j]);
+    memcpy(t, state, sizeof t);
+    for (int j = 0; j < AES_BLOCK; j++) memcpy(state[j], t[5 * j % AES_BLOCK], sizeof t[j]);
+}
+
+/* MixColumns: byte r of a column becomes 2 (a_r + a_(r+1)) + a_(r+1) + a_(r+2) + a_(r+3). */
+static void aes_mix(lanes column[4][8])
+{
+    lanes a[4][8];
+    memcpy(a, column, sizeof a);
+    for (int r = 0; r < 4; r++) {
+        const lanes *a0 = a[r], *a1 = a[(r + 1) % 4], *a2 = a[(r + 2) % 4], *a3 = a[(r + 3) % 4];
+        lanes top = a0[7] ^ a1[7]; /* x^8 = x^4 + x^3 + x + 1 */
+        for (int b = 0; b < 8; b++) {
+            column[r][b] = a1[b] ^ a2[b] ^ a3[b] ^ (b == 0 || b == 1 || b == 3 || b == 4 ? top : (lanes){0});
+            if (b > 0) column[r][b] ^= a0[b - 1] ^ a1[b - 1];
+        }
+    }
+}
+
+void mk_prg_aes_ref(uint8_t *out, size_t n, const uint8_t *key, uint64_t stream, uint64_t block)
+{
+    uint8_t keys[AES_SCHEDULE];
+    lanes state[AES_BLOCK][8];
+    uint64_t words[64];
+    aes_schedule(keys, key);
+    for (; n > 0; block += AES_LANES) {
+        for (size_t w = 0; w < AES_LANES / 64; w++) {
+            for (size_t l = 0; l < 64; l++) words[l] = block + 64 * w + l;
+            transpose(words);
+            for (int i = 0; i < 64; i++) { /* the byte with bits 56 to 63 comes first */
+                state[7 - i / 8][i % 8][w] = (uint64_t)0 - (stream >> i & 1);
+                state[15 - i / 8][i % 8][w] = words[i];
+            }
+        }
+        aes_add_key(state, keys);
+        for (int r = 1; r <= AES_ROUNDS; r++) {
+            aes_confuse(state);
+            for (int c = 0; c < 4 && r < AES_ROUNDS; c++) aes_mix(state + 4 * c);
+            aes_add_key(state, keys + AES_BLOCK * r);
+        }
+        size_t take = n < AES_LANES * AES_BLOCK ? n : AES_LANES * AES_BLOCK;
+        for (size_t w = 0; w < AES_LANES / 64; w++)
+            for (size_t half = 0; half < AES_BLOCK; half += 8) {
+                for (size_t i = 0; i < 64; i++) words[i] = state[half + i / 8][i % 8][w];
+                transpose(words);
+                for (size_t l = 0; l < 64; l++)
+                    for (size_t j = 0, at = AES_BLOCK * (64 * w + l) + half; j < 8 && at + j < take; j++)
+                        out[at + j] = (uint8_t)(words[l] >> (8 * j));
+            }
+        out += take, n -= take;
+    }
+    ct_wipe(keys, sizeof keys);
+    ct_wipe(state, sizeof state);
+    ct_wipe(words, sizeof words);
 }
 
 /* ---- Z_2^64 ---- */

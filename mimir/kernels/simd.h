@@ -10,56 +10,26 @@ static inline size_t least(size_t a, size_t b)
     return a < b ? a : b;
 }
 
-/* ---- ChaCha20: one block per 32-bit lane ---- */
+/* ---- AES-256: the key schedule; aes.h has the rest ---- */
 
-enum { BLOCKS = 2 * LANES };
+enum { AES_ROUNDS = 14 };
 
-#define QUARTER(a, b, c, d)                                                                                            \
-    do {                                                                                                               \
-        a += b, d = rotl32(d ^ a, 16);                                                                                 \
-        c += d, b = rotl32(b ^ c, 12);                                                                                 \
-        a += b, d = rotl32(d ^ a, 8);                                                                                  \
-        c += d, b = rotl32(b ^ c, 7);                                                                                  \
-    } while (0)
-
-static void chacha_blocks(uint8_t *out, const uint32_t head[12], uint64_t stream, uint64_t block)
+/* The last step of AES on four equal columns substitutes and leaves rows where they are. */
+static void aes_schedule(__m128i keys[AES_ROUNDS + 1], const uint8_t *key)
 {
-    vec32 s[16], x[16];
-    UNROLL for (int i = 0; i < 12; i++) s[i] = (vec32){0} + head[i];
-    for (int l = 0; l < BLOCKS; l++) {
-        s[12][l] = (uint32_t)(block + (uint64_t)l);
-        s[13][l] = (uint32_t)((block + (uint64_t)l) >> 32);
+    keys[0] = _mm_loadu_si128((const __m128i *)key);
+    keys[1] = _mm_loadu_si128((const __m128i *)(key + 16));
+    for (int r = 2, constant = 1; r <= AES_ROUNDS; r++) {
+        __m128i t = _mm_aesenclast_si128(_mm_shuffle_epi32(keys[r - 1], 0xff), _mm_setzero_si128()), x = keys[r - 2];
+        if (r % 2 == 0) {
+            t = _mm_or_si128(_mm_srli_epi32(t, 8), _mm_slli_epi32(t, 24));
+            t = _mm_xor_si128(t, _mm_set1_epi32(constant));
+            constant <<= 1;
+        }
+        x = _mm_xor_si128(x, _mm_slli_si128(x, 4));
+        x = _mm_xor_si128(x, _mm_slli_si128(x, 8));
+        keys[r] = _mm_xor_si128(x, t);
     }
-    s[14] = (vec32){0} + (uint32_t)stream;
-    s[15] = (vec32){0} + (uint32_t)(stream >> 32);
-    UNROLL for (int i = 0; i < 16; i++) x[i] = s[i];
-    for (int i = 0; i < 10; i++) {
-        QUARTER(x[0], x[4], x[8], x[12]);
-        QUARTER(x[1], x[5], x[9], x[13]);
-        QUARTER(x[2], x[6], x[10], x[14]);
-        QUARTER(x[3], x[7], x[11], x[15]);
-        QUARTER(x[0], x[5], x[10], x[15]);
-        QUARTER(x[1], x[6], x[11], x[12]);
-        QUARTER(x[2], x[7], x[8], x[13]);
-        QUARTER(x[3], x[4], x[9], x[14]);
-    }
-    UNROLL for (int i = 0; i < 16; i++) x[i] += s[i];
-    put_blocks(out, x);
-}
-
-void MK(mk_prg_chacha20)(uint8_t *out, size_t n, const uint8_t *key, uint64_t stream, uint64_t block)
-{
-    uint32_t head[12] = {0x61707865, 0x3320646e, 0x79622d32, 0x6b206574};
-    uint8_t bytes[64 * BLOCKS];
-    memcpy(head + 4, key, 32); /* these levels are little-endian */
-    for (; n >= sizeof bytes; n -= sizeof bytes, out += sizeof bytes, block += BLOCKS)
-        chacha_blocks(out, head, stream, block);
-    if (n > 0) {
-        chacha_blocks(bytes, head, stream, block);
-        memcpy(out, bytes, n);
-        ct_wipe(bytes, sizeof bytes);
-    }
-    ct_wipe(head, sizeof head);
 }
 
 /* ---- matrix products ---- */

@@ -3,6 +3,7 @@
 What is not kept lies on disk, or is a key stream of a seed. Either comes as blocks of rows in one scratch
 buffer of about SCRATCH bytes (more where so few rows are wider), so a matrix of any height is used in so much
 memory, and results are those of an array, bit for bit. Which blocks, and when, depends on the shape alone.
+Buffers are wiped at the end of a pass and wait for the next: to map new pages costs more than to fill them.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ SCRATCH: Final = 1 << 20  # bytes; larger blocks leave the cache, smaller ones p
 # takes twice as long as in blocks of 16.
 LEAST_ROWS: Final = 16
 WORD: Final = 8
-STREAM_WORDS: Final = 64 // WORD  # of one block of the key stream, at which a block of rows must begin
+STREAM_WORDS: Final = kernels.BLOCK_BYTES // WORD  # at whose multiples a block of rows must begin
 
 
 class Rows(Protocol):
@@ -36,11 +37,13 @@ class Rows(Protocol):
     def blocks(self) -> Iterator[tuple[int, Ring]]:
         """All rows in order: the first one's index, and (rows, n), good until the next is asked for.
 
-        The buffer is wiped when nobody has it any more. Raises what the source raises.
+        The buffer is wiped when the pass ends, at the last row or before. Raises what the source raises.
         """
 
 
 Matrix: TypeAlias = Ring | Rows
+
+_spare: dict[bool, list[Pages]] = {False: [], True: []}  # by whether they are locked: zero, in nobody's use
 
 
 class KeyStream:
@@ -57,7 +60,7 @@ class KeyStream:
 
     def blocks(self) -> Iterator[tuple[int, Ring]]:
         width = self.shape[-1]
-        # As few rows as end where a block of the key stream does: 1, 2, 4 or 8.
+        # Where rows are of odd width, every other one ends with a block of the key stream.
         step = _rows_at_once(width, STREAM_WORDS // math.gcd(width, STREAM_WORDS))
         for first, rows, _ in _scratch(self.shape, step, self._locked):
             with self._seed.reveal_to_kernel() as key:
@@ -109,11 +112,29 @@ def _scratch(shape: tuple[int, ...], step: int, lock: bool) -> Iterator[tuple[in
     """For each block its first row, and room for its rows, as words and as bytes: always the same room."""
     width = shape[-1]
     height = math.prod(shape[:-1])
-    pages = Pages(min(step, height) * width * WORD, lock=lock)
-    words = np.frombuffer(pages, "<u8", min(step, height) * width).reshape(-1, width)
-    for first in range(0, height, step):
-        rows = words[: min(step, height - first)]
-        yield first, rows, memoryview(pages)[: rows.nbytes]
+    count = min(step, height) * width
+    pages = _buffer(count * WORD, lock)
+    words = np.frombuffer(pages, "<u8", count).reshape(-1, width)
+    try:
+        for first in range(0, height, step):
+            rows = words[: min(step, height - first)]
+            yield first, rows, memoryview(pages)[: rows.nbytes]
+    finally:
+        kernels.wipe(words)
+        _spare[lock].append(pages)
+
+
+def _buffer(size: int, lock: bool) -> Pages:
+    """One that a pass left, or a new one. Those too small are given up, so there are never more of them than
+    passes were under way at once, and in the end all are of the largest size.
+    """
+    while True:
+        try:
+            pages = _spare[lock].pop()  # of several threads one gets it
+        except IndexError:
+            return Pages(size, lock=lock)
+        if len(pages) >= size:
+            return pages
 
 
 def product(x: Ring, w: Matrix, out: Ring, *, add: bool = False) -> Ring:
