@@ -42,6 +42,7 @@ OPEN_BELOW: Final = 32  # entries at which halving stops and the masked opening 
 FOLD_ROWS: Final = ((1 << 19, 64), (1 << 16, 32), (1 << 12, 16), (0, 8))
 AT_ONCE: Final = 1 << 17  # products or words of gates crossed at once (memory: 32 B each)
 CLAIMED: Final = 1 << 15  # and turned into claims, which are 48 times as large, at once
+ENTRIES: Final = 512  # of a one-hot in a row of its claims
 APART: Final = 64  # columns from which on products are folded where they lie
 NARROW: Final = 24  # a row of so many products is checked one by one
 WORK: Final = 64  # multiplications to fold one product, about
@@ -173,29 +174,35 @@ class MatrixProduct:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class OneHot:
-    """Each row of e (2, n, K) has one entry 1 and the rest 0, given that the caller also checks its sum; with
-    a shift, modulo 2^(64 - shift).
+    """Row n of e (2, n, K) is 1 at the index whose bits are b (2, k, n), and 0 elsewhere, given that the
+    caller also checks the sum of each row; with a shift, modulo 2^(64 - shift). So b are bits.
 
-    <p, e> <q, e> = <p q, e> for random p, q says e_i e_j = 0 (i != j) and e_i^2 = e_i. One claim a row.
+    With j_t the bits of j, zeros from log2 K on, (b_t - j_t) e_j = 0 for all t and j: where e_j is odd, and
+    by the sum one is, b is j, and then in every other place some b_t - j_t is 1 or -1. With random s and q,
+    one claim a row: sum_t s_t b_t times <q, e> is sum_j q_j e_j sum_t s_t j_t.
     """
 
     e: npt.NDArray[Any]
+    b: Ring
     shift: int = 0
 
     def claims(self, draw: Draw) -> Iterator[Claim]:
-        n, k = self.e.shape[1:]
-        p, q, down = draw.exceptional(k), draw.exceptional(k), draw.exceptional(n)
-        pq = kernels.gr_mul01(kernels.gr_scale01(np.ones(k, np.uint64), p), q)  # (k, 48), general elements
-        columns = np.zeros((2, k, DEGREE), np.uint64)
+        n, size = self.e.shape[1:]
+        s, q, down = draw.exceptional(self.b.shape[1]), draw.exceptional(size), draw.exceptional(n)
+        bits = np.arange(size, dtype=np.uint64)[:, None] >> np.arange(len(s), dtype=np.uint64) & np.uint64(1)
+        sq = kernels.gr_mul01(kernels.gr_combine(bits, s), q)  # (K, 48), general elements
+        shift = np.uint64(self.shift)  # of one factor: high b e depends on the low bits of both alone
+        columns = np.zeros((2, size, DEGREE), np.uint64)
         step = RING.block
         for at in range(0, n, step):
             e = self.e[:, at : at + step].astype(np.uint64, copy=False)
-            high = e << np.uint64(self.shift) if self.shift else e  # high e_i e_j depends on low bits alone
+            b = self.b[:, :, at : at + step] << shift
             coefficients = down[at : at + step]
             for i in range(2):
-                columns[i] += kernels.gr_combine_cols(np.ascontiguousarray(high[i]), coefficients)
-            told = np.stack([kernels.gr_inner(v, pq) for v in columns]) if at + step >= n else None
-            yield Claim(_mixed(_summed(high, p), coefficients), _summed(e, q), told)
+                columns[i] += kernels.gr_combine_cols(np.ascontiguousarray(e[i]), coefficients)
+            told = np.stack([kernels.gr_inner(v, sq) for v in columns]) << shift if at + step >= n else None
+            a = _each(lambda v: kernels.gr_combine_cols(v, s), b)
+            yield Claim(_mixed(a, coefficients), _summed(e, q), told)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

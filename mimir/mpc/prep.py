@@ -366,8 +366,8 @@ class Batch:
         self.zero_bits.append((low ^ bits.reshape(low.shape)) & mask)
 
     async def one_hot(self, step: str, b: Ring, narrow: bool = False) -> npt.NDArray[Any]:
-        """From bits (2, k, n) as ring elements, one-hots (2, n, 2^k) by doubling; bit j weighs 2^j. k - 1
-        rounds.
+        """From what shall be bits (2, k, n) as ring elements, one-hots (2, n, 2^k) by doubling; bit j weighs
+        2^j. The relations say that the bits are bits, and the one-hots theirs. k - 1 rounds.
         """
         bk = self.doors.bk
         k, n = b.shape[1:]
@@ -385,10 +385,25 @@ class Batch:
             (high,) = await self.doors.reshare(f"{step}/double {j}", part)
             for i in range(2):
                 await offload(part.size, partial(kernels.double, e[i], high[i]))
-        self.relations.append(check.OneHot(e, int(shift)))
+        self.relations.append(check.OneHot(*self._in_parts(e, b), int(shift)))
         minus_one = np.full(n, 2**64 - 1, np.uint64)
         self.zeros.append(bk.add_public(e.sum(axis=2, dtype=np.uint64), minus_one) << shift)
         return e
+
+    def _in_parts(self, e: npt.NDArray[Any], b: Ring) -> tuple[npt.NDArray[Any], Ring]:
+        """One-hots (2, n, 2^k) and their bits (2, k, n) as rows of check.ENTRIES entries at most.
+
+        A long row becomes several, the bits of each less those of its number: where the one lies they are 0.
+        """
+        n, size = e.shape[1:]
+        parts, low = size // check.ENTRIES, check.ENTRIES.bit_length() - 1
+        if parts <= 1:
+            return e, b
+        number = np.tile(np.arange(parts, dtype=np.uint64), n)
+        above = np.stack([number >> np.uint64(t) & np.uint64(1) for t in range(b.shape[1] - low)])
+        b = np.repeat(b, parts, axis=2)
+        b[:, low:] = self.doors.bk.add_public(b[:, low:], np.zeros(1, np.uint64) - above)
+        return e.reshape(2, n * parts, check.ENTRIES), b
 
     async def _double_narrow(self, step: str, e: npt.NDArray[Any], bit: npt.NDArray[Any], have: int) -> None:
         """Double the first entries of one-hots of 16-bit words: four lanes travel in one word."""
@@ -478,16 +493,9 @@ async def _lookup(b: Batch, kind: Lookup, n: int) -> dict[str, Ring]:
     stack = bits["sum"][:, rest:]
     if steps:  # the remainder is wanted as well
         stack = np.concatenate([stack, bits["carry_a"][:, None], bits["carry_b"][:, None]], axis=1)
-    # The index bits need no proof of their own: they are re-read from the verified one-hot.
+    # The relation of the one-hot says that the index bits are 0 or 1; their low bits are those shared.
     got = await b.inject(f"{name}/inject", stack, n, prove=False, narrow=kind.narrow)
     e = await b.one_hot(name, got[:, :index_bits], kind.narrow)
-    j = np.arange(1 << index_bits, dtype=np.uint64)
-    masks = np.stack([(j >> np.uint64(t)) & np.uint64(1) for t in range(index_bits)])  # (k, K)
-    whole = [v.astype(np.uint64, copy=False) for v in e]
-    reread = np.stack(  # (2, k, n)
-        await offload(2 * index_bits * e[0].size, lambda: [kernels.matmul_nt(masks, v) for v in whole])
-    )
-    b.zeros.append((reread - got[:, :index_bits]) << np.uint64(48 if kind.narrow else 0))
     out = {"r": r, "e": e}
     if steps:
         carries = np.ascontiguousarray(got[:, index_bits:])
