@@ -698,6 +698,23 @@ def test_constant_errors_of_two_foldings_cannot_cancel() -> None:
             assert all(passes(seed) for seed in range(3))
 
 
+@pytest.mark.parametrize("rows", [1, 2])
+def test_errors_of_two_matrices_cannot_cancel(rows: int) -> None:
+    """Errors 1 and -1 at one place of two products: they would cancel if both had the same coefficients."""
+    kind = prep.Keys(**HEADS | {"rows": rows})
+    whole = check.Draw.exceptional
+
+    def lie(summands: list[Ring]) -> None:
+        summands[0][:2, 0, 0] += np.array([1, 2**64 - 1], np.uint64)
+
+    def passes(seed: int) -> bool:
+        return not caught(make({kind: 1}, {"keys 0": lie}, seed % PARTIES, seed), seed % PARTIES)
+
+    assert not any(passes(seed) for seed in range(3))
+    with mock.patch.object(check.Draw, "exceptional", lambda self, n: np.repeat(whole(self, 1), n)):
+        assert all(passes(seed) for seed in range(3))
+
+
 # --- no check is idle ---------------------------------------------------------------------------------------
 
 

@@ -507,11 +507,13 @@ def gr_scale01(x: U64, r: U64) -> U64:
     return out
 
 
-def gr_combine(x: U64, r: U64) -> U64:
-    """sum_j x[i, j] r_j: x (m, n) ring words, r (n,) 01 elements -> (m, 48)."""
+def gr_combine(x: U64, r: U64, out: U64 | None = None) -> U64:
+    """sum_j x[i, j] r_j: x (m, n) ring words, r (n,) 01 elements -> (m, 48), written to `out` if there is
+    one.
+    """
     m, n = _array("x", x, (None, None))
     _array("r", r, (n,))
-    out = np.empty((m, GR_DEGREE), np.uint64)
+    out = _room(out, (m, GR_DEGREE), x, r)
     _lib.mk_gr_combine(_out(out), _in(x), _in(r), m, n)
     return out
 

@@ -21,6 +21,7 @@ coins only, so a failing check says nothing about the secrets (see DESIGN.md for
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -43,6 +44,7 @@ FOLD_ROWS: Final = ((1 << 19, 64), (1 << 16, 32), (1 << 12, 16), (0, 8))
 AT_ONCE: Final = 1 << 17  # products or words of gates crossed at once (memory: 32 B each)
 CLAIMED: Final = 1 << 15  # and turned into claims, which are 48 times as large, at once
 ENTRIES: Final = 512  # of a one-hot in a row of its claims
+STACKED: Final = 1 << 11  # rows of a stack of matrices that become claims at once
 APART: Final = 64  # columns from which on products are folded where they lie
 NARROW: Final = 24  # a row of so many products is checked one by one
 WORK: Final = 64  # multiplications to fold one product, about
@@ -152,7 +154,11 @@ class SquareSum:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class MatrixProduct:
-    """a @ b = c for stacks: a (2, s, m, k), b two components of s matrices (k, n), c (2, s, m, n)."""
+    """a @ b = c for stacks: a (2, s, m, k), b two components of s matrices (k, n), c (2, s, m, n).
+
+    Each matrix has coefficients of its own for rows and columns of c: an error in one shows whatever the
+    others add to it, so their sum needs no further coefficients. Nor does a single row.
+    """
 
     a: Ring
     b: tuple[Sequence[Matrix], Sequence[Matrix]]
@@ -160,16 +166,28 @@ class MatrixProduct:
 
     def claims(self, draw: Draw) -> Iterator[Claim]:
         s, m, k = self.a.shape[1:]
-        rows, cols, mix = draw.exceptional(m), draw.exceptional(self.c.shape[3]), draw.exceptional(s)
-        for i in range(s):
-            a = _each(lambda v: kernels.gr_combine_cols(v, rows), self.a[:, i])  # (k, 48)
-            w = combine(self.b[0][i], cols), combine(self.b[1][i], cols)
-            c = _column_sum(_mixed(_summed(self.c[:, i], cols), rows))
-            yield Claim(
-                _mixed(a, np.full(k, mix[i])),
-                w,
-                np.concatenate(_mixed((c[:1], c[1:]), np.full(1, mix[i]))),
-            )
+        rows = draw.exceptional(s * m).reshape(s, m)
+        cols = draw.exceptional(s * self.c.shape[3]).reshape(s, -1)
+        step = max(1, STACKED // k)
+        for at in range(0, s, step):
+            some = slice(at, min(at + step, s))
+            w = np.empty((2, some.stop - at, k, DEGREE), np.uint64)
+            for i, j in itertools.product(range(2), range(some.stop - at)):
+                combine(self.b[i][at + j], cols[at + j], w[i, j])
+            a, c = self._others(some, rows[some], cols[some])
+            yield Claim(a, (w[0].reshape(-1, DEGREE), w[1].reshape(-1, DEGREE)), c)
+
+    def _others(self, some: slice, rows: Ring, cols: Ring) -> tuple[Pair, Ring]:
+        """For some of the matrices, what their combined columns are multiplied by, and what that gives."""
+        a, c = self.a[:, some], self.c[:, some]
+        if a.shape[2] == 1:
+            one = np.ones(a.size // 2, np.uint64)
+            return _scaled(a.reshape(2, -1), one), _total(c.reshape(2, -1), cols.reshape(-1))
+        factors, sums = [], []
+        for j, r in enumerate(rows):
+            factors.append(_each(partial(kernels.gr_combine_cols, r=r), a[:, j]))
+            sums.append(_mixed(_summed(c[:, j], cols[j]), r))
+        return _joined(factors), _column_sum(_joined(sums))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -495,6 +513,8 @@ def _rows(v: Pair, start: int, stop: int | None = None) -> Pair:
 
 def _joined(parts: Sequence[Pair], zeros: int = 0) -> Pair:
     """Rows one after another, and so many zeros after them."""
+    if len(parts) == 1 and not zeros:
+        return parts[0]
     filling = [np.zeros((zeros, *parts[0][0].shape[1:]), np.uint64)]
     a, b = (np.concatenate([p[i] for p in parts] + filling) for i in range(2))
     return a, b
