@@ -1195,7 +1195,7 @@ CHECKS: dict[str, Check] = {
     ),
     "injection: the first product": Check(
         "mpc.prep:Batch.inject",
-        "self.relations.append(check.Product(factor, factors[1].reshape(2, -1), product))",
+        "self.relations.append(check.Product(*(v.reshape(2, -1) for v in (first, second, both))))",
         cheat_cancelling,
         20,
     ),
@@ -1225,12 +1225,7 @@ CHECKS: dict[str, Check] = {
         spoiling(LOOKUP, "lookup 4.3.2/power 1"),
     ),
     "triples": Check(
-        "mpc.prep:_mul", "b.relations.append(check.Product(x, y, z))", spoiling(prep.Mul(), "mul")
-    ),
-    "scaled rows": Check(
-        "mpc.prep:_scale",
-        "b.relations.append(check.ScalarProduct(s, x, z))",
-        spoiling(prep.Scale(3), "scale 3"),
+        "mpc.prep:Batch.mul", "self.relations.append(check.Product(x, y, z))", spoiling(prep.Mul(), "mul")
     ),
     "norms: scaled rows": Check(
         "mpc.prep:_norm",
@@ -1342,7 +1337,7 @@ REDUNDANT: dict[str, Check] = {
     ),
     "injection: low bits, stated": Check(
         "mpc.prep:Batch.same_bits",
-        "self.zero_bits.append((low ^ bits.reshape(low.shape)) & mask)",
+        "self.zero_bits.append((low ^ bits) & mask)",
         spoiling(prep.DaBit(), "dabit/xor 2"),
     ),
     "one-hots: the sum is 1": Check(

@@ -252,21 +252,23 @@ def bit_unslice(planes: U64, n: int) -> U64:
     return x
 
 
-def bits_to_ring(words: U64, n: int) -> U64:
-    """(ceil(n/64),) -> (n,) of 0 and 1: element 64 w + l is bit l of word w."""
+def bits_to_ring(words: U64, n: int, out: U64 | None = None) -> U64:
+    """(ceil(n/64),) -> (n,) of 0 and 1, written to `out` if there is one: element 64 w + l is bit l of
+    word w.
+    """
     _count("n", n, 0)
     _array("words", words, (_words(n),))
-    out = np.empty(n, np.uint64)
+    out = _room(out, (n,), words)
     _lib.mk_bits_to_ring(_out(out), _in(words), n)
     return out
 
 
-def ring_lsb(x: U64) -> U64:
-    """(n,) -> (ceil(n/64),): the lowest bits, packed; padding is zero."""
+def ring_lsb(x: U64, out: U64 | None = None) -> U64:
+    """(n,) -> (ceil(n/64),): the lowest bits, packed, written to `out` if there is one; padding is zero."""
     (n,) = _array("x", x, (None,))
-    words = np.empty(_words(n), np.uint64)
-    _lib.mk_ring_lsb(_out(words), _in(x), n)
-    return words
+    out = _room(out, (_words(n),), x)
+    _lib.mk_ring_lsb(_out(out), _in(x), n)
+    return out
 
 
 def bit_pick(planes: U64, rows: U64) -> U64:

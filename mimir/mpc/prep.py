@@ -165,21 +165,14 @@ class Batch:
     zeros: list[Ring] = field(default_factory=list)
     zero_bits: list[Ring] = field(default_factory=list)
 
-    async def mul(self, step: str, *pairs: tuple[Ring, Ring]) -> list[Ring]:
-        """Products of shares (2, ...), element by element; the caller states the relation. One round."""
-        zero = self.doors.bk.zero
-        shapes = [np.broadcast_shapes(x.shape, y.shape)[1:] for x, y in pairs]
-        masks = [zero(*shape) for shape in shapes]
-
-        def local() -> list[Ring]:
-            out = []
-            for (x, y), mask in zip(pairs, masks, strict=True):
-                x, y = np.broadcast_arrays(x, y)
-                out.append(kernels.rss_mul(np.ascontiguousarray(x), np.ascontiguousarray(y), mask))
-            return out
-
-        summands = await offload(8 * sum(m.size for m in masks), local)
-        return await self.doors.reshare(step, *summands)
+    async def mul(self, step: str, x: Ring, y: Ring) -> Ring:
+        """The product of shares (2, n), element by element, with its relation. One round."""
+        mask = self.doors.bk.zero(*x.shape[1:])
+        (z,) = await self.doors.reshare(
+            step, await offload(8 * mask.size, partial(kernels.rss_mul, x, y, mask))
+        )
+        self.relations.append(check.Product(x, y, z))
+        return z
 
     async def conj(self, step: str, *pairs: tuple[Ring, Ring]) -> list[Ring]:
         """ANDs of words of bits (2, ...), with their relations. One round."""
@@ -292,39 +285,47 @@ class Batch:
         """
         bk = self.doors.bk
         flat = bits.reshape(2, -1, bits.shape[-1])
-        shape = (len(flat[0]), n)
-        ring = np.stack(
-            [np.stack([kernels.bits_to_ring(np.ascontiguousarray(w), n) for w in flat[i]]) for i in (0, 1)]
-        )
-        size = shape[0] * n
+        size = flat.shape[1] * n
         third = -(-size // 3)
-        blocks = np.pad(ring.reshape(2, -1), [(0, 0), (0, 3 * third - size)]).reshape(2, 3, third)
+        ring = np.empty((2, 3, third), np.uint64)  # the bits in three blocks, of which zeros fill the last
+        for to, of in zip(ring.reshape(2, -1), flat, strict=True):
+            for j, row in enumerate(of):
+                kernels.bits_to_ring(np.ascontiguousarray(row), n, out=to[j * n : (j + 1) * n])
+            to[size:] = 0
 
-        def whole(v: Ring) -> Ring:
-            return np.ascontiguousarray(v.reshape(2, -1)[:, :size]).reshape(2, *shape)
-
-        # in block j the factors are components j, j + 1, and then j + 2
-        factors = [
-            np.stack([bk.known((j + k) % 3, blocks[:, j]) for j in range(3)], axis=1) for k in range(3)
-        ]
-        b0, b1, b2 = map(whole, factors)
+        # In block j the factors are components j, j + 1, and then j + 2: of each factor, (slot, block).
+        mine = [[(slot, (bk.party + slot - k) % 3) for slot in range(2)] for k in range(3)]
+        first, second, x = (np.zeros_like(ring) for _ in range(3))
+        for factor, at in ((first, mine[0]), (second, mine[1]), (x, mine[0] + mine[1])):
+            for where in at:
+                factor[where] = ring[where]
         me, after, before = bk.party, bk.following, bk.previous
         drawn = bk.random(third)
-        both = np.zeros_like(blocks)
-        dealt = blocks[0, me] * blocks[1, me] - drawn[1]
-        both[:, me] = np.stack([dealt, drawn[1]])
-        both[0, before] = drawn[0]
+        dealt = ring[0, me] * ring[1, me] - drawn[1]
+        both = np.zeros_like(ring)
+        both[0, before], both[1, me] = drawn
         (told,) = await self._exchange(f"{step}/xor 1", dealt, narrow)
         both[0, me], both[1, after] = told
-        shift = np.uint64(48 if narrow else 0)
+        x -= both
+        x -= both
+        if narrow:
+            first <<= np.uint64(48)
+            both <<= np.uint64(48)
         # Stated with what fills the last block, so that nothing of a message is free to be wrong.
-        factor, product = (v.reshape(2, -1) << shift for v in (factors[0], both))
-        self.relations.append(check.Product(factor, factors[1].reshape(2, -1), product))
-        both = whole(both)
-        x = b0 + b1 - both * np.uint64(2)
-        part = kernels.rss_mul(x, b2, bk.zero(*shape))
-        (both,) = await self._exchange(f"{step}/xor 2", part, narrow)
-        x = x + b2 - both * np.uint64(2)
+        self.relations.append(check.Product(*(v.reshape(2, -1) for v in (first, second, both))))
+
+        part = bk.zero(3 * third)[:size]
+        blocks = [part[j * third : (j + 1) * third] for j in range(3)]
+        (_, a), (_, b) = mine[2]  # where the third factor is known in the first slot, and in the second
+        k, m = len(blocks[a]), len(blocks[b])
+        blocks[a] += (x[0, a, :k] + x[1, a, :k]) * ring[0, a, :k]
+        blocks[b] += x[0, b, :m] * ring[1, b, :m]
+        (told,) = await self._exchange(f"{step}/xor 2", part.reshape(-1, n), narrow)
+        for where in mine[2]:
+            x[where] += ring[where]
+        x = x.reshape(2, -1)[:, :size].reshape(2, -1, n)
+        x -= told
+        x -= told
         if prove:
             flat_x = x.reshape(2, -1)
             self.relations.append(check.Product(flat_x, flat_x, flat_x))
@@ -354,16 +355,14 @@ class Batch:
         The low bits of the components of x share its low bit over GF(2), so this costs nothing but a zero
         check.
         """
-        low = np.stack(
-            [
-                np.stack([kernels.ring_lsb(np.ascontiguousarray(row)) for row in x[i].reshape(-1, n)])
-                for i in (0, 1)
-            ]
-        )
+        low = np.empty(bits.shape, np.uint64)
+        for to, component in zip(low, x, strict=True):
+            for packed, row in zip(to, component, strict=True):
+                kernels.ring_lsb(np.ascontiguousarray(row), out=packed)
         mask = np.full(bits.shape[-1], 2**64 - 1, np.uint64)
         if n % 64:
             mask[-1] = (1 << (n % 64)) - 1
-        self.zero_bits.append((low ^ bits.reshape(low.shape)) & mask)
+        self.zero_bits.append((low ^ bits) & mask)
 
     async def one_hot(self, step: str, b: Ring, narrow: bool = False) -> npt.NDArray[Any]:
         """From what shall be bits (2, k, n) as ring elements, one-hots (2, n, 2^k) by doubling; bit j weighs
@@ -424,7 +423,9 @@ class Batch:
 
     async def times(self, step: str, v: Ring, x: Ring) -> Ring:
         """v (2, n) times each row of x (2, n, m), with its relation. One round."""
-        (z,) = await self.mul(step, (x, v[:, :, None]))
+        part = self.doors.bk.zero(*x.shape[1:])
+        await offload(4 * part.size, partial(kernels.double_part, part, x, v))
+        (z,) = await self.doors.reshare(step, part)
         self.relations.append(check.ScalarProduct(v, x, z))
         return z
 
@@ -583,16 +584,13 @@ async def _pick(b: Batch, kind: Pick, n: int) -> dict[str, Ring]:
 async def _mul(b: Batch, kind: Mul, n: int) -> dict[str, Ring]:
     bk = b.doors.bk
     x, y = bk.random(n), bk.random(n)
-    (z,) = await b.mul("mul", (x, y))
-    b.relations.append(check.Product(x, y, z))
-    return {"x": x, "y": y, "z": z}
+    return {"x": x, "y": y, "z": await b.mul("mul", x, y)}
 
 
 async def _scale(b: Batch, kind: Scale, n: int) -> dict[str, Ring]:
     bk = b.doors.bk
     s, x = bk.random(n), bk.random(n, kind.width)
-    (z,) = await b.mul(f"scale {kind.width}", (x, s[:, :, None]))
-    b.relations.append(check.ScalarProduct(s, x, z))
+    z = await b.times(f"scale {kind.width}", s, x)
     return {"s": s, "x": x, "z": z}
 
 
@@ -600,11 +598,12 @@ async def _norm(b: Batch, kind: Norm, n: int, pairs: Mapping[str, Ring]) -> dict
     bk = b.doors.bk
     r, base, top = (np.ascontiguousarray(pairs[k]).reshape(2, n, kind.width) for k in ("r", "base", "top"))
     s, factor = bk.random(n), np.concatenate([base, top], axis=2)
-    wide = np.ascontiguousarray(np.broadcast_to(s[:, :, None], factor.shape))
+    scaled = bk.zero(n, 2 * kind.width)
+    kernels.double_part(scaled, factor, s)
     square = ((base[0] + base[1]) * base[0] + base[0] * base[1]).sum(axis=1, dtype=np.uint64) + bk.zero(n)
     z, q, both = await b.doors.reshare(
         f"norm {kind.width}.{kind.f}",
-        kernels.rss_mul(factor, wide, bk.zero(n, 2 * kind.width)),
+        scaled,
         square,
         kernels.rss_mul(base, top, bk.zero(n, kind.width)),
     )
