@@ -1185,7 +1185,7 @@ CHECKS: dict[str, Check] = {
     ),
     "ANDs": Check(
         "mpc.prep:Batch.conj",
-        "self.gates.extend((check.And(x, y, r) for (x, y), r in zip(pairs, z, strict=True)))",
+        "self.gates.extend((check.And(x, y, r) for (x, y), r in zip(solid, z, strict=True)))",
         spoiling(prep.Digits((3, 2)), "digits 3.2/double 1"),
     ),
     "products of matrices": Check(

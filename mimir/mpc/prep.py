@@ -90,6 +90,19 @@ def _subsets(monomials: tuple[tuple[int, ...], ...]) -> tuple[tuple[int, ...], .
     return tuple(sorted(found, key=lambda s: (len(s), s)))
 
 
+@lru_cache(maxsize=256)
+def _factors(monomials: tuple[tuple[int, ...], ...]) -> tuple[int, list[tuple[Ring, Ring]]]:
+    """How many variables there are; and for each degree from 2 on, which planes are multiplied to make the
+    next ones.
+    """
+    subsets = _subsets(monomials)
+    at = {s: i for i, s in enumerate(subsets)}
+    sizes = [[s for s in subsets if len(s) == d] for d in range(1, 1 + len(subsets[-1]))]
+    return len(sizes[0]), [
+        (np.array([at[s[:-1]] for s in sets]), np.array([at[s[-1:]] for s in sets])) for sets in sizes[1:]
+    ]
+
+
 @dataclass(frozen=True, slots=True)
 class DaBit:
     pass
@@ -177,16 +190,14 @@ class Batch:
     async def conj(self, step: str, *pairs: tuple[Ring, Ring]) -> list[Ring]:
         """ANDs of words of bits (2, ...), with their relations. One round."""
         masks = [self.doors.bk.zero_bits(*x.shape[1:]) for x, _ in pairs]
+        solid = [(np.ascontiguousarray(x), np.ascontiguousarray(y)) for x, y in pairs]
 
         def local() -> list[Ring]:
-            return [
-                kernels.rss_and(np.ascontiguousarray(x), np.ascontiguousarray(y), mask)
-                for (x, y), mask in zip(pairs, masks, strict=True)
-            ]
+            return [kernels.rss_and(x, y, mask) for (x, y), mask in zip(solid, masks, strict=True)]
 
         summands = await offload(8 * sum(m.size for m in masks), local)
         z = await self.doors.reshare(step, *summands)
-        self.gates.extend(check.And(x, y, r) for (x, y), r in zip(pairs, z, strict=True))
+        self.gates.extend(check.And(x, y, r) for (x, y), r in zip(solid, z, strict=True))
         return z
 
     async def matmul(self, step: str, a: Ring, b: tuple[Sequence[Matrix], Sequence[Matrix]]) -> Ring:
@@ -295,14 +306,13 @@ class Batch:
 
         # In block j the factors are components j, j + 1, and then j + 2: of each factor, (slot, block).
         mine = [[(slot, (bk.party + slot - k) % 3) for slot in range(2)] for k in range(3)]
-        first, second, x = (np.zeros_like(ring) for _ in range(3))
+        first, second, x, both = (np.zeros(ring.shape, np.uint64) for _ in range(4))
         for factor, at in ((first, mine[0]), (second, mine[1]), (x, mine[0] + mine[1])):
             for where in at:
                 factor[where] = ring[where]
         me, after, before = bk.party, bk.following, bk.previous
         drawn = bk.random(third)
         dealt = ring[0, me] * ring[1, me] - drawn[1]
-        both = np.zeros_like(ring)
         both[0, before], both[1, me] = drawn
         (told,) = await self._exchange(f"{step}/xor 1", dealt, narrow)
         both[0, me], both[1, after] = told
@@ -552,18 +562,18 @@ async def _ands(b: Batch, kinds: Mapping[Kind, int]) -> Made:
     """Planes of random words, n each, and of their products within each monomial: one round a degree for all
     kinds together.
     """
-    subsets = {k: k.subsets for k in kinds if isinstance(k, Ands)}
-    at = {k: {s: i for i, s in enumerate(sets)} for k, sets in subsets.items()}
-    planes = {k: b.doors.bk.random(sum(len(s) == 1 for s in sets), kinds[k]) for k, sets in subsets.items()}
-    for degree in range(2, 1 + max(len(sets[-1]) for sets in subsets.values())):
-        these = {k: [s for s in sets if len(s) == degree] for k, sets in subsets.items()}
-        growing = [k for k, sets in these.items() if sets]
-        pairs = [
-            (planes[k][:, [at[k][s[:-1]] for s in these[k]]], planes[k][:, [at[k][s[-1:]] for s in these[k]]])
-            for k in growing
-        ]
+    factors = {k: _factors(k.monomials) for k in kinds if isinstance(k, Ands)}
+    planes = {}
+    for k, (variables, _) in factors.items():
+        planes[k] = np.empty((2, len(k.subsets), kinds[k]), np.uint64)
+        planes[k][:, :variables] = b.doors.bk.random(variables, kinds[k])
+    at = {k: variables for k, (variables, _) in factors.items()}
+    for degree in range(2, 2 + max(len(pairs) for _, pairs in factors.values())):
+        growing = {k: pairs[degree - 2] for k, (_, pairs) in factors.items() if len(pairs) > degree - 2}
+        pairs = [(planes[k].take(x, 1), planes[k].take(y, 1)) for k, (x, y) in growing.items()]
         for k, more in zip(growing, await b.conj(f"ands/degree {degree}", *pairs), strict=True):
-            planes[k] = np.concatenate([planes[k], more], axis=1)
+            planes[k][:, at[k] : at[k] + more.shape[1]] = more
+            at[k] += more.shape[1]
     return {k: {"planes": v} for k, v in planes.items()}
 
 
@@ -630,10 +640,16 @@ async def _keys(b: Batch, kind: Keys, n: int) -> dict[str, Ring]:
     keys = np.concatenate(cache, axis=2)
     if keys.shape[2] != kind.first + kind.rows:
         raise LocalError("key masks must be made in the order of positions")
-    keys = np.repeat(keys, kind.heads // kind.kv_heads, axis=1)
-    keys_t = np.ascontiguousarray(np.swapaxes(keys, 2, 3))  # (2, heads, dim, positions)
-    z = await b.matmul(f"keys {kind.layer}", q, (list(keys_t[0]), list(keys_t[1])))
+    keys_t = np.ascontiguousarray(np.swapaxes(keys, 2, 3))  # (2, kv_heads, dim, positions)
+    z = await b.matmul(f"keys {kind.layer}", q, _by_head(keys_t, kind))
     return {"x": q, "new": new, "z": z}
+
+
+def _by_head(v: Ring, kind: Keys) -> tuple[list[Ring], list[Ring]]:
+    """Of each component of (2, kv_heads, ..) the matrix that each head uses."""
+    group = kind.heads // kind.kv_heads
+    first, second = ([component[head // group] for head in range(kind.heads)] for component in v)
+    return first, second
 
 
 async def _values(b: Batch, kind: Values, n: int) -> dict[str, Ring]:
@@ -646,8 +662,7 @@ async def _values(b: Batch, kind: Values, n: int) -> dict[str, Ring]:
     values = np.concatenate(cache, axis=2)
     if values.shape[2] != kind.first + kind.rows:
         raise LocalError("value masks must be made in the order of positions")
-    values = np.ascontiguousarray(np.repeat(values, kind.heads // kind.kv_heads, axis=1))
-    z = await b.matmul(f"values {kind.layer}", a, (list(values[0]), list(values[1])))
+    z = await b.matmul(f"values {kind.layer}", a, _by_head(values, kind))
     return {"x": a, "new": new, "z": z}
 
 
