@@ -170,6 +170,9 @@ class Stretched(np.ndarray[Any, Any]):
         out._solid = self._solid and (a == b or self.shape[a] == 1 == self.shape[b])
         return out
 
+    def take(self, indices: Any, axis: Any = None, *args: Any, **kwargs: Any) -> Any:
+        return self[(slice(None),) * axis + (indices,)]
+
     def fill(self, value: Any) -> None:
         pass
 

@@ -314,41 +314,49 @@ def test_only_bits_are_idempotent(k: int) -> None:
     assert np.flatnonzero(x * x % (1 << k) == x).tolist() == [0, 1]
 
 
-@pytest.mark.parametrize("k", [1, 2, 3, 4])
-def test_one_hot_relations(k: int) -> None:
-    """sum u = 1, u_i^2 = u_i and u_i u_j = 0 hold for the unit vectors of length 4 over Z_{2^k} and no other.
-
-    Idempotence and the sum alone are not enough when the vector is longer than 2^k (k = 1: three ones).
+def _by_bits(k: int, low: int) -> Iterator[tuple[Array, tuple[int, int], Array]]:
+    """All vectors u (.., 4) over Z_{2^k} with each pair of "bits" b, and all (b_t - j_t) u_j (.., 2, 4); of b
+    those whose low bits are those of `low` alone.
     """
     u = np.array(list(itertools.product(range(1 << k), repeat=4)), np.int64)
-    ring = 1 << k
-    idempotent = (u * u % ring == u).all(axis=1) & (u.sum(axis=1) % ring == 1)
-    orthogonal = np.ones(len(u), np.bool_)
-    for i, j in itertools.combinations(range(4), 2):
-        orthogonal &= u[:, i] * u[:, j] % ring == 0
-    hot = u[idempotent & orthogonal]
-    assert sorted(map(tuple, hot.tolist())) == sorted(map(tuple, np.eye(4, dtype=int).tolist()))
-    assert int(idempotent.sum()) == (8 if k == 1 else 4)
+    j = np.arange(4)
+    for b in itertools.product(range(low & 1, 1 << k, 2), range(low >> 1, 1 << k, 2)):
+        yield u, b, np.stack([(b[t] - (j >> t & 1)) * u for t in range(2)], axis=1) % (1 << k)
+
+
+@pytest.mark.parametrize("k", [1, 2, 3])
+def test_one_hot_relations(k: int) -> None:
+    """(b_t - j_t) u_j = 0 and sum u = 1: over Z_{2^k}, u is the unit vector at b, and b are bits.
+
+    So of all b with given low bits one is left, and one u. Each part is needed: without the sum u may be 0,
+    and without the low bits b is any index.
+    """
+    hot = np.eye(4, dtype=np.int64)
+    for index in range(4):
+        left = []
+        for u, b, terms in _by_bits(k, index):
+            fine = (terms == 0).all(axis=(1, 2))
+            assert fine[0] and not u[0].any(), "0 is excluded by the sum alone"
+            left += [(b, tuple(v)) for v in u[fine & (u.sum(axis=1) % (1 << k) == 1)].tolist()]
+        assert left == [((index & 1, index >> 1), tuple(hot[index].tolist()))]
 
 
 def test_one_hot_by_two_coins() -> None:
-    """<p, e> <q, e> = <p q, e> for coin vectors p, q: true of one-hots, else missed with at most 2 * 2^-d.
+    """sum_t s_t b_t <q, u> = sum_j q_j u_j sum_t s_t j_t for coins s and q: true where every (b_t - j_t) u_j
+    is 0, else missed with at most 2 * 2^-d.
 
-    All e of length 3 over Z_4 with sum 1, all p and q over GR(4, 3).
+    All u of length 4 and all b over Z_4, errors of the top bit alone among them; all s and q over GR(4, 2).
     """
-    ring, coins = GR_4_3, GR_4_3.exceptional()
-    vectors = coins[np.array(list(itertools.product(range(len(coins)), repeat=3)))]  # (512, 3, d)
-    products = ring.mul(vectors[:, None], vectors[None])  # (v, v, 3, d)
-    for e in itertools.product(range(4), repeat=3):
-        if sum(e) % 4 != 1:
-            continue
-        along = np.einsum("vid,i->vd", vectors, np.array(e)) & ring.mask
-        right = np.einsum("vuid,i->vud", products, np.array(e)) & ring.mask
-        equal = is_zero((ring.mul(along[:, None], along[None]) - right) & ring.mask).mean()
-        if sorted(e) == [0, 0, 1]:
-            assert equal == 1
-        else:
-            assert equal <= 2 / len(coins)
+    ring, coins = GR_4_2, GR_4_2.exceptional()
+    s, q = (coins[np.array(list(itertools.product(range(len(coins)), repeat=n)))] for n in (2, 4))
+    products = ring.mul(s[:, None, :, None], q[None, :, None])  # (16, 256, 2, 4, d)
+    for low in range(4):
+        for _, _, terms in _by_bits(2, low):
+            value = np.tensordot(terms, products, ([1, 2], [2, 3])) & ring.mask  # (u, 16, 256, d)
+            missed = is_zero(value).mean(axis=(1, 2))
+            violated = terms.any(axis=(1, 2))
+            assert (missed[~violated] == 1).all()
+            assert (missed[violated] <= 2 / len(coins)).all()
 
 
 def _injections(k: int) -> Iterator[tuple[tuple[int, ...], int, int, int, int]]:
@@ -388,7 +396,7 @@ def test_doubling_errors_never_cancel() -> None:
 
     The two halves of a doubling add up to what was doubled, so an error stays visible whatever the later
     bits are: the result differs from the true one-hot for *every* value of the bits, or for none. With the
-    sum, the one-hot relation and the bits read back, acceptance therefore depends on the errors alone.
+    sum, and the relation that leaves only the true one-hot, acceptance therefore depends on the errors alone.
     """
     ring = 4
     first = np.array(list(itertools.product(range(ring), repeat=2)), np.int64)

@@ -254,21 +254,23 @@ def bit_unslice(planes: U64, n: int) -> U64:
     return x
 
 
-def bits_to_ring(words: U64, n: int) -> U64:
-    """(ceil(n/64),) -> (n,) of 0 and 1: element 64 w + l is bit l of word w."""
+def bits_to_ring(words: U64, n: int, out: U64 | None = None) -> U64:
+    """(ceil(n/64),) -> (n,) of 0 and 1, written to `out` if there is one: element 64 w + l is bit l of
+    word w.
+    """
     _count("n", n, 0)
     _array("words", words, (_words(n),))
-    out = np.empty(n, np.uint64)
+    out = _room(out, (n,), words)
     _lib.mk_bits_to_ring(_out(out), _in(words), n)
     return out
 
 
-def ring_lsb(x: U64) -> U64:
-    """(n,) -> (ceil(n/64),): the lowest bits, packed; padding is zero."""
+def ring_lsb(x: U64, out: U64 | None = None) -> U64:
+    """(n,) -> (ceil(n/64),): the lowest bits, packed, written to `out` if there is one; padding is zero."""
     (n,) = _array("x", x, (None,))
-    words = np.empty(_words(n), np.uint64)
-    _lib.mk_ring_lsb(_out(words), _in(x), n)
-    return words
+    out = _room(out, (_words(n),), x)
+    _lib.mk_ring_lsb(_out(out), _in(x), n)
+    return out
 
 
 def bit_pick(planes: U64, rows: U64) -> U64:
@@ -509,11 +511,13 @@ def gr_scale01(x: U64, r: U64) -> U64:
     return out
 
 
-def gr_combine(x: U64, r: U64) -> U64:
-    """sum_j x[i, j] r_j: x (m, n) ring words, r (n,) 01 elements -> (m, 48)."""
+def gr_combine(x: U64, r: U64, out: U64 | None = None) -> U64:
+    """sum_j x[i, j] r_j: x (m, n) ring words, r (n,) 01 elements -> (m, 48), written to `out` if there is
+    one.
+    """
     m, n = _array("x", x, (None, None))
     _array("r", r, (n,))
-    out = np.empty((m, GR_DEGREE), np.uint64)
+    out = _room(out, (m, GR_DEGREE), x, r)
     _lib.mk_gr_combine(_out(out), _in(x), _in(r), m, n)
     return out
 

@@ -22,6 +22,7 @@ coins only, so a failing check says nothing about the secrets (see DESIGN.md for
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -43,6 +44,8 @@ OPEN_BELOW: Final = 32  # entries at which halving stops and the masked opening 
 FOLD_ROWS: Final = ((1 << 19, 64), (1 << 16, 32), (1 << 12, 16), (0, 8))
 AT_ONCE: Final = 1 << 17  # products or words of gates crossed at once (memory: 32 B each)
 CLAIMED: Final = 1 << 15  # and turned into claims, which are 48 times as large, at once
+ENTRIES: Final = 512  # of a one-hot in a row of its claims
+STACKED: Final = 1 << 11  # rows of a stack of matrices that become claims at once
 APART: Final = 64  # columns from which on products are folded where they lie
 VECTOR_FOLDS: Final = 3  # vectors times matrices: so often halved before their words become elements
 VECTOR_COLUMNS: Final = 32  # of these at once: 200 kB of elements
@@ -154,7 +157,11 @@ class SquareSum:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class MatrixProduct:
-    """a @ b = c for stacks: a (2, s, m, k), b two components of s matrices (k, n), c (2, s, m, n)."""
+    """a @ b = c for stacks: a (2, s, m, k), b two components of s matrices (k, n), c (2, s, m, n).
+
+    Each matrix has coefficients of its own for rows and columns of c: an error in one shows whatever the
+    others add to it, so their sum needs no further coefficients. Single rows (m = 1) are for `_Vectors`.
+    """
 
     a: Ring
     b: tuple[Sequence[Matrix], Sequence[Matrix]]
@@ -162,43 +169,58 @@ class MatrixProduct:
 
     def claims(self, draw: Draw) -> Iterator[Claim]:
         s, m, k = self.a.shape[1:]
-        rows, cols, mix = draw.exceptional(m), draw.exceptional(self.c.shape[3]), draw.exceptional(s)
-        for i in range(s):
-            a = _each(lambda v: kernels.gr_combine_cols(v, rows), self.a[:, i])  # (k, 48)
-            w = combine(self.b[0][i], cols), combine(self.b[1][i], cols)
-            c = _column_sum(_mixed(_summed(self.c[:, i], cols), rows))
-            yield Claim(
-                _mixed(a, np.full(k, mix[i])),
-                w,
-                np.concatenate(_mixed((c[:1], c[1:]), np.full(1, mix[i]))),
-            )
+        rows = draw.exceptional(s * m).reshape(s, m)
+        cols = draw.exceptional(s * self.c.shape[3]).reshape(s, -1)
+        step = max(1, STACKED // k)
+        for at in range(0, s, step):
+            some = slice(at, min(at + step, s))
+            w = np.empty((2, some.stop - at, k, DEGREE), np.uint64)
+            for i, j in itertools.product(range(2), range(some.stop - at)):
+                combine(self.b[i][at + j], cols[at + j], w[i, j])
+            a, c = self._others(some, rows[some], cols[some])
+            yield Claim(a, (w[0].reshape(-1, DEGREE), w[1].reshape(-1, DEGREE)), c)
+
+    def _others(self, some: slice, rows: Ring, cols: Ring) -> tuple[Pair, Ring]:
+        """For some of the matrices, what their combined columns are multiplied by, and what that gives."""
+        a, c = self.a[:, some], self.c[:, some]
+        factors, sums = [], []
+        for j, r in enumerate(rows):
+            factors.append(_each(partial(kernels.gr_combine_cols, r=r), a[:, j]))
+            sums.append(_mixed(_summed(c[:, j], cols[j]), r))
+        return _joined(factors), _column_sum(_joined(sums))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class OneHot:
-    """Each row of e (2, n, K) has one entry 1 and the rest 0, given that the caller also checks its sum; with
-    a shift, modulo 2^(64 - shift).
+    """Row n of e (2, n, K) is 1 at the index whose bits are b (2, k, n), and 0 elsewhere, given that the
+    caller also checks the sum of each row; with a shift, modulo 2^(64 - shift). So b are bits.
 
-    <p, e> <q, e> = <p q, e> for random p, q says e_i e_j = 0 (i != j) and e_i^2 = e_i. One claim a row.
+    With j_t the bits of j, zeros from log2 K on, (b_t - j_t) e_j = 0 for all t and j: where e_j is odd, and
+    by the sum one is, b is j, and then in every other place some b_t - j_t is 1 or -1. With random s and q,
+    one claim a row: sum_t s_t b_t times <q, e> is sum_j q_j e_j sum_t s_t j_t.
     """
 
     e: npt.NDArray[Any]
+    b: Ring
     shift: int = 0
 
     def claims(self, draw: Draw) -> Iterator[Claim]:
-        n, k = self.e.shape[1:]
-        p, q, down = draw.exceptional(k), draw.exceptional(k), draw.exceptional(n)
-        pq = kernels.gr_mul01(kernels.gr_scale01(np.ones(k, np.uint64), p), q)  # (k, 48), general elements
-        columns = np.zeros((2, k, DEGREE), np.uint64)
+        n, size = self.e.shape[1:]
+        s, q, down = draw.exceptional(self.b.shape[1]), draw.exceptional(size), draw.exceptional(n)
+        bits = np.arange(size, dtype=np.uint64)[:, None] >> np.arange(len(s), dtype=np.uint64) & np.uint64(1)
+        sq = kernels.gr_mul01(kernels.gr_combine(bits, s), q)  # (K, 48), general elements
+        shift = np.uint64(self.shift)  # of one factor: high b e depends on the low bits of both alone
+        columns = np.zeros((2, size, DEGREE), np.uint64)
         step = RING.block
         for at in range(0, n, step):
             e = self.e[:, at : at + step].astype(np.uint64, copy=False)
-            high = e << np.uint64(self.shift) if self.shift else e  # high e_i e_j depends on low bits alone
+            b = self.b[:, :, at : at + step] << shift
             coefficients = down[at : at + step]
             for i in range(2):
-                columns[i] += kernels.gr_combine_cols(np.ascontiguousarray(high[i]), coefficients)
-            told = np.stack([kernels.gr_inner(v, pq) for v in columns]) if at + step >= n else None
-            yield Claim(_mixed(_summed(high, p), coefficients), _summed(e, q), told)
+                columns[i] += kernels.gr_combine_cols(np.ascontiguousarray(e[i]), coefficients)
+            told = np.stack([kernels.gr_inner(v, sq) for v in columns]) << shift if at + step >= n else None
+            a = _each(lambda v: kernels.gr_combine_cols(v, s), b)
+            yield Claim(_mixed(a, coefficients), _summed(e, q), told)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -506,7 +528,8 @@ class _Vectors:
     ext, rows = RING, 1 << VECTOR_FOLDS
 
     def __init__(self, parts: Sequence[MatrixProduct], draw: Draw) -> None:
-        self._parts = [(p, [draw.exceptional(p.c.shape[3]) for _ in p.b[0]]) for p in parts]
+        stacks = [(p, p.c.shape[1], p.c.shape[3]) for p in parts]
+        self._parts = [(p, draw.exceptional(s * n).reshape(s, n)) for p, s, n in stacks]
         self.columns = sum(len(r) * -(-p.a.shape[3] // self.rows) for p, r in self._parts)
         self._sum = np.zeros((2, DEGREE), np.uint64)
         self._blocks: list[tuple[Pair, Pair]] = []  # a (columns, rows) and w (rows, columns, 48)
@@ -535,12 +558,15 @@ class _Vectors:
             for first in range(0, len(coefficients), at_once):
                 these = range(first, min(first + at_once, len(coefficients)))
                 n = len(these) * columns
-                a, w = np.zeros((2, n, self.rows), np.uint64), np.empty((2, self.rows, n, DEGREE), np.uint64)
+                a, w = np.empty((2, n, self.rows), np.uint64), np.empty((2, self.rows, n, DEGREE), np.uint64)
                 for to, i in enumerate(these):
                     span = slice(to * columns, (to + 1) * columns)
-                    a[:, span] = _extended(p.a[:, i, 0].T, whole).T.reshape(2, self.rows, -1).swapaxes(1, 2)
+                    vector = np.zeros((2, whole), np.uint64)
+                    vector[:, :inner] = p.a[:, i, 0]
+                    a[:, span] = vector.reshape(2, self.rows, -1).swapaxes(1, 2)
                     for component in range(2):
-                        e = _extended(combine(p.b[component][i], coefficients[i]), whole)
+                        e = np.zeros((whole, DEGREE), np.uint64)
+                        combine(p.b[component][i], coefficients[i], e[:inner])
                         w[component, :, span] = e.reshape(self.rows, columns, DEGREE)
                     self._sum += _total(p.c[:, i, 0], coefficients[i])
                 yield (a[0], a[1]), (w[0], w[1])
@@ -569,11 +595,6 @@ class _Vectors:
         self._blocks.clear()
 
 
-def _extended(v: Ring, rows: int) -> Ring:
-    """Zeros after the rows of v, so that there are so many."""
-    return v if len(v) == rows else np.concatenate([v, np.zeros((rows - len(v), *v.shape[1:]), np.uint64)])
-
-
 def _fold_rows(total: int) -> int:
     return next(rows for least, rows in FOLD_ROWS if total >= least)
 
@@ -584,6 +605,8 @@ def _rows(v: Pair, start: int, stop: int | None = None) -> Pair:
 
 def _joined(parts: Sequence[Pair], zeros: int = 0) -> Pair:
     """Rows one after another, and so many zeros after them."""
+    if len(parts) == 1 and not zeros:
+        return parts[0]
     filling = [np.zeros((zeros, *parts[0][0].shape[1:]), np.uint64)]
     a, b = (np.concatenate([p[i] for p in parts] + filling) for i in range(2))
     return a, b

@@ -90,6 +90,19 @@ def _subsets(monomials: tuple[tuple[int, ...], ...]) -> tuple[tuple[int, ...], .
     return tuple(sorted(found, key=lambda s: (len(s), s)))
 
 
+@lru_cache(maxsize=256)
+def _factors(monomials: tuple[tuple[int, ...], ...]) -> tuple[int, list[tuple[Ring, Ring]]]:
+    """How many variables there are; and for each degree from 2 on, which planes are multiplied to make the
+    next ones.
+    """
+    subsets = _subsets(monomials)
+    at = {s: i for i, s in enumerate(subsets)}
+    sizes = [[s for s in subsets if len(s) == d] for d in range(1, 1 + len(subsets[-1]))]
+    return len(sizes[0]), [
+        (np.array([at[s[:-1]] for s in sets]), np.array([at[s[-1:]] for s in sets])) for sets in sizes[1:]
+    ]
+
+
 @dataclass(frozen=True, slots=True)
 class DaBit:
     pass
@@ -165,35 +178,26 @@ class Batch:
     zeros: list[Ring] = field(default_factory=list)
     zero_bits: list[Ring] = field(default_factory=list)
 
-    async def mul(self, step: str, *pairs: tuple[Ring, Ring]) -> list[Ring]:
-        """Products of shares (2, ...), element by element; the caller states the relation. One round."""
-        zero = self.doors.bk.zero
-        shapes = [np.broadcast_shapes(x.shape, y.shape)[1:] for x, y in pairs]
-        masks = [zero(*shape) for shape in shapes]
-
-        def local() -> list[Ring]:
-            out = []
-            for (x, y), mask in zip(pairs, masks, strict=True):
-                x, y = np.broadcast_arrays(x, y)
-                out.append(kernels.rss_mul(np.ascontiguousarray(x), np.ascontiguousarray(y), mask))
-            return out
-
-        summands = await offload(8 * sum(m.size for m in masks), local)
-        return await self.doors.reshare(step, *summands)
+    async def mul(self, step: str, x: Ring, y: Ring) -> Ring:
+        """The product of shares (2, n), element by element, with its relation. One round."""
+        mask = self.doors.bk.zero(*x.shape[1:])
+        (z,) = await self.doors.reshare(
+            step, await offload(8 * mask.size, partial(kernels.rss_mul, x, y, mask))
+        )
+        self.relations.append(check.Product(x, y, z))
+        return z
 
     async def conj(self, step: str, *pairs: tuple[Ring, Ring]) -> list[Ring]:
         """ANDs of words of bits (2, ...), with their relations. One round."""
         masks = [self.doors.bk.zero_bits(*x.shape[1:]) for x, _ in pairs]
+        solid = [(np.ascontiguousarray(x), np.ascontiguousarray(y)) for x, y in pairs]
 
         def local() -> list[Ring]:
-            return [
-                kernels.rss_and(np.ascontiguousarray(x), np.ascontiguousarray(y), mask)
-                for (x, y), mask in zip(pairs, masks, strict=True)
-            ]
+            return [kernels.rss_and(x, y, mask) for (x, y), mask in zip(solid, masks, strict=True)]
 
         summands = await offload(8 * sum(m.size for m in masks), local)
         z = await self.doors.reshare(step, *summands)
-        self.gates.extend(check.And(x, y, r) for (x, y), r in zip(pairs, z, strict=True))
+        self.gates.extend(check.And(x, y, r) for (x, y), r in zip(solid, z, strict=True))
         return z
 
     async def matmul(self, step: str, a: Ring, b: tuple[Sequence[Matrix], Sequence[Matrix]]) -> Ring:
@@ -292,39 +296,46 @@ class Batch:
         """
         bk = self.doors.bk
         flat = bits.reshape(2, -1, bits.shape[-1])
-        shape = (len(flat[0]), n)
-        ring = np.stack(
-            [np.stack([kernels.bits_to_ring(np.ascontiguousarray(w), n) for w in flat[i]]) for i in (0, 1)]
-        )
-        size = shape[0] * n
+        size = flat.shape[1] * n
         third = -(-size // 3)
-        blocks = np.pad(ring.reshape(2, -1), [(0, 0), (0, 3 * third - size)]).reshape(2, 3, third)
+        ring = np.empty((2, 3, third), np.uint64)  # the bits in three blocks, of which zeros fill the last
+        for to, of in zip(ring.reshape(2, -1), flat, strict=True):
+            for j, row in enumerate(of):
+                kernels.bits_to_ring(np.ascontiguousarray(row), n, out=to[j * n : (j + 1) * n])
+            to[size:] = 0
 
-        def whole(v: Ring) -> Ring:
-            return np.ascontiguousarray(v.reshape(2, -1)[:, :size]).reshape(2, *shape)
-
-        # in block j the factors are components j, j + 1, and then j + 2
-        factors = [
-            np.stack([bk.known((j + k) % 3, blocks[:, j]) for j in range(3)], axis=1) for k in range(3)
-        ]
-        b0, b1, b2 = map(whole, factors)
+        # In block j the factors are components j, j + 1, and then j + 2: of each factor, (slot, block).
+        mine = [[(slot, (bk.party + slot - k) % 3) for slot in range(2)] for k in range(3)]
+        first, second, x, both = (np.zeros(ring.shape, np.uint64) for _ in range(4))
+        for factor, at in ((first, mine[0]), (second, mine[1]), (x, mine[0] + mine[1])):
+            for where in at:
+                factor[where] = ring[where]
         me, after, before = bk.party, bk.following, bk.previous
         drawn = bk.random(third)
-        both = np.zeros_like(blocks)
-        dealt = blocks[0, me] * blocks[1, me] - drawn[1]
-        both[:, me] = np.stack([dealt, drawn[1]])
-        both[0, before] = drawn[0]
+        dealt = ring[0, me] * ring[1, me] - drawn[1]
+        both[0, before], both[1, me] = drawn
         (told,) = await self._exchange(f"{step}/xor 1", dealt, narrow)
         both[0, me], both[1, after] = told
-        shift = np.uint64(48 if narrow else 0)
+        x -= both
+        x -= both
+        if narrow:
+            first <<= np.uint64(48)
+            both <<= np.uint64(48)
         # Stated with what fills the last block, so that nothing of a message is free to be wrong.
-        factor, product = (v.reshape(2, -1) << shift for v in (factors[0], both))
-        self.relations.append(check.Product(factor, factors[1].reshape(2, -1), product))
-        both = whole(both)
-        x = b0 + b1 - both * np.uint64(2)
-        part = kernels.rss_mul(x, b2, bk.zero(*shape))
-        (both,) = await self._exchange(f"{step}/xor 2", part, narrow)
-        x = x + b2 - both * np.uint64(2)
+        self.relations.append(check.Product(*(v.reshape(2, -1) for v in (first, second, both))))
+
+        part = bk.zero(3 * third)[:size]
+        blocks = [part[j * third : (j + 1) * third] for j in range(3)]
+        (_, a), (_, b) = mine[2]  # where the third factor is known in the first slot, and in the second
+        k, m = len(blocks[a]), len(blocks[b])
+        blocks[a] += (x[0, a, :k] + x[1, a, :k]) * ring[0, a, :k]
+        blocks[b] += x[0, b, :m] * ring[1, b, :m]
+        (told,) = await self._exchange(f"{step}/xor 2", part.reshape(-1, n), narrow)
+        for where in mine[2]:
+            x[where] += ring[where]
+        x = x.reshape(2, -1)[:, :size].reshape(2, -1, n)
+        x -= told
+        x -= told
         if prove:
             flat_x = x.reshape(2, -1)
             self.relations.append(check.Product(flat_x, flat_x, flat_x))
@@ -354,20 +365,18 @@ class Batch:
         The low bits of the components of x share its low bit over GF(2), so this costs nothing but a zero
         check.
         """
-        low = np.stack(
-            [
-                np.stack([kernels.ring_lsb(np.ascontiguousarray(row)) for row in x[i].reshape(-1, n)])
-                for i in (0, 1)
-            ]
-        )
+        low = np.empty(bits.shape, np.uint64)
+        for to, component in zip(low, x, strict=True):
+            for packed, row in zip(to, component, strict=True):
+                kernels.ring_lsb(np.ascontiguousarray(row), out=packed)
         mask = np.full(bits.shape[-1], 2**64 - 1, np.uint64)
         if n % 64:
             mask[-1] = (1 << (n % 64)) - 1
-        self.zero_bits.append((low ^ bits.reshape(low.shape)) & mask)
+        self.zero_bits.append((low ^ bits) & mask)
 
     async def one_hot(self, step: str, b: Ring, narrow: bool = False) -> npt.NDArray[Any]:
-        """From bits (2, k, n) as ring elements, one-hots (2, n, 2^k) by doubling; bit j weighs 2^j. k - 1
-        rounds.
+        """From what shall be bits (2, k, n) as ring elements, one-hots (2, n, 2^k) by doubling; bit j weighs
+        2^j. The relations say that the bits are bits, and the one-hots theirs. k - 1 rounds.
         """
         bk = self.doors.bk
         k, n = b.shape[1:]
@@ -385,10 +394,25 @@ class Batch:
             (high,) = await self.doors.reshare(f"{step}/double {j}", part)
             for i in range(2):
                 await offload(part.size, partial(kernels.double, e[i], high[i]))
-        self.relations.append(check.OneHot(e, int(shift)))
+        self.relations.append(check.OneHot(*self._in_parts(e, b), int(shift)))
         minus_one = np.full(n, 2**64 - 1, np.uint64)
         self.zeros.append(bk.add_public(e.sum(axis=2, dtype=np.uint64), minus_one) << shift)
         return e
+
+    def _in_parts(self, e: npt.NDArray[Any], b: Ring) -> tuple[npt.NDArray[Any], Ring]:
+        """One-hots (2, n, 2^k) and their bits (2, k, n) as rows of check.ENTRIES entries at most.
+
+        A long row becomes several, the bits of each less those of its number: where the one lies they are 0.
+        """
+        n, size = e.shape[1:]
+        parts, low = size // check.ENTRIES, check.ENTRIES.bit_length() - 1
+        if parts <= 1:
+            return e, b
+        number = np.tile(np.arange(parts, dtype=np.uint64), n)
+        above = np.stack([number >> np.uint64(t) & np.uint64(1) for t in range(b.shape[1] - low)])
+        b = np.repeat(b, parts, axis=2)
+        b[:, low:] = self.doors.bk.add_public(b[:, low:], np.zeros(1, np.uint64) - above)
+        return e.reshape(2, n * parts, check.ENTRIES), b
 
     async def _double_narrow(self, step: str, e: npt.NDArray[Any], bit: npt.NDArray[Any], have: int) -> None:
         """Double the first entries of one-hots of 16-bit words: four lanes travel in one word."""
@@ -409,7 +433,9 @@ class Batch:
 
     async def times(self, step: str, v: Ring, x: Ring) -> Ring:
         """v (2, n) times each row of x (2, n, m), with its relation. One round."""
-        (z,) = await self.mul(step, (x, v[:, :, None]))
+        part = self.doors.bk.zero(*x.shape[1:])
+        await offload(4 * part.size, partial(kernels.double_part, part, x, v))
+        (z,) = await self.doors.reshare(step, part)
         self.relations.append(check.ScalarProduct(v, x, z))
         return z
 
@@ -478,16 +504,9 @@ async def _lookup(b: Batch, kind: Lookup, n: int) -> dict[str, Ring]:
     stack = bits["sum"][:, rest:]
     if steps:  # the remainder is wanted as well
         stack = np.concatenate([stack, bits["carry_a"][:, None], bits["carry_b"][:, None]], axis=1)
-    # The index bits need no proof of their own: they are re-read from the verified one-hot.
+    # The relation of the one-hot says that the index bits are 0 or 1; their low bits are those shared.
     got = await b.inject(f"{name}/inject", stack, n, prove=False, narrow=kind.narrow)
     e = await b.one_hot(name, got[:, :index_bits], kind.narrow)
-    j = np.arange(1 << index_bits, dtype=np.uint64)
-    masks = np.stack([(j >> np.uint64(t)) & np.uint64(1) for t in range(index_bits)])  # (k, K)
-    whole = [v.astype(np.uint64, copy=False) for v in e]
-    reread = np.stack(  # (2, k, n)
-        await offload(2 * index_bits * e[0].size, lambda: [kernels.matmul_nt(masks, v) for v in whole])
-    )
-    b.zeros.append((reread - got[:, :index_bits]) << np.uint64(48 if kind.narrow else 0))
     out = {"r": r, "e": e}
     if steps:
         carries = np.ascontiguousarray(got[:, index_bits:])
@@ -543,18 +562,18 @@ async def _ands(b: Batch, kinds: Mapping[Kind, int]) -> Made:
     """Planes of random words, n each, and of their products within each monomial: one round a degree for all
     kinds together.
     """
-    subsets = {k: k.subsets for k in kinds if isinstance(k, Ands)}
-    at = {k: {s: i for i, s in enumerate(sets)} for k, sets in subsets.items()}
-    planes = {k: b.doors.bk.random(sum(len(s) == 1 for s in sets), kinds[k]) for k, sets in subsets.items()}
-    for degree in range(2, 1 + max(len(sets[-1]) for sets in subsets.values())):
-        these = {k: [s for s in sets if len(s) == degree] for k, sets in subsets.items()}
-        growing = [k for k, sets in these.items() if sets]
-        pairs = [
-            (planes[k][:, [at[k][s[:-1]] for s in these[k]]], planes[k][:, [at[k][s[-1:]] for s in these[k]]])
-            for k in growing
-        ]
+    factors = {k: _factors(k.monomials) for k in kinds if isinstance(k, Ands)}
+    planes = {}
+    for k, (variables, _) in factors.items():
+        planes[k] = np.empty((2, len(k.subsets), kinds[k]), np.uint64)
+        planes[k][:, :variables] = b.doors.bk.random(variables, kinds[k])
+    at = {k: variables for k, (variables, _) in factors.items()}
+    for degree in range(2, 2 + max(len(pairs) for _, pairs in factors.values())):
+        growing = {k: pairs[degree - 2] for k, (_, pairs) in factors.items() if len(pairs) > degree - 2}
+        pairs = [(planes[k].take(x, 1), planes[k].take(y, 1)) for k, (x, y) in growing.items()]
         for k, more in zip(growing, await b.conj(f"ands/degree {degree}", *pairs), strict=True):
-            planes[k] = np.concatenate([planes[k], more], axis=1)
+            planes[k][:, at[k] : at[k] + more.shape[1]] = more
+            at[k] += more.shape[1]
     return {k: {"planes": v} for k, v in planes.items()}
 
 
@@ -575,16 +594,13 @@ async def _pick(b: Batch, kind: Pick, n: int) -> dict[str, Ring]:
 async def _mul(b: Batch, kind: Mul, n: int) -> dict[str, Ring]:
     bk = b.doors.bk
     x, y = bk.random(n), bk.random(n)
-    (z,) = await b.mul("mul", (x, y))
-    b.relations.append(check.Product(x, y, z))
-    return {"x": x, "y": y, "z": z}
+    return {"x": x, "y": y, "z": await b.mul("mul", x, y)}
 
 
 async def _scale(b: Batch, kind: Scale, n: int) -> dict[str, Ring]:
     bk = b.doors.bk
     s, x = bk.random(n), bk.random(n, kind.width)
-    (z,) = await b.mul(f"scale {kind.width}", (x, s[:, :, None]))
-    b.relations.append(check.ScalarProduct(s, x, z))
+    z = await b.times(f"scale {kind.width}", s, x)
     return {"s": s, "x": x, "z": z}
 
 
@@ -592,11 +608,12 @@ async def _norm(b: Batch, kind: Norm, n: int, pairs: Mapping[str, Ring]) -> dict
     bk = b.doors.bk
     r, base, top = (np.ascontiguousarray(pairs[k]).reshape(2, n, kind.width) for k in ("r", "base", "top"))
     s, factor = bk.random(n), np.concatenate([base, top], axis=2)
-    wide = np.ascontiguousarray(np.broadcast_to(s[:, :, None], factor.shape))
+    scaled = bk.zero(n, 2 * kind.width)
+    kernels.double_part(scaled, factor, s)
     square = ((base[0] + base[1]) * base[0] + base[0] * base[1]).sum(axis=1, dtype=np.uint64) + bk.zero(n)
     z, q, both = await b.doors.reshare(
         f"norm {kind.width}.{kind.f}",
-        kernels.rss_mul(factor, wide, bk.zero(n, 2 * kind.width)),
+        scaled,
         square,
         kernels.rss_mul(base, top, bk.zero(n, kind.width)),
     )
@@ -623,10 +640,16 @@ async def _keys(b: Batch, kind: Keys, n: int) -> dict[str, Ring]:
     keys = np.concatenate(cache, axis=2)
     if keys.shape[2] != kind.first + kind.rows:
         raise LocalError("key masks must be made in the order of positions")
-    keys = np.repeat(keys, kind.heads // kind.kv_heads, axis=1)
-    keys_t = np.ascontiguousarray(np.swapaxes(keys, 2, 3))  # (2, heads, dim, positions)
-    z = await b.matmul(f"keys {kind.layer}", q, (list(keys_t[0]), list(keys_t[1])))
+    keys_t = np.ascontiguousarray(np.swapaxes(keys, 2, 3))  # (2, kv_heads, dim, positions)
+    z = await b.matmul(f"keys {kind.layer}", q, _by_head(keys_t, kind))
     return {"x": q, "new": new, "z": z}
+
+
+def _by_head(v: Ring, kind: Keys) -> tuple[list[Ring], list[Ring]]:
+    """Of each component of (2, kv_heads, ..) the matrix that each head uses."""
+    group = kind.heads // kind.kv_heads
+    first, second = ([component[head // group] for head in range(kind.heads)] for component in v)
+    return first, second
 
 
 async def _values(b: Batch, kind: Values, n: int) -> dict[str, Ring]:
@@ -639,8 +662,7 @@ async def _values(b: Batch, kind: Values, n: int) -> dict[str, Ring]:
     values = np.concatenate(cache, axis=2)
     if values.shape[2] != kind.first + kind.rows:
         raise LocalError("value masks must be made in the order of positions")
-    values = np.ascontiguousarray(np.repeat(values, kind.heads // kind.kv_heads, axis=1))
-    z = await b.matmul(f"values {kind.layer}", a, (list(values[0]), list(values[1])))
+    z = await b.matmul(f"values {kind.layer}", a, _by_head(values, kind))
     return {"x": a, "new": new, "z": z}
 
 

@@ -61,13 +61,15 @@ class Replicated:
 
     def zero(self, *shape: int) -> Ring:
         """This party's summand of a fresh additive sharing of zero. No message."""
-        both = self.random(*shape)
-        return both[0] - both[1]
+        zero, other = self.random(*shape)
+        zero -= other
+        return zero
 
     def zero_bits(self, *shape: int) -> Ring:
         """The same over GF(2)."""
-        both = self.random(*shape)
-        return both[0] ^ both[1]
+        zero, other = self.random(*shape)
+        zero ^= other
+        return zero
 
     def add_public(self, v: Ring, public: Ring) -> Ring:
         """Component 0 takes the public value: slot 0 at P_0, slot 1 at P_2."""

@@ -147,14 +147,13 @@ def product(x: Ring, w: Matrix, out: Ring, *, add: bool = False) -> Ring:
     return out
 
 
-def combine(w: Matrix, r: Ring) -> Ring:
-    """sum_j w[i, j] r_j over GR(2^64, 48): w (k, n), r (n,) with coordinates 0 and 1 -> (k, 48)."""
+def combine(w: Matrix, r: Ring, out: Ring) -> None:
+    """out = sum_j w[i, j] r_j over GR(2^64, 48): w (k, n), r (n,) with coordinates 0 and 1, out (k, 48)."""
     if isinstance(w, np.ndarray):
-        return kernels.gr_combine(np.ascontiguousarray(w), r)
-    out = np.empty((w.shape[0], kernels.GR_DEGREE), np.uint64)
+        kernels.gr_combine(np.ascontiguousarray(w), r, out=out)
+        return
     for first, rows in w.blocks():
-        out[first : first + len(rows)] = kernels.gr_combine(rows, r)
-    return out
+        kernels.gr_combine(rows, r, out=out[first : first + len(rows)])
 
 
 def array(w: Matrix) -> Ring:
