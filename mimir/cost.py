@@ -202,6 +202,7 @@ def _examples() -> dict[str, tuple[Any, ...]]:
         "gr_scale01": (w(m), w(m)),
         "gr_combine": (w(few, few * 4), w(few * 4)),
         "gr_combine_cols": (w(few, few * 4), w(few)),
+        "gr_hot": (*w(2, m, degree), w(64, degree), w(m, 64), w(6, m), w(64), w(m)),
         "gr_cross": (w(2, few, rows), w(2, few, rows), w(few)),
     }
 

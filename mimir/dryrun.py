@@ -410,6 +410,7 @@ RULES: Final[dict[str, Callable[..., tuple[tuple[int, ...] | None, float]]]] = {
     "gr_scale01": lambda x, r: ((len(x), DEGREE), len(x)),
     "gr_combine": lambda x, r: ((len(x), DEGREE), x.size),
     "gr_combine_cols": lambda x, r: ((x.shape[1], DEGREE), x.size),
+    "gr_hot": lambda a, w, columns, e, b, q, r: (None, e.size),
     "gr_cross": lambda x, y, r: ((kernels.crosses(x[0].shape[1]), DEGREE), _crossed(x)),
 }
 

@@ -211,6 +211,16 @@ static void gr_combine(void)
     mk_gr_combine(out, secret, public, 35, 9);
 }
 
+static void gr_hot(void)
+{
+    mk_gr_hot(out, out + 19 * GR, out + 38 * GR, secret, more, public, public + 64, 19, 35, 5);
+}
+
+static void gr_half_hot(void)
+{
+    mk_gr_half_hot(out, out + 19 * GR, out + 38 * GR, (uint16_t *)secret, more, public, public + 64, 19, 35, 5);
+}
+
 static void gr_combine_cols(void)
 {
     mk_gr_combine_cols(out, secret, public, 9, 35);
@@ -273,6 +283,8 @@ static void bytes_equal(void)
     X(gr_scale)                                                                                                        \
     X(gr_scale01)                                                                                                      \
     X(gr_combine)                                                                                                      \
+    X(gr_hot)                                                                                                          \
+    X(gr_half_hot)                                                                                                     \
     X(gr_combine_cols)                                                                                                 \
     X(gr_cross)                                                                                                        \
     X(gr_halves)                                                                                                       \

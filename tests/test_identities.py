@@ -341,22 +341,23 @@ def test_one_hot_relations(k: int) -> None:
         assert left == [((index & 1, index >> 1), tuple(hot[index].tolist()))]
 
 
-def test_one_hot_by_two_coins() -> None:
-    """sum_t s_t b_t <q, u> = sum_j q_j u_j sum_t s_t j_t for coins s and q: true where every (b_t - j_t) u_j
-    is 0, else missed with at most 2 * 2^-d.
+def test_one_hot_by_one_coin() -> None:
+    """b <q, u> = sum_j j q_j u_j for elements b and j with the bits as coordinates and coins q: true where
+    every (b_t - j_t) u_j is 0, else missed with at most 2^-d.
 
-    All u of length 4 and all b over Z_4, errors of the top bit alone among them; all s and q over GR(4, 2).
+    All u of length 4 and all b over Z_4, errors of the top bit alone among them; all q over GR(4, 2).
     """
     ring, coins = GR_4_2, GR_4_2.exceptional()
-    s, q = (coins[np.array(list(itertools.product(range(len(coins)), repeat=n)))] for n in (2, 4))
-    products = ring.mul(s[:, None, :, None], q[None, :, None])  # (16, 256, 2, 4, d)
+    q = coins[np.array(list(itertools.product(range(len(coins)), repeat=4)))]  # (256, 4, d)
+    powers = np.eye(2, dtype=np.int64)  # X^t
+    products = ring.mul(powers[None, :, None], q[:, None])  # (256, 2, 4, d)
     for low in range(4):
         for _, _, terms in _by_bits(2, low):
-            value = np.tensordot(terms, products, ([1, 2], [2, 3])) & ring.mask  # (u, 16, 256, d)
-            missed = is_zero(value).mean(axis=(1, 2))
+            value = np.tensordot(terms, products, ([1, 2], [1, 2])) & ring.mask  # (u, 256, d)
+            missed = is_zero(value).mean(axis=1)
             violated = terms.any(axis=(1, 2))
             assert (missed[~violated] == 1).all()
-            assert (missed[violated] <= 2 / len(coins)).all()
+            assert (missed[violated] <= 1 / len(coins)).all()
 
 
 def _injections(k: int) -> Iterator[tuple[tuple[int, ...], int, int, int, int]]:

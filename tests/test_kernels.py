@@ -13,6 +13,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -682,6 +683,29 @@ def test_gr_combine(level: str, rng: np.random.Generator, shape: tuple[int, int]
     same(k.gr_combine_cols(x, s), [combined(column, s) for column in x.T])
 
 
+def _hot(e: Any, b: U64, q: U64, r: U64) -> list[U64]:
+    (n, size), empty = e.shape, partial(np.empty, dtype=np.uint64)
+    out = [empty((n, 48)), empty((n, 48)), empty((size, 48))]
+    k.gr_hot(out[0], out[1], out[2], e, b, q, r)
+    return out
+
+
+@pytest.mark.parametrize("half", [False, True])
+@pytest.mark.parametrize(
+    ("n", "size", "bits"),
+    [(0, 4, 2), (1, 1, 1), (5, 8, 3), (17, 2, 9), (67, 16, 4), (130, 33, 18), (66, 128, 48), (19, 512, 0)],
+)
+def test_gr_hot(level: str, rng: np.random.Generator, n: int, size: int, bits: int, half: bool) -> None:
+    """As `gr_mul01`, `gr_combine` and `gr_combine_cols` have it, which are tested above."""
+    e, b, q, r = words(rng, n, size), words(rng, bits, n), words(rng, size), words(rng, n)
+    e = e.astype(np.uint16) if half else e
+    wide, index = e.astype(np.uint64), np.zeros((n, 48), np.uint64)
+    index[:, :bits] = b.T
+    want = [k.gr_mul01(index, r), k.gr_combine(wide, q), k.gr_combine_cols(wide, r)]
+    for got, one in zip(_hot(e, b, q, r), want, strict=True):
+        same(got, one)
+
+
 @pytest.mark.parametrize(("rows", "n"), CROSSES)
 def test_gr_cross(level: str, rng: np.random.Generator, rows: int, n: int) -> None:
     x, y, r = words(rng, 2, n, rows), words(rng, 2, n, rows), words(rng, n)
@@ -769,7 +793,10 @@ def test_gr_misuse(rng: np.random.Generator) -> None:
         lambda: k.gr_cross(words(rng, 2, 3, 6), words(rng, 2, 3, 6), r),
         lambda: k.gr_cross(words(rng, 2, 3, 4), words(rng, 2, 3, 4), r[:2]),
         lambda: k.gr_halves(a, a, a, a),
-        lambda: k.gr_halves(a[:2], a[:2], a[:2], a),
+        lambda: k.gr_hot(a, a.copy()[:2], a.copy(), words(rng, 3, 3), words(rng, 2, 3), r, r),
+        lambda: k.gr_hot(a, a.copy(), words(rng, 513, 48), words(rng, 3, 513), x, words(rng, 513), r),
+        lambda: k.gr_hot(a, a.copy(), a.copy(), words(rng, 3, 3), words(rng, 49, 3), r, r),
+        lambda: k.gr_hot(a, a.copy(), a.copy(), words(rng, 3, 3), words(rng, 2, 3), r[:2], r),
     )
 
 
@@ -792,6 +819,9 @@ WIDE: dict[str, Callable[[np.random.Generator], Any]] = {
     "gr_combine": lambda g: k.gr_combine(words(g, 13, 1001), words(g, 1001)),
     "gr_combine_cols": lambda g: k.gr_combine_cols(words(g, 101, 103), words(g, 101)),
     "bit_slice": lambda g: k.bit_slice(words(g, 4099), 64),
+    "gr_hot": lambda g: np.concatenate(
+        _hot(words(g, 301, 128), words(g, 7, 301), words(g, 128), words(g, 301))
+    ),
 }
 
 
@@ -894,6 +924,9 @@ def walk_fences() -> None:
             k.gr_combine(w(n, 5), w(5))
             k.gr_combine_cols(w(n, 5), w(n))
             k.gr_combine_cols(w(5, n), w(5))
+            for e in (w(n, 5), w(5, n), fence.empty((n, 5), np.uint16), fence.empty((5, n), np.uint16)):
+                out = [fence.empty((rows, 48), np.uint64) for rows in (len(e), len(e), e.shape[1])]
+                k.gr_hot(*out, e, w(3, len(e)), w(e.shape[1]), w(len(e)))
             module["np"] = numpy
     print("unharmed")
 

@@ -30,6 +30,7 @@ WORD_BITS = 64
 KEY_BYTES = 32
 BLOCK_BYTES = 16  # of the generator
 MAX_ROWS = 64  # MK_ROWS
+MAX_ENTRIES = 512  # MK_ENTRIES
 
 
 class _Missing:
@@ -542,6 +543,25 @@ def gr_cross(x: Sequence[U64], y: Sequence[U64], r: U64) -> U64:
     out = np.empty((crosses(rows), GR_DEGREE), np.uint64)
     _lib.mk_gr_cross(_out(out), _in(x[0]), _in(x[1]), _in(y[0]), _in(y[1]), _in(r), rows, n)
     return out
+
+
+def gr_hot(a: U64, w: U64, columns: U64, e: npt.NDArray[Any], b: U64, q: U64, r: U64) -> None:
+    """Of one component of one-hots e (n, K), of 64 or 16 bits, and of their bits b (k, n), with 01 elements q
+    (K,) and r (n,): a_i = r_i sum_t b[t, i] X^t and w_i = sum_j e[i, j] q_j, both (n, 48), and columns_j =
+    sum_i e[i, j] r_i (K, 48). K is at most MAX_ENTRIES, k at most 48.
+    """
+    half = isinstance(e, np.ndarray) and e.dtype == np.uint16
+    n, size = _array("e", e, (None, None), np.uint16 if half else np.uint64)
+    bits, _ = _array("b", b, (None, n))
+    _count("the second dimension of e", size, 0, MAX_ENTRIES)
+    _count("the first dimension of b", bits, 0, GR_DEGREE)
+    for name, value, length in (("q", q, size), ("r", r, n)):
+        _array(name, value, (length,))
+    for rows, out in ((n, a), (n, w), (size, columns)):
+        _room(out, (rows, GR_DEGREE), e, b, q, r)
+    kernel = _lib.mk_gr_half_hot if half else _lib.mk_gr_hot
+    entries = _ffi.from_buffer("uint16_t[]" if half else "uint64_t[]", e)
+    kernel(_out(a), _out(w), _out(columns), entries, _in(b), _in(q), _in(r), n, size, bits)
 
 
 # ---- bytes ----

@@ -143,3 +143,9 @@ MK_THUNK(mk_gr_cross,
          (uint64_t *out, const uint64_t *x0, const uint64_t *x1, const uint64_t *y0, const uint64_t *y1,
           const uint64_t *r, size_t rows, size_t n),
          (out, x0, x1, y0, y1, r, rows, n))
+MK_THUNK(mk_gr_hot,
+         (uint64_t *a, uint64_t *w, uint64_t *columns, const uint64_t *e, const uint64_t *b, const uint64_t *q, const uint64_t *r, size_t n, size_t size, size_t bits),
+         (a, w, columns, e, b, q, r, n, size, bits))
+MK_THUNK(mk_gr_half_hot,
+         (uint64_t *a, uint64_t *w, uint64_t *columns, const uint16_t *e, const uint64_t *b, const uint64_t *q, const uint64_t *r, size_t n, size_t size, size_t bits),
+         (a, w, columns, e, b, q, r, n, size, bits))

@@ -104,7 +104,11 @@ void mk_gf_blend(uint64_t *out, const uint64_t *x, const uint64_t *w, size_t row
  * sum (a0 + a1)_j w0_j + a0_j w1_j, the first is a.w over the lower halves, the second over upper less lower halves.
  * combine: x (m, n), out_i = sum_j x[i, j] r_j, m elements.  combine_cols: out_j = sum_i x[i, j] r_i, n elements.
  * cross: as over GF(2^64), of ring words: x0, x1, y0, y1 (n, rows), out_t = sum_g r_g (x0 y0 + x0 y1 + x1 y0)[t, g].
- * Public: xi and all r. */
+ * hot: what the claims of one-hots are made of (see check.py), for one component e (n, size), size at most MK_ENTRIES, and
+ * b (bits, n), bits at most 48: a_i = r_i sum_t b[t, i] X^t, w_i = sum_j e[i, j] q_j, columns_j = sum_i e[i, j] r_i.
+ * half_hot: the same for entries of 16 bits.
+ * Public: xi, q and all r. */
+#define MK_ENTRIES 512
 void mk_gr_mul(uint64_t *out, const uint64_t *a, const uint64_t *b, size_t n);
 void mk_gr_inner(uint64_t *out, const uint64_t *a, const uint64_t *b, size_t n);
 void mk_gr_mul01(uint64_t *out, const uint64_t *a, const uint64_t *r, size_t n);
@@ -117,6 +121,9 @@ void mk_gr_combine(uint64_t *out, const uint64_t *x, const uint64_t *r, size_t m
 void mk_gr_combine_cols(uint64_t *out, const uint64_t *x, const uint64_t *r, size_t m, size_t n);
 void mk_gr_cross(uint64_t *out, const uint64_t *x0, const uint64_t *x1, const uint64_t *y0, const uint64_t *y1,
                  const uint64_t *r, size_t rows, size_t n);
+
+void mk_gr_hot(uint64_t *a, uint64_t *w, uint64_t *columns, const uint64_t *e, const uint64_t *b, const uint64_t *q, const uint64_t *r, size_t n, size_t size, size_t bits);
+void mk_gr_half_hot(uint64_t *a, uint64_t *w, uint64_t *columns, const uint16_t *e, const uint64_t *b, const uint64_t *q, const uint64_t *r, size_t n, size_t size, size_t bits);
 
 /* Zero n bytes in a way no compiler drops. equal: 0 if all n bytes agree, else -1; the result alone is public.
  * One level only: both are bound by memory. */

@@ -37,7 +37,9 @@
     X(mk_gr_scale01)                                                                                                   \
     X(mk_gr_combine)                                                                                                   \
     X(mk_gr_combine_cols)                                                                                              \
-    X(mk_gr_cross)
+    X(mk_gr_cross)                                                                                                     \
+    X(mk_gr_hot)                                                                                                       \
+    X(mk_gr_half_hot)
 
 #define MK_DECLARE(name)                                                                                               \
     __typeof__(name) name##_ref;                                                                                       \

@@ -576,3 +576,35 @@ void mk_gr_cross_ref(uint64_t *restrict out, const uint64_t *x0, const uint64_t 
         cross_terms(out, MK_GR, node, rows, rows, 0, 0, room, take_gr, r + g);
     }
 }
+
+/* Row i of the one-hots, and its bits, which are n words apart. */
+static void hot_row(uint64_t *a, uint64_t *w, uint64_t *columns, const uint64_t *e, const uint64_t *b, const uint64_t *q, uint64_t r, size_t n, size_t size, size_t bits)
+{
+    uint64_t index[MK_GR] = {0}, one = ct_one();
+    for (size_t t = 0; t < bits; t++) index[t] = b[t * n];
+    mk_gr_mul01_ref(a, index, &r, 1);
+    mk_gr_combine_ref(w, e, q, 1, size);
+    for (size_t j = 0; j < size; j++)
+        for (unsigned t = 0; t < MK_GR; t++) columns[MK_GR * j + t] += e[j] & ct_mask(r, t, one);
+}
+
+void mk_gr_hot_ref(uint64_t *restrict a, uint64_t *restrict w, uint64_t *restrict columns, const uint64_t *e,
+                   const uint64_t *b, const uint64_t *q, const uint64_t *r, size_t n, size_t size,
+                   size_t bits)
+{
+    memset(columns, 0, size * MK_GR * sizeof *columns);
+    for (size_t i = 0; i < n; i++)
+        hot_row(a + MK_GR * i, w + MK_GR * i, columns, e + size * i, b + i, q, r[i], n, size, bits);
+}
+
+void mk_gr_half_hot_ref(uint64_t *restrict a, uint64_t *restrict w, uint64_t *restrict columns, const uint16_t *e,
+                        const uint64_t *b, const uint64_t *q, const uint64_t *r, size_t n,
+                        size_t size, size_t bits)
+{
+    memset(columns, 0, size * MK_GR * sizeof *columns);
+    for (size_t i = 0; i < n; i++) {
+        uint64_t row[MK_ENTRIES];
+        for (size_t j = 0; j < size; j++) row[j] = e[size * i + j];
+        hot_row(a + MK_GR * i, w + MK_GR * i, columns, row, b + i, q, r[i], n, size, bits);
+    }
+}

@@ -1041,12 +1041,12 @@ static void subsets_along(uint64_t *subsets, const uint64_t *x, size_t right, si
         }
 }
 
-/* Few results: vectors first .. first + GR_VECS - 1 of out = sum_w x[w * down] r_w. */
+/* Few results: vectors first .. first + GR_VECS - 1 of out = sum_w x[w * down] r_w, or += it. */
 INLINE void combine_block(uint64_t *out, const uint64_t *x, const uint64_t *r, size_t down, size_t n,
-                          const unsigned first)
+                          const unsigned first, int add)
 {
     vec s[GR_VECS];
-    UNROLL for (int v = 0; v < GR_VECS; v++) s[v] = splat(0);
+    UNROLL for (int v = 0; v < GR_VECS; v++) s[v] = add ? load(out + LANES * (first + (unsigned)v)) : splat(0);
     for (size_t w = 0; w < n; w++) {
         vec f = splat(x[w * down]);
         UNROLL for (int v = 0; v < GR_VECS; v++) s[v] = add_where(s[v], bits_of(r[w], first + (unsigned)v), f);
@@ -1054,25 +1054,33 @@ INLINE void combine_block(uint64_t *out, const uint64_t *x, const uint64_t *r, s
     UNROLL for (int v = 0; v < GR_VECS; v++) store(out + LANES * (first + (unsigned)v), s[v]);
 }
 
-/* out_u = sum_w x[u * right + w * down] r_w, with right or down being 1. */
-static void combine(uint64_t *out, const uint64_t *x, const uint64_t *r, size_t right, size_t down, size_t rows,
-                    size_t n)
+/* out_u = sum_w x[u * right + w * down] r_w, or += it, with right or down being 1. The first `strips` of the rows stay
+ * sums by lane. */
+static void combine_some(uint64_t *out, const uint64_t *x, const uint64_t *r, size_t right, size_t down,
+                         size_t strips, size_t rows, size_t n, int add)
 {
     uint64_t subsets[DEEP * SUBSETS * STRIP] __attribute__((aligned(64)));
     uint16_t choice[DEEP][MK_GR] __attribute__((aligned(64)));
-    size_t strips = n >= QUAD ? rows / STRIP * STRIP : 0; /* for fewer words subsets do not pay */
     for (size_t w = 0; strips > 0 && w < n; w += AT_ONCE) {
         size_t left = least(n - w, AT_ONCE);
         choose(choice, r + w, left);
         for (size_t u = 0; u < strips; u += STRIP) {
             if (down == 1) subsets_along(subsets, x + u * right + w, right, left);
             else subsets_down(subsets, x + u + w * down, down, left);
-            add_chosen(out + u * MK_GR, subsets, choice, left, w > 0);
+            add_chosen(out + u * MK_GR, subsets, choice, left, add || w > 0);
         }
     }
-    for (size_t u = 0; u < strips; u += STRIP) turn_sums(out + u * MK_GR);
     for (size_t u = strips; u < rows; u++)
-        UNROLL for (unsigned v = 0; v < GV; v += GR_VECS) combine_block(out + u * MK_GR, x + u * right, r, down, n, v);
+        UNROLL for (unsigned v = 0; v < GV; v += GR_VECS)
+            combine_block(out + u * MK_GR, x + u * right, r, down, n, v, add);
+}
+
+static void combine(uint64_t *out, const uint64_t *x, const uint64_t *r, size_t right, size_t down, size_t rows,
+                    size_t n)
+{
+    size_t strips = n >= QUAD ? rows / STRIP * STRIP : 0; /* for fewer words subsets do not pay */
+    combine_some(out, x, r, right, down, strips, rows, n, 0);
+    for (size_t u = 0; u < strips; u += STRIP) turn_sums(out + u * MK_GR);
 }
 
 void MK(mk_gr_combine)(uint64_t *restrict out, const uint64_t *x, const uint64_t *r, size_t m, size_t n)
@@ -1083,6 +1091,62 @@ void MK(mk_gr_combine)(uint64_t *restrict out, const uint64_t *x, const uint64_t
 void MK(mk_gr_combine_cols)(uint64_t *restrict out, const uint64_t *x, const uint64_t *r, size_t m, size_t n)
 {
     combine(out, x, r, 1, n, n, m);
+}
+
+/* out = r sum_t b[t * down] X^t, for few t: r, shifted by t, says which words of the product take b[t]. */
+INLINE void mul_short(uint64_t *out, const uint64_t *b, size_t down, size_t bits, uint64_t r)
+{
+    enum { WIDE = GR_VECS * LANES };
+    vec p[2 * GV];
+    r &= ((uint64_t)1 << MK_GR) - 1;
+    UNROLL for (size_t u = 0; u < 2 * GV / GR_VECS; u++)
+    {
+        vec s[GR_VECS];
+        UNROLL for (int v = 0; v < GR_VECS; v++) s[v] = splat(0);
+        for (size_t t = u * WIDE < MK_GR ? 0 : u * WIDE - MK_GR + 1; t < bits; t++) {
+            uint64_t word = u * WIDE < t ? r << (t - u * WIDE) : r >> (u * WIDE - t);
+            vec f = splat(b[t * down]);
+            UNROLL for (int v = 0; v < GR_VECS; v++) s[v] = add_where(s[v], bits_of(word, (unsigned)v), f);
+        }
+        UNROLL for (int v = 0; v < GR_VECS; v++) p[GR_VECS * u + (size_t)v] = s[v];
+    }
+    gr_reduce(out, p, NULL);
+}
+
+/* Few rows of one-hots at a time, so that all that is made of them lies in the first-level cache. */
+enum { HOT_ROWS = 64, HOT_WORDS = 1 << 13 };
+
+INLINE void hot(uint64_t *a, uint64_t *w, uint64_t *columns, const uint64_t *e, const uint16_t *half,
+                const uint64_t *b, const uint64_t *q, const uint64_t *r, size_t n, size_t size,
+                size_t bits)
+{
+    uint64_t room[HOT_WORDS] __attribute__((aligned(64)));
+    size_t strips = size / STRIP * STRIP, step = size ? least(HOT_ROWS, HOT_WORDS / size) : HOT_ROWS;
+    memset(columns, 0, size * MK_GR * sizeof *columns);
+    for (size_t i = 0; i < n; i += step) {
+        size_t rows = least(n - i, step);
+        if (half)
+            for (size_t j = 0; j < rows * size; j++) room[j] = half[size * i + j];
+        const uint64_t *block = half ? room : e + size * i;
+        combine(w + MK_GR * i, block, q, size, 1, rows, size);
+        combine_some(columns, block, r + i, 1, size, strips, size, rows, 1);
+        for (size_t j = 0; j < rows; j++) mul_short(a + MK_GR * (i + j), b + i + j, n, bits, r[i + j]);
+    }
+    for (size_t u = 0; u < strips; u += STRIP) turn_sums(columns + u * MK_GR);
+}
+
+void MK(mk_gr_hot)(uint64_t *restrict a, uint64_t *restrict w, uint64_t *restrict columns, const uint64_t *e,
+                   const uint64_t *b, const uint64_t *q, const uint64_t *r, size_t n, size_t size,
+                   size_t bits)
+{
+    hot(a, w, columns, e, NULL, b, q, r, n, size, bits);
+}
+
+void MK(mk_gr_half_hot)(uint64_t *restrict a, uint64_t *restrict w, uint64_t *restrict columns, const uint16_t *e,
+                        const uint64_t *b, const uint64_t *q, const uint64_t *r, size_t n,
+                        size_t size, size_t bits)
+{
+    hot(a, w, columns, NULL, e, b, q, r, n, size, bits);
 }
 
 /* Results of a cross, which come one by one: STRIP of them wait in `terms`, CROSS words each, to be added together. */

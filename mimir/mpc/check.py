@@ -13,7 +13,7 @@ mask.
 Coefficients are drawn from the 2^48 elements of GR(2^64, 48) with coordinates 0 and 1. The difference of two
 such elements is a unit, so an error, even one in the top bit alone, survives a combination with probability
 at most 2^-48; a plain 64-bit coefficient would miss a top-bit error half of the time. One batch errs with
-probability at most (3 + 12 + 2 LEVELS + 1) / 2^48 < 2^-41, and a cheater has one try: a failed check ends the
+probability at most (2 + 12 + 2 LEVELS + 1) / 2^48 < 2^-41, and a cheater has one try: a failed check ends the
 session.
 
 An error that a cheater adds to a product shows up as a residue of the claim that depends on the error and the
@@ -44,7 +44,7 @@ OPEN_BELOW: Final = 32  # entries at which halving stops and the masked opening 
 FOLD_ROWS: Final = ((1 << 19, 64), (1 << 16, 32), (1 << 12, 16), (0, 8))
 AT_ONCE: Final = 1 << 17  # products or words of gates crossed at once (memory: 32 B each)
 CLAIMED: Final = 1 << 15  # and turned into claims, which are 48 times as large, at once
-ENTRIES: Final = 512  # of a one-hot in a row of its claims
+ENTRIES: Final = kernels.MAX_ENTRIES  # of a one-hot in a row of its claims
 STACKED: Final = 1 << 11  # rows of a stack of matrices that become claims at once
 APART: Final = 64  # columns from which on products are folded where they lie
 VECTOR_FOLDS: Final = 3  # vectors times matrices: so often halved before their words become elements
@@ -196,8 +196,9 @@ class OneHot:
     caller also checks the sum of each row; with a shift, modulo 2^(64 - shift). So b are bits.
 
     With j_t the bits of j, zeros from log2 K on, (b_t - j_t) e_j = 0 for all t and j: where e_j is odd, and
-    by the sum one is, b is j, and then in every other place some b_t - j_t is 1 or -1. With random s and q,
-    one claim a row: sum_t s_t b_t times <q, e> is sum_j q_j e_j sum_t s_t j_t.
+    by the sum one is, b is j, and then in every other place some b_t - j_t is 1 or -1. In the extension,
+    where elements b and j have these bits as coordinates, that is (b - j) e_j = 0; with random q, one claim a
+    row: b <q, e> = sum_j j q_j e_j.
     """
 
     e: npt.NDArray[Any]
@@ -206,21 +207,20 @@ class OneHot:
 
     def claims(self, draw: Draw) -> Iterator[Claim]:
         n, size = self.e.shape[1:]
-        s, q, down = draw.exceptional(self.b.shape[1]), draw.exceptional(size), draw.exceptional(n)
-        bits = np.arange(size, dtype=np.uint64)[:, None] >> np.arange(len(s), dtype=np.uint64) & np.uint64(1)
-        sq = kernels.gr_mul01(kernels.gr_combine(bits, s), q)  # (K, 48), general elements
+        q, down = draw.exceptional(size), draw.exceptional(n)
+        j = np.arange(size, dtype=np.uint64)
+        jq = kernels.gr_mul01(kernels.gr_scale01(np.ones(size, np.uint64), q), j)  # (K, 48), general elements
         shift = np.uint64(self.shift)  # of one factor: high b e depends on the low bits of both alone
-        columns = np.zeros((2, size, DEGREE), np.uint64)
-        step = RING.block
-        for at in range(0, n, step):
-            e = self.e[:, at : at + step].astype(np.uint64, copy=False)
-            b = self.b[:, :, at : at + step] << shift
-            coefficients = down[at : at + step]
+        columns, some = np.zeros((2, size, DEGREE), np.uint64), np.empty((size, DEGREE), np.uint64)
+        for at in range(0, n, RING.block):
+            rows = slice(at, min(at + RING.block, n))
+            a, w = np.empty((2, 2, rows.stop - at, DEGREE), np.uint64)
             for i in range(2):
-                columns[i] += kernels.gr_combine_cols(np.ascontiguousarray(e[i]), coefficients)
-            told = np.stack([kernels.gr_inner(v, sq) for v in columns]) << shift if at + step >= n else None
-            a = _each(lambda v: kernels.gr_combine_cols(v, s), b)
-            yield Claim(_mixed(a, coefficients), _summed(e, q), told)
+                b = np.ascontiguousarray(self.b[i, :, rows]) << shift
+                kernels.gr_hot(a[i], w[i], some, self.e[i, rows], b, q, down[rows])
+                columns[i] += some
+            told = np.stack([kernels.gr_inner(v, jq) for v in columns]) << shift if rows.stop == n else None
+            yield Claim((a[0], a[1]), (w[0], w[1]), told)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -306,8 +306,8 @@ class Batch:
 
         # In block j the factors are components j, j + 1, and then j + 2: of each factor, (slot, block).
         mine = [[(slot, (bk.party + slot - k) % 3) for slot in range(2)] for k in range(3)]
-        first, second, x, both = (np.zeros(ring.shape, np.uint64) for _ in range(4))
-        for factor, at in ((first, mine[0]), (second, mine[1]), (x, mine[0] + mine[1])):
+        first, second, both = (np.zeros(ring.shape, np.uint64) for _ in range(3))
+        for factor, at in ((first, mine[0]), (second, mine[1])):
             for where in at:
                 factor[where] = ring[where]
         me, after, before = bk.party, bk.following, bk.previous
@@ -316,6 +316,9 @@ class Batch:
         both[0, before], both[1, me] = drawn
         (told,) = await self._exchange(f"{step}/xor 1", dealt, narrow)
         both[0, me], both[1, after] = told
+        last, x = [ring[where].copy() for where in mine[2]], ring
+        for where in mine[2]:
+            x[where] = 0
         x -= both
         x -= both
         if narrow:
@@ -328,11 +331,11 @@ class Batch:
         blocks = [part[j * third : (j + 1) * third] for j in range(3)]
         (_, a), (_, b) = mine[2]  # where the third factor is known in the first slot, and in the second
         k, m = len(blocks[a]), len(blocks[b])
-        blocks[a] += (x[0, a, :k] + x[1, a, :k]) * ring[0, a, :k]
-        blocks[b] += x[0, b, :m] * ring[1, b, :m]
+        blocks[a] += (x[0, a, :k] + x[1, a, :k]) * last[0][:k]
+        blocks[b] += x[0, b, :m] * last[1][:m]
         (told,) = await self._exchange(f"{step}/xor 2", part.reshape(-1, n), narrow)
-        for where in mine[2]:
-            x[where] += ring[where]
+        for where, factor in zip(mine[2], last, strict=True):
+            x[where] += factor
         x = x.reshape(2, -1)[:, :size].reshape(2, -1, n)
         x -= told
         x -= told
