@@ -86,21 +86,33 @@ _force_from_environment()
 
 # ---- checks ----
 
+_DTYPES = {kind: np.dtype(kind) for kind in (np.uint64, np.uint16)}
+
 
 def _array(
     name: str, value: Any, shape: Sequence[int | None], dtype: type[np.unsignedinteger[Any]] = np.uint64
 ) -> tuple[int, ...]:
     """Check type, layout and shape (None: any length); return the shape."""
-    if not isinstance(value, np.ndarray) or value.dtype != dtype:
+    if not isinstance(value, np.ndarray) or value.dtype != _DTYPES[dtype]:
         kind = value.dtype if isinstance(value, np.ndarray) else type(value).__name__
         raise LocalError(f"{name} must be a {dtype.__name__} array, not {kind}")
-    if not value.flags.c_contiguous or not value.flags.aligned:
+    flags = value.flags
+    if not flags.c_contiguous or not flags.aligned:
         raise LocalError(f"{name} must be contiguous in C order and aligned")
     found: tuple[int, ...] = value.shape
-    if len(found) != len(shape) or any(w not in (None, f) for w, f in zip(shape, found, strict=True)):
+    if found != shape and not _fits(found, shape):
         wanted = ", ".join("any" if w is None else str(w) for w in shape)
         raise LocalError(f"{name} must have shape ({wanted}), not {found}")
     return found
+
+
+def _fits(found: tuple[int, ...], shape: Sequence[int | None]) -> bool:
+    if len(found) != len(shape):
+        return False
+    for size, wanted in zip(found, shape, strict=True):  # a loop, for this is called for every array
+        if wanted is not None and wanted != size:
+            return False
+    return True
 
 
 def _word(name: str, value: int, bits: int = WORD_BITS) -> int:
