@@ -29,6 +29,9 @@ GR_DEGREE = 48
 WORD_BITS = 64
 KEY_BYTES = 32
 MAX_ROWS = 64  # MK_ROWS
+MAX_DEGREE = 8  # MK_DEGREE
+MAX_DIGIT = 10  # MK_DIGIT
+MAX_MONOMIAL = 16  # MK_MONOMIAL
 
 
 class _Missing:
@@ -320,20 +323,20 @@ def double(e: U64, high: U64) -> None:
 
 
 def lookup(e: U64, c: U64, turned: U64) -> U64:
-    """out[g, d, i] = sum_j table[g, d, (c[g, i] - j) mod K] e[g, i, j] modulo 2^64, for groups of rows that
-    have tables of their own.
+    """out[p, d, g, i] = sum_j table[g, d, (c[g, i] - j) mod K] e[p, g, i, j] modulo 2^64, for groups of rows
+    that have tables of their own.
 
-    e (g, n, K), c (g, n), turned (g, D, 2K) -> (g, D, n). e is secret (a share of a one-hot vector); c and
-    tables are public. K is a power of two. Column u of `turned` is column -u mod K of the tables, so that a
-    look-up by c reads one run, from -c mod K.
+    e (p, g, n, K), c (g, n), turned (g, D, 2K) -> (p, D, g, n). e is secret (shares of one-hot vectors); c
+    and tables are public. K is a power of two. Column u of `turned` is column -u mod K of the tables, so that
+    a look-up by c reads one run, from -c mod K.
     """
-    groups, n, size = _array("e", e, (None, None, None))
+    parts, groups, n, size = _dims("e", e, 4)
     _power_of_two("the last dimension of e", size)
     _array("c", c, (groups, n))
     _, depth, _ = _array("turned", turned, (groups, None, 2 * size))
-    out = np.empty((groups, depth, n), np.uint64)
-    for g in range(groups):
-        _lib.mk_ring_lookup(_out(out[g]), _in(e[g]), _in(c[g]), _in(turned[g]), depth, n, size)
+    out = np.empty((parts, depth, groups, n), np.uint64)
+    rows, apart = _apart("e", e, (parts, groups, n, size))
+    _lib.mk_ring_lookup(_out(out), rows, apart, _in(c), _in(turned), parts, groups, depth, n, size)
     return out
 
 
@@ -350,6 +353,322 @@ def rotate(e: npt.NDArray[Any], c: U64) -> npt.NDArray[Any]:
     else:
         _lib.mk_ring_rotate(_out(out), _in(e), _in(c), n, size)
     return out
+
+
+# ---- local halves of online operations ----
+# Shares come as arrays (parts, ..): each component dense, but not always adjacent to the next. `one` (parts,)
+# holds the components of the public number 1. kernels.h states the formulas, ops.py why they are right.
+
+
+def trunc_mask(x: U64, r: U64, one: U64, raised: int, bare: int) -> U64:
+    """(x + raised >> bare) + (r >> bare): x and r (parts, n) -> (parts, n)."""
+    parts, n = _dims("x", x, 2)
+    out = np.empty((parts, n), np.uint64)
+    _count("bare", bare, 0, WORD_BITS - 1)
+    _lib.mk_ring_trunc_mask(
+        _out(out),
+        *_apart("x", x, (parts, n)),
+        *_apart("r", r, (parts, n)),
+        _one(one, parts),
+        parts,
+        n,
+        _word("raised", raised),
+        bare,
+    )
+    return out
+
+
+def trunc(base: U64, top: U64, one: U64, opened: U64, f: int, bare: int) -> U64:
+    """a - base + b top of a truncation of f bits, `bare` of them below what was opened (n,): (parts, n)."""
+    parts, n = _dims("base", base, 2)
+    _array("opened", opened, (n,))
+    _dropped(f, bare)
+    out = np.empty((parts, n), np.uint64)
+    _lib.mk_ring_trunc(
+        _out(out),
+        *_apart("base", base, (parts, n)),
+        *_apart("top", top, (parts, n)),
+        _one(one, parts),
+        _in(opened),
+        parts,
+        n,
+        f,
+        bare,
+    )
+    return out
+
+
+def trunc_if(
+    material: tuple[U64, U64, U64, U64], one: U64, bits: U64, lane: int, opened: U64, f: int, bare: int
+) -> U64:
+    """The same where a bit is set, 0 elsewhere: (parts, n). Material: ring, base, top (parts, n) and z
+    (parts, n, 2); bits: opened words, those of these elements from `lane` on.
+    """
+    ring, base, top, z = material
+    parts, n = _dims("ring", ring, 2)
+    _array("opened", opened, (n,))
+    _dropped(f, bare)
+    (held,) = _array("bits", bits, (None,))
+    _count("lane", lane, 0, WORD_BITS * held - n)
+    out = np.empty((parts, n), np.uint64)
+    _lib.mk_ring_trunc_if(
+        _out(out),
+        *_apart("ring", ring, (parts, n)),
+        *_apart("base", base, (parts, n)),
+        *_apart("top", top, (parts, n)),
+        *_apart("z", z, (parts, n, 2)),
+        _one(one, parts),
+        _in(bits),
+        lane,
+        _in(opened),
+        parts,
+        n,
+        f,
+        bare,
+    )
+    return out
+
+
+def norm(material: tuple[U64, U64, U64, U64], one: U64, opened: U64, f: int, bare: int) -> tuple[U64, U64]:
+    """Truncated rows (parts, n, width) and the sums of their squares (parts, n). Material: base, top and both
+    (parts, n, width) and q (parts, n); opened (n, width). f <= 32.
+    """
+    base, top, both, q = material
+    parts, n, width = _dims("base", base, 3)
+    _array("opened", opened, (n, width))
+    _dropped(_count("f", f, 1, WORD_BITS // 2), bare)
+    rows, squares = np.empty((parts, n, width), np.uint64), np.empty((parts, n), np.uint64)
+    _lib.mk_ring_norm(
+        _out(rows),
+        _out(squares),
+        *_apart("base", base, (parts, n, width)),
+        *_apart("top", top, (parts, n, width)),
+        *_apart("both", both, (parts, n, width)),
+        *_apart("q", q, (parts, n)),
+        _one(one, parts),
+        _in(opened),
+        parts,
+        n,
+        width,
+        f,
+        bare,
+    )
+    return rows, squares
+
+
+def norm_scale(x: U64, s: U64, z: U64, delta: U64, opened: U64, f: int, bare: int) -> U64:
+    """delta x - s a + z_base - b z_top: x (parts, n, width), s (parts, n), z (parts, n, 2 width), public
+    delta (n,) and opened (n, width) -> (parts, n, width).
+    """
+    parts, n, width = _dims("x", x, 3)
+    _array("delta", delta, (n,))
+    _array("opened", opened, (n, width))
+    _dropped(f, bare)
+    out = np.empty((parts, n, width), np.uint64)
+    _lib.mk_ring_norm_scale(
+        _out(out),
+        *_apart("x", x, (parts, n, width)),
+        *_apart("s", s, (parts, n)),
+        *_apart("z", z, (parts, n, 2 * width)),
+        _in(delta),
+        _in(opened),
+        parts,
+        n,
+        width,
+        f,
+        bare,
+    )
+    return out
+
+
+def drop(x: U64, one: U64, low: Sequence[int], width: int) -> U64:
+    """x without `low` bits, modulo 2^width, for each of several `low`: (parts, n) -> (parts, len(low), n)."""
+    parts, n = _dims("x", x, 2)
+    for each in low:
+        _count("low", each, 0, WORD_BITS - _count("width", width, 1, WORD_BITS))
+    out = np.empty((parts, len(low), n), np.uint64)
+    lows = np.array(low, np.uint64)
+    _lib.mk_ring_drop(
+        _out(out), *_apart("x", x, (parts, n)), _one(one, parts), _in(lows), parts, len(low), n, width
+    )
+    return out
+
+
+def poly(coefs: U64, material: U64, one: U64, delta: U64, rest: U64) -> U64:
+    """The first of coefs (parts, .., n), plus delta_i t^i - m_i t^i for i = 1 .. degree, where t = rest - v:
+    (parts, n). delta (n, degree) and rest (n,) are public; material (parts, n, degree (degree + 5) / 2).
+    """
+    n, degree = _array("delta", delta, (None, None))
+    parts, depth, _ = _dims("coefs", coefs, 3)
+    _array("rest", rest, (n,))
+    _count("degree", degree, 1, MAX_DEGREE)
+    out = np.empty((parts, n), np.uint64)
+    _lib.mk_ring_poly(
+        _out(out),
+        *_apart("coefs", coefs, (parts, depth, n)),
+        *_apart("material", material, (parts, n, degree * (degree + 5) // 2)),
+        _one(one, parts),
+        _in(delta),
+        _in(rest),
+        parts,
+        n,
+        degree,
+    )
+    return out
+
+
+def bits_mask(bits: U64, ring: U64) -> U64:
+    """Words of bits (parts, ceil(n/64)) ^ the lowest bits of ring (parts, n)."""
+    parts, n = _dims("ring", ring, 2)
+    out = np.empty((parts, _words(n)), np.uint64)
+    packed, packed_apart = _apart("bits", bits, out.shape)
+    _lib.mk_bits_mask(_out(out), packed, packed_apart, *_apart("ring", ring, (parts, n)), parts, n)
+    return out
+
+
+def ring_unmask(ring: U64, one: U64, bits: U64) -> U64:
+    """ring (1 - 2 o) + o, of bits ring (parts, n) and words of opened bits o: (parts, n)."""
+    parts, n = _dims("ring", ring, 2)
+    _array("bits", bits, (_words(n),))
+    out = np.empty((parts, n), np.uint64)
+    _lib.mk_ring_unmask(_out(out), *_apart("ring", ring, (parts, n)), _one(one, parts), _in(bits), parts, n)
+    return out
+
+
+def ring_pick(bit: U64, x: U64, z: U64, delta: U64, bits: U64) -> U64:
+    """bit delta - x o - z (1 - 2 o), row by row: bit (parts, n), x and z (parts, n, m), public delta (n, m)
+    and words of opened bits o -> (parts, n, m).
+    """
+    parts, n, m = _dims("x", x, 3)
+    _array("bit", bit, (parts, n))
+    _array("delta", delta, (n, m))
+    _array("bits", bits, (_words(n),))
+    out = np.empty((parts, n, m), np.uint64)
+    _lib.mk_ring_pick(
+        _out(out),
+        _in(bit),
+        *_apart("x", x, (parts, n, m)),
+        *_apart("z", z, (parts, n, m)),
+        _in(delta),
+        _in(bits),
+        parts,
+        n,
+        m,
+    )
+    return out
+
+
+def bits_at_most(planes: U64, sizes: Sequence[int], told: U64) -> U64:
+    """Comparisons of a value, known by the one-hots of its digits, with public ones, digit by digit.
+
+    planes (parts, rows, ceil(n/64)): 2^size rows for each digit, the lowest first; told (count, n) -> (parts,
+    2 len(sizes) - 1, count, ceil(n/64)): the highest digit is less; digits are equal, from the highest to the
+    second; they are less, from the second highest to the lowest, which may be equal as well.
+    """
+    parts, rows, _ = _dims("planes", planes, 3)
+    count, n = _array("told", told, (None, None))
+    for size in sizes:
+        _count("size", size, 1, MAX_DIGIT)
+    if not sizes or rows != sum(1 << size for size in sizes):
+        raise LocalError("planes must have a row for each value of each digit")
+    out = np.empty((parts, 2 * len(sizes) - 1, count, _words(n)), np.uint64)
+    wanted = np.array(sizes, np.uint64)
+    _lib.mk_bits_at_most(
+        _out(out),
+        *_rows_apart("planes", planes, (parts, rows, _words(n))),
+        _in(wanted),
+        _in(told),
+        parts,
+        len(sizes),
+        count,
+        n,
+    )
+    return out
+
+
+class Products:
+    """Which products of bits are wanted, and where `bits_products` finds what they take.
+
+    Of each: its variables, and the rows of planes that hold the products of its subsets, the empty one left
+    out, in binary order.
+    """
+
+    def __init__(self, wanted: Sequence[tuple[Sequence[int], Sequence[int]]]) -> None:
+        plan: list[int] = []
+        self.variables = self.rows = 0
+        for variables, subsets in wanted:
+            _count("variables", len(variables), 1, MAX_MONOMIAL)
+            if len(subsets) != (1 << len(variables)) - 1:
+                raise LocalError("a product takes a row for each subset of its variables but the empty one")
+            plan += [len(variables), *variables, *subsets]
+            self.variables = max(self.variables, 1 + max(variables))
+            self.rows = max(self.rows, 1 + max(subsets))
+        self.count = len(wanted)
+        self.plan = np.array(plan, np.uint64)
+
+
+def bits_products(planes: U64, one: U64, opened: U64, products: Products) -> U64:
+    """Products over GF(2) of bits that were opened under others: planes (parts, rows, n), opened (variables,
+    n) -> (parts, products, n).
+    """
+    parts, rows, n = _dims("planes", planes, 3)
+    variables, _ = _array("opened", opened, (None, n))
+    _count("rows", rows, products.rows)
+    _count("variables", variables, products.variables)
+    out = np.empty((parts, products.count, n), np.uint64)
+    _lib.mk_bits_products(
+        _out(out),
+        *_rows_apart("planes", planes, (parts, rows, n)),
+        _one(one, parts),
+        _in(opened),
+        _in(products.plan),
+        parts,
+        products.count,
+        n,
+    )
+    return out
+
+
+def _apart(name: str, value: Any, shape: tuple[int, ...]) -> tuple[Any, int]:
+    """Where components begin, and how many words they lie apart. One that is not dense is copied."""
+    if _dims(name, value, len(shape)) != shape:
+        raise LocalError(f"{name} must have shape {shape}, not {value.shape}")
+    if value.flags.c_contiguous:
+        return _in(value), value.strides[0] >> 3
+    first = value[0]
+    if not first.flags.c_contiguous:
+        value = first = np.ascontiguousarray(value)
+    return _in(first), value.strides[0] >> 3
+
+
+def _rows_apart(name: str, value: Any, shape: tuple[int, ...]) -> tuple[Any, int, int]:
+    """The same of components (rows, n), whose rows need not be adjacent either."""
+    if _dims(name, value, len(shape)) != shape:
+        raise LocalError(f"{name} must have shape {shape}, not {value.shape}")
+    if not value.size:
+        return _in(np.empty(0, np.uint64)), 0, 0
+    first = value[0, 0]
+    if not first.flags.c_contiguous:
+        value = np.ascontiguousarray(value)
+        first = value[0, 0]
+    return _in(first), value.strides[0] >> 3, value.strides[1] >> 3
+
+
+def _dims(name: str, value: Any, count: int) -> tuple[int, ...]:
+    """The shape of an array of so many dimensions, of any layout."""
+    if not isinstance(value, np.ndarray) or value.dtype != _DTYPES[np.uint64] or value.ndim != count:
+        raise LocalError(f"{name} must be a uint64 array of {count} dimensions")
+    shape: tuple[int, ...] = value.shape
+    return shape
+
+
+def _one(value: Any, parts: int) -> Any:
+    _array("one", value, (parts,))
+    return _in(value)
+
+
+def _dropped(f: int, bare: int) -> None:
+    _count("bare", bare, 0, _count("f", f, 1, WORD_BITS - 2) - 1)
 
 
 # ---- GF(2^64) = GF(2)[x] / (x^64 + x^4 + x^3 + x + 1) ----

@@ -224,4 +224,6 @@ static inline void put_blocks(uint8_t *out, const vec32 x[16])
 }
 
 #include "simd.h"
+
+#include "online.h"
 #endif

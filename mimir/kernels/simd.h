@@ -419,15 +419,17 @@ INLINE void look_up(uint64_t *out, const uint64_t *e, const uint64_t *run, size_
     UNROLL for (int d = 0; d < depth; d++) out[n * (size_t)d] = total(sum_value(s[d]));
 }
 
-void MK(mk_ring_lookup)(uint64_t *restrict out, const uint64_t *e, const uint64_t *c, const uint64_t *turned,
-                        size_t depth, size_t n, size_t size)
+void MK(mk_ring_lookup)(uint64_t *restrict out, const uint64_t *e, size_t apart, const uint64_t *c,
+                        const uint64_t *turned, size_t parts, size_t groups, size_t depth, size_t n, size_t size)
 {
-    for (size_t i = 0; i < n; i++) {
-        const uint64_t *run = turned + (0 - c[i]) % size, *row = e + i * size;
-        size_t d = 0;
-        for (; d + 4 <= depth; d += 4) look_up(out + d * n + i, row, run + 2 * size * d, n, size, 4);
-        for (; d < depth; d++) look_up(out + d * n + i, row, run + 2 * size * d, n, size, 1);
-    }
+    const size_t all = groups * n;
+    for (size_t p = 0; p < parts; p++, e += apart, out += depth * all)
+        for (size_t i = 0; i < all; i++) {
+            const uint64_t *run = turned + 2 * size * depth * (i / n) + (0 - c[i]) % size, *row = e + i * size;
+            size_t d = 0;
+            for (; d + 4 <= depth; d += 4) look_up(out + d * all + i, row, run + 2 * size * d, all, size, 4);
+            for (; d < depth; d++) look_up(out + d * all + i, row, run + 2 * size * d, all, size, 1);
+        }
 }
 
 void MK(mk_ring_rotate)(uint64_t *restrict out, const uint64_t *e, const uint64_t *c, size_t n, size_t size)

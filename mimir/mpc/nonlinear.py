@@ -298,7 +298,7 @@ async def _climb(
     async def choice(ctx: Context) -> Bits:
         empty = ~ops.low_bits_of_rows(read.flags[0][1:])
         above = tuple(tuple(range(w, len(ladder) - 1)) for w in range(len(ladder) - 1))
-        none = np.stack([b.v for b in await ops.monomials(ctx, f"{step}/choose", above, empty)], axis=1)
+        none = (await ops.monomials(ctx, f"{step}/choose", above, empty)).v
         ones = (~empty[-1:]).v
         chosen = np.concatenate([none[:, :1], none[:, :-1] ^ none[:, 1:], ones], axis=1)
         return ops.joined(Bits(chosen, ctx.bk), n)

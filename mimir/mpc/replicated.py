@@ -35,6 +35,7 @@ class Replicated:
         self._next = key_next  # K_{i+1}, shared with P_{i+1}
         self._stream = 0
         self._takes = {0: 0, 2: 1}.get(party)  # which of our components takes public values
+        self.one = np.array([i == self._takes for i in range(2)], np.uint64)
         self._wiped = False
 
     @property

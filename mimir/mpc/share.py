@@ -31,6 +31,11 @@ class Backend(Protocol):
     @property
     def components(self) -> int: ...
 
+    @property
+    def one(self) -> Ring:
+        """This party's components of the public number 1: v + one k is v plus a public k."""
+        ...
+
     def add_public(self, v: Ring, public: Ring | np.uint64) -> Ring:
         """v plus a public array that broadcasts to the shape of one component."""
         ...
