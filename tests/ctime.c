@@ -113,20 +113,22 @@ static void ring_lookup(void)
     mk_ring_lookup(out, secret, 7 * SIZE, public, public + N, 2, 1, DEPTH, 7, SIZE);
 }
 
+static const uint64_t items[] = {9, 16, 0, N - 9, 20, 4};
+
 static void ring_trunc_mask(void)
 {
-    mk_ring_trunc_mask(out, secret, N, more, N, public, 2, N, 77, 5);
+    mk_ring_trunc_mask(out, secret, N, more, N, public, items, 2, 2);
 }
 
 static void ring_trunc(void)
 {
-    mk_ring_trunc(out, secret, N, more, N, public, public + 2, 2, N, 20, 4);
+    mk_ring_trunc(out, secret, N, more, N, public, public + 2, items, 2, 2);
 }
 
 static void ring_trunc_if(void)
 {
-    mk_ring_trunc_if(out, secret, N, secret + 2 * N, N, more, N, more + 2 * N, 2 * N, public, public + 2, 9, public + 9,
-                     2, N, 20, 4);
+    mk_ring_trunc_if(out, secret, N, secret + 2 * N, N, more, N, more + 2 * N, 2 * N, public, public + 2, public + 9,
+                     items, 2, 2);
 }
 
 static void ring_norm(void)

@@ -461,35 +461,25 @@ def o_public(opened: U64, f: int, bare: int) -> list[tuple[int, int]]:
 
 
 @pytest.mark.parametrize("n", SOME)
-@pytest.mark.parametrize(("f", "bare"), DROPS)
-def test_truncations(level: str, rng: np.random.Generator, n: int, f: int, bare: int) -> None:
+def test_truncations(level: str, rng: np.random.Generator, n: int) -> None:
+    """Several at once, each with its own f."""
+    items = [(n, f, bare) for f, bare in DROPS]
+    of = [(f, bare) for size, f, bare in items for _ in range(size)]
+    n = len(of)
     one, opened, x = words(rng, 3), words(rng, n), apart(rng, 3, n)
     r, base, top, z, ring = (apart(rng, 3, n, *more) for more in ((), (), (), (2,), ()))
-    up = int(rng.integers(0, 1 << 63))
-    want = [
-        [
-            (((int(v) + int(k1) * up) % M >> bare) + (int(m) >> bare)) % M
-            for v, m in zip(x[c], r[c], strict=True)
-        ]
-        for c, k1 in enumerate(one)
-    ]
-    same(k.trunc_mask(x, r, one, up, bare), want)
-    ab = o_public(opened, f, bare)
-    want = [
-        [(int(one[c]) * a + b * int(top[c, j]) - int(base[c, j])) % M for j, (a, b) in enumerate(ab)]
-        for c in range(3)
-    ]
-    same(k.trunc(base, top, one, opened, f, bare), want)
-    lane = 37
-    packed = words(rng, (lane + n + 63) // 64)
-    got = k.trunc_if((ring, base, top, z), one, packed, lane, opened, f, bare)
-    for c in range(3):
-        for j, (a, b) in enumerate(ab):
-            o = bit(packed, lane + j)
-            sign = 1 - 2 * o
-            y = (int(ring[c, j]) * sign + int(one[c]) * o) * a
-            y += (int(top[c, j]) * o + int(z[c, j, 1]) * sign) * b
-            assert int(got[c, j]) == (y - int(base[c, j]) * o - int(z[c, j, 0]) * sign) % M
+    packed = words(rng, (n + 63) // 64)
+    masked, plain = k.trunc_mask(x, r, one, items), k.trunc(base, top, one, opened, items)
+    chosen = k.trunc_if((ring, base, top, z), one, packed, opened, items)
+    for c, (j, (f, bare)) in itertools.product(range(3), enumerate(of)):
+        o = bit(packed, j)
+        k1, sign = int(one[c]), 1 - 2 * o
+        up = (1 << 62) - (1 << f) + (1 << bare) + (3 * ((1 << bare) - 1) >> 1)
+        assert int(masked[c, j]) == (((int(x[c, j]) + k1 * up) % M >> bare) + (int(r[c, j]) >> bare)) % M
+        ((a, b),) = o_public(opened[j : j + 1], f, bare)
+        assert int(plain[c, j]) == (k1 * a + b * int(top[c, j]) - int(base[c, j])) % M
+        y = (int(ring[c, j]) * sign + k1 * o) * a + (int(top[c, j]) * o + int(z[c, j, 1]) * sign) * b
+        assert int(chosen[c, j]) == (y - int(base[c, j]) * o - int(z[c, j, 0]) * sign) % M
 
 
 @pytest.mark.parametrize("width", (1, 7, 64, 65))
@@ -609,17 +599,16 @@ def test_online_misuse(rng: np.random.Generator) -> None:
     x, one, bits = words(rng, 2, 70), words(rng, 2), words(rng, 2)
     products = k.Products([((0, 1), (0, 1, 2))])
     refuses(
-        lambda: k.trunc_mask(x, x[:, :69], one, 1, 3),
-        lambda: k.trunc_mask(x, x, one[:1], 1, 3),
-        lambda: k.trunc_mask(x, x, one, M, 3),
-        lambda: k.trunc_mask(x, x, one, 1, 64),
-        lambda: k.trunc_mask(x.astype(np.int64), x, one, 1, 3),
-        lambda: k.trunc(x, x, one, x[0], 0, 0),
-        lambda: k.trunc(x, x, one, x[0], 63, 0),
-        lambda: k.trunc(x, x, one, x[0], 20, 20),
-        lambda: k.trunc(x, x, one, x[0, :69], 20, 4),
-        lambda: k.trunc_if((x, x, x, words(rng, 2, 70, 2)), one, bits, 59, x[0], 20, 4),
-        lambda: k.trunc_if((x, x, x, words(rng, 2, 70, 3)), one, bits, 0, x[0], 20, 4),
+        lambda: k.trunc_mask(x, x[:, :69], one, [(70, 20, 4)]),
+        lambda: k.trunc_mask(x, x, one[:1], [(70, 20, 4)]),
+        lambda: k.trunc_mask(x, x, one, [(70, 20, 4), (1, 20, 4)]),
+        lambda: k.trunc_mask(x.astype(np.int64), x, one, [(70, 20, 4)]),
+        lambda: k.trunc(x, x, one, x[0], [(70, 0, 0)]),
+        lambda: k.trunc(x, x, one, x[0], [(70, 63, 0)]),
+        lambda: k.trunc(x, x, one, x[0], [(70, 20, 20)]),
+        lambda: k.trunc(x, x, one, x[0, :69], [(70, 20, 4)]),
+        lambda: k.trunc_if((x, x, x, words(rng, 2, 70, 2)), one, bits[:1], x[0], [(70, 20, 4)]),
+        lambda: k.trunc_if((x, x, x, words(rng, 2, 70, 3)), one, bits, x[0], [(70, 20, 4)]),
         lambda: k.norm((x[:, None], x[:, None], x[:, None], x[:, :1]), one, x[:1], 33, 0),
         lambda: k.norm_scale(x[:, None], x[:, :1], x[:, None], x[0, :1], x[:1], 20, 4),
         lambda: k.drop(x, one, (50,), 15),
@@ -929,11 +918,9 @@ WIDE: dict[str, Callable[[np.random.Generator], Any]] = {
     "trunc_if": lambda g: k.trunc_if(
         (words(g, 2, 4099), words(g, 2, 4099), words(g, 2, 4099), words(g, 2, 4099, 2)),
         words(g, 2),
-        words(g, 70),
-        77,
+        words(g, 65),
         words(g, 4099),
-        27,
-        11,
+        [(99, 16, 0), (4000, 27, 11)],
     ),
     "drop": lambda g: k.drop(words(g, 2, 4099), words(g, 2), (0, 5, 40), 21),
     "poly": lambda g: k.poly(
@@ -1034,9 +1021,9 @@ def walk_fences() -> None:
                 k.rotate(w(n, size), w(n))
                 k.rotate(fence.empty((n, size), np.uint16), w(n))
                 k.bit_pick(w(size, packed), w(n) % np.uint64(size))
-            k.trunc_mask(w(2, n), w(2, n), w(2), 5, 3)
-            k.trunc(w(2, n), w(2, n), w(2), w(n), 20, 4)
-            k.trunc_if((w(2, n), w(2, n), w(2, n), w(2, n, 2)), w(2), w(packed), 0, w(n), 20, 4)
+            k.trunc_mask(w(2, n), w(2, n), w(2), [(n, 20, 4)])
+            k.trunc(w(2, n), w(2, n), w(2), w(n), [(n, 20, 4)])
+            k.trunc_if((w(2, n), w(2, n), w(2, n), w(2, n, 2)), w(2), w(packed), w(n), [(n, 20, 4)])
             k.norm((w(2, 3, n), w(2, 3, n), w(2, 3, n), w(2, 3)), w(2), w(3, n), 20, 4)
             k.norm_scale(w(2, 3, n), w(2, 3), w(2, 3, 2 * n), w(3), w(3, n), 20, 4)
             k.drop(w(2, n), w(2), (3, 5), 20)

@@ -52,6 +52,8 @@ def _load() -> tuple[Any, Any]:
 
 
 _ffi, _lib = _load()
+_from_buffer: Any = _ffi.from_buffer if not isinstance(_ffi, _Missing) else None
+_WORDS: Any = _ffi.typeof("uint64_t[]") if not isinstance(_ffi, _Missing) else None
 
 
 # ---- levels ----
@@ -141,11 +143,11 @@ def _words(n: int) -> int:
 
 
 def _in(value: npt.NDArray[Any]) -> Any:
-    return _ffi.from_buffer("uint64_t[]", value)
+    return _from_buffer(_WORDS, value)
 
 
 def _out(value: npt.NDArray[Any]) -> Any:
-    return _ffi.from_buffer("uint64_t[]", value, require_writable=True)
+    return _from_buffer(_WORDS, value, True)  # must be writable
 
 
 def _room(out: U64 | None, shape: tuple[int, ...], *inputs: U64) -> U64:
@@ -360,56 +362,47 @@ def rotate(e: npt.NDArray[Any], c: U64) -> npt.NDArray[Any]:
 # holds the components of the public number 1. kernels.h states the formulas, ops.py why they are right.
 
 
-def trunc_mask(x: U64, r: U64, one: U64, raised: int, bare: int) -> U64:
-    """(x + raised >> bare) + (r >> bare): x and r (parts, n) -> (parts, n)."""
+Items: TypeAlias = Sequence[
+    tuple[int, int, int]
+]  # so many elements lose f bits, of which some are not opened
+
+
+def trunc_mask(x: U64, r: U64, one: U64, items: Items) -> U64:
+    """(x + raise >> bare) + (r >> bare), raise as kernels.h says: x and r (parts, n) -> (parts, n)."""
     parts, n = _dims("x", x, 2)
     out = np.empty((parts, n), np.uint64)
-    _count("bare", bare, 0, WORD_BITS - 1)
     _lib.mk_ring_trunc_mask(
-        _out(out),
-        *_apart("x", x, (parts, n)),
-        *_apart("r", r, (parts, n)),
-        _one(one, parts),
-        parts,
-        n,
-        _word("raised", raised),
-        bare,
+        _out(out), *_apart("x", x, (parts, n)), *_apart("r", r, (parts, n)), *_items(one, items, parts, n)
     )
     return out
 
 
-def trunc(base: U64, top: U64, one: U64, opened: U64, f: int, bare: int) -> U64:
-    """a - base + b top of a truncation of f bits, `bare` of them below what was opened (n,): (parts, n)."""
+def trunc(base: U64, top: U64, one: U64, opened: U64, items: Items) -> U64:
+    """a - base + b top, truncated values of what was opened (n,): (parts, n)."""
     parts, n = _dims("base", base, 2)
     _array("opened", opened, (n,))
-    _dropped(f, bare)
+    first, *rest = _items(one, items, parts, n)
     out = np.empty((parts, n), np.uint64)
     _lib.mk_ring_trunc(
         _out(out),
         *_apart("base", base, (parts, n)),
         *_apart("top", top, (parts, n)),
-        _one(one, parts),
+        first,
         _in(opened),
-        parts,
-        n,
-        f,
-        bare,
+        *rest,
     )
     return out
 
 
-def trunc_if(
-    material: tuple[U64, U64, U64, U64], one: U64, bits: U64, lane: int, opened: U64, f: int, bare: int
-) -> U64:
+def trunc_if(material: tuple[U64, U64, U64, U64], one: U64, bits: U64, opened: U64, items: Items) -> U64:
     """The same where a bit is set, 0 elsewhere: (parts, n). Material: ring, base, top (parts, n) and z
-    (parts, n, 2); bits: opened words, those of these elements from `lane` on.
+    (parts, n, 2); bits: opened words.
     """
     ring, base, top, z = material
     parts, n = _dims("ring", ring, 2)
+    _array("bits", bits, (_words(n),))
     _array("opened", opened, (n,))
-    _dropped(f, bare)
-    (held,) = _array("bits", bits, (None,))
-    _count("lane", lane, 0, WORD_BITS * held - n)
+    first, *rest = _items(one, items, parts, n)
     out = np.empty((parts, n), np.uint64)
     _lib.mk_ring_trunc_if(
         _out(out),
@@ -417,16 +410,22 @@ def trunc_if(
         *_apart("base", base, (parts, n)),
         *_apart("top", top, (parts, n)),
         *_apart("z", z, (parts, n, 2)),
-        _one(one, parts),
+        first,
         _in(bits),
-        lane,
         _in(opened),
-        parts,
-        n,
-        f,
-        bare,
+        *rest,
     )
     return out
+
+
+def _items(one: U64, items: Items, parts: int, n: int) -> tuple[Any, Any, int, int]:
+    total = 0
+    for size, f, bare in items:
+        _dropped(f, bare)
+        total += _count("an item", size, 0)
+    if total != n:
+        raise LocalError(f"items are {total} elements, not {n}")
+    return _one(one, parts), _in(np.array(items, np.uint64)), parts, len(items)
 
 
 def norm(material: tuple[U64, U64, U64, U64], one: U64, opened: U64, f: int, bare: int) -> tuple[U64, U64]:
@@ -633,12 +632,12 @@ def _apart(name: str, value: Any, shape: tuple[int, ...]) -> tuple[Any, int]:
     """Where components begin, and how many words they lie apart. One that is not dense is copied."""
     if _dims(name, value, len(shape)) != shape:
         raise LocalError(f"{name} must have shape {shape}, not {value.shape}")
-    if value.flags.c_contiguous:
-        return _in(value), value.strides[0] >> 3
-    first = value[0]
-    if not first.flags.c_contiguous:
-        value = first = np.ascontiguousarray(value)
-    return _in(first), value.strides[0] >> 3
+    first = value
+    if not value.flags.c_contiguous:
+        first = value[0]
+        if not first.flags.c_contiguous:
+            value = first = np.ascontiguousarray(value)
+    return _from_buffer(_WORDS, first), value.strides[0] >> 3
 
 
 def _rows_apart(name: str, value: Any, shape: tuple[int, ...]) -> tuple[Any, int, int]:

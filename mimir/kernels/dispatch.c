@@ -108,18 +108,17 @@ MK_THUNK(mk_ring_lookup,
          (out, e, apart, c, turned, parts, groups, depth, n, size))
 MK_THUNK(mk_ring_trunc_mask,
          (uint64_t *out, const uint64_t *x, size_t x_apart, const uint64_t *r, size_t r_apart, const uint64_t *one,
-          size_t parts, size_t n, uint64_t raise, unsigned bare),
-         (out, x, x_apart, r, r_apart, one, parts, n, raise, bare))
+          const uint64_t *items, size_t parts, size_t count),
+         (out, x, x_apart, r, r_apart, one, items, parts, count))
 MK_THUNK(mk_ring_trunc,
          (uint64_t *out, const uint64_t *base, size_t base_apart, const uint64_t *top, size_t top_apart, const uint64_t
-          *one, const uint64_t *opened, size_t parts, size_t n, unsigned f, unsigned bare),
-         (out, base, base_apart, top, top_apart, one, opened, parts, n, f, bare))
+          *one, const uint64_t *opened, const uint64_t *items, size_t parts, size_t count),
+         (out, base, base_apart, top, top_apart, one, opened, items, parts, count))
 MK_THUNK(mk_ring_trunc_if,
          (uint64_t *out, const uint64_t *ring, size_t ring_apart, const uint64_t *base, size_t base_apart, const
           uint64_t *top, size_t top_apart, const uint64_t *z, size_t z_apart, const uint64_t *one, const uint64_t
-          *bits, size_t lane, const uint64_t *opened, size_t parts, size_t n, unsigned f, unsigned bare),
-         (out, ring, ring_apart, base, base_apart, top, top_apart, z, z_apart, one, bits, lane, opened, parts, n, f,
-          bare))
+          *bits, const uint64_t *opened, const uint64_t *items, size_t parts, size_t count),
+         (out, ring, ring_apart, base, base_apart, top, top_apart, z, z_apart, one, bits, opened, items, parts, count))
 MK_THUNK(mk_ring_norm,
          (uint64_t *rows, uint64_t *squares, const uint64_t *base, size_t base_apart, const uint64_t *top, size_t
           top_apart, const uint64_t *both, size_t both_apart, const uint64_t *q, size_t q_apart, const uint64_t *one,

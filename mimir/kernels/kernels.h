@@ -80,20 +80,22 @@ void mk_half_rotate(uint16_t *out, const uint16_t *e, const uint64_t *c, size_t 
  * of the public number 1, so that one[c] k adds the public k to a share. Public: one, opened, delta, rest, told, plan,
  * and in trunc_if, unmask and pick also bits: words of lanes that were opened.
  *
- * Truncation of f bits, 0 < f < 63, of which `bare` lie below what is opened; a and b are public functions of what was.
- * trunc_mask: out = (x + raise >> bare) + (r >> bare).  trunc: out = a - base + b top.
- * trunc_if: with o bit lane + j of bits, sign = 1 - 2 o, of z (n, 2): out = (ring sign + o) a + (top o + z_1 sign) b -
- * (base o + z_0 sign).
+ * Truncation: items (count, 3) tell how many elements lose how many bits f, 0 < f < 63, of which `bare` lie below what
+ * is opened; a and b are public functions of what was. Public: items.
+ * trunc_mask: out = (x + raise >> bare) + (r >> bare), raise = 2^62 - 2^f + 2^bare + floor(3 (2^bare - 1) / 2).
+ * trunc: out = a - base + b top.
+ * trunc_if: with o the bits, sign = 1 - 2 o, of z (n, 2): out = (ring sign + o) a + (top o + z_1 sign) b - (base o +
+ * z_0 sign).
  * norm: of base, top, both (n, width) and q (n): rows as trunc, squares (parts, n) the sums of their squares.
  * norm_scale: out = delta_i x_i - s_i a + z_base - b z_top, z (n, 2 width): first z_base, then z_top of each row. */
 void mk_ring_trunc_mask(uint64_t *out, const uint64_t *x, size_t x_apart, const uint64_t *r, size_t r_apart,
-                        const uint64_t *one, size_t parts, size_t n, uint64_t raise, unsigned bare);
+                        const uint64_t *one, const uint64_t *items, size_t parts, size_t count);
 void mk_ring_trunc(uint64_t *out, const uint64_t *base, size_t base_apart, const uint64_t *top, size_t top_apart,
-                   const uint64_t *one, const uint64_t *opened, size_t parts, size_t n, unsigned f, unsigned bare);
+                   const uint64_t *one, const uint64_t *opened, const uint64_t *items, size_t parts, size_t count);
 void mk_ring_trunc_if(uint64_t *out, const uint64_t *ring, size_t ring_apart, const uint64_t *base, size_t base_apart,
                       const uint64_t *top, size_t top_apart, const uint64_t *z, size_t z_apart, const uint64_t *one,
-                      const uint64_t *bits, size_t lane, const uint64_t *opened, size_t parts, size_t n, unsigned f,
-                      unsigned bare);
+                      const uint64_t *bits, const uint64_t *opened, const uint64_t *items, size_t parts,
+                      size_t count);
 void mk_ring_norm(uint64_t *rows, uint64_t *squares, const uint64_t *base, size_t base_apart, const uint64_t *top,
                   size_t top_apart, const uint64_t *both, size_t both_apart, const uint64_t *q, size_t q_apart,
                   const uint64_t *one, const uint64_t *opened, size_t parts, size_t n, size_t width, unsigned f,

@@ -8,13 +8,14 @@
 /* ---- truncation ---- */
 
 void MK(mk_ring_trunc_mask)(uint64_t *restrict out, const uint64_t *x, size_t x_apart, const uint64_t *r,
-                            size_t r_apart, const uint64_t *one, size_t parts, size_t n, uint64_t raise,
-                            unsigned bare)
+                            size_t r_apart, const uint64_t *one, const uint64_t *items, size_t parts, size_t count)
 {
-    for (size_t c = 0; c < parts; c++, out += n, x += x_apart, r += r_apart) {
-        uint64_t up = one[c] * raise;
-        for (size_t j = 0; j < n; j++) out[j] = ((x[j] + up) >> bare) + (r[j] >> bare);
-    }
+    for (size_t c = 0; c < parts; c++, x += x_apart, r += r_apart)
+        for (size_t i = 0, j = 0; i < count; i++) {
+            uint64_t f = items[3 * i + 1], bare = items[3 * i + 2], lost = ((uint64_t)1 << bare) - 1;
+            uint64_t up = one[c] * (((uint64_t)1 << 62) - ((uint64_t)1 << f) + lost + 1 + (3 * lost >> 1));
+            for (size_t end = j + items[3 * i]; j < end; j++) *out++ = ((x[j] + up) >> bare) + (r[j] >> bare);
+        }
 }
 
 /* The public a and b of an opened value, such that a - base + b top is truncated (ops.truncate). */
@@ -29,25 +30,31 @@ static inline uint64_t trunc_b(uint64_t opened, unsigned f, unsigned bare)
 }
 
 void MK(mk_ring_trunc)(uint64_t *restrict out, const uint64_t *base, size_t base_apart, const uint64_t *top,
-                       size_t top_apart, const uint64_t *one, const uint64_t *opened, size_t parts, size_t n,
-                       unsigned f, unsigned bare)
+                       size_t top_apart, const uint64_t *one, const uint64_t *opened, const uint64_t *items,
+                       size_t parts, size_t count)
 {
-    for (size_t c = 0; c < parts; c++, out += n, base += base_apart, top += top_apart)
-        for (size_t j = 0; j < n; j++)
-            out[j] = one[c] * trunc_a(opened[j], f, bare) + trunc_b(opened[j], f, bare) * top[j] - base[j];
+    for (size_t c = 0; c < parts; c++, base += base_apart, top += top_apart)
+        for (size_t i = 0, j = 0; i < count; i++) {
+            unsigned f = (unsigned)items[3 * i + 1], bare = (unsigned)items[3 * i + 2];
+            for (size_t end = j + items[3 * i]; j < end; j++)
+                *out++ = one[c] * trunc_a(opened[j], f, bare) + trunc_b(opened[j], f, bare) * top[j] - base[j];
+        }
 }
 
 void MK(mk_ring_trunc_if)(uint64_t *restrict out, const uint64_t *ring, size_t ring_apart, const uint64_t *base,
                           size_t base_apart, const uint64_t *top, size_t top_apart, const uint64_t *z, size_t z_apart,
-                          const uint64_t *one, const uint64_t *bits, size_t lane, const uint64_t *opened,
-                          size_t parts, size_t n, unsigned f, unsigned bare)
+                          const uint64_t *one, const uint64_t *bits, const uint64_t *opened, const uint64_t *items,
+                          size_t parts, size_t count)
 {
-    for (size_t c = 0; c < parts; c++, out += n, ring += ring_apart, base += base_apart, top += top_apart, z += z_apart)
-        for (size_t j = 0; j < n; j++) {
-            uint64_t o = bits[(lane + j) / 64] >> ((lane + j) % 64) & 1, sign = 1 - 2 * o;
-            uint64_t a = trunc_a(opened[j], f, bare), b = trunc_b(opened[j], f, bare);
-            out[j] = (ring[j] * sign + one[c] * o) * a + (top[j] * o + z[2 * j + 1] * sign) * b -
-                     (base[j] * o + z[2 * j] * sign);
+    for (size_t c = 0; c < parts; c++, ring += ring_apart, base += base_apart, top += top_apart, z += z_apart)
+        for (size_t i = 0, j = 0; i < count; i++) {
+            unsigned f = (unsigned)items[3 * i + 1], bare = (unsigned)items[3 * i + 2];
+            for (size_t end = j + items[3 * i]; j < end; j++) {
+                uint64_t o = bits[j / 64] >> (j % 64) & 1, sign = 1 - 2 * o;
+                uint64_t a = trunc_a(opened[j], f, bare), b = trunc_b(opened[j], f, bare);
+                *out++ = (ring[j] * sign + one[c] * o) * a + (top[j] * o + z[2 * j + 1] * sign) * b -
+                         (base[j] * o + z[2 * j] * sign);
+            }
         }
 }
 

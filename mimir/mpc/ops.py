@@ -6,7 +6,6 @@ ended. Costs are stated per element; `rounds` counts lockstep rounds.
 
 from __future__ import annotations
 
-import os
 import types
 from collections.abc import Callable, Coroutine, Generator, Sequence
 from dataclasses import dataclass, replace
@@ -114,8 +113,10 @@ def _advance(flow: Coroutine[Any, Any, Any], answer: Any) -> Generator[Any, Any,
 
 def _joint_name(steps: Sequence[str]) -> str:
     """One name for a shared round: the first step's, and the others without the path they share with it."""
-    path = os.path.commonpath([os.path.dirname(step) for step in steps])
-    shared = len(path) + 1 if path else 0
+    path = steps[0][: steps[0].rfind("/") + 1]
+    while not all(step.startswith(path) for step in steps):
+        path = path[: path.rfind("/", 0, -1) + 1]
+    shared = len(path)
     return " | ".join([steps[0], *(step[shared:] for step in steps[1:])])
 
 
@@ -159,12 +160,9 @@ async def truncate(ctx: Context, step: str, *items: tuple[Share, int]) -> list[S
     Of more than 16 bits the lowest are dropped from each component without a mask, and do not travel.
     """
     taken = [ctx.take(prep.Trunc(f), x.size) for x, f in items]
-    opened = await ctx.doors.open_all(step, _raised(items, taken))
-    out = []
-    for (x, f), p, (c,) in zip(items, taken, opened, strict=True):
-        v = kernels.trunc(p["base"].v, p["top"].v, ctx.bk.one, c, f, prep.unmasked_bits(f))
-        out.append(ctx.share(v).reshape(*x.shape))
-    return out
+    c = _opened(await ctx.doors.open_all(step, _raised(items, taken)))
+    base, top = (concat([p[name] for p in taken]).v for name in ("base", "top"))
+    return _split(ctx.share(kernels.trunc(base, top, ctx.bk.one, c, _items(items))), items)
 
 
 async def truncate_if(ctx: Context, step: str, bits: Bits, *items: tuple[Share, int]) -> list[Share]:
@@ -175,16 +173,11 @@ async def truncate_if(ctx: Context, step: str, bits: Bits, *items: tuple[Share, 
     prepared; so bit and value are opened side by side.
     """
     taken = [ctx.take(prep.TruncIf(f), x.size) for x, f in items]
-    ring = concat([p["ring"] for p in taken])
-    masked = Masked([Bits(kernels.bits_mask(bits.v, ring.v), ctx.bk)])
+    ring, base, top, z = (concat([p[name] for p in taken]).v for name in ("ring", "base", "top", "z"))
+    masked = Masked([Bits(kernels.bits_mask(bits.v, ring), ctx.bk)])
     *opened, (o,) = await ctx.doors.open_all(step, [*_raised(items, taken), masked])
-    out, at = [], 0
-    for (x, f), p, (c,) in zip(items, taken, opened, strict=True):
-        material = (p["ring"].v, p["base"].v, p["top"].v, p["z"].v)
-        v = kernels.trunc_if(material, ctx.bk.one, o, at, c, f, prep.unmasked_bits(f))
-        out.append(ctx.share(v).reshape(*x.shape))
-        at += x.size
-    return out
+    y = kernels.trunc_if((ring, base, top, z), ctx.bk.one, o, _opened(opened), _items(items))
+    return _split(ctx.share(y), items)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -227,13 +220,30 @@ def _raised(items: Sequence[tuple[Share, int]], taken: Sequence[dict[str, Share]
 
     Components lose those bits, which is made up for in the mean.
     """
-    masked = []
-    for (x, f), p in zip(items, taken, strict=True):
-        bare = prep.unmasked_bits(f)
-        up = (1 << 62) - (1 << f) + (1 << bare) + (3 * ((1 << bare) - 1) >> 1)
-        v = kernels.trunc_mask(x.flat().v, p["r"].v, x.bk.one, up, bare)
-        masked.append(Masked([Share(v, x.bk)], RING_BITS - bare))
-    return masked
+    x, r = concat([x.flat() for x, _ in items]), concat([p["r"] for p in taken])
+    v = Share(kernels.trunc_mask(x.v, r.v, x.bk.one, _items(items)), x.bk)
+    out, at = [], 0
+    for x, f in items:
+        out.append(Masked([v[at : at + x.size]], RING_BITS - prep.unmasked_bits(f)))
+        at += x.size
+    return out
+
+
+def _items(items: Sequence[tuple[Share, int]]) -> list[tuple[int, int, int]]:
+    """What kernels ask of truncations: how many elements, bits to drop, and of these not masked."""
+    return [(x.size, f, prep.unmasked_bits(f)) for x, f in items]
+
+
+def _opened(values: Sequence[Sequence[Ring]]) -> Ring:
+    return values[0][0] if len(values) == 1 else np.concatenate([c for (c,) in values])
+
+
+def _split(y: Share, items: Sequence[tuple[Share, int]]) -> list[Share]:
+    out, at = [], 0
+    for x, _ in items:
+        out.append(y[at : at + x.size].reshape(*x.shape))
+        at += x.size
+    return out
 
 
 async def matmul(ctx: Context, step: str, x: Share, name: str) -> Share:
