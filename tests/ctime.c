@@ -100,12 +100,12 @@ static void bits_unslice(void)
 
 static void bits_to_ring(void)
 {
-    mk_bits_to_ring(out, secret, N);
+    mk_bits_to_ring(out, secret, 2, N);
 }
 
 static void ring_lsb(void)
 {
-    mk_ring_lsb(out, secret, N);
+    mk_ring_lsb(out, secret, 2, N);
 }
 
 static void ring_lookup(void)

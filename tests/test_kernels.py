@@ -352,6 +352,9 @@ def test_bits_and_ring(level: str, rng: np.random.Generator, n: int) -> None:
     same(packed, pack([v & 1 for v in ints(x)]))
     dirty = words(rng, (n + 63) // 64)
     same(k.bits_to_ring(dirty, n), [bit(dirty, j) for j in range(n)])
+    rows, packed = words(rng, 2, 3, n), words(rng, 2, 3, (n + 63) // 64)
+    same(k.ring_lsb(rows), [[k.ring_lsb(row.copy()) for row in part] for part in rows])
+    same(k.bits_to_ring(packed, n), [[k.bits_to_ring(row.copy(), n) for row in part] for part in packed])
 
 
 @pytest.mark.parametrize("n", LENGTHS)
@@ -408,6 +411,7 @@ def test_rotate(level: str, rng: np.random.Generator, size: int) -> None:
     e, c = words(rng, 2 * size + 3, size), np.arange(2 * size + 3, dtype=np.uint64)
     want = [[int(e[i, (int(c[i]) - j) % size]) for j in range(size)] for i in range(len(c))]
     same(k.rotate(e, c), want)
+    same(k.rotate(np.stack([e, e + e]), c), [k.rotate(e, c), k.rotate(e + e, c)])
     half = k.rotate(e.astype(np.uint16), c)
     assert half.dtype == np.uint16
     same(half.astype(np.uint64), u64(want) % np.uint64(1 << 16))

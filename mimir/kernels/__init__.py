@@ -11,6 +11,7 @@ load; `force`, or the environment variable MIMIR_KERNEL_LEVEL, chooses another. 
 from __future__ import annotations
 
 import importlib
+import math
 import os
 from collections.abc import Sequence
 from typing import Any, TypeAlias
@@ -118,6 +119,14 @@ def _fits(found: tuple[int, ...], shape: Sequence[int | None]) -> bool:
         if wanted is not None and wanted != size:
             return False
     return True
+
+
+def _leading(name: str, value: Any) -> tuple[int, ...]:
+    """All dimensions but the last."""
+    if not isinstance(value, np.ndarray) or not value.ndim:
+        raise LocalError(f"{name} must be an array of rows")
+    shape: tuple[int, ...] = value.shape[:-1]
+    return shape
 
 
 def _word(name: str, value: int, bits: int = WORD_BITS) -> int:
@@ -270,19 +279,19 @@ def bit_unslice(planes: U64, n: int) -> U64:
 
 
 def bits_to_ring(words: U64, n: int) -> U64:
-    """(ceil(n/64),) -> (n,) of 0 and 1: element 64 w + l is bit l of word w."""
+    """(.., ceil(n/64)) -> (.., n) of 0 and 1: element 64 w + l of a row is bit l of its word w."""
     _count("n", n, 0)
-    _array("words", words, (_words(n),))
-    out = np.empty(n, np.uint64)
-    _lib.mk_bits_to_ring(_out(out), _in(words), n)
+    rows = _array("words", words, (*_leading("words", words), _words(n)))[:-1]
+    out = np.empty((*rows, n), np.uint64)
+    _lib.mk_bits_to_ring(_out(out), _in(words), math.prod(rows), n)
     return out
 
 
 def ring_lsb(x: U64) -> U64:
-    """(n,) -> (ceil(n/64),): the lowest bits, packed; padding is zero."""
-    (n,) = _array("x", x, (None,))
-    words = np.empty(_words(n), np.uint64)
-    _lib.mk_ring_lsb(_out(words), _in(x), n)
+    """(.., n) -> (.., ceil(n/64)): the lowest bits of each row, packed; padding is zero."""
+    *rows, n = _array("x", x, (*_leading("x", x), None))
+    words = np.empty((*rows, _words(n)), np.uint64)
+    _lib.mk_ring_lsb(_out(words), _in(x), math.prod(rows), n)
     return words
 
 
@@ -343,17 +352,20 @@ def lookup(e: U64, c: U64, turned: U64) -> U64:
 
 
 def rotate(e: npt.NDArray[Any], c: U64) -> npt.NDArray[Any]:
-    """out[i, j] = e[i, (c[i] - j) mod K]: e (n, K) of 64 or 16 bits, c (n,) public. K is a power of two."""
+    """out[.., i, j] = e[.., i, (c[i] - j) mod K]: e (.., n, K) of 64 or 16 bits, c (n,) public. K is a power
+    of two.
+    """
     half = isinstance(e, np.ndarray) and e.dtype == np.uint16
-    n, size = _array("e", e, (None, None), np.uint16 if half else np.uint64)
-    _power_of_two("the second dimension of e", size)
+    lead = _leading("e", e)[:-1]
+    kind, kernel = (np.uint16, _lib.mk_half_rotate) if half else (np.uint64, _lib.mk_ring_rotate)
+    n, size = _array("e", e, (*lead, None, None), kind)[-2:]
+    _power_of_two("the last dimension of e", size)
     _array("c", c, (n,))
-    out = np.empty((n, size), e.dtype)
-    if half:
-        to = _ffi.from_buffer("uint16_t[]", out, require_writable=True)
-        _lib.mk_half_rotate(to, _ffi.from_buffer("uint16_t[]", e), _in(c), n, size)
-    else:
-        _lib.mk_ring_rotate(_out(out), _in(e), _in(c), n, size)
+    out = np.empty(e.shape, e.dtype)
+    words = "uint16_t[]" if half else "uint64_t[]"
+    flat = (math.prod(lead), n, size)
+    for each, to in zip(e.reshape(flat), out.reshape(flat), strict=True):
+        kernel(_from_buffer(words, to, True), _from_buffer(words, each), _in(c), n, size)
     return out
 
 

@@ -47,9 +47,9 @@ void mk_bits_rss_and(uint64_t *out, const uint64_t *x, const uint64_t *y, const 
 void mk_bits_slice(uint64_t *planes, const uint64_t *x, size_t n, size_t nbits);
 void mk_bits_unslice(uint64_t *x, const uint64_t *planes, size_t n, size_t nbits);
 
-/* n packed bits to words 0 or 1, and the lowest bits of n words packed. */
-void mk_bits_to_ring(uint64_t *out, const uint64_t *words, size_t n);
-void mk_ring_lsb(uint64_t *words, const uint64_t *x, size_t n);
+/* In each of so many rows: n packed bits to words 0 or 1, and the lowest bits of n words packed. */
+void mk_bits_to_ring(uint64_t *out, const uint64_t *words, size_t rows, size_t n);
+void mk_ring_lsb(uint64_t *words, const uint64_t *x, size_t rows, size_t n);
 
 /* Lane by lane a bit of one of many planes of n lanes, (.., ceil(n/64)) words: bit l of out[w] is that of
  * planes[row[64 w + l], w]; padding is zero. Public: row. */

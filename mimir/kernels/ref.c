@@ -111,14 +111,15 @@ void mk_bits_unslice_ref(uint64_t *restrict x, const uint64_t *planes, size_t n,
     }
 }
 
-void mk_bits_to_ring_ref(uint64_t *restrict out, const uint64_t *words, size_t n)
+void mk_bits_to_ring_ref(uint64_t *restrict out, const uint64_t *words, size_t rows, size_t n)
 {
-    for (size_t j = 0; j < n; j++) out[j] = words[j / 64] >> (j % 64) & 1;
+    for (; rows > 0; rows--, words += (n + 63) / 64, out += n)
+        for (size_t j = 0; j < n; j++) out[j] = words[j / 64] >> (j % 64) & 1;
 }
 
-void mk_ring_lsb_ref(uint64_t *restrict words, const uint64_t *x, size_t n)
+void mk_ring_lsb_ref(uint64_t *restrict words, const uint64_t *x, size_t rows, size_t n)
 {
-    mk_bits_slice_ref(words, x, n, 1);
+    for (; rows > 0; rows--, words += (n + 63) / 64, x += n) mk_bits_slice_ref(words, x, n, 1);
 }
 
 void mk_bits_pick_ref(uint64_t *restrict out, const uint64_t *planes, const uint64_t *row, size_t n)

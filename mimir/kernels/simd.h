@@ -351,20 +351,22 @@ void MK(mk_bits_unslice)(uint64_t *restrict x, const uint64_t *planes, size_t n,
     }
 }
 
-void MK(mk_bits_to_ring)(uint64_t *restrict out, const uint64_t *words, size_t n)
+void MK(mk_bits_to_ring)(uint64_t *restrict out, const uint64_t *words, size_t rows, size_t n)
 {
-    for (size_t j = 0; j < n; j += LANES)
-        store_first(out + j, least(n - j, LANES), keep(bits_of(words[j / 64] >> (j % 64), 0), splat(1)));
+    for (; rows > 0; rows--, words += (n + 63) / 64, out += n)
+        for (size_t j = 0; j < n; j += LANES)
+            store_first(out + j, least(n - j, LANES), keep(bits_of(words[j / 64] >> (j % 64), 0), splat(1)));
 }
 
-void MK(mk_ring_lsb)(uint64_t *restrict words, const uint64_t *x, size_t n)
+void MK(mk_ring_lsb)(uint64_t *restrict words, const uint64_t *x, size_t rows, size_t n)
 {
-    for (size_t w = 0; 64 * w < n; w++) {
-        uint64_t word = 0;
-        for (size_t l = 0; l < 64 && 64 * w + l < n; l += LANES)
-            word |= lowest_bits(load_first(x + 64 * w + l, least(n - 64 * w - l, LANES))) << l;
-        words[w] = word;
-    }
+    for (; rows > 0; rows--, x += n)
+        for (size_t w = 0; 64 * w < n; w++) {
+            uint64_t word = 0;
+            for (size_t l = 0; l < 64 && 64 * w + l < n; l += LANES)
+                word |= lowest_bits(load_first(x + 64 * w + l, least(n - 64 * w - l, LANES))) << l;
+            *words++ = word;
+        }
 }
 
 void MK(mk_bits_pick)(uint64_t *restrict out, const uint64_t *planes, const uint64_t *row, size_t n)

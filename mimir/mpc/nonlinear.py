@@ -296,7 +296,7 @@ async def _climb(
         return await ops.evaluate(ctx, f"{step}/evaluate", read)
 
     async def choice(ctx: Context) -> Bits:
-        empty = ~ops.low_bits_of_rows(read.flags[0][1:])
+        empty = ~ops.low_bits(read.flags[0][1:])
         above = tuple(tuple(range(w, len(ladder) - 1)) for w in range(len(ladder) - 1))
         none = (await ops.monomials(ctx, f"{step}/choose", above, empty)).v
         ones = (~empty[-1:]).v

@@ -320,23 +320,15 @@ async def to_ring(ctx: Context, step: str, bits: Bits, n: int) -> Share:
 
 
 def low_bits(x: Share) -> Bits:
-    """The lowest bits of x (n), as words: those of its components share it over GF(2). No round."""
-    return Bits(np.stack([kernels.ring_lsb(np.ascontiguousarray(v)) for v in x.v]), x.bk)
+    """The lowest bits of each row of x (.., n), as words (.., words): those of its components share them over
+    GF(2). No round.
+    """
+    return Bits(kernels.ring_lsb(np.ascontiguousarray(x.v)), x.bk)
 
 
 def lanes(bits: Bits, n: int) -> Share:
     """The first n lanes of rows of words of bits (k, w), each in the low bit of a word: (k, n). No round."""
-    k, w = bits.shape
-    out = np.stack([kernels.bits_to_ring(np.ascontiguousarray(v).reshape(-1), 64 * k * w) for v in bits.v])
-    return Share(out.reshape(len(out), k, 64 * w)[:, :, :n], bits.bk)
-
-
-def low_bits_of_rows(x: Share) -> Bits:
-    """`low_bits` of each row of x (k, n): (k, words). No round."""
-    k, n = x.shape
-    v = np.zeros((len(x.v), k, 64 * words(n)), np.uint64)
-    v[:, :, :n] = x.v
-    return Bits(np.stack([kernels.ring_lsb(w.reshape(-1)).reshape(k, -1) for w in v]), x.bk)
+    return Share(kernels.bits_to_ring(np.ascontiguousarray(bits.v[:, :, : words(n)]), n), bits.bk)
 
 
 def joined(rows: Bits, n: int) -> Bits:
@@ -550,7 +542,7 @@ def one_hot(ctx: Context, c: dict[str, Share], opened: Ring, bits: int) -> Share
     round.
     """
     index = opened & np.uint64((1 << bits) - 1)
-    return ctx.share(np.stack([kernels.rotate(np.ascontiguousarray(v), index) for v in c["e"].v]))
+    return ctx.share(kernels.rotate(np.ascontiguousarray(c["e"].v), index))
 
 
 async def coarse_index(ctx: Context, step: str, x: Share, low: int, rest: int, bits: int) -> Share:
