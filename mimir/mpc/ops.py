@@ -659,11 +659,9 @@ async def _winners(ctx: Context, step: str, v: Share, width: int) -> Bits:
     lost_first = lanes(Bits(lost.v[:, None], ctx.bk), groups * len(first))[0].reshape(groups, len(first))
     pair = np.zeros((size, size), np.int64)
     pair[first, second] = pair[second, first] = np.arange(len(first))
-    beats = []  # for each element, what it does to the others: (groups, size - 1)
-    for a in range(size):
-        others = [b for b in range(size) if b != a]
-        row = lost_first[:, pair[a, others]]
-        beats.append(row + np.array([int(b > a) for b in others], np.uint64))  # its low bit counts
-    rows = concat([b.reshape(groups, 1, size - 1) for b in beats], axis=1).reshape(-1, size - 1)
-    packed = Bits(np.stack([low_bits(rows[:, j]).v for j in range(size - 1)], axis=1), ctx.bk)
+    others = np.array([[b for b in range(size) if b != a] for a in range(size)])
+    own = np.arange(size)[:, None]
+    # What each element does to each of the others, in the low bit: (groups, size, size - 1).
+    beats = lost_first[:, pair[own, others]] + (others > own).astype(np.uint64)
+    packed = low_bits(beats.reshape(groups * size, size - 1).swap(0, 1))
     return (await monomials(ctx, f"{step}/all", (tuple(range(size - 1)),), packed))[0]
