@@ -124,8 +124,8 @@ def cases() -> list[Case]:
     add("ring_lsb 16k", partial(k.ring_lsb, z), n, "el")
     for size, depth in [(16, 1), (256, 1), (256, 4)]:
         e, c, t = w(1024, size), w(1024), w(1, depth, 2 * size)
-        add(f"lookup K={size} D={depth}", partial(k.lookup, e[None], c[None], t), 1024 * depth, "look-up", 0,
-            1024 * depth * size)  # fmt: skip
+        look = partial(k.lookup, e[None, None], c[None], t)
+        add(f"lookup K={size} D={depth}", look, 1024 * depth, "look-up", 0, 1024 * depth * size)
         add(f"rotate K={size}", partial(k.rotate, e, c), 1024 * size, "el")
     add("bit_pick K=32", partial(k.bit_pick, w(32, n // 64), w(n) % np.uint64(32)), n, "el")
     a, b = w(n), w(n)

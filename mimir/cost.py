@@ -173,6 +173,7 @@ def _examples() -> dict[str, tuple[Any, ...]]:
     n, m, few, rows = 1 << 14, 1 << 11, 256, 16
     degree = kernels.GR_DEGREE
     xi = 0x123456789ABC
+    one = np.array([1, 0], np.uint64)
     return {
         "matmul": (w(8, 512), w(512, 512)),
         dryrun.ONE_ROW: (w(1, 1024), w(1024, 4096)),
@@ -184,7 +185,19 @@ def _examples() -> dict[str, tuple[Any, ...]]:
         "bits_to_ring": (w(n // 64), n),
         "ring_lsb": (w(n),),
         "bit_pick": (w(32, n // 64), w(n) % np.uint64(32)),
-        "lookup": (w(1, few * 2, 128), w(1, few * 2), w(1, 4, 256)),
+        "lookup": (w(2, 1, few * 2, 128), w(1, few * 2), w(1, 4, 256)),
+        "trunc_mask": (w(2, m), w(2, m), one, [(m, 20, 4)]),
+        "trunc": (w(2, m), w(2, m), one, w(m), [(m, 20, 4)]),
+        "trunc_if": ((w(2, m), w(2, m), w(2, m), w(2, m, 2)), one, w(m // 64), w(m), [(m, 20, 4)]),
+        "norm": ((w(2, 2, m), w(2, 2, m), w(2, 2, m), w(2, 2)), one, w(2, m), 16, 0),
+        "norm_scale": (w(2, 2, m), w(2, 2), w(2, 2, 2 * m), w(2), w(2, m), 16, 0),
+        "drop": (w(2, m), one, (8, 11), 20),
+        "poly": (w(2, 4, m), w(2, m, 12), one, w(m, 3), w(m)),
+        "bits_mask": (w(2, m // 64), w(2, m)),
+        "ring_unmask": (w(2, m), one, w(m // 64)),
+        "ring_pick": (w(2, m), w(2, m, 2), w(2, m, 2), w(m, 2), w(m // 64)),
+        "bits_at_most": (w(2, 96, m // 64), (5, 5, 5), w(2, m)),
+        "bits_products": (w(2, 7, few), one, w(3, few), kernels.Products([(range(3), range(7))])),
         "rotate": (w(few * 2, 128), w(few * 2)),
         "double_part": (w(few * 2, 64), w(2, few * 2, 128), w(2, few * 2)),
         "double": (w(few * 2, 128), w(few * 2, 64)),

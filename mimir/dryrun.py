@@ -380,19 +380,37 @@ def _crossed(x: Sequence[Array]) -> int:
     return int(len(x[0]) * kernels.crosses(x[0].shape[1]))
 
 
-# Result shape (None: no array, or in place) and units of work of each kernel, from its arguments. Units are
-# what its rate is stated in.
-RULES: Final[dict[str, Callable[..., tuple[tuple[int, ...] | None, float]]]] = {
+# Result shape (None: no array, or in place; several: a tuple of them) and units of work of each kernel, from
+# its arguments. Units are what its rate is stated in.
+RULES: Final[dict[str, Callable[..., tuple[tuple[Any, ...] | None, float]]]] = {
     "matmul": lambda a, b: _product(b.shape[-1], a, b),
     "matmul_nt": lambda a, b: _product(b.shape[-2], a, b),
     "rss_mul": lambda x, y, alpha: (alpha.shape, alpha.size),
     "rss_and": lambda x, y, alpha: (alpha.shape, alpha.size),
     "bit_slice": lambda x, nbits: ((nbits, _words(len(x))), len(x)),
     "bit_unslice": lambda planes, n: ((n,), n),
-    "bits_to_ring": lambda words, n: ((n,), n),
-    "ring_lsb": lambda x: ((_words(len(x)),), len(x)),
+    "bits_to_ring": lambda words, n: ((*words.shape[:-1], n), n * math.prod(words.shape[:-1])),
+    "ring_lsb": lambda x: ((*x.shape[:-1], _words(x.shape[-1])), x.size),
     "bit_pick": lambda planes, rows: ((_words(len(rows)),), len(rows)),
-    "lookup": lambda e, c, turned: ((len(e), turned.shape[1], e.shape[1]), turned.shape[1] * e.size),
+    "lookup": lambda e, c, turned: ((len(e), turned.shape[1], *c.shape), turned.shape[1] * e.size),
+    "trunc_mask": lambda x, r, one, items: (x.shape, x.size),
+    "trunc": lambda base, top, one, opened, items: (base.shape, base.size),
+    "trunc_if": lambda material, one, bits, opened, items: (material[0].shape, material[0].size),
+    "norm": lambda material, *public: ((material[0].shape, material[3].shape), material[0].size),
+    "norm_scale": lambda x, s, z, delta, opened, f, bare: (x.shape, x.size),
+    "drop": lambda x, one, low, width: ((len(x), len(low), x.shape[1]), len(low) * x.size),
+    "poly": lambda coefs, material, one, delta, rest: ((len(coefs), len(rest)), material.size),
+    "bits_mask": lambda bits, ring: (bits.shape, ring.size),
+    "ring_unmask": lambda ring, one, bits: (ring.shape, ring.size),
+    "ring_pick": lambda bit, x, z, delta, bits: (x.shape, x.size),
+    "bits_at_most": lambda planes, sizes, told: (
+        (len(planes), 2 * len(sizes) - 1, len(told), _words(told.shape[1])),
+        len(planes) * len(sizes) * told.size,
+    ),
+    "bits_products": lambda planes, one, opened, products: (
+        (len(planes), products.count, planes.shape[2]),
+        len(planes) * len(products.plan) * planes.shape[2],
+    ),
     "rotate": lambda e, c: (e.shape, e.nbytes),
     "double_part": lambda out, e, b: (None, out.size),
     "double": lambda e, high: (None, high.size),
@@ -413,6 +431,10 @@ RULES: Final[dict[str, Callable[..., tuple[tuple[int, ...] | None, float]]]] = {
     "gr_hot": lambda a, w, columns, e, b, q, r: (None, e.size),
     "gr_cross": lambda x, y, r: ((kernels.crosses(x[0].shape[1]), DEGREE), _crossed(x)),
 }
+
+
+def _blank(shape: tuple[int, ...], dtype: Any) -> Any:
+    return stretched(shape, dtype) if math.prod(shape) > SMALL else np.zeros(shape, dtype)
 
 
 class _Kernels:
@@ -437,14 +459,15 @@ class _Kernels:
                 _tally.add(name, units)
             if shape is None:
                 return 0
+            if isinstance(shape[0], tuple):
+                return tuple(_blank(each, np.dtype(np.uint64)) for each in shape)
             dtype = args[0].dtype if name == "rotate" else np.dtype(np.uint64)
             if out is not None:
                 if out.shape != shape:
                     raise LocalError(f"{name}: out must have shape {shape}, not {out.shape}")
                 return out
-            size = math.prod(shape)
             assert not add
-            return stretched(shape, dtype) if size > SMALL else np.zeros(shape, dtype)
+            return _blank(shape, dtype)
 
         return call
 

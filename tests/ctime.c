@@ -100,17 +100,84 @@ static void bits_unslice(void)
 
 static void bits_to_ring(void)
 {
-    mk_bits_to_ring(out, secret, N);
+    mk_bits_to_ring(out, secret, 2, N);
 }
 
 static void ring_lsb(void)
 {
-    mk_ring_lsb(out, secret, N);
+    mk_ring_lsb(out, secret, 2, N);
 }
 
 static void ring_lookup(void)
 {
-    mk_ring_lookup(out, secret, public, public + N, DEPTH, 11, SIZE);
+    mk_ring_lookup(out, secret, 7 * SIZE, public, public + N, 2, 1, DEPTH, 7, SIZE);
+}
+
+static const uint64_t items[] = {9, 16, 0, N - 9, 20, 4};
+
+static void ring_trunc_mask(void)
+{
+    mk_ring_trunc_mask(out, secret, N, more, N, public, items, 2, 2);
+}
+
+static void ring_trunc(void)
+{
+    mk_ring_trunc(out, secret, N, more, N, public, public + 2, items, 2, 2);
+}
+
+static void ring_trunc_if(void)
+{
+    mk_ring_trunc_if(out, secret, N, secret + 2 * N, N, more, N, more + 2 * N, 2 * N, public, public + 2, public + 9,
+                     items, 2, 2);
+}
+
+static void ring_norm(void)
+{
+    mk_ring_norm(out, out + 4 * N, secret, 2 * N, secret + 4 * N, 2 * N, more, 2 * N, more + 4 * N, 2, public,
+                 public + 2, 2, 2, N, 20, 4);
+}
+
+static void ring_norm_scale(void)
+{
+    mk_ring_norm_scale(out, secret, 2 * N, secret + 4 * N, 2, more, 4 * N, public, public + 2, 2, 2, N, 20, 4);
+}
+
+static void ring_drop(void)
+{
+    static const uint64_t low[] = {0, 5, 40};
+    mk_ring_drop(out, secret, N, public, low, 2, 3, N, 20);
+}
+
+static void ring_poly(void)
+{
+    mk_ring_poly(out, secret, N, more, 12 * (N / 4), public, public + 2, public + 4 * N, 2, N / 4, 3);
+}
+
+static void bits_mask(void)
+{
+    mk_bits_mask(out, secret, PACKED, more, N, 2, N);
+}
+
+static void ring_unmask(void)
+{
+    mk_ring_unmask(out, secret, N, public, public + 2, 2, N);
+}
+
+static void ring_pick(void)
+{
+    mk_ring_pick(out, secret, secret + 2 * N, 2 * N, more, 2 * N, public, public + 2 * N, 2, N, 2);
+}
+
+static void bits_at_most(void)
+{
+    static const uint64_t sizes[] = {3, 4};
+    mk_bits_at_most(out, secret, 24 * PACKED, PACKED, sizes, public, 2, 2, 2, N);
+}
+
+static void bits_products(void)
+{
+    static const uint64_t plan[] = {3, 0, 1, 2, 0, 1, 2, 3, 4, 5, 6, 1, 2, 2};
+    mk_bits_products(out, secret, 7 * 19, 19, public, public + 2, plan, 2, 2, 19);
 }
 
 static void ring_rotate(void)
@@ -267,6 +334,18 @@ static void bytes_equal(void)
     X(ring_rotate)                                                                                                     \
     X(half_rotate)                                                                                                     \
     X(bits_pick)                                                                                                       \
+    X(ring_trunc_mask)                                                                                                 \
+    X(ring_trunc)                                                                                                      \
+    X(ring_trunc_if)                                                                                                   \
+    X(ring_norm)                                                                                                       \
+    X(ring_norm_scale)                                                                                                 \
+    X(ring_drop)                                                                                                       \
+    X(ring_poly)                                                                                                       \
+    X(bits_mask)                                                                                                       \
+    X(ring_unmask)                                                                                                     \
+    X(ring_pick)                                                                                                       \
+    X(bits_at_most)                                                                                                    \
+    X(bits_products)                                                                                                   \
     X(gf_mul)                                                                                                          \
     X(gf_scale)                                                                                                        \
     X(gf_inner)                                                                                                        \

@@ -204,6 +204,9 @@ def test_kernel_rules_agree_with_the_kernels() -> None:
         name = "matmul" if name == dryrun.ONE_ROW else name
         shape, units = dryrun.RULES[name](*arguments)
         out = getattr(kernels, name)(*arguments)
+        if isinstance(out, tuple):
+            assert tuple(each.shape for each in out) == shape, name
+            continue
         assert (out.shape if isinstance(out, np.ndarray) else None) == shape, name
         assert units > 0, name
 

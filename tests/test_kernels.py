@@ -406,6 +406,9 @@ def test_bits_and_ring(level: str, rng: np.random.Generator, n: int) -> None:
     same(packed, pack([v & 1 for v in ints(x)]))
     dirty = words(rng, (n + 63) // 64)
     same(k.bits_to_ring(dirty, n), [bit(dirty, j) for j in range(n)])
+    rows, packed = words(rng, 2, 3, n), words(rng, 2, 3, (n + 63) // 64)
+    same(k.ring_lsb(rows), [[k.ring_lsb(row.copy()) for row in part] for part in rows])
+    same(k.bits_to_ring(packed, n), [[k.bits_to_ring(row.copy(), n) for row in part] for part in packed])
 
 
 @pytest.mark.parametrize("n", LENGTHS)
@@ -440,18 +443,21 @@ def test_bit_misuse(rng: np.random.Generator) -> None:
 @pytest.mark.parametrize("n", [0, 1, 5])
 @pytest.mark.parametrize("depth", [0, 1, 3, 4, 9])
 def test_lookup(level: str, rng: np.random.Generator, size: int, n: int, depth: int) -> None:
-    e, c, tables = words(rng, 2, n, size), words(rng, 2, n), words(rng, 2, depth, size)
+    e, c, tables = words(rng, 3, 2, n, size), words(rng, 2, n), words(rng, 2, depth, size)
     want = [
         [
             [
-                sum(int(row[(int(c[g, i]) - j) % size]) * int(e[g, i, j]) for j in range(size)) % M
-                for i in range(n)
+                [
+                    sum(int(row[(int(c[g, i]) - j) % size]) * int(e[p, g, i, j]) for j in range(size)) % M
+                    for i in range(n)
+                ]
+                for g, row in enumerate(rows)
             ]
-            for row in tables[g]
+            for rows in zip(*tables, strict=True)
         ]
-        for g in range(2)
+        for p in range(3)
     ]
-    same(k.lookup(e, c, turned(tables)), u64(want).reshape(2, depth, n))
+    same(k.lookup(e, c, turned(tables)), u64(want).reshape(3, depth, 2, n))
 
 
 @pytest.mark.parametrize("size", [1, 2, 4, 8, 16, 128])
@@ -459,6 +465,7 @@ def test_rotate(level: str, rng: np.random.Generator, size: int) -> None:
     e, c = words(rng, 2 * size + 3, size), np.arange(2 * size + 3, dtype=np.uint64)
     want = [[int(e[i, (int(c[i]) - j) % size]) for j in range(size)] for i in range(len(c))]
     same(k.rotate(e, c), want)
+    same(k.rotate(np.stack([e, e + e]), c), [k.rotate(e, c), k.rotate(e + e, c)])
     half = k.rotate(e.astype(np.uint16), c)
     assert half.dtype == np.uint16
     same(half.astype(np.uint64), u64(want) % np.uint64(1 << 16))
@@ -478,18 +485,203 @@ def test_one_hot_lookup_finds_the_entry(level: str, rng: np.random.Generator) ->
     e[np.arange(n), r] = 1
     c = ((value + r) % size).astype(np.uint64)
     table = words(rng, 1, size)
-    same(k.lookup(e[None], c[None], turned(table[None]))[0, 0], table[0, value])
+    same(k.lookup(e[None, None], c[None], turned(table[None]))[0, 0, 0], table[0, value])
     same(np.argmax(k.rotate(e, c), axis=1).astype(np.uint64), value)
 
 
 def test_lookup_misuse(rng: np.random.Generator) -> None:
     e, c, t = words(rng, 3, 8), words(rng, 3), words(rng, 1, 2, 16)
     refuses(
-        lambda: k.lookup(words(rng, 1, 3, 6), c[None], words(rng, 1, 2, 12)),
-        lambda: k.lookup(e[None], c[None, :2], t),
-        lambda: k.lookup(e[None], c[None], t[:, :, :8]),
-        lambda: k.lookup(e[None], c[None], words(rng, 2, 2, 16)),
+        lambda: k.lookup(words(rng, 1, 1, 3, 6), c[None], words(rng, 1, 2, 12)),
+        lambda: k.lookup(e[None], c[None], t),
+        lambda: k.lookup(e[None, None], c[None, :2], t),
+        lambda: k.lookup(e[None, None], c[None], t[:, :, :8]),
+        lambda: k.lookup(e[None, None], c[None], words(rng, 2, 2, 16)),
         lambda: k.rotate(words(rng, 3, 0), c),
+    )
+
+
+# ---- local halves of online operations ----
+
+SOME = (1, 5, 8, 63, 64, 65, 130)
+DROPS = [(1, 0), (16, 0), (20, 4), (32, 16), (61, 45), (62, 0)]  # bits dropped, and of these not masked
+
+
+def apart(rng: np.random.Generator, parts: int, n: int, *more: int) -> U64:
+    """Components that lie apart from one another, as parts of larger material do."""
+    return words(rng, parts, n + 3, *more)[:, 1 : n + 1]
+
+
+def o_public(opened: U64, f: int, bare: int) -> list[tuple[int, int]]:
+    """a and b of truncations, of Python integers."""
+    whole = [(int(o) << bare) % M for o in opened.reshape(-1)]
+    return [((c >> f) - (1 << (62 - f)), (1 - (c >> 63)) << (64 - f)) for c in whole]
+
+
+@pytest.mark.parametrize("n", SOME)
+def test_truncations(level: str, rng: np.random.Generator, n: int) -> None:
+    """Several at once, each with its own f."""
+    items = [(n, f, bare) for f, bare in DROPS]
+    of = [(f, bare) for size, f, bare in items for _ in range(size)]
+    n = len(of)
+    one, opened, x = words(rng, 3), words(rng, n), apart(rng, 3, n)
+    r, base, top, z, ring = (apart(rng, 3, n, *more) for more in ((), (), (), (2,), ()))
+    packed = words(rng, (n + 63) // 64)
+    masked, plain = k.trunc_mask(x, r, one, items), k.trunc(base, top, one, opened, items)
+    chosen = k.trunc_if((ring, base, top, z), one, packed, opened, items)
+    for c, (j, (f, bare)) in itertools.product(range(3), enumerate(of)):
+        o = bit(packed, j)
+        k1, sign = int(one[c]), 1 - 2 * o
+        up = (1 << 62) - (1 << f) + (1 << bare) + (3 * ((1 << bare) - 1) >> 1)
+        assert int(masked[c, j]) == (((int(x[c, j]) + k1 * up) % M >> bare) + (int(r[c, j]) >> bare)) % M
+        ((a, b),) = o_public(opened[j : j + 1], f, bare)
+        assert int(plain[c, j]) == (k1 * a + b * int(top[c, j]) - int(base[c, j])) % M
+        y = (int(ring[c, j]) * sign + k1 * o) * a + (int(top[c, j]) * o + int(z[c, j, 1]) * sign) * b
+        assert int(chosen[c, j]) == (y - int(base[c, j]) * o - int(z[c, j, 0]) * sign) % M
+
+
+@pytest.mark.parametrize("width", (1, 7, 64, 65))
+@pytest.mark.parametrize(("f", "bare"), [(16, 0), (20, 4), (32, 16)])
+def test_norms(level: str, rng: np.random.Generator, width: int, f: int, bare: int) -> None:
+    n = 3
+    one, opened, delta = words(rng, 2), words(rng, n, width), words(rng, n)
+    base, top, both, x = (apart(rng, 2, n, width) for _ in range(4))
+    q, s, z = apart(rng, 2, n), apart(rng, 2, n), apart(rng, 2, n, 2 * width)
+    public = u64([[v % M for v in pair] for pair in o_public(opened, f, bare)]).reshape(n, width, 2)
+    a, b = public[..., 0], public[..., 1]
+    rows, squares = k.norm((base, top, both, q), one, opened, f, bare)
+    k1 = one[:, None, None]
+    same(rows, k1 * a + b * top - base)
+    two = np.uint64(2)
+    same(squares, q + (two * b * (a * top - both) - two * a * base + k1 * a * a).sum(axis=2, dtype=np.uint64))
+    times_s = s[:, :, None] * a - z[:, :, :width] + z[:, :, width:] * b
+    same(k.norm_scale(x, s, z, delta, opened, f, bare), x * delta[:, None] - times_s)
+
+
+@pytest.mark.parametrize("n", SOME)
+def test_drop(level: str, rng: np.random.Generator, n: int) -> None:
+    x, one = apart(rng, 2, n), words(rng, 2)
+    for low, width in (((0,), 64), ((0, 1, 43), 21), ((63,), 1), ((12, 4), 32)):
+        got = k.drop(x, one, low, width)
+        for c in range(2):
+            for p, g in enumerate(low):
+                raised = [(int(v) + int(one[c]) * 3 * ((1 << g) - 1)) % M for v in x[c]]
+                same(got[c, p], [(v >> g) % (1 << width) for v in raised])
+
+
+@pytest.mark.parametrize("n", SOME)
+@pytest.mark.parametrize("degree", (1, 2, 3, 5))
+def test_poly(level: str, rng: np.random.Generator, n: int, degree: int) -> None:
+    """With powers of v and masks as they are prepared: coefs_0 + delta_i t^i - m_i t^i for t = rest - v."""
+    v, m, delta, rest = words(rng, n), words(rng, n, degree), words(rng, n, degree), words(rng, n)
+    columns = [v**t for t in range(1, degree + 1)] + list(m.T)
+    columns += [m[:, i - 1] * v**j for j in range(1, degree + 1) for i in range(j, degree + 1)]
+    whole, one = np.stack(columns, axis=1), u64([0, 1])
+    material = apart(rng, 2, n, whole.shape[1])
+    material[1] = whole - material[0]
+    coefs = words(rng, 2, degree + 1, n)
+    got = k.poly(coefs, material, one, delta, rest)
+    t = rest - v
+    want = coefs[0, 0] + coefs[1, 0] + sum((delta[:, i] - m[:, i]) * t ** (i + 1) for i in range(degree))
+    same(got[0] + got[1], want)
+
+
+@pytest.mark.parametrize("n", SOME)
+def test_masks_of_bits(level: str, rng: np.random.Generator, n: int) -> None:
+    one, ring = words(rng, 2), apart(rng, 2, n)
+    packed = apart(rng, 2, (n + 63) // 64)
+    same(k.bits_mask(packed, ring), packed ^ np.stack([k.ring_lsb(v.copy()) for v in ring]))
+    o = k.bits_to_ring(np.ascontiguousarray(packed[0]), n)
+    sign = np.uint64(1) - np.uint64(2) * o
+    bits = packed[0].copy()
+    same(k.ring_unmask(ring, one, bits), ring * sign + one[:, None] * o)
+    chosen, x, z, delta = words(rng, 2, n), apart(rng, 2, n, 3), apart(rng, 2, n, 3), words(rng, n, 3)
+    want = chosen[:, :, None] * delta - x * o[:, None] - z * sign[:, None]
+    same(k.ring_pick(chosen, x, z, delta, bits), want)
+
+
+@pytest.mark.parametrize("n", SOME)
+@pytest.mark.parametrize("sizes", ((1,), (4,), (3, 2), (5, 5, 4), (1, 7, 2)))
+def test_bits_at_most(level: str, rng: np.random.Generator, n: int, sizes: tuple[int, ...]) -> None:
+    """Of one-hots that are shared, digits compared as integers."""
+    value, told = words(rng, n), words(rng, 3, n)
+    shifts = [sum(sizes[:d]) for d in range(len(sizes))]
+
+    def digit(x: int, d: int) -> int:
+        return x >> shifts[d] & ((1 << sizes[d]) - 1)
+
+    hot = [
+        pack([int(digit(int(v), d) == row) for v in value])
+        for d, s in enumerate(sizes)
+        for row in range(1 << s)
+    ]
+    planes = words(rng, 2, len(hot), (n + 63) // 64 + 2)[:, :, 1:-1]
+    planes[1] = planes[0] ^ u64(hot)
+    got = k.bits_at_most(planes, sizes, told)
+    assert got.shape == (2, 2 * len(sizes) - 1, 3, (n + 63) // 64)
+    got = got[0] ^ got[1]
+    highest = len(sizes) - 1
+
+    def row(d: int, compare: Callable[[int, int], bool]) -> list[list[int]]:
+        pairs = [
+            [(digit(int(v), d), digit(int(t), d)) for v, t in zip(value, each, strict=True)] for each in told
+        ]
+        return [pack([int(compare(*pair)) for pair in each]) for each in pairs]
+
+    def less(d: int) -> Callable[[int, int], bool]:
+        return (lambda v, t: v < t) if d else (lambda v, t: v <= t)
+
+    want = [row(highest, less(highest))]
+    want += [row(d, lambda v, t: v == t) for d in range(highest, 0, -1)]
+    want += [row(d, less(d)) for d in range(highest - 1, -1, -1)]
+    same(got, want)
+
+
+@pytest.mark.parametrize("n", (1, 7, 8, 9, 30))
+def test_bits_products(level: str, rng: np.random.Generator, n: int) -> None:
+    wanted = ((2,), (0, 1), (1, 4), (0, 1, 3), (0, 1, 2, 3, 4))
+    sets = sorted({s for m in wanted for d in range(1, len(m) + 1) for s in itertools.combinations(m, d)})
+    at = {s: i for i, s in enumerate(sets)}
+    x, bits = words(rng, 5, n), words(rng, 5, n)
+    planes = words(rng, 2, len(sets), n + 3)[:, :, 2:-1]
+    planes[1] = planes[0] ^ np.stack([np.bitwise_and.reduce(x[list(s)]) for s in sets])
+    subsets = [
+        [at[tuple(v for j, v in enumerate(m) if s >> j & 1)] for s in range(1, 1 << len(m))] for m in wanted
+    ]
+    products = k.Products(list(zip(wanted, subsets, strict=True)))
+    got = k.bits_products(planes, u64([0, 1]), bits ^ x, products)
+    same(got[0] ^ got[1], [np.bitwise_and.reduce(bits[list(m)]) for m in wanted])
+
+
+def test_online_misuse(rng: np.random.Generator) -> None:
+    x, one, bits = words(rng, 2, 70), words(rng, 2), words(rng, 2)
+    products = k.Products([((0, 1), (0, 1, 2))])
+    refuses(
+        lambda: k.trunc_mask(x, x[:, :69], one, [(70, 20, 4)]),
+        lambda: k.trunc_mask(x, x, one[:1], [(70, 20, 4)]),
+        lambda: k.trunc_mask(x, x, one, [(70, 20, 4), (1, 20, 4)]),
+        lambda: k.trunc_mask(x.astype(np.int64), x, one, [(70, 20, 4)]),
+        lambda: k.trunc(x, x, one, x[0], [(70, 0, 0)]),
+        lambda: k.trunc(x, x, one, x[0], [(70, 63, 0)]),
+        lambda: k.trunc(x, x, one, x[0], [(70, 20, 20)]),
+        lambda: k.trunc(x, x, one, x[0, :69], [(70, 20, 4)]),
+        lambda: k.trunc_if((x, x, x, words(rng, 2, 70, 2)), one, bits[:1], x[0], [(70, 20, 4)]),
+        lambda: k.trunc_if((x, x, x, words(rng, 2, 70, 3)), one, bits, x[0], [(70, 20, 4)]),
+        lambda: k.norm((x[:, None], x[:, None], x[:, None], x[:, :1]), one, x[:1], 33, 0),
+        lambda: k.norm_scale(x[:, None], x[:, :1], x[:, None], x[0, :1], x[:1], 20, 4),
+        lambda: k.drop(x, one, (50,), 15),
+        lambda: k.drop(x, one, (0,), 0),
+        lambda: k.poly(words(rng, 2, 4, 70), words(rng, 2, 70, 11), one, words(rng, 70, 3), x[0]),
+        lambda: k.poly(words(rng, 2, 4, 70), words(rng, 2, 70, 63), one, words(rng, 70, 9), x[0]),
+        lambda: k.bits_mask(words(rng, 2, 1), x),
+        lambda: k.ring_unmask(x, one, bits[:1]),
+        lambda: k.ring_pick(x, words(rng, 2, 70, 2), words(rng, 2, 70, 3), words(rng, 70, 2), bits),
+        lambda: k.bits_at_most(words(rng, 2, 9, 2), (3,), x),
+        lambda: k.bits_at_most(words(rng, 2, 1 << 11, 2), (11,), x),
+        lambda: k.bits_products(words(rng, 2, 2, 70), one, x, products),
+        lambda: k.bits_products(words(rng, 2, 3, 70), one, x[:1], products),
+        lambda: k.Products([((0, 1), (0, 1))]),
+        lambda: k.Products([((), ())]),
     )
 
 
@@ -806,7 +998,25 @@ WIDE: dict[str, Callable[[np.random.Generator], Any]] = {
     "matmul": lambda g: k.matmul(words(g, 37, 211), words(g, 211, 403)),
     "matmul_row": lambda g: k.matmul(words(g, 1, 211), words(g, 211, 4099)),
     "matmul_nt": lambda g: k.matmul_nt(words(g, 3, 211), words(g, 97, 211)),
-    "lookup": lambda g: k.lookup(words(g, 1, 301, 256), words(g, 1, 301), words(g, 1, 5, 512)),
+    "lookup": lambda g: k.lookup(words(g, 2, 1, 301, 256), words(g, 1, 301), words(g, 1, 5, 512)),
+    "trunc_if": lambda g: k.trunc_if(
+        (words(g, 2, 4099), words(g, 2, 4099), words(g, 2, 4099), words(g, 2, 4099, 2)),
+        words(g, 2),
+        words(g, 65),
+        words(g, 4099),
+        [(99, 16, 0), (4000, 27, 11)],
+    ),
+    "drop": lambda g: k.drop(words(g, 2, 4099), words(g, 2), (0, 5, 40), 21),
+    "poly": lambda g: k.poly(
+        words(g, 2, 4, 999), words(g, 2, 999, 12), words(g, 2), words(g, 999, 3), words(g, 999)
+    ),
+    "bits_at_most": lambda g: k.bits_at_most(words(g, 2, 160, 65), (5,) * 5, words(g, 3, 4099)),
+    "bits_products": lambda g: k.bits_products(
+        words(g, 2, 1023, 77),
+        words(g, 2),
+        words(g, 10, 77),
+        k.Products([(range(10), range(1023)), ((3, 5), (9, 4, 2))]),
+    ),
     "bit_pick": lambda g: k.bit_pick(words(g, 77, 65), words(g, 4099) % np.uint64(77)),
     "gf_inner": lambda g: u64(k.gf_inner(words(g, 4099), words(g, 4099))),
     "gf_cross": lambda g: k.gf_cross(words(g, 2, 77, 64), words(g, 2, 77, 64), words(g, 64, 77)),
@@ -897,10 +1107,22 @@ def walk_fences() -> None:
             k.bits_to_ring(w(packed), n)
             k.ring_lsb(w(n))
             for size in (2, 64, 128):
-                k.lookup(w(2, n, size), w(2, n), w(2, 5, 2 * size))
+                k.lookup(w(2, 2, n, size), w(2, n), w(2, 5, 2 * size))
                 k.rotate(w(n, size), w(n))
                 k.rotate(fence.empty((n, size), np.uint16), w(n))
                 k.bit_pick(w(size, packed), w(n) % np.uint64(size))
+            k.trunc_mask(w(2, n), w(2, n), w(2), [(n, 20, 4)])
+            k.trunc(w(2, n), w(2, n), w(2), w(n), [(n, 20, 4)])
+            k.trunc_if((w(2, n), w(2, n), w(2, n), w(2, n, 2)), w(2), w(packed), w(n), [(n, 20, 4)])
+            k.norm((w(2, 3, n), w(2, 3, n), w(2, 3, n), w(2, 3)), w(2), w(3, n), 20, 4)
+            k.norm_scale(w(2, 3, n), w(2, 3), w(2, 3, 2 * n), w(3), w(3, n), 20, 4)
+            k.drop(w(2, n), w(2), (3, 5), 20)
+            k.poly(w(2, 4, n), w(2, n, 12), w(2), w(n, 3), w(n))
+            k.bits_mask(w(2, packed), w(2, n))
+            k.ring_unmask(w(2, n), w(2), w(packed))
+            k.ring_pick(w(2, n), w(2, n, 3), w(2, n, 3), w(n, 3), w(packed))
+            k.bits_at_most(w(2, 14, packed), (3, 2, 1), w(2, n))
+            k.bits_products(w(2, 7, n), w(2), w(3, n), k.Products([(range(3), range(7))]))
             k.gf_mul(w(n), w(n))
             k.gf_scale(w(n), 5)
             k.gf_inner(w(n), w(n))
@@ -940,7 +1162,7 @@ def test_a_fence_is_fatal() -> None:
     run = python(
         "import test_kernels as t; f = t.Fence(True); x = f.words(8)\n"
         "from mimir.kernels import _ffi, _lib; _lib.mk_ring_lsb(_ffi.new('uint64_t[2]'), _ffi.from_buffer("
-        "'uint64_t[]', x), 9)"
+        "'uint64_t[]', x), 1, 9)"
     )
     assert run.returncode < 0, "reading one word too many went unnoticed"
 

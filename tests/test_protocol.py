@@ -575,10 +575,10 @@ def test_monomials(backend: Replicated, drawn: list[int], seed: int, n: int) -> 
     x = vector(drawn, seed, 5 * n).reshape(5, n)
     wanted = ((2,), (0, 1), (1, 4), (0, 1, 3), (0, 1, 2, 3, 4))
 
-    async def op(ctx: Context, s: Bits) -> list[Bits]:
+    async def op(ctx: Context, s: Bits) -> Bits:
         return await ops.monomials(ctx, "and", wanted, s)
 
-    got = execute(backend, op, BitWords(x), seed=seed)
+    (got,) = execute(backend, op, BitWords(x), seed=seed)
     for g, m in zip(got, wanted, strict=True):
         assert np.array_equal(g, np.bitwise_and.reduce(x[list(m)]))
     assert plan(op, [BitWords(x)], {}).rounds == 1

@@ -11,6 +11,7 @@ load; `force`, or the environment variable MIMIR_KERNEL_LEVEL, chooses another. 
 from __future__ import annotations
 
 import importlib
+import math
 import os
 from collections.abc import Sequence
 from typing import Any, TypeAlias
@@ -31,6 +32,9 @@ KEY_BYTES = 32
 BLOCK_BYTES = 16  # of the generator
 MAX_ROWS = 64  # MK_ROWS
 MAX_ENTRIES = 512  # MK_ENTRIES
+MAX_DEGREE = 8  # MK_DEGREE
+MAX_DIGIT = 10  # MK_DIGIT
+MAX_MONOMIAL = 16  # MK_MONOMIAL
 
 
 class _Missing:
@@ -51,6 +55,8 @@ def _load() -> tuple[Any, Any]:
 
 
 _ffi, _lib = _load()
+_from_buffer: Any = _ffi.from_buffer if not isinstance(_ffi, _Missing) else None
+_WORDS: Any = _ffi.typeof("uint64_t[]") if not isinstance(_ffi, _Missing) else None
 
 
 # ---- levels ----
@@ -88,21 +94,41 @@ _force_from_environment()
 
 # ---- checks ----
 
+_DTYPES = {kind: np.dtype(kind) for kind in (np.uint64, np.uint16)}
+
 
 def _array(
     name: str, value: Any, shape: Sequence[int | None], dtype: type[np.unsignedinteger[Any]] = np.uint64
 ) -> tuple[int, ...]:
     """Check type, layout and shape (None: any length); return the shape."""
-    if not isinstance(value, np.ndarray) or value.dtype != dtype:
+    if not isinstance(value, np.ndarray) or value.dtype != _DTYPES[dtype]:
         kind = value.dtype if isinstance(value, np.ndarray) else type(value).__name__
         raise LocalError(f"{name} must be a {dtype.__name__} array, not {kind}")
-    if not value.flags.c_contiguous or not value.flags.aligned:
+    flags = value.flags
+    if not flags.c_contiguous or not flags.aligned:
         raise LocalError(f"{name} must be contiguous in C order and aligned")
     found: tuple[int, ...] = value.shape
-    if len(found) != len(shape) or any(w not in (None, f) for w, f in zip(shape, found, strict=True)):
+    if found != shape and not _fits(found, shape):
         wanted = ", ".join("any" if w is None else str(w) for w in shape)
         raise LocalError(f"{name} must have shape ({wanted}), not {found}")
     return found
+
+
+def _fits(found: tuple[int, ...], shape: Sequence[int | None]) -> bool:
+    if len(found) != len(shape):
+        return False
+    for size, wanted in zip(found, shape, strict=True):  # a loop, for this is called for every array
+        if wanted is not None and wanted != size:
+            return False
+    return True
+
+
+def _leading(name: str, value: Any) -> tuple[int, ...]:
+    """All dimensions but the last."""
+    if not isinstance(value, np.ndarray) or not value.ndim:
+        raise LocalError(f"{name} must be an array of rows")
+    shape: tuple[int, ...] = value.shape[:-1]
+    return shape
 
 
 def _word(name: str, value: int, bits: int = WORD_BITS) -> int:
@@ -128,11 +154,11 @@ def _words(n: int) -> int:
 
 
 def _in(value: npt.NDArray[Any]) -> Any:
-    return _ffi.from_buffer("uint64_t[]", value)
+    return _from_buffer(_WORDS, value)
 
 
 def _out(value: npt.NDArray[Any]) -> Any:
-    return _ffi.from_buffer("uint64_t[]", value, require_writable=True)
+    return _from_buffer(_WORDS, value, True)  # must be writable
 
 
 def _room(out: U64 | None, shape: tuple[int, ...], *inputs: U64) -> U64:
@@ -256,21 +282,21 @@ def bit_unslice(planes: U64, n: int) -> U64:
 
 
 def bits_to_ring(words: U64, n: int, out: U64 | None = None) -> U64:
-    """(ceil(n/64),) -> (n,) of 0 and 1, written to `out` if there is one: element 64 w + l is bit l of
-    word w.
+    """(.., ceil(n/64)) -> (.., n) of 0 and 1, written to `out` if there is one: element 64 w + l of a row is
+    bit l of its word w.
     """
     _count("n", n, 0)
-    _array("words", words, (_words(n),))
-    out = _room(out, (n,), words)
-    _lib.mk_bits_to_ring(_out(out), _in(words), n)
+    rows = _array("words", words, (*_leading("words", words), _words(n)))[:-1]
+    out = _room(out, (*rows, n), words)
+    _lib.mk_bits_to_ring(_out(out), _in(words), math.prod(rows), n)
     return out
 
 
-def ring_lsb(x: U64, out: U64 | None = None) -> U64:
-    """(n,) -> (ceil(n/64),): the lowest bits, packed, written to `out` if there is one; padding is zero."""
-    (n,) = _array("x", x, (None,))
-    out = _room(out, (_words(n),), x)
-    _lib.mk_ring_lsb(_out(out), _in(x), n)
+def ring_lsb(x: U64) -> U64:
+    """(.., n) -> (.., ceil(n/64)): the lowest bits of each row, packed; padding is zero."""
+    *rows, n = _array("x", x, (*_leading("x", x), None))
+    out = np.empty((*rows, _words(n)), np.uint64)
+    _lib.mk_ring_lsb(_out(out), _in(x), math.prod(rows), n)
     return out
 
 
@@ -313,36 +339,352 @@ def double(e: U64, high: U64) -> None:
 
 
 def lookup(e: U64, c: U64, turned: U64) -> U64:
-    """out[g, d, i] = sum_j table[g, d, (c[g, i] - j) mod K] e[g, i, j] modulo 2^64, for groups of rows that
-    have tables of their own.
+    """out[p, d, g, i] = sum_j table[g, d, (c[g, i] - j) mod K] e[p, g, i, j] modulo 2^64, for groups of rows
+    that have tables of their own.
 
-    e (g, n, K), c (g, n), turned (g, D, 2K) -> (g, D, n). e is secret (a share of a one-hot vector); c and
-    tables are public. K is a power of two. Column u of `turned` is column -u mod K of the tables, so that a
-    look-up by c reads one run, from -c mod K.
+    e (p, g, n, K), c (g, n), turned (g, D, 2K) -> (p, D, g, n). e is secret (shares of one-hot vectors); c
+    and tables are public. K is a power of two. Column u of `turned` is column -u mod K of the tables, so that
+    a look-up by c reads one run, from -c mod K.
     """
-    groups, n, size = _array("e", e, (None, None, None))
+    parts, groups, n, size = _dims("e", e, 4)
     _power_of_two("the last dimension of e", size)
     _array("c", c, (groups, n))
     _, depth, _ = _array("turned", turned, (groups, None, 2 * size))
-    out = np.empty((groups, depth, n), np.uint64)
-    for g in range(groups):
-        _lib.mk_ring_lookup(_out(out[g]), _in(e[g]), _in(c[g]), _in(turned[g]), depth, n, size)
+    out = np.empty((parts, depth, groups, n), np.uint64)
+    rows, apart = _apart("e", e, (parts, groups, n, size))
+    _lib.mk_ring_lookup(_out(out), rows, apart, _in(c), _in(turned), parts, groups, depth, n, size)
     return out
 
 
 def rotate(e: npt.NDArray[Any], c: U64) -> npt.NDArray[Any]:
-    """out[i, j] = e[i, (c[i] - j) mod K]: e (n, K) of 64 or 16 bits, c (n,) public. K is a power of two."""
+    """out[.., i, j] = e[.., i, (c[i] - j) mod K]: e (.., n, K) of 64 or 16 bits, c (n,) public. K is a power
+    of two.
+    """
     half = isinstance(e, np.ndarray) and e.dtype == np.uint16
-    n, size = _array("e", e, (None, None), np.uint16 if half else np.uint64)
-    _power_of_two("the second dimension of e", size)
+    lead = _leading("e", e)[:-1]
+    kind, kernel = (np.uint16, _lib.mk_half_rotate) if half else (np.uint64, _lib.mk_ring_rotate)
+    n, size = _array("e", e, (*lead, None, None), kind)[-2:]
+    _power_of_two("the last dimension of e", size)
     _array("c", c, (n,))
-    out = np.empty((n, size), e.dtype)
-    if half:
-        to = _ffi.from_buffer("uint16_t[]", out, require_writable=True)
-        _lib.mk_half_rotate(to, _ffi.from_buffer("uint16_t[]", e), _in(c), n, size)
-    else:
-        _lib.mk_ring_rotate(_out(out), _in(e), _in(c), n, size)
+    out = np.empty(e.shape, e.dtype)
+    words = "uint16_t[]" if half else "uint64_t[]"
+    flat = (math.prod(lead), n, size)
+    for each, to in zip(e.reshape(flat), out.reshape(flat), strict=True):
+        kernel(_from_buffer(words, to, True), _from_buffer(words, each), _in(c), n, size)
     return out
+
+
+# ---- local halves of online operations ----
+# Shares come as arrays (parts, ..): each component dense, but not always adjacent to the next. `one` (parts,)
+# holds the components of the public number 1. kernels.h states the formulas, ops.py why they are right.
+
+
+Items: TypeAlias = Sequence[
+    tuple[int, int, int]
+]  # so many elements lose f bits, of which some are not opened
+
+
+def trunc_mask(x: U64, r: U64, one: U64, items: Items) -> U64:
+    """(x + raise >> bare) + (r >> bare), raise as kernels.h says: x and r (parts, n) -> (parts, n)."""
+    parts, n = _dims("x", x, 2)
+    out = np.empty((parts, n), np.uint64)
+    _lib.mk_ring_trunc_mask(
+        _out(out), *_apart("x", x, (parts, n)), *_apart("r", r, (parts, n)), *_items(one, items, parts, n)
+    )
+    return out
+
+
+def trunc(base: U64, top: U64, one: U64, opened: U64, items: Items) -> U64:
+    """a - base + b top, truncated values of what was opened (n,): (parts, n)."""
+    parts, n = _dims("base", base, 2)
+    _array("opened", opened, (n,))
+    first, *rest = _items(one, items, parts, n)
+    out = np.empty((parts, n), np.uint64)
+    _lib.mk_ring_trunc(
+        _out(out),
+        *_apart("base", base, (parts, n)),
+        *_apart("top", top, (parts, n)),
+        first,
+        _in(opened),
+        *rest,
+    )
+    return out
+
+
+def trunc_if(material: tuple[U64, U64, U64, U64], one: U64, bits: U64, opened: U64, items: Items) -> U64:
+    """The same where a bit is set, 0 elsewhere: (parts, n). Material: ring, base, top (parts, n) and z
+    (parts, n, 2); bits: opened words.
+    """
+    ring, base, top, z = material
+    parts, n = _dims("ring", ring, 2)
+    _array("bits", bits, (_words(n),))
+    _array("opened", opened, (n,))
+    first, *rest = _items(one, items, parts, n)
+    out = np.empty((parts, n), np.uint64)
+    _lib.mk_ring_trunc_if(
+        _out(out),
+        *_apart("ring", ring, (parts, n)),
+        *_apart("base", base, (parts, n)),
+        *_apart("top", top, (parts, n)),
+        *_apart("z", z, (parts, n, 2)),
+        first,
+        _in(bits),
+        _in(opened),
+        *rest,
+    )
+    return out
+
+
+def _items(one: U64, items: Items, parts: int, n: int) -> tuple[Any, Any, int, int]:
+    total = 0
+    for size, f, bare in items:
+        _dropped(f, bare)
+        total += _count("an item", size, 0)
+    if total != n:
+        raise LocalError(f"items are {total} elements, not {n}")
+    return _one(one, parts), _in(np.array(items, np.uint64)), parts, len(items)
+
+
+def norm(material: tuple[U64, U64, U64, U64], one: U64, opened: U64, f: int, bare: int) -> tuple[U64, U64]:
+    """Truncated rows (parts, n, width) and the sums of their squares (parts, n). Material: base, top and both
+    (parts, n, width) and q (parts, n); opened (n, width). f <= 32.
+    """
+    base, top, both, q = material
+    parts, n, width = _dims("base", base, 3)
+    _array("opened", opened, (n, width))
+    _dropped(_count("f", f, 1, WORD_BITS // 2), bare)
+    rows, squares = np.empty((parts, n, width), np.uint64), np.empty((parts, n), np.uint64)
+    _lib.mk_ring_norm(
+        _out(rows),
+        _out(squares),
+        *_apart("base", base, (parts, n, width)),
+        *_apart("top", top, (parts, n, width)),
+        *_apart("both", both, (parts, n, width)),
+        *_apart("q", q, (parts, n)),
+        _one(one, parts),
+        _in(opened),
+        parts,
+        n,
+        width,
+        f,
+        bare,
+    )
+    return rows, squares
+
+
+def norm_scale(x: U64, s: U64, z: U64, delta: U64, opened: U64, f: int, bare: int) -> U64:
+    """delta x - s a + z_base - b z_top: x (parts, n, width), s (parts, n), z (parts, n, 2 width), public
+    delta (n,) and opened (n, width) -> (parts, n, width).
+    """
+    parts, n, width = _dims("x", x, 3)
+    _array("delta", delta, (n,))
+    _array("opened", opened, (n, width))
+    _dropped(f, bare)
+    out = np.empty((parts, n, width), np.uint64)
+    _lib.mk_ring_norm_scale(
+        _out(out),
+        *_apart("x", x, (parts, n, width)),
+        *_apart("s", s, (parts, n)),
+        *_apart("z", z, (parts, n, 2 * width)),
+        _in(delta),
+        _in(opened),
+        parts,
+        n,
+        width,
+        f,
+        bare,
+    )
+    return out
+
+
+def drop(x: U64, one: U64, low: Sequence[int], width: int) -> U64:
+    """x without `low` bits, modulo 2^width, for each of several `low`: (parts, n) -> (parts, len(low), n)."""
+    parts, n = _dims("x", x, 2)
+    for each in low:
+        _count("low", each, 0, WORD_BITS - _count("width", width, 1, WORD_BITS))
+    out = np.empty((parts, len(low), n), np.uint64)
+    lows = np.array(low, np.uint64)
+    _lib.mk_ring_drop(
+        _out(out), *_apart("x", x, (parts, n)), _one(one, parts), _in(lows), parts, len(low), n, width
+    )
+    return out
+
+
+def poly(coefs: U64, material: U64, one: U64, delta: U64, rest: U64) -> U64:
+    """The first of coefs (parts, .., n), plus delta_i t^i - m_i t^i for i = 1 .. degree, where t = rest - v:
+    (parts, n). delta (n, degree) and rest (n,) are public; material (parts, n, degree (degree + 5) / 2).
+    """
+    n, degree = _array("delta", delta, (None, None))
+    parts, depth, _ = _dims("coefs", coefs, 3)
+    _array("rest", rest, (n,))
+    _count("degree", degree, 1, MAX_DEGREE)
+    out = np.empty((parts, n), np.uint64)
+    _lib.mk_ring_poly(
+        _out(out),
+        *_apart("coefs", coefs, (parts, depth, n)),
+        *_apart("material", material, (parts, n, degree * (degree + 5) // 2)),
+        _one(one, parts),
+        _in(delta),
+        _in(rest),
+        parts,
+        n,
+        degree,
+    )
+    return out
+
+
+def bits_mask(bits: U64, ring: U64) -> U64:
+    """Words of bits (parts, ceil(n/64)) ^ the lowest bits of ring (parts, n)."""
+    parts, n = _dims("ring", ring, 2)
+    out = np.empty((parts, _words(n)), np.uint64)
+    packed, packed_apart = _apart("bits", bits, out.shape)
+    _lib.mk_bits_mask(_out(out), packed, packed_apart, *_apart("ring", ring, (parts, n)), parts, n)
+    return out
+
+
+def ring_unmask(ring: U64, one: U64, bits: U64) -> U64:
+    """ring (1 - 2 o) + o, of bits ring (parts, n) and words of opened bits o: (parts, n)."""
+    parts, n = _dims("ring", ring, 2)
+    _array("bits", bits, (_words(n),))
+    out = np.empty((parts, n), np.uint64)
+    _lib.mk_ring_unmask(_out(out), *_apart("ring", ring, (parts, n)), _one(one, parts), _in(bits), parts, n)
+    return out
+
+
+def ring_pick(bit: U64, x: U64, z: U64, delta: U64, bits: U64) -> U64:
+    """bit delta - x o - z (1 - 2 o), row by row: bit (parts, n), x and z (parts, n, m), public delta (n, m)
+    and words of opened bits o -> (parts, n, m).
+    """
+    parts, n, m = _dims("x", x, 3)
+    _array("bit", bit, (parts, n))
+    _array("delta", delta, (n, m))
+    _array("bits", bits, (_words(n),))
+    out = np.empty((parts, n, m), np.uint64)
+    _lib.mk_ring_pick(
+        _out(out),
+        _in(bit),
+        *_apart("x", x, (parts, n, m)),
+        *_apart("z", z, (parts, n, m)),
+        _in(delta),
+        _in(bits),
+        parts,
+        n,
+        m,
+    )
+    return out
+
+
+def bits_at_most(planes: U64, sizes: Sequence[int], told: U64) -> U64:
+    """Comparisons of a value, known by the one-hots of its digits, with public ones, digit by digit.
+
+    planes (parts, rows, ceil(n/64)): 2^size rows for each digit, the lowest first; told (count, n) -> (parts,
+    2 len(sizes) - 1, count, ceil(n/64)): the highest digit is less; digits are equal, from the highest to the
+    second; they are less, from the second highest to the lowest, which may be equal as well.
+    """
+    parts, rows, _ = _dims("planes", planes, 3)
+    count, n = _array("told", told, (None, None))
+    for size in sizes:
+        _count("size", size, 1, MAX_DIGIT)
+    if not sizes or rows != sum(1 << size for size in sizes):
+        raise LocalError("planes must have a row for each value of each digit")
+    out = np.empty((parts, 2 * len(sizes) - 1, count, _words(n)), np.uint64)
+    wanted = np.array(sizes, np.uint64)
+    _lib.mk_bits_at_most(
+        _out(out),
+        *_rows_apart("planes", planes, (parts, rows, _words(n))),
+        _in(wanted),
+        _in(told),
+        parts,
+        len(sizes),
+        count,
+        n,
+    )
+    return out
+
+
+class Products:
+    """Which products of bits are wanted, and where `bits_products` finds what they take.
+
+    Of each: its variables, and the rows of planes that hold the products of its subsets, the empty one left
+    out, in binary order.
+    """
+
+    def __init__(self, wanted: Sequence[tuple[Sequence[int], Sequence[int]]]) -> None:
+        plan: list[int] = []
+        self.variables = self.rows = 0
+        for variables, subsets in wanted:
+            _count("variables", len(variables), 1, MAX_MONOMIAL)
+            if len(subsets) != (1 << len(variables)) - 1:
+                raise LocalError("a product takes a row for each subset of its variables but the empty one")
+            plan += [len(variables), *variables, *subsets]
+            self.variables = max(self.variables, 1 + max(variables))
+            self.rows = max(self.rows, 1 + max(subsets))
+        self.count = len(wanted)
+        self.plan = np.array(plan, np.uint64)
+
+
+def bits_products(planes: U64, one: U64, opened: U64, products: Products) -> U64:
+    """Products over GF(2) of bits that were opened under others: planes (parts, rows, n), opened (variables,
+    n) -> (parts, products, n).
+    """
+    parts, rows, n = _dims("planes", planes, 3)
+    variables, _ = _array("opened", opened, (None, n))
+    _count("rows", rows, products.rows)
+    _count("variables", variables, products.variables)
+    out = np.empty((parts, products.count, n), np.uint64)
+    _lib.mk_bits_products(
+        _out(out),
+        *_rows_apart("planes", planes, (parts, rows, n)),
+        _one(one, parts),
+        _in(opened),
+        _in(products.plan),
+        parts,
+        products.count,
+        n,
+    )
+    return out
+
+
+def _apart(name: str, value: Any, shape: tuple[int, ...]) -> tuple[Any, int]:
+    """Where components begin, and how many words they lie apart. One that is not dense is copied."""
+    if _dims(name, value, len(shape)) != shape:
+        raise LocalError(f"{name} must have shape {shape}, not {value.shape}")
+    first = value
+    if not value.flags.c_contiguous:
+        first = value[0]
+        if not first.flags.c_contiguous:
+            value = first = np.ascontiguousarray(value)
+    return _from_buffer(_WORDS, first), value.strides[0] >> 3
+
+
+def _rows_apart(name: str, value: Any, shape: tuple[int, ...]) -> tuple[Any, int, int]:
+    """The same of components (rows, n), whose rows need not be adjacent either."""
+    if _dims(name, value, len(shape)) != shape:
+        raise LocalError(f"{name} must have shape {shape}, not {value.shape}")
+    if not value.size:
+        return _in(np.empty(0, np.uint64)), 0, 0
+    first = value[0, 0]
+    if not first.flags.c_contiguous:
+        value = np.ascontiguousarray(value)
+        first = value[0, 0]
+    return _in(first), value.strides[0] >> 3, value.strides[1] >> 3
+
+
+def _dims(name: str, value: Any, count: int) -> tuple[int, ...]:
+    """The shape of an array of so many dimensions, of any layout."""
+    if not isinstance(value, np.ndarray) or value.dtype != _DTYPES[np.uint64] or value.ndim != count:
+        raise LocalError(f"{name} must be a uint64 array of {count} dimensions")
+    shape: tuple[int, ...] = value.shape
+    return shape
+
+
+def _one(value: Any, parts: int) -> Any:
+    _array("one", value, (parts,))
+    return _in(value)
+
+
+def _dropped(f: int, bare: int) -> None:
+    _count("bare", bare, 0, _count("f", f, 1, WORD_BITS - 2) - 1)
 
 
 # ---- GF(2^64) = GF(2)[x] / (x^64 + x^4 + x^3 + x + 1) ----

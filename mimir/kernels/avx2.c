@@ -187,6 +187,8 @@ static inline vec swap_high(vec a, vec b, int s)
 
 #include "simd.h"
 
+#include "online.h"
+
 #define AES_NAME mk_prg_aes_avx2
 #define AES_WIDE 1
 #include "aes.h"

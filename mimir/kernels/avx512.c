@@ -166,6 +166,8 @@ static inline vec swap_high(vec a, vec b, int s)
 
 #include "simd.h"
 
+#include "online.h"
+
 #define AES_NAME mk_prg_aes_avx512
 #define AES_WIDE 4
 #include "aes.h"

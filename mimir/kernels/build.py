@@ -23,7 +23,7 @@ LIBRARY = "_native.abi3.so"  # the name setuptools gives it too: cffi keeps to t
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
-HEADERS = ("kernels.h", "levels.h", "ct.h", "simd.h", "aes.h")
+HEADERS = ("kernels.h", "levels.h", "ct.h", "simd.h", "online.h", "aes.h")
 
 
 def declarations(header: str) -> str:

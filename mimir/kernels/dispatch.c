@@ -98,8 +98,8 @@ MK_THUNK(mk_bits_rss_and, (uint64_t *out, const uint64_t *x, const uint64_t *y, 
          (out, x, y, alpha, n))
 MK_THUNK(mk_bits_slice, (uint64_t *planes, const uint64_t *x, size_t n, size_t nbits), (planes, x, n, nbits))
 MK_THUNK(mk_bits_unslice, (uint64_t *x, const uint64_t *planes, size_t n, size_t nbits), (x, planes, n, nbits))
-MK_THUNK(mk_bits_to_ring, (uint64_t *out, const uint64_t *words, size_t n), (out, words, n))
-MK_THUNK(mk_ring_lsb, (uint64_t *words, const uint64_t *x, size_t n), (words, x, n))
+MK_THUNK(mk_bits_to_ring, (uint64_t *out, const uint64_t *words, size_t rows, size_t n), (out, words, rows, n))
+MK_THUNK(mk_ring_lsb, (uint64_t *words, const uint64_t *x, size_t rows, size_t n), (words, x, rows, n))
 MK_THUNK(mk_bits_pick, (uint64_t *out, const uint64_t *planes, const uint64_t *row, size_t n),
          (out, planes, row, n))
 MK_THUNK(mk_ring_double_part,
@@ -108,9 +108,61 @@ MK_THUNK(mk_ring_double_part,
 MK_THUNK(mk_ring_double, (uint64_t *e, const uint64_t *high, size_t n, size_t size, size_t have),
          (e, high, n, size, have))
 MK_THUNK(mk_ring_lookup,
-         (uint64_t *out, const uint64_t *e, const uint64_t *c, const uint64_t *turned, size_t depth, size_t n,
-          size_t size),
-         (out, e, c, turned, depth, n, size))
+         (uint64_t *out, const uint64_t *e, size_t apart, const uint64_t *c, const uint64_t *turned, size_t parts,
+          size_t groups, size_t depth, size_t n, size_t size),
+         (out, e, apart, c, turned, parts, groups, depth, n, size))
+MK_THUNK(mk_ring_trunc_mask,
+         (uint64_t *out, const uint64_t *x, size_t x_apart, const uint64_t *r, size_t r_apart, const uint64_t *one,
+          const uint64_t *items, size_t parts, size_t count),
+         (out, x, x_apart, r, r_apart, one, items, parts, count))
+MK_THUNK(mk_ring_trunc,
+         (uint64_t *out, const uint64_t *base, size_t base_apart, const uint64_t *top, size_t top_apart, const uint64_t
+          *one, const uint64_t *opened, const uint64_t *items, size_t parts, size_t count),
+         (out, base, base_apart, top, top_apart, one, opened, items, parts, count))
+MK_THUNK(mk_ring_trunc_if,
+         (uint64_t *out, const uint64_t *ring, size_t ring_apart, const uint64_t *base, size_t base_apart, const
+          uint64_t *top, size_t top_apart, const uint64_t *z, size_t z_apart, const uint64_t *one, const uint64_t
+          *bits, const uint64_t *opened, const uint64_t *items, size_t parts, size_t count),
+         (out, ring, ring_apart, base, base_apart, top, top_apart, z, z_apart, one, bits, opened, items, parts, count))
+MK_THUNK(mk_ring_norm,
+         (uint64_t *rows, uint64_t *squares, const uint64_t *base, size_t base_apart, const uint64_t *top, size_t
+          top_apart, const uint64_t *both, size_t both_apart, const uint64_t *q, size_t q_apart, const uint64_t *one,
+          const uint64_t *opened, size_t parts, size_t n, size_t width, unsigned f, unsigned bare),
+         (rows, squares, base, base_apart, top, top_apart, both, both_apart, q, q_apart, one, opened, parts, n, width,
+          f, bare))
+MK_THUNK(mk_ring_norm_scale,
+         (uint64_t *out, const uint64_t *x, size_t x_apart, const uint64_t *s, size_t s_apart, const uint64_t *z,
+          size_t z_apart, const uint64_t *delta, const uint64_t *opened, size_t parts, size_t n, size_t width, unsigned
+          f, unsigned bare),
+         (out, x, x_apart, s, s_apart, z, z_apart, delta, opened, parts, n, width, f, bare))
+MK_THUNK(mk_ring_drop,
+         (uint64_t *out, const uint64_t *x, size_t x_apart, const uint64_t *one, const uint64_t *low, size_t parts,
+          size_t pieces, size_t n, unsigned width),
+         (out, x, x_apart, one, low, parts, pieces, n, width))
+MK_THUNK(mk_ring_poly,
+         (uint64_t *out, const uint64_t *coefs, size_t coefs_apart, const uint64_t *poly, size_t poly_apart, const
+          uint64_t *one, const uint64_t *delta, const uint64_t *rest, size_t parts, size_t n, size_t degree),
+         (out, coefs, coefs_apart, poly, poly_apart, one, delta, rest, parts, n, degree))
+MK_THUNK(mk_bits_mask,
+         (uint64_t *out, const uint64_t *bits, size_t bits_apart, const uint64_t *ring, size_t ring_apart, size_t
+          parts, size_t n),
+         (out, bits, bits_apart, ring, ring_apart, parts, n))
+MK_THUNK(mk_ring_unmask,
+         (uint64_t *out, const uint64_t *ring, size_t ring_apart, const uint64_t *one, const uint64_t *bits, size_t
+          parts, size_t n),
+         (out, ring, ring_apart, one, bits, parts, n))
+MK_THUNK(mk_ring_pick,
+         (uint64_t *out, const uint64_t *bit, const uint64_t *x, size_t x_apart, const uint64_t *z, size_t z_apart,
+          const uint64_t *delta, const uint64_t *bits, size_t parts, size_t n, size_t width),
+         (out, bit, x, x_apart, z, z_apart, delta, bits, parts, n, width))
+MK_THUNK(mk_bits_at_most,
+         (uint64_t *out, const uint64_t *planes, size_t apart, size_t row_apart, const uint64_t *sizes, const uint64_t
+          *told, size_t parts, size_t digits, size_t count, size_t n),
+         (out, planes, apart, row_apart, sizes, told, parts, digits, count, n))
+MK_THUNK(mk_bits_products,
+         (uint64_t *out, const uint64_t *planes, size_t apart, size_t row_apart, const uint64_t *one, const uint64_t
+          *opened, const uint64_t *plan, size_t parts, size_t products, size_t n),
+         (out, planes, apart, row_apart, one, opened, plan, parts, products, n))
 MK_THUNK(mk_ring_rotate, (uint64_t *out, const uint64_t *e, const uint64_t *c, size_t n, size_t size),
          (out, e, c, n, size))
 MK_THUNK(mk_half_rotate, (uint16_t *out, const uint16_t *e, const uint64_t *c, size_t n, size_t size),

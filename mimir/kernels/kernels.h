@@ -48,9 +48,9 @@ void mk_bits_rss_and(uint64_t *out, const uint64_t *x, const uint64_t *y, const 
 void mk_bits_slice(uint64_t *planes, const uint64_t *x, size_t n, size_t nbits);
 void mk_bits_unslice(uint64_t *x, const uint64_t *planes, size_t n, size_t nbits);
 
-/* n packed bits to words 0 or 1, and the lowest bits of n words packed. */
-void mk_bits_to_ring(uint64_t *out, const uint64_t *words, size_t n);
-void mk_ring_lsb(uint64_t *words, const uint64_t *x, size_t n);
+/* In each of so many rows: n packed bits to words 0 or 1, and the lowest bits of n words packed. */
+void mk_bits_to_ring(uint64_t *out, const uint64_t *words, size_t rows, size_t n);
+void mk_ring_lsb(uint64_t *words, const uint64_t *x, size_t rows, size_t n);
 
 /* Lane by lane a bit of one of many planes of n lanes, (.., ceil(n/64)) words: bit l of out[w] is that of
  * planes[row[64 w + l], w]; padding is zero. Public: row. */
@@ -66,14 +66,81 @@ void mk_ring_double(uint64_t *e, const uint64_t *high, size_t n, size_t size, si
 /* Table look-up by a secret one-hot vector e_i that was shifted by a public amount c_i; size is a power of two.
  * Tables come turned round and doubled, so that each look-up reads one run: turned (depth, 2 size),
  * turned[d, u] = table[d, -u mod size].
- * lookup: out (depth, n), out[d, i] = sum_j table[d, (c_i - j) mod size] e[i, j].
+ * lookup: of `parts` components e (groups n, size), `apart` words apart, each group of rows with tables of its own:
+ * out (parts, depth, groups n), out[p, d, i] = sum_j table[i / n, d, (c_i - j) mod size] e[p, i, j].
  * rotate: out (n, size), out[i, j] = e[i, (c_i - j) mod size].
  * half_rotate: the same as rotate for entries of 16 bits.
  * Public: c, turned. */
-void mk_ring_lookup(uint64_t *out, const uint64_t *e, const uint64_t *c, const uint64_t *turned, size_t depth,
-                    size_t n, size_t size);
+void mk_ring_lookup(uint64_t *out, const uint64_t *e, size_t apart, const uint64_t *c, const uint64_t *turned,
+                    size_t parts, size_t groups, size_t depth, size_t n, size_t size);
 void mk_ring_rotate(uint64_t *out, const uint64_t *e, const uint64_t *c, size_t n, size_t size);
 void mk_half_rotate(uint16_t *out, const uint16_t *e, const uint64_t *c, size_t n, size_t size);
+
+/* The local halves of online operations (ops.py says why they are right). An array of shares has `parts` components,
+ * each dense; those of inputs lie `_apart` words apart, those of outputs are adjacent. one (parts) holds the components
+ * of the public number 1, so that one[c] k adds the public k to a share. Public: one, opened, delta, rest, told, plan,
+ * and in trunc_if, unmask and pick also bits: words of lanes that were opened.
+ *
+ * Truncation: items (count, 3) tell how many elements lose how many bits f, 0 < f < 63, of which `bare` lie below what
+ * is opened; a and b are public functions of what was. Public: items.
+ * trunc_mask: out = (x + raise >> bare) + (r >> bare), raise = 2^62 - 2^f + 2^bare + floor(3 (2^bare - 1) / 2).
+ * trunc: out = a - base + b top.
+ * trunc_if: with o the bits, sign = 1 - 2 o, of z (n, 2): out = (ring sign + o) a + (top o + z_1 sign) b - (base o +
+ * z_0 sign).
+ * norm: of base, top, both (n, width) and q (n): rows as trunc, squares (parts, n) the sums of their squares.
+ * norm_scale: out = delta_i x_i - s_i a + z_base - b z_top, z (n, 2 width): first z_base, then z_top of each row. */
+void mk_ring_trunc_mask(uint64_t *out, const uint64_t *x, size_t x_apart, const uint64_t *r, size_t r_apart,
+                        const uint64_t *one, const uint64_t *items, size_t parts, size_t count);
+void mk_ring_trunc(uint64_t *out, const uint64_t *base, size_t base_apart, const uint64_t *top, size_t top_apart,
+                   const uint64_t *one, const uint64_t *opened, const uint64_t *items, size_t parts, size_t count);
+void mk_ring_trunc_if(uint64_t *out, const uint64_t *ring, size_t ring_apart, const uint64_t *base, size_t base_apart,
+                      const uint64_t *top, size_t top_apart, const uint64_t *z, size_t z_apart, const uint64_t *one,
+                      const uint64_t *bits, const uint64_t *opened, const uint64_t *items, size_t parts,
+                      size_t count);
+void mk_ring_norm(uint64_t *rows, uint64_t *squares, const uint64_t *base, size_t base_apart, const uint64_t *top,
+                  size_t top_apart, const uint64_t *both, size_t both_apart, const uint64_t *q, size_t q_apart,
+                  const uint64_t *one, const uint64_t *opened, size_t parts, size_t n, size_t width, unsigned f,
+                  unsigned bare);
+void mk_ring_norm_scale(uint64_t *out, const uint64_t *x, size_t x_apart, const uint64_t *s, size_t s_apart,
+                        const uint64_t *z, size_t z_apart, const uint64_t *delta, const uint64_t *opened, size_t parts,
+                        size_t n, size_t width, unsigned f, unsigned bare);
+
+/* Values that are read or compared.
+ * drop: out (parts, pieces, n), x without its low_p lowest bits, after raising by 3 (2^low_p - 1), modulo 2^width;
+ * low_p + width <= 64, width > 0. Public: low.
+ * poly: out = coefs_0 + sum over i of delta_i t^i - m_i t^i, t = rest - v, i = 1 .. degree: coefs has dense rows of n,
+ * of which the first is read; delta (n, degree); poly (n, degree (degree + 5) / 2): powers of v, masks m_i, and for each
+ * power v^j the products m_i v^j for i >= j. degree <= MK_DEGREE. */
+#define MK_DEGREE 8
+void mk_ring_drop(uint64_t *out, const uint64_t *x, size_t x_apart, const uint64_t *one, const uint64_t *low,
+                  size_t parts, size_t pieces, size_t n, unsigned width);
+void mk_ring_poly(uint64_t *out, const uint64_t *coefs, size_t coefs_apart, const uint64_t *poly, size_t poly_apart,
+                  const uint64_t *one, const uint64_t *delta, const uint64_t *rest, size_t parts, size_t n,
+                  size_t degree);
+
+/* Bits, as words of lanes or as ring elements 0 or 1.
+ * mask: out = bits ^ the lowest bits of ring (n), packed; padding is that of bits.
+ * unmask: out = ring (1 - 2 o) + o, o the opened bits.  pick: of bit (parts, n), dense, x and z (n, width), and delta (n,
+ * width): out = bit delta - x o - z (1 - 2 o).
+ * at_most: planes hold for each digit, the lowest first, the one-hot of its value, 2^sizes[d] rows `row_apart` words
+ * apart; told (count, n). out (parts, 2 digits - 1, count, ceil(n/64)): whether the highest digit is below that of
+ * told; then whether digits are equal, from the highest to the second; then whether they are below, from the second
+ * highest to the lowest, whose may be equal as well. sizes[d] <= MK_DIGIT. Public: sizes, told.
+ * products: out (parts, products, n), products over GF(2) of variables o_v ^ x_v, opened (.., n) the rows o_v. plan tells
+ * of each product the number of variables, the variables, and the rows of planes, `row_apart` words apart, with the
+ * product of the x_v of each subset but the empty one, in binary order; at most MK_MONOMIAL variables. */
+#define MK_DIGIT 10
+#define MK_MONOMIAL 16
+void mk_bits_mask(uint64_t *out, const uint64_t *bits, size_t bits_apart, const uint64_t *ring, size_t ring_apart,
+                  size_t parts, size_t n);
+void mk_ring_unmask(uint64_t *out, const uint64_t *ring, size_t ring_apart, const uint64_t *one, const uint64_t *bits,
+                    size_t parts, size_t n);
+void mk_ring_pick(uint64_t *out, const uint64_t *bit, const uint64_t *x, size_t x_apart, const uint64_t *z,
+                  size_t z_apart, const uint64_t *delta, const uint64_t *bits, size_t parts, size_t n, size_t width);
+void mk_bits_at_most(uint64_t *out, const uint64_t *planes, size_t apart, size_t row_apart, const uint64_t *sizes,
+                     const uint64_t *told, size_t parts, size_t digits, size_t count, size_t n);
+void mk_bits_products(uint64_t *out, const uint64_t *planes, size_t apart, size_t row_apart, const uint64_t *one,
+                      const uint64_t *opened, const uint64_t *plan, size_t parts, size_t products, size_t n);
 
 /* GF(2^64) modulo x^64 + x^4 + x^3 + x + 1; bit i of a word is the coefficient of x^i.
  * scale: out_j = a_j s.  inner: *out = sum a_j b_j.  fold: out has `half` elements, a has 2 half:

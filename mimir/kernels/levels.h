@@ -1,5 +1,6 @@
 /* The kernels that exist once per level, and their suffixed declarations. Add a kernel here, in kernels.h, in ref.c,
- * in simd.h (or the two level files) and in dispatch.c; the compiler names whichever was forgotten. */
+ * in simd.h (or the two level files) and in dispatch.c, the former three or online.h; the compiler names whichever was
+ * forgotten. */
 #ifndef MIMIR_LEVELS_H
 #define MIMIR_LEVELS_H
 
@@ -19,6 +20,18 @@
     X(mk_ring_double_part)                                                                                             \
     X(mk_ring_double)                                                                                                  \
     X(mk_ring_lookup)                                                                                                  \
+    X(mk_ring_trunc_mask)                                                                                              \
+    X(mk_ring_trunc)                                                                                                   \
+    X(mk_ring_trunc_if)                                                                                                \
+    X(mk_ring_norm)                                                                                                    \
+    X(mk_ring_norm_scale)                                                                                              \
+    X(mk_ring_drop)                                                                                                    \
+    X(mk_ring_poly)                                                                                                    \
+    X(mk_bits_mask)                                                                                                    \
+    X(mk_ring_unmask)                                                                                                  \
+    X(mk_ring_pick)                                                                                                    \
+    X(mk_bits_at_most)                                                                                                 \
+    X(mk_bits_products)                                                                                                \
     X(mk_ring_rotate)                                                                                                  \
     X(mk_half_rotate)                                                                                                  \
     X(mk_gf_mul)                                                                                                       \

@@ -4,6 +4,8 @@
 #include "ct.h"
 #include "levels.h"
 
+#define MK(name) name##_ref
+
 /* ---- AES-256 in counter mode: FIPS 197; NIST SP 800-38A section 6.5 ----
  *
  * Bit by bit, on 128 blocks at once: bit l of state[j][b] is bit b of byte j of block l. Nothing is looked up, and what
@@ -232,14 +234,15 @@ void mk_bits_unslice_ref(uint64_t *restrict x, const uint64_t *planes, size_t n,
     }
 }
 
-void mk_bits_to_ring_ref(uint64_t *restrict out, const uint64_t *words, size_t n)
+void mk_bits_to_ring_ref(uint64_t *restrict out, const uint64_t *words, size_t rows, size_t n)
 {
-    for (size_t j = 0; j < n; j++) out[j] = words[j / 64] >> (j % 64) & 1;
+    for (; rows > 0; rows--, words += (n + 63) / 64, out += n)
+        for (size_t j = 0; j < n; j++) out[j] = words[j / 64] >> (j % 64) & 1;
 }
 
-void mk_ring_lsb_ref(uint64_t *restrict words, const uint64_t *x, size_t n)
+void mk_ring_lsb_ref(uint64_t *restrict words, const uint64_t *x, size_t rows, size_t n)
 {
-    mk_bits_slice_ref(words, x, n, 1);
+    for (; rows > 0; rows--, words += (n + 63) / 64, x += n) mk_bits_slice_ref(words, x, n, 1);
 }
 
 void mk_bits_pick_ref(uint64_t *restrict out, const uint64_t *planes, const uint64_t *row, size_t n)
@@ -270,17 +273,19 @@ void mk_ring_double_ref(uint64_t *restrict e, const uint64_t *high, size_t n, si
         }
 }
 
-void mk_ring_lookup_ref(uint64_t *restrict out, const uint64_t *e, const uint64_t *c, const uint64_t *turned,
-                        size_t depth, size_t n, size_t size)
+void mk_ring_lookup_ref(uint64_t *restrict out, const uint64_t *e, size_t apart, const uint64_t *c,
+                        const uint64_t *turned, size_t parts, size_t groups, size_t depth, size_t n, size_t size)
 {
-    for (size_t i = 0; i < n; i++)
-        for (size_t d = 0; d < depth; d++) {
-            /* table[(c - j) mod size] = turned[(j - c) mod size], one run from -c mod size */
-            const uint64_t *run = turned + 2 * size * d + (0 - c[i]) % size;
-            uint64_t sum = 0;
-            for (size_t j = 0; j < size; j++) sum += run[j] * e[i * size + j];
-            out[d * n + i] = sum;
-        }
+    for (size_t p = 0; p < parts; p++, e += apart, out += depth * groups * n)
+        for (size_t g = 0; g < groups; g++)
+            for (size_t i = g * n; i < (g + 1) * n; i++)
+                for (size_t d = 0; d < depth; d++) {
+                    /* table[(c - j) mod size] = turned[(j - c) mod size], one run from -c mod size */
+                    const uint64_t *run = turned + 2 * size * (depth * g + d) + (0 - c[i]) % size;
+                    uint64_t sum = 0;
+                    for (size_t j = 0; j < size; j++) sum += run[j] * e[i * size + j];
+                    out[d * groups * n + i] = sum;
+                }
 }
 
 void mk_ring_rotate_ref(uint64_t *restrict out, const uint64_t *e, const uint64_t *c, size_t n, size_t size)
@@ -608,3 +613,7 @@ void mk_gr_half_hot_ref(uint64_t *restrict a, uint64_t *restrict w, uint64_t *re
         hot_row(a + MK_GR * i, w + MK_GR * i, columns, row, b + i, q, r[i], n, size, bits);
     }
 }
+
+/* ---- the local halves of online operations ---- */
+
+#include "online.h"

@@ -321,20 +321,22 @@ void MK(mk_bits_unslice)(uint64_t *restrict x, const uint64_t *planes, size_t n,
     }
 }
 
-void MK(mk_bits_to_ring)(uint64_t *restrict out, const uint64_t *words, size_t n)
+void MK(mk_bits_to_ring)(uint64_t *restrict out, const uint64_t *words, size_t rows, size_t n)
 {
-    for (size_t j = 0; j < n; j += LANES)
-        store_first(out + j, least(n - j, LANES), keep(bits_of(words[j / 64] >> (j % 64), 0), splat(1)));
+    for (; rows > 0; rows--, words += (n + 63) / 64, out += n)
+        for (size_t j = 0; j < n; j += LANES)
+            store_first(out + j, least(n - j, LANES), keep(bits_of(words[j / 64] >> (j % 64), 0), splat(1)));
 }
 
-void MK(mk_ring_lsb)(uint64_t *restrict words, const uint64_t *x, size_t n)
+void MK(mk_ring_lsb)(uint64_t *restrict words, const uint64_t *x, size_t rows, size_t n)
 {
-    for (size_t w = 0; 64 * w < n; w++) {
-        uint64_t word = 0;
-        for (size_t l = 0; l < 64 && 64 * w + l < n; l += LANES)
-            word |= lowest_bits(load_first(x + 64 * w + l, least(n - 64 * w - l, LANES))) << l;
-        words[w] = word;
-    }
+    for (; rows > 0; rows--, x += n)
+        for (size_t w = 0; 64 * w < n; w++) {
+            uint64_t word = 0;
+            for (size_t l = 0; l < 64 && 64 * w + l < n; l += LANES)
+                word |= lowest_bits(load_first(x + 64 * w + l, least(n - 64 * w - l, LANES))) << l;
+            *words++ = word;
+        }
 }
 
 void MK(mk_bits_pick)(uint64_t *restrict out, const uint64_t *planes, const uint64_t *row, size_t n)
@@ -389,15 +391,17 @@ INLINE void look_up(uint64_t *out, const uint64_t *e, const uint64_t *run, size_
     UNROLL for (int d = 0; d < depth; d++) out[n * (size_t)d] = total(sum_value(s[d]));
 }
 
-void MK(mk_ring_lookup)(uint64_t *restrict out, const uint64_t *e, const uint64_t *c, const uint64_t *turned,
-                        size_t depth, size_t n, size_t size)
+void MK(mk_ring_lookup)(uint64_t *restrict out, const uint64_t *e, size_t apart, const uint64_t *c,
+                        const uint64_t *turned, size_t parts, size_t groups, size_t depth, size_t n, size_t size)
 {
-    for (size_t i = 0; i < n; i++) {
-        const uint64_t *run = turned + (0 - c[i]) % size, *row = e + i * size;
-        size_t d = 0;
-        for (; d + 4 <= depth; d += 4) look_up(out + d * n + i, row, run + 2 * size * d, n, size, 4);
-        for (; d < depth; d++) look_up(out + d * n + i, row, run + 2 * size * d, n, size, 1);
-    }
+    const size_t all = groups * n;
+    for (size_t p = 0; p < parts; p++, e += apart, out += depth * all)
+        for (size_t i = 0; i < all; i++) {
+            const uint64_t *run = turned + 2 * size * depth * (i / n) + (0 - c[i]) % size, *row = e + i * size;
+            size_t d = 0;
+            for (; d + 4 <= depth; d += 4) look_up(out + d * all + i, row, run + 2 * size * d, all, size, 4);
+            for (; d < depth; d++) look_up(out + d * all + i, row, run + 2 * size * d, all, size, 1);
+        }
 }
 
 void MK(mk_ring_rotate)(uint64_t *restrict out, const uint64_t *e, const uint64_t *c, size_t n, size_t size)

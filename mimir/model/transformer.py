@@ -125,23 +125,35 @@ async def _rotate(ctx: Context, step: str, x: Share, turn: Share) -> Share:
     return a + b
 
 
-async def _per_head(ctx: Context, left: Ring, mask: Share, right: Ring, cache: Share, z: Share) -> Share:
-    """(left - mask) @ (right - cache) per head, given z = mask @ cache: left (h, n, k), right (h, k, m).
-    Local.
+async def _per_head(
+    ctx: Context, left: Ring, mask: Share, right: Ring, cache: Share, z: Share, *, turned: bool = False
+) -> Share:
+    """(left - mask) @ (right - cache) per head, given z = mask @ cache: left (h, n, k), right (h, k, m), or
+    (h, m, k) if it is `turned`, as keys lie. Local.
     """
     h, n, k = left.shape
-    m = right.shape[2]
+    m = right.shape[1 if turned else 2]
+
+    def times(a: Ring, b: Ring) -> Ring:
+        a, b = np.ascontiguousarray(a), np.ascontiguousarray(b)
+        return kernels.matmul_nt(a, b) if turned else kernels.matmul(a, b)
 
     def local() -> Ring:
         out = np.empty((mask.v.shape[0], h, n, m), np.uint64)
         for s in range(len(out)):
-            out[s] = z.v[s] - kernels.matmul(left, np.ascontiguousarray(cache.v[s]))
-            out[s] -= kernels.matmul(np.ascontiguousarray(mask.v[s]), right)
+            out[s] = z.v[s] - times(left, cache.v[s])
+            out[s] -= times(mask.v[s], right)
         return out
 
     y = ctx.share(await ctx.compute(4 * h * n * k * m, local, (2, h, n, m)))
-    both = await ctx.compute(h * n * k * m, lambda: kernels.matmul(left, right)[None], (1, h, n, m))
+    both = await ctx.compute(h * n * k * m, lambda: times(left, right)[None], (1, h, n, m))
     return y + both.reshape(h, n, m)
+
+
+def _for_heads(cache: tuple[Ring, Share], group: int) -> tuple[Ring, Share]:
+    """Deltas and masks (kv_heads, ..), each for the `group` heads that share it."""
+    delta, mask = cache
+    return cache if group == 1 else (np.repeat(delta, group, axis=0), mask.repeat(group, 0))
 
 
 async def attention(
@@ -181,20 +193,17 @@ async def attention(
     keys = ctx.take(prep.Keys(layer, first, n, heads, kv, hd), 1)
     values = ctx.take(prep.Values(layer, first, n, heads, kv, hd), 1)
     dq, dk, dv = await ctx.doors.open(f"{step}/cache", q + keys["x"], k + keys["new"], v + values["new"])
-    all_dk, all_k = cache.keys[layer].extend(dk, keys["new"])
-    all_dv, all_v = cache.values[layer].extend(dv, values["new"])
-    group = heads // kv
-    dk_t = np.ascontiguousarray(np.swapaxes(np.repeat(all_dk, group, axis=0), 1, 2))
-    scores = await _per_head(ctx, dq, keys["x"], dk_t, all_k.repeat(group, 0).swap(1, 2), keys["z"])
+    all_dk, all_k = _for_heads(cache.keys[layer].extend(dk, keys["new"]), heads // kv)
+    all_dv, all_v = _for_heads(cache.values[layer].extend(dv, values["new"]), heads // kv)
+    scores = await _per_head(ctx, dq, keys["x"], all_dk, all_k, keys["z"], turned=True)
 
     slots = first + n
     allowed = (np.arange(slots)[None, :] <= np.arange(first, slots)[:, None]).astype(np.uint64)
     e, total = await parts.exponentials(ctx, f"{step}/softmax", scores, allowed, cache.valid, s)
-    dv_all = np.ascontiguousarray(np.repeat(all_dv, group, axis=0))
 
     async def mix(ctx: Context) -> Share:
         (de,) = await ctx.doors.open(f"{step}/weights", e + values["x"])
-        y = await _per_head(ctx, de, values["x"], dv_all, all_v.repeat(group, 0), values["z"])
+        y = await _per_head(ctx, de, values["x"], all_dv, all_v, values["z"])
         return (await ops.truncate(ctx, f"{step}/mix", (y, nonlinear.EXP_SCALE + f - nonlinear.MIX_SCALE)))[0]
 
     async def invert(ctx: Context) -> Share:

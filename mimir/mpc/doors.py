@@ -53,6 +53,14 @@ def _digest(step: str, parts: Sequence[memoryview | bytes | bytearray]) -> bytes
     return h.digest()
 
 
+def _joined(values: Sequence[Ring]) -> Ring:
+    """Components side by side (components, words), so that hash and link take one piece each."""
+    flat = [v.reshape(len(v), -1) for v in values]
+    if not flat:
+        return np.empty((Replicated.components, 0), np.uint64)
+    return flat[0] if len(flat) == 1 else np.concatenate(flat, axis=1)
+
+
 def _split(raw: bytearray, shapes: Sequence[tuple[int, ...]]) -> list[Ring]:
     flat = np.frombuffer(raw, np.uint64)
     out, at = [], 0
@@ -73,13 +81,15 @@ class Masked:
     width: int = 64
 
     def travels(self, s: Share) -> Ring:
-        """The components as they are sent: nothing above `width` leaves."""
+        """The components as they are sent, (components, words): nothing above `width` leaves."""
+        flat = s.v.reshape(len(s.v), -1)
         if isinstance(s, Bits) or self.width == 64:
-            return s.v
-        if _sliced(self.width, s.size):
-            flat = np.ascontiguousarray(s.v).reshape(len(s.v), -1)
-            return np.stack([kernels.bit_slice(v, self.width) for v in flat])
-        return _narrow(s.v, self.width) if self.width <= 32 else s.v << np.uint64(64 - self.width)
+            return flat
+        if _sliced(self.width, flat.shape[1]):
+            return np.stack(
+                [kernels.bit_slice(np.ascontiguousarray(v), self.width).reshape(-1) for v in flat]
+            )
+        return _narrow(flat, self.width) if self.width <= 32 else flat << np.uint64(64 - self.width)
 
     def words(self, s: Share) -> int:
         """How many 64-bit words that is, for one component."""
@@ -87,19 +97,18 @@ class Masked:
             return s.size
         return self.width * words(s.size) if _sliced(self.width, s.size) else _plain_words(self.width, s.size)
 
-    def value(self, s: Share, lacked: Ring) -> Ring:
-        """The public value, given the component this party lacks."""
+    def value(self, s: Share, sent: Ring, lacked: Ring) -> Ring:
+        """The public value, given the components as they were sent, and the one this party lacks (words)."""
         if isinstance(s, Bits):
-            return s.v[0] ^ s.v[1] ^ lacked
+            return (sent[0] ^ sent[1] ^ lacked).reshape(s.shape)
         if self.width == 64:
-            return s.v[0] + s.v[1] + lacked
+            return (sent[0] + sent[1] + lacked).reshape(s.shape)
         if _sliced(self.width, s.size):
-            third = kernels.bit_unslice(np.ascontiguousarray(lacked), s.size).reshape(s.shape)
+            third = kernels.bit_unslice(lacked.reshape(self.width, -1), s.size).reshape(s.shape)
             return (s.v[0] + s.v[1] + third) & np.uint64((1 << self.width) - 1)
         if self.width <= 32:
-            return (s.v[0] + s.v[1] + _widen(lacked, s.shape)) & np.uint64((1 << self.width) - 1)
-        shift = np.uint64(64 - self.width)
-        return (((s.v[0] + s.v[1]) << shift) + lacked) >> shift
+            return _widen(sent, lacked, self.width, s.size).reshape(s.shape)
+        return ((sent[0] + sent[1] + lacked) >> np.uint64(64 - self.width)).reshape(s.shape)
 
 
 class Coins:
@@ -176,11 +185,9 @@ class Doors:
 
     async def open_all(self, step: str, requests: Sequence[Masked]) -> list[list[Ring]]:
         """Several openings in one round."""
-        sent: list[Ring] = []
-        for r in requests:
-            sent.extend(r.travels(s) for s in r.shares)
-        lacked = iter(await self._open(step, sent))
-        return [[r.value(s, next(lacked)) for s in r.shares] for r in requests]
+        sent = [r.travels(s) for r in requests for s in r.shares]
+        pairs = zip(sent, await self._open(step, sent), strict=True)
+        return [[r.value(s, *next(pairs)) for s in r.shares] for r in requests]
 
     async def open_extension(
         self, step: str, items: Sequence[tuple[Ring, Callable[[Ring, Ring], Ring]]]
@@ -191,12 +198,14 @@ class Doors:
 
     async def _open(self, step: str, values: Sequence[Ring]) -> list[Ring]:
         bk = self.bk
-        full = _pack([v[1] for v in values])  # x_{i+1}, lacked by P_{i-1}
-        vouch = _digest(step, _pack([v[0] for v in values]))  # x_i, lacked by P_{i+1}
+        one = _joined(values)
+        full = _pack([one[1]])  # x_{i+1}, lacked by P_{i-1}
+        vouch = _digest(step, _pack([one[0]]))  # x_i, lacked by P_{i+1}
         shapes = [v.shape[1:] for v in values]
-        size = 8 * sum(math.prod(s) for s in shapes)
         got = await self.round(
-            step, {bk.previous: full, bk.following: vouch}, {bk.following: size, bk.previous: DIGEST}
+            step,
+            {bk.previous: full, bk.following: vouch},
+            {bk.following: 8 * one.shape[1], bk.previous: DIGEST},
         )
         # x_{i+2} comes in full from P_{i+1} and as a digest from P_{i+2} = P_{i-1}.
         if _digest(step, [got[bk.following]]) != bytes(got[bk.previous]):
@@ -294,12 +303,13 @@ def _sliced(width: int, n: int) -> bool:
 
 def _narrow(v: Ring, width: int) -> Ring:
     """Two 32-bit halves to a word, high bits dropped so that nothing above `width` travels."""
-    flat = v.reshape(v.shape[0], -1)
-    half = np.zeros((v.shape[0], flat.shape[1] + flat.shape[1] % 2), np.uint32)
-    half[:, : flat.shape[1]] = (flat & np.uint64((1 << width) - 1)).astype(np.uint32)
+    n = v.shape[1]
+    half = np.zeros((v.shape[0], n + n % 2), np.uint32)
+    half[:, :n] = v & np.uint64((1 << width) - 1)
     return half.view(np.uint64)
 
 
-def _widen(m: Ring, shape: tuple[int, ...]) -> Ring:
-    n = math.prod(shape)
-    return np.ascontiguousarray(m).view(np.uint32)[:n].astype(np.uint64).reshape(shape)
+def _widen(sent: Ring, lacked: Ring, width: int, n: int) -> Ring:
+    """The n sums modulo 2^width of halves of words."""
+    half = sent.view(np.uint32)
+    return ((half[0] + half[1] + lacked.view(np.uint32))[:n] & np.uint32((1 << width) - 1)).astype(np.uint64)

@@ -281,6 +281,12 @@ def _ladder(
         position += WINDOW_STEP
 
 
+@lru_cache(maxsize=64)
+def _above(count: int) -> tuple[tuple[int, ...], ...]:
+    """For each but the last of so many windows, the windows above it, numbered from the second."""
+    return tuple(tuple(range(w, count - 1)) for w in range(count - 1))
+
+
 async def _climb(
     ctx: Context, step: str, x: Share, ladder: tuple[Piecewise, ...], scale: int = INVERSE_SCALE
 ) -> Share:
@@ -296,9 +302,8 @@ async def _climb(
         return await ops.evaluate(ctx, f"{step}/evaluate", read)
 
     async def choice(ctx: Context) -> Bits:
-        empty = ~ops.low_bits_of_rows(read.flags[0][1:])
-        above = tuple(tuple(range(w, len(ladder) - 1)) for w in range(len(ladder) - 1))
-        none = np.stack([b.v for b in await ops.monomials(ctx, f"{step}/choose", above, empty)], axis=1)
+        empty = ~ops.low_bits(read.flags[0][1:])
+        none = (await ops.monomials(ctx, f"{step}/choose", _above(len(ladder)), empty)).v
         ones = (~empty[-1:]).v
         chosen = np.concatenate([none[:, :1], none[:, :-1] ^ none[:, 1:], ones], axis=1)
         return ops.joined(Bits(chosen, ctx.bk), n)

@@ -6,8 +6,6 @@ ended. Costs are stated per element; `rounds` counts lockstep rounds.
 
 from __future__ import annotations
 
-import math
-import os
 import types
 from collections.abc import Callable, Coroutine, Generator, Sequence
 from dataclasses import dataclass, replace
@@ -15,12 +13,11 @@ from functools import lru_cache
 from typing import Any, Final, Protocol, TypeVar
 
 import numpy as np
-import numpy.typing as npt
 
 from mimir import kernels
 from mimir.errors import LocalError
 from mimir.mpc import prep
-from mimir.mpc.domain import RING_BITS, Ring, constant, words
+from mimir.mpc.domain import RING_BITS, Ring, words
 from mimir.mpc.doors import Masked
 from mimir.mpc.offload import offload
 from mimir.mpc.prep import Kind, Weights
@@ -116,8 +113,10 @@ def _advance(flow: Coroutine[Any, Any, Any], answer: Any) -> Generator[Any, Any,
 
 def _joint_name(steps: Sequence[str]) -> str:
     """One name for a shared round: the first step's, and the others without the path they share with it."""
-    path = os.path.commonpath([os.path.dirname(step) for step in steps])
-    shared = len(path) + 1 if path else 0
+    path = steps[0][: steps[0].rfind("/") + 1]
+    while not all(step.startswith(path) for step in steps):
+        path = path[: path.rfind("/", 0, -1) + 1]
+    shared = len(path)
     return " | ".join([steps[0], *(step[shared:] for step in steps[1:])])
 
 
@@ -161,11 +160,9 @@ async def truncate(ctx: Context, step: str, *items: tuple[Share, int]) -> list[S
     Of more than 16 bits the lowest are dropped from each component without a mask, and do not travel.
     """
     taken = [ctx.take(prep.Trunc(f), x.size) for x, f in items]
-    opening = _Truncation(items, taken)
-    c = opening.joined(await ctx.doors.open_all(step, opening.masked))
-    base, top = (concat([p[name] for p in taken]) for name in ("base", "top"))
-    a, b = opening.public(c)
-    return _split(top * b - base + a, items)
+    c = _opened(await ctx.doors.open_all(step, _raised(items, taken)))
+    base, top = (concat([p[name] for p in taken]).v for name in ("base", "top"))
+    return _split(ctx.share(kernels.trunc(base, top, ctx.bk.one, c, _items(items))), items)
 
 
 async def truncate_if(ctx: Context, step: str, bits: Bits, *items: tuple[Share, int]) -> list[Share]:
@@ -176,15 +173,11 @@ async def truncate_if(ctx: Context, step: str, bits: Bits, *items: tuple[Share, 
     prepared; so bit and value are opened side by side.
     """
     taken = [ctx.take(prep.TruncIf(f), x.size) for x, f in items]
-    ring, base, top, z = (concat([p[name] for p in taken]) for name in ("ring", "base", "top", "z"))
-    opening = _Truncation(items, taken)
-    *values, (o,) = await ctx.doors.open_all(step, [*opening.masked, Masked([bits ^ low_bits(ring)])])
-    c = opening.joined(values)
-    o = kernels.bits_to_ring(o, c.size)
-    sign = np.uint64(1) - np.uint64(2) * o  # bit = o + sign ring
-    a, b = opening.public(c)
-    y = (top * o + z[:, 1] * sign) * b - (base * o + z[:, 0] * sign) + _unmasked(ring, o) * a
-    return _split(y, items)
+    ring, base, top, z = (concat([p[name] for p in taken]).v for name in ("ring", "base", "top", "z"))
+    masked = Masked([Bits(kernels.bits_mask(bits.v, ring), ctx.bk)])
+    *opened, (o,) = await ctx.doors.open_all(step, [*_raised(items, taken), masked])
+    y = kernels.trunc_if((ring, base, top, z), ctx.bk.one, o, _opened(opened), _items(items))
+    return _split(ctx.share(y), items)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -193,17 +186,16 @@ class TruncatedRows:
 
     squares: Share
     _x: Share
-    _public: tuple[Ring, Ring]
+    _dropped: tuple[int, int]  # f, and how many of these bits were not masked
+    _opened: Ring
     _material: dict[str, Share]
 
     async def scale(self, ctx: Context, step: str, r: Share) -> Share:
         """r (n) times each row: (n, d). One round, 8 bytes a row. Once only."""
-        c, (a, b) = self._material, self._public
-        (delta,) = await ctx.doors.open(step, r + c["s"])
-        d = a.shape[1]
+        s, z = self._material["s"], self._material["z"]
+        (delta,) = await ctx.doors.open(step, r + s)
         # r x = delta x - s x, s x = s a - s base + b s top
-        times_s = c["s"].reshape(-1, 1).broadcast(*a.shape) * a - c["z"][:, :d] + c["z"][:, d:] * b
-        return self._x * delta[:, None] - times_s
+        return ctx.share(kernels.norm_scale(self._x.v, s.v, z.v, delta, self._opened, *self._dropped))
 
 
 async def truncate_rows(ctx: Context, step: str, x: Share, f: int) -> TruncatedRows:
@@ -215,38 +207,35 @@ async def truncate_rows(ctx: Context, step: str, x: Share, f: int) -> TruncatedR
     if f > RING_BITS // 2:
         raise LocalError("rows can be squared when at most 32 bits are dropped")
     c = ctx.take(prep.Norm(x.shape[1], f), x.shape[0])
-    opening = _Truncation([(x, f)], [{"r": c["r"].flat()}])
-    o = opening.joined(await ctx.doors.open_all(step, opening.masked))
-    a, b = (v.reshape(x.shape) for v in opening.public(o))
-    two = np.uint64(2)
-    part = (c["top"] * a - c["both"]) * (b * two) - c["base"] * (a * two)
-    squares = c["q"] + part.sum(1) + (a * a).sum(axis=1, dtype=np.uint64)
-    return TruncatedRows(squares, c["top"] * b - c["base"] + a, (a, b), c)
+    ((o,),) = await ctx.doors.open_all(step, _raised([(x, f)], [{"r": c["r"].flat()}]))
+    o = o.reshape(x.shape)
+    material = (c["base"].v, c["top"].v, c["both"].v, c["q"].v)
+    dropped = f, prep.unmasked_bits(f)
+    rows, squares = kernels.norm(material, ctx.bk.one, o, *dropped)
+    return TruncatedRows(ctx.share(squares), ctx.share(rows), dropped, o, c)
 
 
-class _Truncation:
-    """What several truncations in one opening have in common."""
+def _raised(items: Sequence[tuple[Share, int]], taken: Sequence[dict[str, Share]]) -> list[Masked]:
+    """What truncations open: x, raised to be positive, under its mask, without the bits that are not masked.
 
-    def __init__(self, items: Sequence[tuple[Share, int]], taken: Sequence[dict[str, Share]]) -> None:
-        self._shift = np.repeat(np.array([f for _, f in items], np.uint64), [x.size for x, _ in items])
-        self._bare = [prep.unmasked_bits(f) for _, f in items]
-        self.masked = []
-        for (x, f), p, bare in zip(items, taken, self._bare, strict=True):
-            # Components lose `bare` bits, which is made up for in the mean.
-            raised = x.flat() + ((1 << 62) - (1 << f) + (1 << bare) + (3 * ((1 << bare) - 1) >> 1))
-            low = np.uint64(bare)
-            v = (raised.v >> low) + (p["r"].v >> low)
-            self.masked.append(Masked([Share(v, x.bk)], RING_BITS - bare))
+    Components lose those bits, which is made up for in the mean.
+    """
+    x, r = concat([x.flat() for x, _ in items]), concat([p["r"] for p in taken])
+    v = Share(kernels.trunc_mask(x.v, r.v, x.bk.one, _items(items)), x.bk)
+    out, at = [], 0
+    for x, f in items:
+        out.append(Masked([v[at : at + x.size]], RING_BITS - prep.unmasked_bits(f)))
+        at += x.size
+    return out
 
-    def joined(self, opened: Sequence[Sequence[Ring]]) -> Ring:
-        """What was opened, of all items, in its place within the ring."""
-        return np.concatenate([c << np.uint64(g) for (c,), g in zip(opened, self._bare, strict=True)])
 
-    def public(self, c: Ring) -> tuple[Ring, Ring]:
-        """a and b such that a - base + b top is the truncated value; b is 0 or 2^(64 - f)."""
-        one = np.uint64(1)
-        a = (c >> self._shift) - (one << (np.uint64(62) - self._shift))
-        return a, (one - (c >> np.uint64(63))) << (np.uint64(RING_BITS) - self._shift)
+def _items(items: Sequence[tuple[Share, int]]) -> list[tuple[int, int, int]]:
+    """What kernels ask of truncations: how many elements, bits to drop, and of these not masked."""
+    return [(x.size, f, prep.unmasked_bits(f)) for x, f in items]
+
+
+def _opened(values: Sequence[Sequence[Ring]]) -> Ring:
+    return values[0][0] if len(values) == 1 else np.concatenate([c for (c,) in values])
 
 
 def _split(y: Share, items: Sequence[tuple[Share, int]]) -> list[Share]:
@@ -299,17 +288,20 @@ async def scale(ctx: Context, step: str, s: Share, x: Share) -> Share:
 
 
 @lru_cache(maxsize=256)
-def _planes_within(kind: prep.Ands) -> list[npt.NDArray[np.intp]]:
+def _products(kind: prep.Ands) -> kernels.Products:
     """Of each monomial, where the planes of its subsets lie, the empty one left out, in binary order."""
     at = {s: i for i, s in enumerate(kind.subsets)}
-    return [
-        np.array([at[tuple(v for j, v in enumerate(m) if mask >> j & 1)] for mask in range(1, 1 << len(m))])
-        for m in kind.monomials
-    ]
+    return kernels.Products(
+        [
+            (m, [at[tuple(v for j, v in enumerate(m) if mask >> j & 1)] for mask in range(1, 1 << len(m))])
+            for m in kind.monomials
+        ]
+    )
 
 
-async def monomials(ctx: Context, step: str, wanted: tuple[tuple[int, ...], ...], bits: Bits) -> list[Bits]:
-    """Products over GF(2) of rows of words of bits (variables, n), one for each set of variables wanted: (n).
+async def monomials(ctx: Context, step: str, wanted: tuple[tuple[int, ...], ...], bits: Bits) -> Bits:
+    """Products over GF(2) of rows of words of bits (variables, n), one for each set of variables wanted:
+    (sets, n).
 
     One round, a bit a variable, however many are multiplied. With o_j = open(b_j ^ x_j) the product of the
     b_j = o_j ^ x_j is a public combination of the prepared products of the x_j.
@@ -317,53 +309,31 @@ async def monomials(ctx: Context, step: str, wanted: tuple[tuple[int, ...], ...]
     kind = prep.Ands(wanted)
     planes = ctx.take(kind, bits.shape[1])["planes"].v
     (o,) = await ctx.doors.open_bits(step, bits ^ Bits(planes[:, : bits.shape[0]], ctx.bk))
-    one = ctx.bk.xor_public(np.zeros_like(planes[:, :1]), np.full(bits.shape[1], 2**64 - 1, np.uint64))
-    found: dict[tuple[int, ...], Bits] = {}
-    for m, inner in sorted(zip(wanted, _planes_within(kind), strict=True), key=lambda e: -len(e[0])):
-        if m in found:
-            continue
-        table = np.concatenate([one, planes[:, inner]], axis=1)  # the subsets of m, in binary order
-        for j in reversed(range(len(m))):  # a variable at a time: o_j P(without) + P(with)
-            table = table[:, 1 << j :] ^ (table[:, : 1 << j] & o[m[j]])
-            found[m[j:]] = Bits(table[:, 0], ctx.bk)
-    return [found[m] for m in wanted]
+    return Bits(kernels.bits_products(planes, ctx.bk.one, o, _products(kind)), ctx.bk)
 
 
 async def to_ring(ctx: Context, step: str, bits: Bits, n: int) -> Share:
     """Words of bits (w) as n ring elements 0 or 1. One round, one bit each."""
-    ring = ctx.take(prep.DaBit(), n)["ring"]
-    (o,) = await ctx.doors.open_bits(step, bits ^ low_bits(ring))
-    return _unmasked(ring, kernels.bits_to_ring(o, n))
+    ring = ctx.take(prep.DaBit(), n)["ring"].v
+    (o,) = await ctx.doors.open_bits(step, Bits(kernels.bits_mask(bits.v, ring), ctx.bk))
+    return ctx.share(kernels.ring_unmask(ring, ctx.bk.one, o))
 
 
 def low_bits(x: Share) -> Bits:
-    """The lowest bits of x (n), as words: those of its components share it over GF(2). No round."""
-    return Bits(np.stack([kernels.ring_lsb(np.ascontiguousarray(v)) for v in x.v]), x.bk)
+    """The lowest bits of each row of x (.., n), as words (.., words): those of its components share them over
+    GF(2). No round.
+    """
+    return Bits(kernels.ring_lsb(np.ascontiguousarray(x.v)), x.bk)
 
 
 def lanes(bits: Bits, n: int) -> Share:
     """The first n lanes of rows of words of bits (k, w), each in the low bit of a word: (k, n). No round."""
-    k, w = bits.shape
-    out = np.stack([kernels.bits_to_ring(np.ascontiguousarray(v).reshape(-1), 64 * k * w) for v in bits.v])
-    return Share(out.reshape(len(out), k, 64 * w)[:, :, :n], bits.bk)
-
-
-def low_bits_of_rows(x: Share) -> Bits:
-    """`low_bits` of each row of x (k, n): (k, words). No round."""
-    k, n = x.shape
-    v = np.zeros((len(x.v), k, 64 * words(n)), np.uint64)
-    v[:, :, :n] = x.v
-    return Bits(np.stack([kernels.ring_lsb(w.reshape(-1)).reshape(k, -1) for w in v]), x.bk)
+    return Share(kernels.bits_to_ring(np.ascontiguousarray(bits.v[:, :, : words(n)]), n), bits.bk)
 
 
 def joined(rows: Bits, n: int) -> Bits:
     """Words of the first n lanes of each row of words (k, w), one row after another. No round."""
     return low_bits(lanes(rows, n).flat())
-
-
-def _unmasked(ring: Share, opened: Ring) -> Share:
-    """The bit that was opened under the bit `ring`."""
-    return ring * (np.uint64(1) - np.uint64(2) * opened) + opened
 
 
 async def pick(
@@ -379,14 +349,13 @@ async def pick(
     asked = [
         Masked([(x[:, j] + c["x"][:, j])], w) for j, w in enumerate(widths if widths else (RING_BITS,) * m)
     ]
-    (o,), *columns = await ctx.doors.open_all(step, [Masked([bits ^ low_bits(c["ring"])]), *asked])
-    opened = kernels.bits_to_ring(o, n)
-    bit = _unmasked(c["ring"], opened)
+    ring = c["ring"].v
+    asked.insert(0, Masked([Bits(kernels.bits_mask(bits.v, ring), ctx.bk)]))
+    (o,), *columns = await ctx.doors.open_all(step, asked)
     delta = np.stack([column for (column,) in columns], axis=1)
-    sign = np.uint64(1) - np.uint64(2) * opened
+    bit = kernels.ring_unmask(ring, ctx.bk.one, o)
     # bit x = bit delta - bit mask, and bit = opened + sign ring
-    spread = ctx.share(np.broadcast_to(bit.v[:, :, None], (len(bit.v), n, m)))
-    return spread * delta - c["x"] * opened[:, None] - c["z"] * sign[:, None], bit
+    return ctx.share(kernels.ring_pick(bit, c["x"].v, c["z"].v, delta, o)), ctx.share(bit)
 
 
 def drop(x: Share, low: int, width: int) -> Share:
@@ -396,10 +365,7 @@ def drop(x: Share, low: int, width: int) -> Share:
     Each component loses its low bits, x having been raised by as much as three of them can lose. What comes
     out is one number, however often it is used.
     """
-    if low:
-        x = x + 3 * ((1 << low) - 1)
-    mask = np.uint64((1 << (low + width)) - 1)
-    return Share((x.v & mask) >> np.uint64(low), x.bk)
+    return Share(kernels.drop(x.flat().v, x.bk.one, (low,), width), x.bk).reshape(*x.shape)
 
 
 DIGIT: Final = 5  # bits of a digit: with 4 or 6 a comparison takes more ANDs
@@ -431,25 +397,17 @@ async def _at_most(
 
     r <= k if the highest digit that differs is less, or none differs: each of these cases is a product.
     """
-    count, words_each = len(sizes), planes.shape[2]
-    equal, less, at = [], [], 0
-    for d, size in enumerate(sizes):
-        hot = planes[:, at : at + (1 << size)]
-        running = np.bitwise_xor.accumulate(hot, axis=1)  # bits of "digit <= row"
-        parts = [k >> np.uint64(sum(sizes[:d])) & np.uint64((1 << size) - 1) for k in publics]
-        same = np.concatenate([_chosen(hot, k) for k in parts], axis=1)
-        up_to = np.concatenate([_chosen(running, k) for k in parts], axis=1)
-        equal.append(same)
-        less.append(up_to ^ same if d else up_to)
-        at += 1 << size
-    result = Bits(less[-1], ctx.bk)
+    count = len(sizes)
+    rows = kernels.bits_at_most(planes, sizes, np.stack(publics))
+    result = Bits(rows[:, 0], ctx.bk)  # the highest digit
     if count > 1:
         # variables: equal, from the highest digit but the lowest; then less, from the second highest digit
         cases = tuple((*range(i), count - 2 + i) for i in range(1, count))
-        variables = np.stack([*equal[:0:-1], *less[-2::-1]], axis=1)
-        for case in await monomials(ctx, step, cases, Bits(variables, ctx.bk)):
-            result = result ^ case
-    return [result[i * words_each : (i + 1) * words_each] for i in range(len(publics))]
+        variables = Bits(rows[:, 1:], ctx.bk).reshape(2 * count - 2, -1)
+        products = await monomials(ctx, step, cases, Bits(variables.v, ctx.bk))
+        either = np.bitwise_xor.reduce(products.v, axis=1).reshape(result.v.shape)
+        result = Bits(result.v ^ either, ctx.bk)
+    return [result[i] for i in range(len(publics))]
 
 
 async def are_below(
@@ -545,18 +503,16 @@ async def read_index(ctx: Context, step: str, x: Share, *pieces: Piecewise) -> R
     p, count, n = pieces[0], len(pieces), x.size
     width = p.rest + p.bits
     c = ctx.take(p.kind, count * n)
-    dropped = concat([drop(x, piece.low, width) for piece in pieces])
-    (o,) = await ctx.doors.open_low(step, width, dropped + c["r"])
+    dropped = kernels.drop(x.v, ctx.bk.one, [piece.low for piece in pieces], width)
+    (o,) = await ctx.doors.open_low(step, width, ctx.share(dropped).flat() + c["r"])
     index = (o >> np.uint64(p.rest)).reshape(count, n)
-    e, turned = c["e"].v, _turned(*pieces)
-
-    def local() -> Ring:
-        rows = (count, n, 1 << p.bits)
-        return np.stack([kernels.lookup(np.ascontiguousarray(v).reshape(rows), index, turned) for v in e])
-
+    turned = _turned(*pieces)
+    e = c["e"].reshape(count, n, 1 << p.bits).v
     depth = turned.shape[1]
     work = 2 * depth * (count * n << p.bits)
-    looked = ctx.share(await ctx.compute(work, local, (2, count, depth, n))).swap(0, 1)
+    looked = ctx.share(
+        await ctx.compute(work, lambda: kernels.lookup(e, index, turned), (2, depth, count, n))
+    )
     d = p.degree + 1
     rest = o & np.uint64((1 << p.rest) - 1)
     return Read(looked[:d].reshape(d, count * n), looked[d:], rest, c)
@@ -572,16 +528,7 @@ async def evaluate(ctx: Context, step: str, read: Read) -> Share:
     coefs, poly, rest = read.coefs, read.material["poly"], read.rest  # poly (pieces n, ..): see prep._powers
     degree = coefs.shape[0] - 1
     (delta,) = await ctx.doors.open(step, coefs[1:].swap(0, 1) + poly[:, degree : 2 * degree])
-    powers = [np.ones_like(rest)]
-    for _ in range(degree):
-        powers.append(powers[-1] * rest)
-    at = {}  # t^i = sum over j of at[i, j] v^j
-    for i in range(1, degree + 1):
-        for j in range(i + 1):
-            at[i, j] = powers[i - j] * constant(math.comb(i, j) * (-1) ** j)
-    told = [sum(delta[:, i - 1] * at[i, j] for i in range(max(j, 1), degree + 1)) for j in range(degree + 1)]
-    minus = [-at[i, j] for j in range(degree + 1) for i in range(max(j, 1), degree + 1)]
-    return coefs[0] + (poly * np.stack([*told[1:], *minus], axis=1)).sum(1) + told[0]
+    return ctx.share(kernels.poly(coefs.v, poly.v, ctx.bk.one, delta, rest))
 
 
 async def piecewise(ctx: Context, step: str, x: Share, piece: Piecewise) -> Share:
@@ -595,7 +542,7 @@ def one_hot(ctx: Context, c: dict[str, Share], opened: Ring, bits: int) -> Share
     round.
     """
     index = opened & np.uint64((1 << bits) - 1)
-    return ctx.share(np.stack([kernels.rotate(np.ascontiguousarray(v), index) for v in c["e"].v]))
+    return ctx.share(kernels.rotate(np.ascontiguousarray(c["e"].v), index))
 
 
 async def coarse_index(ctx: Context, step: str, x: Share, low: int, rest: int, bits: int) -> Share:
@@ -712,12 +659,9 @@ async def _winners(ctx: Context, step: str, v: Share, width: int) -> Bits:
     lost_first = lanes(Bits(lost.v[:, None], ctx.bk), groups * len(first))[0].reshape(groups, len(first))
     pair = np.zeros((size, size), np.int64)
     pair[first, second] = pair[second, first] = np.arange(len(first))
-    beats = []  # for each element, what it does to the others: (groups, size - 1)
-    for a in range(size):
-        others = [b for b in range(size) if b != a]
-        row = lost_first[:, pair[a, others]]
-        beats.append(row + np.array([int(b > a) for b in others], np.uint64))  # its low bit counts
-    rows = concat([b.reshape(groups, 1, size - 1) for b in beats], axis=1).reshape(-1, size - 1)
-    packed = Bits(np.stack([low_bits(rows[:, j]).v for j in range(size - 1)], axis=1), ctx.bk)
-    (won,) = await monomials(ctx, f"{step}/all", (tuple(range(size - 1)),), packed)
-    return won
+    others = np.array([[b for b in range(size) if b != a] for a in range(size)])
+    own = np.arange(size)[:, None]
+    # What each element does to each of the others, in the low bit: (groups, size, size - 1).
+    beats = lost_first[:, pair[own, others]] + (others > own).astype(np.uint64)
+    packed = low_bits(beats.reshape(groups * size, size - 1).swap(0, 1))
+    return (await monomials(ctx, f"{step}/all", (tuple(range(size - 1)),), packed))[0]

@@ -33,11 +33,12 @@ class _Shapes:
 
     party = 0
     components = 1
+    one = np.zeros(1, np.uint64)
 
-    def add_public(self, v: Ring, public: Ring) -> Ring:
+    def add_public(self, v: Ring, public: Ring | np.uint64) -> Ring:
         return _zeros(*v.shape)
 
-    def xor_public(self, v: Ring, public: Ring) -> Ring:
+    def xor_public(self, v: Ring, public: Ring | np.uint64) -> Ring:
         return _zeros(*v.shape)
 
 

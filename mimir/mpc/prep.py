@@ -300,8 +300,7 @@ class Batch:
         third = -(-size // 3)
         ring = np.empty((2, 3, third), np.uint64)  # the bits in three blocks, of which zeros fill the last
         for to, of in zip(ring.reshape(2, -1), flat, strict=True):
-            for j, row in enumerate(of):
-                kernels.bits_to_ring(np.ascontiguousarray(row), n, out=to[j * n : (j + 1) * n])
+            kernels.bits_to_ring(np.ascontiguousarray(of), n, out=to[:size].reshape(-1, n))
             to[size:] = 0
 
         # In block j the factors are components j, j + 1, and then j + 2: of each factor, (slot, block).
@@ -368,10 +367,7 @@ class Batch:
         The low bits of the components of x share its low bit over GF(2), so this costs nothing but a zero
         check.
         """
-        low = np.empty(bits.shape, np.uint64)
-        for to, component in zip(low, x, strict=True):
-            for packed, row in zip(to, component, strict=True):
-                kernels.ring_lsb(np.ascontiguousarray(row), out=packed)
+        low = kernels.ring_lsb(np.ascontiguousarray(x))
         mask = np.full(bits.shape[-1], 2**64 - 1, np.uint64)
         if n % 64:
             mask[-1] = (1 << (n % 64)) - 1

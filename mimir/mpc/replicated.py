@@ -34,6 +34,8 @@ class Replicated:
         self._mine = key_mine  # K_i, shared with P_{i-1}
         self._next = key_next  # K_{i+1}, shared with P_{i+1}
         self._stream = 0
+        self._takes = {0: 0, 2: 1}.get(party)  # which of our components takes public values
+        self.one = np.array([i == self._takes for i in range(2)], np.uint64)
         self._wiped = False
 
     @property
@@ -71,21 +73,19 @@ class Replicated:
         zero ^= other
         return zero
 
-    def add_public(self, v: Ring, public: Ring) -> Ring:
+    def add_public(self, v: Ring, public: Ring | np.uint64) -> Ring:
         """Component 0 takes the public value: slot 0 at P_0, slot 1 at P_2."""
         out = v.copy()
-        if self.party == 0:
-            out[0] += public
-        elif self.party == 2:
-            out[1] += public
+        if self._takes is not None:
+            part = out[self._takes, ...]
+            part += public
         return out
 
-    def xor_public(self, v: Ring, public: Ring) -> Ring:
+    def xor_public(self, v: Ring, public: Ring | np.uint64) -> Ring:
         out = v.copy()
-        if self.party == 0:
-            out[0] ^= public
-        elif self.party == 2:
-            out[1] ^= public
+        if self._takes is not None:
+            part = out[self._takes, ...]
+            part ^= public
         return out
 
     def known(self, component: int, v: Ring) -> Ring:

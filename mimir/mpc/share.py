@@ -18,6 +18,8 @@ import numpy.typing as npt
 from mimir.mpc.domain import Ring, constant
 
 _NUMBER = int | np.uint64
+_ZERO = np.zeros(1, np.uint64)
+_ONES = ~_ZERO
 
 
 class Backend(Protocol):
@@ -29,9 +31,18 @@ class Backend(Protocol):
     @property
     def components(self) -> int: ...
 
-    def add_public(self, v: Ring, public: Ring) -> Ring: ...
+    @property
+    def one(self) -> Ring:
+        """This party's components of the public number 1: v + one k is v plus a public k."""
+        ...
 
-    def xor_public(self, v: Ring, public: Ring) -> Ring: ...
+    def add_public(self, v: Ring, public: Ring | np.uint64) -> Ring:
+        """v plus a public array that broadcasts to the shape of one component."""
+        ...
+
+    def xor_public(self, v: Ring, public: Ring | np.uint64) -> Ring:
+        """The same over GF(2)."""
+        ...
 
 
 def _ring(x: Any) -> Any:
@@ -75,20 +86,20 @@ class Share:
     def __add__(self, o: Share | Ring | _NUMBER) -> Share:
         if isinstance(o, Share):
             return Share(self.v + o.v, self.bk)
-        return Share(self.bk.add_public(self.v, np.broadcast_to(_ring(o), self.shape)), self.bk)
+        return Share(self.bk.add_public(self.v, _ring(o)), self.bk)
 
     __radd__ = __add__
 
     def __sub__(self, o: Share | Ring | _NUMBER) -> Share:
         if isinstance(o, Share):
             return Share(self.v - o.v, self.bk)
-        return self + (np.zeros(1, np.uint64) - _ring(o))
+        return self + (_ZERO - _ring(o))
 
     def __rsub__(self, o: Ring | _NUMBER) -> Share:
         return (-self) + o
 
     def __neg__(self) -> Share:
-        return Share(np.zeros(1, np.uint64) - self.v, self.bk)
+        return Share(_ZERO - self.v, self.bk)
 
     def __mul__(self, public: npt.NDArray[Any] | _NUMBER) -> Share:
         return Share(self.v * _ring(public), self.bk)
@@ -138,13 +149,13 @@ class Bits(Share):
     def __xor__(self, o: Bits | Ring) -> Bits:
         if isinstance(o, Bits):
             return Bits(self.v ^ o.v, self.bk)
-        return Bits(self.bk.xor_public(self.v, np.broadcast_to(o, self.shape)), self.bk)
+        return Bits(self.bk.xor_public(self.v, o), self.bk)
 
     def __and__(self, public: Ring) -> Bits:
         return Bits(self.v & public, self.bk)
 
     def __invert__(self) -> Bits:
-        return self ^ np.full(1, 2**64 - 1, np.uint64)
+        return self ^ _ONES
 
     def __getitem__(self, key: Any) -> Bits:
         return Bits(Share.__getitem__(self, key).v, self.bk)

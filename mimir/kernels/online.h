@@ -1,0 +1,246 @@
+/* The local halves of online operations: what is sent before an opening, and what is made of what was opened. Plain
+ * loops, one source for all levels: ref.c, avx2.c and avx512.c include this once each, and the compiler makes vectors
+ * of it. A pass over all components at once, since each costs more to call than to run. */
+#ifndef MK
+#error "include this where MK names the level"
+#endif
+
+/* ---- truncation ---- */
+
+void MK(mk_ring_trunc_mask)(uint64_t *restrict out, const uint64_t *x, size_t x_apart, const uint64_t *r,
+                            size_t r_apart, const uint64_t *one, const uint64_t *items, size_t parts, size_t count)
+{
+    for (size_t c = 0; c < parts; c++, x += x_apart, r += r_apart)
+        for (size_t i = 0, j = 0; i < count; i++) {
+            uint64_t f = items[3 * i + 1], bare = items[3 * i + 2], lost = ((uint64_t)1 << bare) - 1;
+            uint64_t up = one[c] * (((uint64_t)1 << 62) - ((uint64_t)1 << f) + lost + 1 + (3 * lost >> 1));
+            for (size_t end = j + items[3 * i]; j < end; j++) *out++ = ((x[j] + up) >> bare) + (r[j] >> bare);
+        }
+}
+
+/* The public a and b of an opened value, such that a - base + b top is truncated (ops.truncate). */
+static inline uint64_t trunc_a(uint64_t opened, unsigned f, unsigned bare)
+{
+    return (opened << bare >> f) - ((uint64_t)1 << (62 - f));
+}
+
+static inline uint64_t trunc_b(uint64_t opened, unsigned f, unsigned bare)
+{
+    return (1 - (opened << bare >> 63)) << (64 - f);
+}
+
+void MK(mk_ring_trunc)(uint64_t *restrict out, const uint64_t *base, size_t base_apart, const uint64_t *top,
+                       size_t top_apart, const uint64_t *one, const uint64_t *opened, const uint64_t *items,
+                       size_t parts, size_t count)
+{
+    for (size_t c = 0; c < parts; c++, base += base_apart, top += top_apart)
+        for (size_t i = 0, j = 0; i < count; i++) {
+            unsigned f = (unsigned)items[3 * i + 1], bare = (unsigned)items[3 * i + 2];
+            for (size_t end = j + items[3 * i]; j < end; j++)
+                *out++ = one[c] * trunc_a(opened[j], f, bare) + trunc_b(opened[j], f, bare) * top[j] - base[j];
+        }
+}
+
+void MK(mk_ring_trunc_if)(uint64_t *restrict out, const uint64_t *ring, size_t ring_apart, const uint64_t *base,
+                          size_t base_apart, const uint64_t *top, size_t top_apart, const uint64_t *z, size_t z_apart,
+                          const uint64_t *one, const uint64_t *bits, const uint64_t *opened, const uint64_t *items,
+                          size_t parts, size_t count)
+{
+    for (size_t c = 0; c < parts; c++, ring += ring_apart, base += base_apart, top += top_apart, z += z_apart)
+        for (size_t i = 0, j = 0; i < count; i++) {
+            unsigned f = (unsigned)items[3 * i + 1], bare = (unsigned)items[3 * i + 2];
+            for (size_t end = j + items[3 * i]; j < end; j++) {
+                uint64_t o = bits[j / 64] >> (j % 64) & 1, sign = 1 - 2 * o;
+                uint64_t a = trunc_a(opened[j], f, bare), b = trunc_b(opened[j], f, bare);
+                *out++ = (ring[j] * sign + one[c] * o) * a + (top[j] * o + z[2 * j + 1] * sign) * b -
+                         (base[j] * o + z[2 * j] * sign);
+            }
+        }
+}
+
+void MK(mk_ring_norm)(uint64_t *restrict rows, uint64_t *restrict squares, const uint64_t *base, size_t base_apart,
+                      const uint64_t *top, size_t top_apart, const uint64_t *both, size_t both_apart,
+                      const uint64_t *q, size_t q_apart, const uint64_t *one, const uint64_t *opened, size_t parts,
+                      size_t n, size_t width, unsigned f, unsigned bare)
+{
+    for (size_t c = 0; c < parts; c++, base += base_apart, top += top_apart, both += both_apart, q += q_apart)
+        for (size_t i = 0; i < n; i++, rows += width, squares++) {
+            uint64_t sum = q[i];
+            for (size_t j = i * width, k = 0; k < width; j++, k++) {
+                uint64_t a = trunc_a(opened[j], f, bare), b = trunc_b(opened[j], f, bare);
+                rows[k] = one[c] * a + b * top[j] - base[j];
+                sum += 2 * (b * (a * top[j] - both[j]) - a * base[j]) + one[c] * a * a;
+            }
+            *squares = sum;
+        }
+}
+
+void MK(mk_ring_norm_scale)(uint64_t *restrict out, const uint64_t *x, size_t x_apart, const uint64_t *s,
+                            size_t s_apart, const uint64_t *z, size_t z_apart, const uint64_t *delta,
+                            const uint64_t *opened, size_t parts, size_t n, size_t width, unsigned f, unsigned bare)
+{
+    for (size_t c = 0; c < parts; c++, x += x_apart, s += s_apart, z += z_apart)
+        for (size_t i = 0; i < n; i++, out += width) {
+            const uint64_t *base = z + 2 * i * width, *top = base + width;
+            for (size_t j = i * width, k = 0; k < width; j++, k++)
+                out[k] = x[j] * delta[i] - s[i] * trunc_a(opened[j], f, bare) + base[k] -
+                         top[k] * trunc_b(opened[j], f, bare);
+        }
+}
+
+/* ---- values that are read or compared ---- */
+
+void MK(mk_ring_drop)(uint64_t *restrict out, const uint64_t *x, size_t x_apart, const uint64_t *one,
+                      const uint64_t *low, size_t parts, size_t pieces, size_t n, unsigned width)
+{
+    for (size_t c = 0; c < parts; c++, x += x_apart)
+        for (size_t p = 0; p < pieces; p++, out += n) {
+            uint64_t lost = ((uint64_t)1 << low[p]) - 1, up = one[c] * 3 * lost;
+            uint64_t mask = ~(uint64_t)0 >> (64 - width) << low[p] | lost;
+            for (size_t j = 0; j < n; j++) out[j] = ((x[j] + up) & mask) >> low[p];
+        }
+}
+
+/* Of each column the sum over i and j of delta_i at(i, j) v^j, less that of at(i, j) m_i v^j, where at(i, j) v^j are the
+ * terms of (rest - v)^i. */
+void MK(mk_ring_poly)(uint64_t *restrict out, const uint64_t *coefs, size_t coefs_apart, const uint64_t *poly,
+                      size_t poly_apart, const uint64_t *one, const uint64_t *delta, const uint64_t *rest,
+                      size_t parts, size_t n, size_t degree)
+{
+    uint64_t choose[MK_DEGREE + 1][MK_DEGREE + 1];
+    for (size_t i = 0; i <= degree; i++) {
+        choose[i][0] = 1;
+        for (size_t j = 1; j <= i; j++) choose[i][j] = -choose[i - 1][j - 1] + (j < i ? choose[i - 1][j] : 0);
+    }
+    size_t columns = degree * (degree + 5) / 2;
+    for (size_t k = 0; k < n; k++, delta += degree) {
+        uint64_t power[MK_DEGREE + 1] = {1}, told = 0, factor[MK_DEGREE * (MK_DEGREE + 5) / 2];
+        for (size_t i = 1; i <= degree; i++) power[i] = power[i - 1] * rest[k];
+        for (size_t i = 1; i <= degree; i++) told += delta[i - 1] * power[i];
+        size_t at = degree; /* after v^1 .. come m_1 .., then for each j m_j v^j .. */
+        for (size_t i = 1; i <= degree; i++) factor[at++] = -power[i];
+        for (size_t j = 1; j <= degree; j++) {
+            factor[j - 1] = 0;
+            for (size_t i = j; i <= degree; i++) {
+                uint64_t term = power[i - j] * choose[i][j];
+                factor[j - 1] += delta[i - 1] * term;
+                factor[at++] = -term;
+            }
+        }
+        for (size_t c = 0; c < parts; c++) {
+            const uint64_t *row = poly + c * poly_apart + k * columns;
+            uint64_t sum = coefs[c * coefs_apart + k] + one[c] * told;
+            for (size_t j = 0; j < columns; j++) sum += row[j] * factor[j];
+            out[c * n + k] = sum;
+        }
+    }
+}
+
+/* ---- bits ---- */
+
+void MK(mk_bits_mask)(uint64_t *restrict out, const uint64_t *bits, size_t bits_apart, const uint64_t *ring,
+                      size_t ring_apart, size_t parts, size_t n)
+{
+    for (size_t c = 0; c < parts; c++, bits += bits_apart, ring += ring_apart)
+        for (size_t w = 0; 64 * w < n; w++) {
+            uint64_t word = 0;
+            size_t lanes = n - 64 * w < 64 ? n - 64 * w : 64;
+            for (size_t l = 0; l < lanes; l++) word |= (ring[64 * w + l] & 1) << l;
+            *out++ = bits[w] ^ word;
+        }
+}
+
+void MK(mk_ring_unmask)(uint64_t *restrict out, const uint64_t *ring, size_t ring_apart, const uint64_t *one,
+                        const uint64_t *bits, size_t parts, size_t n)
+{
+    for (size_t c = 0; c < parts; c++, out += n, ring += ring_apart)
+        for (size_t j = 0; j < n; j++) {
+            uint64_t o = bits[j / 64] >> (j % 64) & 1;
+            out[j] = ring[j] * (1 - 2 * o) + one[c] * o;
+        }
+}
+
+void MK(mk_ring_pick)(uint64_t *restrict out, const uint64_t *bit, const uint64_t *x, size_t x_apart,
+                      const uint64_t *z, size_t z_apart, const uint64_t *delta, const uint64_t *bits, size_t parts,
+                      size_t n, size_t width)
+{
+    for (size_t c = 0; c < parts; c++, bit += n, x += x_apart, z += z_apart)
+        for (size_t j = 0; j < n; j++) {
+            uint64_t o = bits[j / 64] >> (j % 64) & 1, sign = 1 - 2 * o;
+            for (size_t k = j * width; k < (j + 1) * width; k++) *out++ = bit[j] * delta[k] - x[k] * o - z[k] * sign;
+        }
+}
+
+void MK(mk_bits_at_most)(uint64_t *restrict out, const uint64_t *planes, size_t apart, size_t row_apart,
+                         const uint64_t *sizes, const uint64_t *told, size_t parts, size_t digits, size_t count,
+                         size_t n)
+{
+    size_t words = (n + 63) / 64;
+    for (size_t c = 0; c < parts; c++, planes += apart, out += (2 * digits - 1) * count * words)
+        for (size_t w = 0; w < words; w++) {
+            const uint64_t *rows = planes + w;
+            size_t lanes = n - 64 * w < 64 ? n - 64 * w : 64;
+            unsigned shift = 0;
+            for (size_t d = 0; d < digits; d++) {
+                size_t many = (size_t)1 << sizes[d];
+                uint64_t hot[1 << MK_DIGIT], up_to[1 << MK_DIGIT], running = 0;
+                for (size_t i = 0; i < many; i++, rows += row_apart) {
+                    hot[i] = *rows;
+                    up_to[i] = running ^= hot[i];
+                }
+                for (size_t k = 0; k < count; k++) {
+                    const uint64_t *value = told + k * n + 64 * w;
+                    uint64_t same = 0, most = 0;
+                    for (size_t l = 0; l < lanes; l++) {
+                        uint64_t digit = value[l] >> shift & (many - 1), lane = (uint64_t)1 << l;
+                        same |= hot[digit] & lane;
+                        most |= up_to[digit] & lane;
+                    }
+                    uint64_t *to = out + k * words + w;
+                    size_t less = d == digits - 1 ? 0 : 2 * (digits - 1) - d;
+                    if (d > 0) to[(digits - d) * count * words] = same, most ^= same;
+                    to[less * count * words] = most;
+                }
+                shift += (unsigned)sizes[d];
+            }
+        }
+}
+
+enum { SIDE = 8 }; /* words of a product side by side */
+
+/* `width` words of a product: a variable at a time, o P(without) + P(with), of neighbours in the order of subsets; what
+ * comes first waits in `left`, by how many variables have been joined. */
+static inline __attribute__((always_inline)) void bits_product(uint64_t *out, const uint64_t *planes,
+                                                               size_t row_apart, uint64_t empty,
+                                                               const uint64_t *opened, size_t n, size_t degree,
+                                                               const uint64_t *variables, const uint64_t *subsets,
+                                                               const size_t width)
+{
+    uint64_t left[MK_MONOMIAL + 1][SIDE], sum[SIDE];
+    for (size_t s = 0; s < (size_t)1 << degree; s++) {
+        size_t j = 0;
+        for (size_t v = 0; v < width; v++) sum[v] = s ? planes[subsets[s - 1] * row_apart + v] : empty;
+        for (; s >> j & 1; j++)
+            for (size_t v = 0; v < width; v++) sum[v] ^= left[j][v] & opened[variables[j] * n + v];
+        for (size_t v = 0; v < width; v++) left[j][v] = sum[v];
+    }
+    for (size_t v = 0; v < width; v++) out[v] = left[degree][v];
+}
+
+void MK(mk_bits_products)(uint64_t *restrict out, const uint64_t *planes, size_t apart, size_t row_apart,
+                          const uint64_t *one, const uint64_t *opened, const uint64_t *plan, size_t parts,
+                          size_t products, size_t n)
+{
+    for (size_t c = 0; c < parts; c++, planes += apart) {
+        const uint64_t *next = plan;
+        for (size_t p = 0; p < products; p++, out += n) {
+            size_t degree = *next, w = 0;
+            const uint64_t *variables = next + 1, *subsets = variables + degree;
+            for (; w + SIDE <= n; w += SIDE)
+                bits_product(out + w, planes + w, row_apart, -one[c], opened + w, n, degree, variables, subsets, SIDE);
+            if (w < n)
+                bits_product(out + w, planes + w, row_apart, -one[c], opened + w, n, degree, variables, subsets, n - w);
+            next = subsets + ((size_t)1 << degree) - 1;
+        }
+    }
+}
