@@ -1135,9 +1135,11 @@ def relation(
                 assert np.array_equal(plane, np.bitwise_and.reduce([at[(v,)] for v in subset]))
             assert {s for m in kind.monomials for s in (m, *((v,) for v in m))} <= set(at)
         case prep.DaBit():
-            assert np.isin(got["ring"], (0, 1)).all() and len(np.unique(got["ring"])) == 2
+            assert np.isin(got["ring"], (0, 1)).all()
+            assert n < 64 or len(np.unique(got["ring"])) == 2  # fewer may all be equal
         case prep.Pick():
-            assert np.isin(got["ring"], (0, 1)).all() and len(np.unique(got["ring"])) == 2
+            assert np.isin(got["ring"], (0, 1)).all()
+            assert n < 64 or len(np.unique(got["ring"])) == 2
             assert np.array_equal(got["z"], got["x"] * got["ring"][:, None])
         case prep.Mul():
             assert np.array_equal(got["z"], got["x"] * got["y"])
