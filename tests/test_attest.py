@@ -1745,6 +1745,20 @@ def test_extensions_and_keys_that_cannot_be_read(aws: pki.Aws) -> None:
     assert refused(lambda: evidence.Claims.decode(large, Trail("test"))) == "test.format"
 
 
+def test_the_collector_refuses_no_evidence() -> None:
+    """It may come by while a library is at work, and warn of what others left open; of the library's own
+    warnings each refuses."""
+
+    def guarded(kind: type[Warning]) -> None:
+        Trail("a").guard("step", "it", lambda: warnings.warn("said", kind, stacklevel=1))
+
+    with pytest.warns(ResourceWarning):
+        guarded(ResourceWarning)
+    for kind in (UserWarning, DeprecationWarning):
+        with pytest.raises(AttestationError, match=r"a\.step"):
+            guarded(kind)
+
+
 def test_two_threads_may_verify_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """What to do with warnings is the process's: one verification must not take the other's strictness away,
     nor leave its own behind."""

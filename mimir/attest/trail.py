@@ -74,10 +74,12 @@ class Trail:
         """Run a library over untrusted input: whatever it raises or warns of is a refusal of this step.
 
         One at a time in the process, since Python keeps what to do with warnings for all threads; `work` may
-        come here again, and must not wait for another thread.
+        come here again, and must not wait for another thread. What the collector says of others' resources,
+        whenever it comes by, is no word of the library.
         """
         try:
             with _WARNINGS, warnings.catch_warnings(action="error"):
+                warnings.simplefilter("default", ResourceWarning)
                 return work()
         except AttestationError:
             raise
