@@ -1745,12 +1745,13 @@ def test_extensions_and_keys_that_cannot_be_read(aws: pki.Aws) -> None:
     assert refused(lambda: evidence.Claims.decode(large, Trail("test"))) == "test.format"
 
 
-def test_the_collector_refuses_no_evidence() -> None:
+def test_the_collector_refuses_no_evidence(monkeypatch: pytest.MonkeyPatch) -> None:
     """It may come by while a library is at work, and warn of what others left open; of the library's own
     warnings each refuses."""
 
     def guarded(kind: type[Warning]) -> None:
-        Trail("a").guard("step", "it", lambda: warnings.warn("said", kind, stacklevel=1))
+        monkeypatch.setattr(json, "loads", lambda raw, **how: warnings.warn("said", kind, stacklevel=1))
+        read_json(Trail("a"), "step", "{}", "it")
 
     with pytest.warns(ResourceWarning):
         guarded(ResourceWarning)
