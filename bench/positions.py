@@ -106,7 +106,7 @@ def engine(plan: Plan, weights: Sequence[Any], ids: Sequence[int], bucket: int, 
         for i in range(hidden.shape[0]):
             z = await transformer.logits(ctx, f"{step}/row {i}", spec, hidden[i : i + 1], SETTINGS)
             if isinstance(ctx.bk, Replicated):
-                rows[ctx.bk.party].append(z.v)
+                rows[ctx.bk.party].append(z.v[:, 0])
         return hidden
 
     async def noted(ctx: Context, *args: Any) -> Share:

@@ -18,10 +18,11 @@ measures the whole, with tunnel and client, at a short context; what lies betwee
               bytes of the last, seconds the median of the 15 between two tokens. Preprocessing: all 16, from
               the entry's material on, by 16.
     prefill   32 rows from an empty cache, and the token that they give: as PUMA counts (32 in, 1 out).
-    sessions  8 sessions as in `decode`, 2 tokens each at the end of the context. Their material is made one
+    sessions  8 sessions as in `decode`, 4 tokens each at the end of the context. Their material is made one
               session after another, since making eight at once takes eight times the memory; then all go at
-              once. Online: tokens by seconds from the common start to the last token. Together: with a
-              token's preprocessing as in `decode`, on the same processors, as if nothing overlapped.
+              once, and a party's decode actor joins them. Online: tokens by seconds, from when each session
+              has its first one to the end. Together: with a token's preprocessing as in `decode`, on the same
+              processors, as if nothing overlapped.
     argmax    sampling.choose of 50,257 logits with its preprocessing, the median of three; the index is
               compared with that of the same logits in the clear.
 
@@ -68,7 +69,8 @@ from run import commit, machine, planned  # noqa: E402
 from scaling import SMALL, at_once  # noqa: E402
 
 from mimir import cost, dryrun, kernels  # noqa: E402
-from mimir.actors.session import Limits, SessionActor, Turn, plan_turn  # noqa: E402
+from mimir.actors.decode import OPEN_LANE, DecodeActor  # noqa: E402
+from mimir.actors.session import Limits, SessionActor, Turn, plan_turn, sized  # noqa: E402
 from mimir.model import sampling, transformer  # noqa: E402
 from mimir.model.checkpoint import PlanSpec  # noqa: E402
 from mimir.mpc import plan, prep  # noqa: E402
@@ -86,7 +88,7 @@ CONTEXT = 128
 BLOCK = 16  # positions that `decode` reads
 PROMPT = 32
 AT_ONCE = 8
-PASSES = 2  # of each of these sessions
+PASSES = 4  # of each of these sessions
 CHOICES = 3  # argmaxes
 SETTINGS = Settings()
 SEED = 5
@@ -98,6 +100,7 @@ UP_SECONDS = 60.0
 ROUND_SECONDS = 600.0
 SESSION_SECONDS = 3600.0
 KEY = "00" * 32
+MODEL = "0" * 64
 PUMA_GB, PUMA_SECONDS = 3.77, 15.5
 # Per party, of what is aimed at on a machine of two cores that all three share.
 TARGETS = {
@@ -241,11 +244,32 @@ class Client:
         return message
 
 
+class Decoders:
+    """This party's decode actor, one for each task: the leader asks for its lane."""
+
+    def __init__(self, transport: Transport) -> None:
+        self.actor: DecodeActor
+        transport.on_request(OPEN_LANE, self._open)
+
+    async def _open(self, peer: int, body: Mapping[str, Any]) -> dict[str, Any]:
+        self.actor.renew(peer, bytes.fromhex(body["lane"]))
+        return {}
+
+
 async def sessions(
-    transport: Transport, spec: PlanSpec, weights: Any, task: Task, context: int
+    transport: Transport, spec: PlanSpec, weights: Any, task: Task, context: int, decoders: Decoders
 ) -> list[list[dict[str, Any]]]:
     """Run the sessions of a task at this party. Returns the marks of each."""
     start = Start(task.sessions)
+    decoder = decoders.actor = DecodeActor(
+        transport,
+        MODEL,
+        sized(spec, context),
+        weights,
+        SETTINGS,
+        most=AT_ONCE,
+        round_seconds=ROUND_SECONDS,
+    )
     clients = [Client(task.positions, start) for _ in range(task.sessions)]
     limits = Limits(
         (task.bucket,),
@@ -257,14 +281,17 @@ async def sessions(
         SESSION_SECONDS,
         SESSION_SECONDS,
     )
-    async with trio.open_nursery() as nursery:
-        for number, client in enumerate(clients):
-            name = hashlib.sha256(f"{task.name} {number}".encode()).digest()[:16]
-            terms = Open(name, "0" * 64, (KEY,), (task.bucket,), task.tokens, Sampler(), False)
-            actor = Late(transport, terms, [client], spec, weights, SETTINGS, limits)
-            actor.before, client.actor = task.before, actor
-            nursery.start_soon(actor.run)
-            await client.prepared.wait()
+    async with trio.open_nursery() as around:
+        around.start_soon(decoder.run)
+        async with trio.open_nursery() as nursery:
+            for number, client in enumerate(clients):
+                name = hashlib.sha256(f"{task.name} {number}".encode()).digest()[:16]
+                terms = Open(name, MODEL, (KEY,), (task.bucket,), task.tokens, Sampler(), False)
+                actor = Late(transport, terms, [client], spec, weights, SETTINGS, limits, decoder)
+                actor.before, client.actor = task.before, actor
+                nursery.start_soon(actor.run)
+                await client.prepared.wait()
+        around.cancel_scope.cancel()
     return [client.marks for client in clients]
 
 
@@ -339,8 +366,9 @@ async def party(index: int, folder: Path, names: Sequence[str]) -> None:
         protected=False,
     ) as mesh:
         await mesh.wait_up(UP_SECONDS)
+        decoders = Decoders(mesh)
         for task in (t for t in TASKS if t.name in names):
-            marks = await sessions(mesh, SMALL, weights, task, CONTEXT)
+            marks = await sessions(mesh, SMALL, weights, task, CONTEXT, decoders)
             (folder / f"{task.name}{index}.json").write_text(json.dumps(marks))
         if "argmax" in names:
             told = await argmaxes(mesh, SMALL, CHOICES)
@@ -425,13 +453,13 @@ def prefilled(parts: Sequence[Sequence[Sequence[Mapping[str, Any]]]]) -> dict[st
 
 
 def side_by_side(parts: Sequence[Sequence[Sequence[Mapping[str, Any]]]]) -> dict[str, Any]:
-    """Passes a second of sessions that all decode at once."""
+    """Tokens a second of sessions that all decode at once, from when each has had its first."""
     seconds = passes = 0.0
     for sessions in parts:
-        began = min(_of(marks, "start")[0]["at"] for marks in sessions)
+        began = max(_of(marks, "token")[0]["at"] for marks in sessions)
         ended = max(_of(marks, "token")[-1]["at"] for marks in sessions)
         seconds = max(seconds, ended - began)
-        passes = float(sum(len(_of(marks, "token")) for marks in sessions))
+        passes = float(sum(mark["at"] > began for marks in sessions for mark in _of(marks, "token")))
     return {"seconds": seconds, "passes": passes, "sessions": len(parts[0]), "rate": passes / seconds}
 
 

@@ -252,6 +252,7 @@ class Scheduler:
     prompt_buckets: Annotated[tuple[int, ...], buckets_rule] = (16, 32, 64, 128)
     output_buckets: Annotated[tuple[int, ...], buckets_rule] = (16, 32, 64, 128)
     max_sessions: Annotated[int, integer_rule(1, 64)] = 4  # at once
+    max_batch: Annotated[int, integer_rule(1, 32)] = 8  # sessions whose tokens are decoded together
 
 
 @dataclass(frozen=True)
@@ -513,6 +514,7 @@ class Config:
             "scheduler.max_context": self.scheduler.max_context,
             "scheduler.prompt_buckets": list(self.scheduler.prompt_buckets),
             "scheduler.output_buckets": list(self.scheduler.output_buckets),
+            "scheduler.max_batch": self.scheduler.max_batch,
             "triple_pool.min_size": self.triple_pool.min_size,
             "triple_pool.memory_mib": self.triple_pool.memory_mib,
             "topk": self.topk,

@@ -32,7 +32,9 @@ import trio
 
 import mimir.actors.session as session_module
 from mimir import kernels
-from mimir.actors.session import Limits, SessionActor, Step, Turn, plan_turn
+from mimir.actors import cause_of
+from mimir.actors.decode import DecodeActor
+from mimir.actors.session import Limits, SessionActor, Step, Turn, plan_turn, sized
 from mimir.actors.triples import Batch, bytes_of
 from mimir.config import TriplePool
 from mimir.errors import BadInput, LocalError
@@ -512,6 +514,7 @@ class _Channel:
         self.party, self.session, self.lane = PARTY, session, lane
         self.timeout = 0.0
         self.counts = _tally.lanes[lane]
+        self._seq = 0
 
     rounds = property(lambda self: self.counts.rounds)
     sent = property(lambda self: self.counts.sent)
@@ -521,8 +524,8 @@ class _Channel:
         self, step: str, send: Mapping[int, Payload], expect: Mapping[int, int]
     ) -> dict[int, Any]:
         _lane.set(self.lane)
-        counts = self.counts
-        seq = counts.rounds
+        counts, seq = self.counts, self._seq
+        self._seq += 1
         for peer, payload in send.items():
             parts = payload if isinstance(payload, list | tuple) else [payload]
             size = sum(len(part) for part in parts)
@@ -559,6 +562,9 @@ class _Transport:
 
     def link_secret(self, peer: int, session: bytes, label: str) -> Secret:
         return Secret(bytearray(32))
+
+    async def request(self, peer: int, kind: str, body: Mapping[str, Any], deadline: float) -> dict[str, Any]:
+        return {}
 
 
 def _bulk_of(arrays: Sequence[Array]) -> list[Any]:
@@ -882,16 +888,28 @@ def _run(
     until: int | None,
 ) -> Run:
     tally = Tally()
+    lanes: dict[str, Counts] = {}
     client = Client(tally)
     terms = Open(session, "0" * 64, (CLIENT,), (bucket,), tokens, sampler or Sampler(), False)
     limits = Limits((bucket,), (tokens,), max_context, ahead, memory, 1.0, math.inf, math.inf)
     transport: Any = _Transport()
 
     async def main() -> _Session:
-        actor = _Session(transport, terms, [client], spec, Shares(spec, keep), settings, limits)
+        shares = Shares(spec, keep)
+        decoder = DecodeActor(
+            transport, terms.model, sized(spec, max_context), shares, settings, most=1, round_seconds=math.inf
+        )
+        actor = _Session(transport, terms, [client], spec, shares, settings, limits, decoder)
         actor.until = until
         session_module.plan_turn = actor.turn
-        await actor.run()
+        try:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(decoder.run)
+                await actor.run()
+                lanes.update({name: counts.copy() for name, counts in tally.lanes.items()})
+                nursery.cancel_scope.cancel()
+        except ExceptionGroup as group:
+            raise cause_of(group) from None
         return actor
 
     with _nothing_real(tally):
@@ -900,4 +918,4 @@ def _run(
         finally:
             session_module.plan_turn = plan_turn
     told = sum(m.kind == "token" for m in client.marks)
-    return Run(bucket, told, tuple(client.marks), tally.lanes, actor.rows, tally.peak, actor.pool)
+    return Run(bucket, told, tuple(client.marks), lanes, actor.rows, tally.peak, actor.pool)

@@ -15,8 +15,8 @@ import re
 import signal
 import sys
 import traceback
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from types import SimpleNamespace
@@ -29,6 +29,7 @@ from parties import DictWeights, share_weights
 from reference import FloatModel
 from trio.testing import MockClock
 
+from mimir.actors.decode import OPEN_LANE, DecodeActor
 from mimir.actors.session import Limits, SessionActor
 from mimir.client.connection import PartyError
 from mimir.client.session import Session
@@ -257,14 +258,19 @@ async def hold(
     taps: Taps | None = None,
     actors: list[SessionActor] | None = None,
     tweak: Callable[[Sequence[SessionActor]], None] = lambda sessions: None,
+    decoders: Sequence[DecodeActor | None] = (None,) * PARTIES,
 ) -> Outcome:
-    """One session over `net`, from the client's terms to its end at all four. `tweak` may bend its actors."""
+    """One session over `net`, from the client's terms to its end at all four. `tweak` may bend its actors.
+    Its tokens are decoded by `decoders`, with those of other sessions, or in passes of their own.
+    """
     outcome = Outcome()
     terms = story.terms()
     weights = weights or tiny_weights(story.spec)
     seats = [Seat(i, taps or Taps()) for i in range(PARTIES)]
     sessions = [
-        SessionActor(net.party(i), terms, [seats[i]], story.spec, weights[i], SETTINGS, limits_of(story))
+        SessionActor(
+            net.party(i), terms, [seats[i]], story.spec, weights[i], SETTINGS, limits_of(story), decoders[i]
+        )
         for i in range(PARTIES)
     ]
     tweak(sessions)
@@ -313,6 +319,51 @@ async def hold(
             nursery.start_soon(party, i)
         nursery.start_soon(client)
     return outcome
+
+
+class Decoders:
+    """Three parties' decode actors of one model, as their services keep them."""
+
+    def __init__(self, net: MemoryNet, spec: PlanSpec, most: int, nursery: trio.Nursery) -> None:
+        self._new = lambda i: DecodeActor(
+            net.party(i), MODEL, spec, tiny_weights(spec)[i], SETTINGS, most=most, round_seconds=ROUND_SECONDS
+        )
+        self._nursery = nursery
+        self._scopes: list[trio.CancelScope] = []
+        self.actors: list[DecodeActor] = []
+        for i in range(PARTIES):
+            self._begin(i)
+
+            async def asked(peer: int, body: dict[str, Any], i: int = i) -> dict[str, Any]:
+                self.actors[i].renew(peer, bytes.fromhex(body["lane"]))
+                return {}
+
+            net.party(i)._handlers[OPEN_LANE] = asked
+
+    def _begin(self, party: int) -> None:
+        actor, scope = self._new(party), trio.CancelScope()
+        self.actors.insert(party, actor)
+        self._scopes.insert(party, scope)
+
+        async def run() -> None:
+            with scope:
+                await actor.run()
+
+        self._nursery.start_soon(run)
+
+    def restart(self, party: int) -> None:
+        """The last session of this party ends, and another begins."""
+        self._scopes.pop(party).cancel()
+        del self.actors[party]
+        self._begin(party)
+
+
+@asynccontextmanager
+async def decoders(net: MemoryNet, spec: PlanSpec, most: int = 8) -> AsyncIterator[Decoders]:
+    """Decode actors that run."""
+    async with trio.open_nursery() as nursery:
+        yield Decoders(net, spec, most, nursery)
+        nursery.cancel_scope.cancel()
 
 
 async def _inline(fn: Callable[..., Any], *args: Any, **_options: Any) -> Any:

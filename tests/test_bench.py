@@ -222,7 +222,9 @@ def test_late_sessions_are_what_the_model_counts(monkeypatch: pytest.MonkeyPatch
 
     async def work(transport: Any) -> Any:
         weights = targets.Noise(spec.shapes(), transport.party)
-        return await targets.sessions(transport, spec, weights, task, spec.context)
+        return await targets.sessions(
+            transport, spec, weights, task, spec.context, targets.Decoders(transport)
+        )
 
     parts = in_one_process(work)
     online, made = cost.last_token(
@@ -231,20 +233,24 @@ def test_late_sessions_are_what_the_model_counts(monkeypatch: pytest.MonkeyPatch
     for number in range(task.sessions):
         told = targets.decoded([[p[number]] for p in parts], task.positions)
         assert told["online"]["rounds"] == online.rounds
-        assert told["online"]["sent"] == pytest.approx(online.sent, abs=4 * online.rounds)  # sizes of numbers
+        # Two rows share what a frame costs; numbers differ in size.
+        assert online.sent / 2 < told["online"]["sent"] < online.sent
         assert told["prep"]["sent"] == pytest.approx(cost.each(made, "sent"), rel=0.2)
         starts = [m["at"] for p in parts for m in p[number] if m["kind"] == "start"]
         assert min(starts) > max(m["at"] for p in parts for s in p for m in s if m["kind"] == "made")
     rate = targets.side_by_side(parts)
-    assert rate["passes"] == 6 and rate["sessions"] == 2 and rate["rate"] == rate["passes"] / rate["seconds"]
+    # Sessions wait for each other's first token, after which each has two.
+    assert 2 < rate["passes"] <= 4 and rate["sessions"] == 2
+    assert rate["rate"] == rate["passes"] / rate["seconds"]
 
 
 def test_the_whole_prefill_is_told() -> None:
     task = targets.Task("prefill", 0, 4, 1)
 
     async def work(transport: Any) -> Any:
+        weights = targets.Noise(GPT2.shapes(), transport.party)
         return await targets.sessions(
-            transport, GPT2, targets.Noise(GPT2.shapes(), transport.party), task, GPT2.context
+            transport, GPT2, weights, task, GPT2.context, targets.Decoders(transport)
         )
 
     told = targets.prefilled(in_one_process(work))

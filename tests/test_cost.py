@@ -7,27 +7,42 @@ import math
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from session_fixture import GPT2, LLAMA, SETTINGS, Sampler, Story, limits_of, run_session
+from session_fixture import (
+    GPT2,
+    LLAMA,
+    SETTINGS,
+    Sampler,
+    Story,
+    decoders,
+    hold,
+    limits_of,
+    run,
+    run_session,
+)
 
 import mimir.actors.session as session_module
 import mimir.actors.triples as triples_module
 from mimir import cost, dryrun, kernels
 from mimir.__main__ import main
+from mimir.actors.lane import open_lane
 from mimir.actors.session import SessionActor
 from mimir.dryrun import ONLINE, PREP
 from mimir.errors import BadInput, LocalError, ModelError
 from mimir.manifest import explicit_components
 from mimir.model import load_checkpoint, read_spec
 from mimir.mpc import check, doors, nonlinear, ops, prep
+from mimir.mpc.doors import Doors
+from mimir.net.memory import MemoryNet
 
 WIDE = replace(LLAMA, width=48, heads=4, kv_heads=2, head_dim=12, hidden=96, vocab=100)
 PLAIN = Story(LLAMA)
@@ -48,17 +63,33 @@ def no_party_here() -> Iterator[None]:
 def exchanged(story: Story) -> list[dict[str, tuple[int, int]]]:
     """(rounds, bytes) by lane that each of three parties counted in a real session."""
     actors: list[SessionActor] = []
-    outcome = run_session(story, actors=actors)
-    assert outcome.client is None and outcome.parties == [None] * 3
-    return [
-        {lane: (d.channel.rounds, d.channel.sent) for lane, d in ((ONLINE, a._online), (PREP, a._making))}
-        for a in actors
-    ]
+    opened: list[list[Doors]] = [[] for _ in range(3)]  # for decoding
+    told: list[dict[str, tuple[int, int]]] = []
+
+    async def noted(transport: Any, *args: Any, **times: Any) -> Doors:
+        lane = await open_lane(transport, *args, **times)
+        opened[transport.party].append(lane)
+        return lane
+
+    def of(lanes: Sequence[Doors]) -> tuple[int, int]:
+        return sum(d.channel.rounds for d in lanes), sum(d.channel.sent for d in lanes)
+
+    async def main() -> None:
+        net = MemoryNet()
+        async with decoders(net, story.spec) as running:
+            outcome = await hold(story, net, actors=actors, decoders=running.actors)
+            assert outcome.client is None and outcome.parties == [None] * 3
+            for actor, lanes in zip(actors, opened, strict=True):
+                told.append({ONLINE: of([actor._online, *lanes]), PREP: of([actor._making])})
+
+    with mock.patch("mimir.actors.decode.open_lane", noted):
+        run(main)
+    return told
 
 
 def counted(story: Story) -> dict[str, tuple[int, int]]:
     limits = limits_of(story)
-    run = dryrun.run(
+    dry = dryrun.run(
         story.spec,
         SETTINGS,
         bucket=story.bucket,
@@ -68,8 +99,8 @@ def counted(story: Story) -> dict[str, tuple[int, int]]:
         memory=limits.memory,
         sampler=story.sampler,
     )
-    assert run.tokens == story.max_new
-    return {lane: (c.rounds, c.sent) for lane, c in run.lanes.items()}
+    assert dry.tokens == story.max_new
+    return {lane: (c.rounds, c.sent) for lane, c in dry.lanes.items()}
 
 
 @pytest.mark.parametrize("name", STORIES)

@@ -24,7 +24,7 @@ from mimir.model.sampling import Sampler
 from mimir.model.transformer import Cache
 from mimir.mpc import nonlinear, prep
 from mimir.mpc.domain import Ring, decode, encode
-from mimir.mpc.nonlinear import Settings
+from mimir.mpc.nonlinear import Scores, Settings
 from mimir.mpc.ops import Context
 from mimir.mpc.plan import planning
 from mimir.mpc.share import Share, concat
@@ -310,9 +310,8 @@ def softmax(scores: Real, allowed: npt.NDArray[np.bool_], valid: Sequence[int] |
     x = encode(scores, 2 * f)
 
     async def op(ctx: Context, sx: Share, *v: Share) -> list[Share]:
-        e, total = await nonlinear.exponentials(
-            ctx, "softmax", sx, allowed.astype(np.uint64), v[0] if v else None, s
-        )
+        scores = Scores(sx, allowed.astype(np.uint64), v[0] if v else None)
+        ((e, total),) = await nonlinear.exponentials(ctx, "softmax", [scores], s)
         return [e, total, await nonlinear.reciprocal(ctx, "reciprocal", total, s)]
 
     e, total, inverse = compute(op, x, *([] if valid is None else [np.array(valid, np.uint64)]))
@@ -655,8 +654,8 @@ def secure(spec: PlanSpec, w: Mapping[str, Real], pieces: Sequence[Piece], s: Se
                     new = await transformer.embed(ctx, name, spec, entry.part(cut), at[cut], where[cut])
                 done += rows
                 cache.valid = concat(valid)[: cache.length + rows]
-                hidden = await transformer.forward(ctx, name, spec, new, cache, s)
-                scores = await transformer.logits(ctx, name, spec, hidden, s)
+                hidden = await transformer.forward(ctx, name, spec, new, [cache], s)
+                scores = (await transformer.logits(ctx, name, spec, hidden[-1:], s))[0]
                 step += 1
             out.append(scores.v)
         return out

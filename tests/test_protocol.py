@@ -1436,9 +1436,9 @@ def test_cost_of_a_decode_step(backend: Replicated, spec: PlanSpec, sampler: str
         rounds = p.doors.channel.rounds
         token, position = backend.share(p, ring([7]), 6), backend.share(p, ring([3]), 7)
         rows = await transformer.reenter(ctx, "enter", spec, token, position)
-        hidden = await transformer.forward(ctx, "step", spec, rows, cache, s)
+        hidden = await transformer.forward(ctx, "step", spec, rows, [cache], s)
         if chooser is not None:
-            await chooser(ctx, "choose", await transformer.logits(ctx, "logits", spec, hidden, s))
+            await chooser(ctx, "choose", (await transformer.logits(ctx, "logits", spec, hidden, s))[0])
         assert isinstance(ctx.store, prep.Store) and ctx.store.left() == {}
         return p.doors.channel.rounds - rounds
 

@@ -29,7 +29,7 @@ from mimir.model.transformer import Cache
 from mimir.mpc import nonlinear, ops, prep
 from mimir.mpc.domain import Ring, encode
 from mimir.mpc.doors import Doors, Masked
-from mimir.mpc.nonlinear import Settings
+from mimir.mpc.nonlinear import Scores, Settings
 from mimir.mpc.ops import Context
 from mimir.mpc.plan import planning
 from mimir.mpc.replicated import Replicated
@@ -301,7 +301,8 @@ async def _relu(ctx: Context, x: Share) -> Any:
 
 async def _softmax(ctx: Context, x: Share, valid: Share) -> Any:
     allowed = np.ones(x.shape[1:], np.uint64)
-    return await nonlinear.exponentials(ctx, "softmax", x, allowed, valid, Settings())
+    ((e, total),) = await nonlinear.exponentials(ctx, "softmax", [Scores(x, allowed, valid)], Settings())
+    return e, total
 
 
 async def _is_zero(ctx: Context, x: Share) -> Any:
@@ -610,7 +611,7 @@ def watch_pass(prompt: Prompt, seed: int) -> dict[Label, Ring]:
         cache = Cache.empty(PASS.layers)
         cache.valid = blank + prompt.valid
         rows = await transformer.embed(ctx, "embed", PASS, entry, token, place)
-        await transformer.forward(ctx, "pass", PASS, rows, cache, s)
+        await transformer.forward(ctx, "pass", PASS, rows, [cache], s)
 
     parties.run_parties(party, weights=parties.share_weights(prompt.weights), seed=b"pass %d" % seed)
     return merge(logs)

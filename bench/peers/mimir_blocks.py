@@ -33,7 +33,7 @@ from mimir.model.transformer import Cache, Rows  # noqa: E402
 from mimir.mpc import nonlinear, ops, plan, prep  # noqa: E402
 from mimir.mpc.domain import Ring, decode, encode  # noqa: E402
 from mimir.mpc.doors import Doors  # noqa: E402
-from mimir.mpc.nonlinear import Settings  # noqa: E402
+from mimir.mpc.nonlinear import Scores, Settings  # noqa: E402
 from mimir.mpc.ops import Context  # noqa: E402
 from mimir.mpc.replicated import Replicated  # noqa: E402
 from mimir.mpc.share import Share  # noqa: E402
@@ -85,7 +85,7 @@ async def _decode(ctx: Context, x: Share, caches: Any) -> Share:
     for part, mask in zip((cache.keys[0], cache.values[0]), masks, strict=True):
         part.delta, part.mask = [np.zeros(CACHE_SHAPE, np.uint64)], [mask]
     cache.valid, cache.length = valid, blocks.CACHED
-    return await transformer.forward(ctx, "block", SPEC, Rows(x, None, False), cache, SETTINGS)
+    return await transformer.forward(ctx, "block", SPEC, Rows(x, None, False), [cache], SETTINGS)
 
 
 async def _matmul(ctx: Context, x: Share, _: Any) -> Share:
@@ -100,7 +100,7 @@ async def _gelu(ctx: Context, x: Share, _: Any) -> Share:
 async def _softmax(ctx: Context, x: Share, _: Any) -> Share:
     heads, rows, keys = x.shape
     allowed = np.ones((rows, keys), np.uint64)
-    e, total = await nonlinear.exponentials(ctx, "softmax", x, allowed, None, SETTINGS)
+    ((e, total),) = await nonlinear.exponentials(ctx, "softmax", [Scores(x, allowed, None)], SETTINGS)
     r = await nonlinear.reciprocal(ctx, "reciprocal", total, SETTINGS)
     y = await ops.scale(ctx, "divide", r.flat(), e.reshape(heads * rows, keys))
     drop = nonlinear.EXP_SCALE + nonlinear.INVERSE_SCALE - F

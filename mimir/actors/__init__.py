@@ -11,7 +11,7 @@ from typing import Any, Final, Generic, TypeVar
 
 import trio
 
-from mimir.errors import LocalError
+from mimir.errors import AbortError, LocalError, PeerError
 
 M = TypeVar("M")
 R = TypeVar("R")
@@ -20,22 +20,33 @@ MAILBOX: Final = 8  # messages an actor may be behind before its senders wait
 
 
 class Reply(Generic[R]):
-    """Where the answer to one message goes. Set once."""
+    """Where the answer to one message goes. Given once."""
 
-    __slots__ = ("_event", "_value")
+    __slots__ = ("_error", "_event", "_value")
 
     def __init__(self) -> None:
         self._event = trio.Event()
         self._value: list[R] = []
+        self._error: Exception | None = None
 
     def set(self, value: R) -> None:
-        if self._value:
-            raise LocalError("a reply is given once")
+        self._give()
         self._value.append(value)
+
+    def fail(self, error: Exception) -> None:
+        """Have `get` raise."""
+        self._give()
+        self._error = error
+
+    def _give(self) -> None:
+        if self._event.is_set():
+            raise LocalError("a reply is given once")
         self._event.set()
 
     async def get(self) -> R:
         await self._event.wait()
+        if self._error is not None:
+            raise self._error
         return self._value.pop()
 
 
@@ -55,3 +66,15 @@ class Actor(Generic[M]):
 
     async def handle(self, message: Any) -> None:
         raise LocalError(f"{type(self).__name__} does not handle messages")
+
+
+def cause_of(error: BaseException) -> BaseException:
+    """The error that explains a group of them: a peer's fault before an abort, an abort before the rest."""
+    if not isinstance(error, BaseExceptionGroup):
+        return error
+    leaves = [cause_of(e) for e in error.exceptions]
+    for kind in (PeerError, AbortError, Exception):
+        for leaf in leaves:
+            if isinstance(leaf, kind):
+                return leaf
+    return leaves[0]

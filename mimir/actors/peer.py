@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import ipaddress
-from collections.abc import AsyncIterator, Callable
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Final
@@ -15,7 +15,8 @@ import trio
 from prometheus_client import Counter, Enum, Gauge
 
 from mimir import kernels, keys
-from mimir.actors.session import Limits, SessionActor
+from mimir.actors.decode import OPEN_LANE, DecodeActor
+from mimir.actors.session import Limits, SessionActor, sized
 from mimir.admission import revocation
 from mimir.admission.bootstrap import POLICY_RECORD, Admission, GateError, Place, PolicyFile
 from mimir.admission.revocation import Gossip, Revocations, context_of
@@ -81,6 +82,19 @@ class _Gathering:
     error: BaseException | None = None
 
 
+@dataclass(slots=True)
+class _Decoder:
+    """The decode actor of a model, and the sessions that use it."""
+
+    actor: DecodeActor
+    sessions: int = 0
+    scope: trio.CancelScope = field(default_factory=trio.CancelScope)
+
+    async def run(self) -> None:
+        with self.scope:
+            await self.actor.run()
+
+
 class _Weights:
     """A stored model, as the engine asks for weights."""
 
@@ -108,6 +122,7 @@ class PartyService:
         self.store = store
         self._nursery = nursery
         self._sessions: dict[bytes, _Gathering] = {}
+        self._decoders: dict[str, _Decoder] = {}  # by model
         self._received: dict[
             str, dict[int, str]
         ] = {}  # model -> component -> hash, as this party received it
@@ -116,6 +131,7 @@ class PartyService:
         self.revocations: Revocations | None = None
         self.protection = ""  # of the storage key
         transport.on_request(DIGEST_ASK, self._tell_digest)
+        transport.on_request(OPEN_LANE, self._open_lane)
 
     # --- sessions -------------------------------------------------------------------------------------------
 
@@ -196,8 +212,54 @@ class PartyService:
             config.deadlines.client,
         )
         clients = [gathering.clients[key] for key in terms.clients]
-        session = SessionActor(self.transport, terms, clients, spec, _Weights(model), settings, limits)
-        await session.run()
+        weights = _Weights(model)
+        with self._decoder(terms.model, spec, weights, settings) as decoder:
+            session = SessionActor(self.transport, terms, clients, spec, weights, settings, limits, decoder)
+            await session.run()
+
+    @contextmanager
+    def _decoder(
+        self, model: str, spec: PlanSpec, weights: _Weights, settings: Settings
+    ) -> Iterator[DecodeActor | None]:
+        """The decode actor that a session shares with others of its model; it ends with the last of them."""
+        config = self.config
+        if config.scheduler.max_batch == 1:
+            yield None
+            return
+        decoder = self._decoders.get(model)
+        if decoder is None:
+            actor = DecodeActor(
+                self.transport,
+                model,
+                sized(spec, config.scheduler.max_context),
+                weights,
+                settings,
+                most=config.scheduler.max_batch,
+                round_seconds=config.deadlines.round,
+            )
+            decoder = self._decoders[model] = _Decoder(actor)
+            self._nursery.start_soon(decoder.run)
+        decoder.sessions += 1
+        try:
+            yield decoder.actor
+        finally:
+            decoder.sessions -= 1
+            if not decoder.sessions:
+                decoder.scope.cancel()
+                del self._decoders[model]
+
+    async def _open_lane(self, peer: int, body: dict[str, Any]) -> dict[str, Any]:
+        model, lane = body.get("model"), body.get("lane")
+        if not isinstance(model, str) or not isinstance(lane, str):
+            raise BadInput("which lane for which model?")
+        decoder = self._decoders.get(model)
+        if decoder is None:
+            raise BadInput("no session of this model is open here")
+        try:
+            decoder.actor.renew(peer, bytes.fromhex(lane))
+        except ValueError:
+            raise BadInput("a lane is named by hexadecimal digits") from None
+        return {}
 
     # --- provisioning ---------------------------------------------------------------------------------------
 

@@ -6,11 +6,9 @@ party, wipes its material and keys, names step and suspect in the local log, and
 
 from __future__ import annotations
 
-import hashlib
-import os
 import time
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, Final, Protocol
 
@@ -18,23 +16,22 @@ import numpy as np
 import structlog
 import trio
 
-from mimir.actors import Actor
-from mimir.actors.matmul import MatmulActor
-from mimir.actors.sampler import SamplerActor
-from mimir.actors.softmax import SoftmaxActor
+from mimir.actors import Actor, cause_of
+from mimir.actors.decode import DecodeActor, Layers, Row, choose, decode
+from mimir.actors.lane import END_SECONDS, close_lane, open_lane
+from mimir.actors.sampler import Choice, Noise
 from mimir.actors.triples import BATCH_BYTES, Batch, TripleProducer, bytes_of
 from mimir.errors import AbortError, BadInput, PeerError
 from mimir.model import sampling, transformer
 from mimir.model.checkpoint import PlanSpec
 from mimir.model.sampling import Sampler
-from mimir.model.transformer import Cache, Entry, Parts, Rows, index_bits
+from mimir.model.transformer import Cache, Entry, Rows, index_bits
 from mimir.mpc import plan, prep
 from mimir.mpc.domain import Ring
 from mimir.mpc.doors import Doors
 from mimir.mpc.nonlinear import Settings
 from mimir.mpc.ops import Context
-from mimir.mpc.prep import Demand
-from mimir.mpc.replicated import Replicated
+from mimir.mpc.prep import Demand, Store
 from mimir.mpc.share import Share, concat
 from mimir.mpc.weights import Matrix
 from mimir.net import Transport
@@ -45,8 +42,6 @@ log = structlog.get_logger("mimir.session")
 PROMPT_ROWS: Final = 32  # prompt rows of one step at most
 DECODE_BATCH: Final = 8  # decode steps whose material is made together at most
 CHECK_ROWS: Final = 1 << 15  # inner dimensions of matrices checked together (memory: 1.5 kB each)
-NONCE: Final = 32
-END_SECONDS: Final = 2.0  # to tell the peers that a session has ended
 VALID_BITS: Final = 64
 
 
@@ -121,6 +116,11 @@ def plan_turn(number: int, buckets: Sequence[int], max_new: int, used: int, chun
     return Turn(number, tuple(buckets), max_new, first, resume, tuple(prompt), decode)
 
 
+def sized(spec: PlanSpec, max_context: int) -> PlanSpec:
+    """The plan of a model for sessions of so many positions: a rotary one needs no larger one-hots."""
+    return replace(spec, context=min(spec.context, max_context)) if spec.positions == "rope" else spec
+
+
 class SessionActor(Actor[Any]):
     """Runs one session at this party."""
 
@@ -133,18 +133,18 @@ class SessionActor(Actor[Any]):
         model: Model,
         settings: Settings,
         limits: Limits,
+        decoder: DecodeActor | None = None,
     ) -> None:
+        """Tokens are decoded by `decoder` with those of other sessions, or else in passes of their own."""
         super().__init__()
         self.transport = transport
         self.terms = terms
         self.clients = list(clients)
-        # No position beyond the longest session is ever used: a rotary model needs no larger one-hots.
-        self.spec = spec
-        if spec.positions == "rope":
-            self.spec = replace(spec, context=min(spec.context, limits.max_context))
+        self.spec = sized(spec, limits.max_context)
         self.model = model
         self.settings = settings
         self.limits = limits
+        self.decoder = decoder
         self.log = log.bind(party=transport.party, session=terms.session.hex()[:8])
         self._shapes = transformer.weight_shapes(spec)
         self._shapes |= {f"{k}_b": (1, v[1]) for k, v in self._shapes.items() if k not in ("embed", "pos")}
@@ -158,6 +158,7 @@ class SessionActor(Actor[Any]):
         self._lanes: list[Doors] = []
         self._planned = 0
         self._choice: Demand | None = None
+        self._passes = {"rounds": 0, "sent": 0}  # of those shared with other sessions, and our part
         self._began = time.monotonic()
 
     # --- life -----------------------------------------------------------------------------------------------
@@ -180,7 +181,7 @@ class SessionActor(Actor[Any]):
                         self._chunk,
                     )
         except BaseException as error:
-            cause = _first(error)
+            cause = cause_of(error)
             with trio.move_on_after(END_SECONDS, shield=True):
                 for doors in self._lanes[:1]:
                     await doors.channel.abort()
@@ -194,10 +195,8 @@ class SessionActor(Actor[Any]):
                 raise cause from None
             raise
         finally:
-            with trio.move_on_after(END_SECONDS, shield=True):
-                for doors in self._lanes:
-                    doors.bk.wipe()
-                    await doors.channel.aclose()
+            for doors in self._lanes:
+                await close_lane(doors, abort=False)
 
     @asynccontextmanager
     async def _family(self) -> AsyncIterator[None]:
@@ -206,37 +205,22 @@ class SessionActor(Actor[Any]):
         self._making = await self._lane("prep")
         await self._online.agree("terms", self.terms.digest())
         await self._sizes()
-        self.matmul = MatmulActor()
-        self.softmax = SoftmaxActor()
-        self.sampler = SamplerActor(self._online, self._sampler, self.terms.deterministic_seed)
+        self.layers = Layers()
         self.triples = TripleProducer(self._making, self.model, self._shapes, self._ahead, self._made)
-        self._parts = Parts(self.matmul.matmul, self.softmax.exponentials)
+        self._noise = Noise(self._online, self.terms.deterministic_seed)
+        self._how = Choice(self._sampler, self._noise.draw)
         async with trio.open_nursery() as nursery:
-            for actor in (self.matmul, self.softmax, self.sampler, self.triples):
-                nursery.start_soon(actor.run)
+            self.layers.start(nursery)
+            nursery.start_soon(self.triples.run)
             for client in self.clients:
                 await client.send({"t": "opened"})
             yield
             nursery.cancel_scope.cancel()
 
     async def _lane(self, lane: str) -> Doors:
-        """A lane with keys of its own: both ends of each link add a nonce, so no session id repeats a
-        stream.
-        """
-        me, session = self.transport.party, self.terms.session
-        channel = self.transport.channel(session, lane)
-        channel.timeout = self.limits.client_seconds  # the other clients may still be on their way
-        nonce = os.urandom(NONCE)
-        peers = self.transport.peers
-        heard = await channel.round(f"{lane}/nonce", dict.fromkeys(peers, nonce), dict.fromkeys(peers, NONCE))
-        channel.timeout = self.limits.round_seconds
-
-        def key(peer: int) -> Any:
-            low, high = (nonce, bytes(heard[peer])) if me < peer else (bytes(heard[peer]), nonce)
-            label = f"prf {lane} {hashlib.sha256(low + high).hexdigest()}"
-            return self.transport.link_secret(peer, session, label)
-
-        doors = Doors(channel, Replicated(me, key((me - 1) % 3), key((me + 1) % 3)))
+        # the other clients may still be on their way
+        first, then = self.limits.client_seconds, self.limits.round_seconds
+        doors = await open_lane(self.transport, self.terms.session, lane, first=first, then=then)
         self._lanes.append(doors)
         return doors
 
@@ -363,9 +347,9 @@ class SessionActor(Actor[Any]):
         self._planned += await self._prepare(turn)
         if turn.resume:
             ctx = await self._context(turn.resume)
-            await self._pass(ctx, turn.resume, await self._reenter(ctx, turn.resume))
+            await self._resume(ctx, turn.resume)
         entry, offsets = await self._input(turn)
-        prefill_began = time.monotonic()
+        prefill_began, first = time.monotonic(), None
         for number, step in enumerate(turn.prompt):
             ctx = await self._context(step)
             at = step.first - turn.first
@@ -377,17 +361,17 @@ class SessionActor(Actor[Any]):
                 entry.part(part),
                 offsets["token"][part],
                 offsets["position"][part],
-                self._parts,
+                self.layers.parts,
             )
-            await self._pass(ctx, step, new)
+            first = await self._prompt(ctx, step, new)
             await self._progress("prefill", number + 1, len(turn.prompt))
-        await self._deliver(0)
+        assert first is not None
+        await self._deliver(0, first)
         decode_began = time.monotonic()
-        for number, step in enumerate(turn.decode):
-            ctx = await self._context(step)
-            await self._pass(ctx, step, await self._reenter(ctx, step))
-            await self._deliver(number + 1)
-            await self._progress("decode", number + 2, turn.max_new)
+        with self.decoder.decoding() if self.decoder else nullcontext():
+            for number, step in enumerate(turn.decode):
+                await self._deliver(number + 1, await self._decode(step))
+                await self._progress("decode", number + 2, turn.max_new)
         after = self._figures()
         stats = {name: after[name] - before[name] for name in after}
         stats |= {
@@ -399,6 +383,9 @@ class SessionActor(Actor[Any]):
         await self._tell({"t": "done", "stats": stats})
 
     async def _context(self, step: Step) -> Context:
+        return Context(self._online.bk, self._online, await self._material(step), self.model)
+
+    async def _material(self, step: Step) -> Store:
         self._step = step.name
         with trio.move_on_after(self.limits.step_seconds) as scope:
             store = await self.triples.need(step.name)
@@ -406,31 +393,68 @@ class SessionActor(Actor[Any]):
             raise BadInput(
                 f"no material for {step.name} within deadlines.step = {self.limits.step_seconds:g} s"
             )
-        return Context(self._online.bk, self._online, store, self.model)
+        return store
 
-    async def _reenter(self, ctx: Context, step: Step) -> Rows:
+    async def _resume(self, ctx: Context, step: Step) -> None:
+        """The last token of the turn before, through the blocks."""
         assert self._token is not None and self._position is not None
         self._position = self._position + 1
-        return await transformer.reenter(
-            ctx, f"{step.name}/enter", self.spec, self._token, self._position, self._parts
+        self._cache.admit(ctx.bk)
+        new = await transformer.reenter(
+            ctx, f"{step.name}/enter", self.spec, self._token, self._position, self.layers.parts
         )
+        await self._blocks(ctx, step, new)
 
-    async def _pass(self, ctx: Context, step: Step, rows: Rows) -> None:
-        """Through the blocks, and to the next token if the step chooses one."""
-        if not step.prompt:
-            assert self._cache.valid is not None
-            one = Share(np.zeros((2, 1), np.uint64), ctx.bk) + np.ones(1, np.uint64)
-            self._cache.valid = concat([self._cache.valid, one])
+    async def _prompt(self, ctx: Context, step: Step, rows: Rows) -> Ring | None:
+        """Prompt rows through the blocks; components of the answer's first token if the step chooses it."""
         whole = self._cache.valid
         assert whole is not None
         self._cache.valid = whole[: step.first + step.rows]
-        hidden = await transformer.forward(
-            ctx, step.name, self.spec, rows, self._cache, self.settings, self._parts
-        )
+        hidden = await self._blocks(ctx, step, rows)
         self._cache.valid = whole
-        if step.choose:
-            scores = await transformer.logits(ctx, step.name, self.spec, hidden, self.settings, self._parts)
-            self._token = await self.sampler.choose(ctx, step.name, scores)
+        if not step.choose:
+            return None
+        self._token, components = await choose(
+            ctx, step.name, self._online, self.spec, hidden[-1:], self.settings, self.layers, [self._how]
+        )
+        return components
+
+    async def _blocks(self, ctx: Context, step: Step, rows: Rows) -> Share:
+        return await transformer.forward(
+            ctx, step.name, self.spec, rows, [self._cache], self.settings, self.layers.parts
+        )
+
+    async def _decode(self, step: Step) -> Ring:
+        """The next token; its components for the clients."""
+        assert self._token is not None and self._position is not None
+        store = await self._material(step)
+        self._position = self._position + 1
+        row = Row(
+            self.terms.session,
+            step.name,
+            self._token,
+            self._position,
+            self._cache,
+            store,
+            self._sampler,
+            self._noise,
+        )
+        if self.decoder is not None:
+            with trio.move_on_after(self.limits.step_seconds) as scope:
+                token = await self.decoder.next(row)
+            if scope.cancelled_caught:
+                raise BadInput(
+                    f"{step.name} was not decoded within deadlines.step = {self.limits.step_seconds:g} s"
+                )
+            self._token = token.index
+            self._passes["rounds"] += token.rounds
+            self._passes["sent"] += token.sent
+            return token.components
+        ctx = Context(self._online.bk, self._online, store, self.model)
+        self._token, components = await decode(
+            ctx, step.name, self._online, self.spec, [row], self.settings, self.layers, [self._how]
+        )
+        return components
 
     async def _input(self, turn: Turn) -> tuple[Entry, dict[str, Ring]]:
         """Give every client the masks of its part, take its offsets, agree on them. Sets validity and
@@ -480,10 +504,8 @@ class SessionActor(Actor[Any]):
 
     # --- what leaves ----------------------------------------------------------------------------------------
 
-    async def _deliver(self, step: int) -> None:
+    async def _deliver(self, step: int, components: Ring) -> None:
         """The token just chosen, to every client of the session and to nobody else."""
-        assert self._token is not None
-        components = await self._online.reveal("token", self._token)
         message = {"t": "token", "step": step, "components": [int(components[0, 0]), int(components[1, 0])]}
         await self._tell(message)
 
@@ -508,8 +530,8 @@ class SessionActor(Actor[Any]):
     def _figures(self) -> dict[str, float]:
         online, making = self._online.channel, self._making.channel
         return {
-            "rounds_online": online.rounds,
-            "sent_online": online.sent,
+            "rounds_online": online.rounds + self._passes["rounds"],
+            "sent_online": online.sent + self._passes["sent"],
             "rounds_preprocessing": making.rounds,
             "sent_preprocessing": making.sent,
             "seconds": time.monotonic() - self._began,
@@ -537,15 +559,3 @@ def _weight_groups(shapes: Mapping[str, tuple[int, int]]) -> list[frozenset[str]
         group.add(name)
         size += inner
     return [*groups, frozenset(group)]
-
-
-def _first(error: BaseException) -> BaseException:
-    """The error that explains a group of them: a peer's fault before an abort, an abort before the rest."""
-    if not isinstance(error, BaseExceptionGroup):
-        return error
-    leaves = [_first(e) for e in error.exceptions]
-    for kind in (PeerError, AbortError, Exception):
-        for leaf in leaves:
-            if isinstance(leaf, kind):
-                return leaf
-    return leaves[0]

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from mimir.actors import Actor, Reply
 from mimir.mpc import nonlinear
-from mimir.mpc.domain import Ring
-from mimir.mpc.nonlinear import Settings
+from mimir.mpc.nonlinear import Scores, Settings
 from mimir.mpc.ops import Context
 from mimir.mpc.share import Share
 
@@ -16,22 +16,20 @@ from mimir.mpc.share import Share
 class Exponentiate:
     ctx: Context
     step: str
-    scores: Share
-    allowed: Ring
-    valid: Share | None
+    blocks: Sequence[Scores]
     settings: Settings
-    reply: Reply[tuple[Share, Share]]
+    reply: Reply[list[tuple[Share, Share]]]
 
 
 class SoftmaxActor(Actor[Exponentiate]):
     async def handle(self, message: Exponentiate) -> None:
         m = message
-        m.reply.set(await nonlinear.exponentials(m.ctx, m.step, m.scores, m.allowed, m.valid, m.settings))
+        m.reply.set(await nonlinear.exponentials(m.ctx, m.step, m.blocks, m.settings))
 
     async def exponentials(
-        self, ctx: Context, step: str, scores: Share, allowed: Ring, valid: Share | None, s: Settings
-    ) -> tuple[Share, Share]:
+        self, ctx: Context, step: str, blocks: Sequence[Scores], s: Settings
+    ) -> list[tuple[Share, Share]]:
         """nonlinear.exponentials, by message."""
-        reply: Reply[tuple[Share, Share]] = Reply()
-        await self.tell(Exponentiate(ctx, step, scores, allowed, valid, s, reply))
+        reply: Reply[list[tuple[Share, Share]]] = Reply()
+        await self.tell(Exponentiate(ctx, step, blocks, s, reply))
         return await reply.get()

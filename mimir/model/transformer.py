@@ -8,7 +8,7 @@ and openings, and nothing of the backend.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, Final
@@ -20,10 +20,10 @@ from mimir.model.checkpoint import PlanSpec
 from mimir.mpc import nonlinear, ops, prep
 from mimir.mpc.domain import Ring, encode
 from mimir.mpc.doors import Masked
-from mimir.mpc.nonlinear import Settings
+from mimir.mpc.nonlinear import Scores, Settings
 from mimir.mpc.ops import Context
 from mimir.mpc.plan import Cost, planning
-from mimir.mpc.share import Share, concat
+from mimir.mpc.share import Backend, Share, concat
 from mimir.mpc.weights import array
 
 ROTARY_SCALE: Final = 14  # fraction bits of sines and cosines
@@ -35,7 +35,7 @@ class Parts:
 
     matmul: Callable[[Context, str, Share, str], Awaitable[Share]] = ops.matmul
     exponentials: Callable[
-        [Context, str, Share, Ring, Share | None, Settings], Awaitable[tuple[Share, Share]]
+        [Context, str, Sequence[Scores], Settings], Awaitable[list[tuple[Share, Share]]]
     ] = nonlinear.exponentials
 
 
@@ -91,6 +91,12 @@ class Cache:
     @classmethod
     def empty(cls, layers: int) -> Cache:
         return cls([LayerCache() for _ in range(layers)], [LayerCache() for _ in range(layers)])
+
+    def admit(self, bk: Backend) -> None:
+        """One more slot that holds a token, publicly so."""
+        assert self.valid is not None
+        one = Share(np.zeros((bk.components, 1), np.uint64), bk) + np.ones(1, np.uint64)
+        self.valid = concat([self.valid, one])
 
 
 @lru_cache(maxsize=8)
@@ -163,15 +169,14 @@ async def attention(
     layer: int,
     u: Share,
     turn: Share | None,
-    cache: Cache,
-    first: int,
+    caches: Sequence[Cache],
     fresh: Share | None,
     s: Settings,
     parts: Parts,
 ) -> Share:
-    """Attention of rows first .. first + n over everything before them, without the output matrix: (n,
-    heads * hd). u is at scale f + norm_extra, with a rotation at f. `fresh` are bits that tell which of
-    these rows hold a token, if not all do: the keys of the others become 0, as do scores with them.
+    """Attention of the rows of each cache over everything in it and before them, without the output matrix:
+    (n, heads * hd). u is at scale f + norm_extra, with a rotation at f. `fresh` are bits that tell which of
+    the rows hold a token, if not all do: the keys of the others become 0, as do scores with them.
     """
     f = s.scale_bits
     n, hd, heads, kv = u.shape[0], spec.head_dim, spec.heads, spec.kv_heads
@@ -190,23 +195,43 @@ async def attention(
         rows = fresh.broadcast(kv, n).flat()
         k = (await ops.scale(ctx, f"{step}/valid", rows, k.reshape(kv * n, hd))).reshape(kv, n, hd)
 
-    keys = ctx.take(prep.Keys(layer, first, n, heads, kv, hd), 1)
-    values = ctx.take(prep.Values(layer, first, n, heads, kv, hd), 1)
-    dq, dk, dv = await ctx.doors.open(f"{step}/cache", q + keys["x"], k + keys["new"], v + values["new"])
-    all_dk, all_k = _for_heads(cache.keys[layer].extend(dk, keys["new"]), heads // kv)
-    all_dv, all_v = _for_heads(cache.values[layer].extend(dv, values["new"]), heads // kv)
-    scores = await _per_head(ctx, dq, keys["x"], all_dk, all_k, keys["z"], turned=True)
-
-    slots = first + n
-    allowed = (np.arange(slots)[None, :] <= np.arange(first, slots)[:, None]).astype(np.uint64)
-    e, total = await parts.exponentials(ctx, f"{step}/softmax", scores, allowed, cache.valid, s)
+    each = n // len(caches)
+    keys, values = (
+        [ctx.take(kind(layer, c.length, each, heads, kv, hd), 1, of=i) for i, c in enumerate(caches)]
+        for kind in (prep.Keys, prep.Values)
+    )
+    dq, dk, dv = await ctx.doors.open(
+        f"{step}/cache",
+        q + concat([m["x"] for m in keys], axis=1),
+        k + concat([m["new"] for m in keys], axis=1),
+        v + concat([m["new"] for m in values], axis=1),
+    )
+    scores, held = [], []
+    for i, cache in enumerate(caches):
+        own = slice(i * each, (i + 1) * each)
+        all_k = _for_heads(cache.keys[layer].extend(dk[:, own], keys[i]["new"]), heads // kv)
+        held.append(_for_heads(cache.values[layer].extend(dv[:, own], values[i]["new"]), heads // kv))
+        z = await _per_head(ctx, dq[:, own], keys[i]["x"], *all_k, keys[i]["z"], turned=True)
+        slots = np.arange(cache.length + each)
+        allowed = (slots[None, :] <= slots[cache.length :, None]).astype(np.uint64)
+        scores.append(Scores(z, allowed, cache.valid))
+    weights = await parts.exponentials(ctx, f"{step}/softmax", scores, s)
 
     async def mix(ctx: Context) -> Share:
-        (de,) = await ctx.doors.open(f"{step}/weights", e + values["x"])
-        y = await _per_head(ctx, de, values["x"], all_dv, all_v, values["z"])
+        opened = await ctx.doors.open(
+            f"{step}/weights", *(e + m["x"] for (e, _), m in zip(weights, values, strict=True))
+        )
+        y = concat(
+            [
+                await _per_head(ctx, delta, m["x"], *cached, m["z"])
+                for delta, m, cached in zip(opened, values, held, strict=True)
+            ],
+            axis=1,
+        )
         return (await ops.truncate(ctx, f"{step}/mix", (y, nonlinear.EXP_SCALE + f - nonlinear.MIX_SCALE)))[0]
 
     async def invert(ctx: Context) -> Share:
+        total = concat([sums for _, sums in weights], axis=1)
         return await nonlinear.reciprocal(ctx, f"{step}/reciprocal", total, s)
 
     mixed, inverse = await ops.together(ctx, mix, invert)
@@ -255,37 +280,47 @@ async def mlp(
 
 
 async def forward(
-    ctx: Context, step: str, spec: PlanSpec, rows: Rows, cache: Cache, s: Settings, parts: Parts = DIRECT
+    ctx: Context,
+    step: str,
+    spec: PlanSpec,
+    rows: Rows,
+    caches: Sequence[Cache],
+    s: Settings,
+    parts: Parts = DIRECT,
 ) -> Share:
-    """Blocks over new rows, which join the cache. Returns the residual stream (n, d) at scale 2f."""
-    f, first, h, turn = s.scale_bits, cache.length, rows.hidden * (1 << s.scale_bits), rows.turn
+    """Blocks over new rows, as many of each cache, which they join. Returns the residual stream (n, d) at
+    scale 2f.
+    """
+    f, h, turn = s.scale_bits, rows.hidden * (1 << s.scale_bits), rows.turn
+    each = h.shape[0] // len(caches)
     fresh = None
-    if rows.padded and cache.valid is not None:
-        fresh = cache.valid[first : first + h.shape[0]]
-        if turn is not None:
+    if rows.padded:
+        valid = [c.valid[c.length : c.length + each] for c in caches if c.valid is not None]
+        fresh = concat(valid) if valid else None
+        if turn is not None and fresh is not None:
             turn = await ops.scale(ctx, f"{step}/valid", fresh, turn)
     for layer in range(spec.layers):
         name = f"{step}/layer {layer}"
         extra = nonlinear.norm_extra(f) if turn is None else 0
         u = await nonlinear.rms_norm(ctx, f"{name}/norm 1", h, spec.norm_eps, s, extra=extra)
-        a = await attention(ctx, f"{name}/attention", spec, layer, u, turn, cache, first, fresh, s, parts)
+        a = await attention(ctx, f"{name}/attention", spec, layer, u, turn, caches, fresh, s, parts)
         h = h + await parts.matmul(ctx, f"{name}/o", a, f"{layer}.o") + _bias(ctx, f"{layer}.o_b", f)
         extra = inner_extra(spec, f)
         u = await nonlinear.rms_norm(ctx, f"{name}/norm 2", h, spec.norm_eps, s, extra=extra)
         m = await mlp(ctx, f"{name}/mlp", spec, layer, u, s, parts)
         h = h + await parts.matmul(ctx, f"{name}/out", m, f"{layer}.out") + _bias(ctx, f"{layer}.out_b", f)
-    cache.length += h.shape[0]
+    for cache in caches:
+        cache.length += each
     return h
 
 
 async def logits(
     ctx: Context, step: str, spec: PlanSpec, h: Share, s: Settings, parts: Parts = DIRECT
 ) -> Share:
-    """Logits (vocab,) at scale `logit_scale` of the last row of h."""
+    """Logits (n, vocab) at scale `logit_scale` of rows h (n, d)."""
     extra = nonlinear.norm_extra(s.scale_bits)
-    u = await nonlinear.rms_norm(ctx, f"{step}/norm", h[-1:], spec.norm_eps, s, extra=extra)
-    y = await parts.matmul(ctx, f"{step}/head", u, "head") + _bias(ctx, "head_b", s.scale_bits + extra)
-    return y[0]
+    u = await nonlinear.rms_norm(ctx, f"{step}/norm", h, spec.norm_eps, s, extra=extra)
+    return await parts.matmul(ctx, f"{step}/head", u, "head") + _bias(ctx, "head_b", s.scale_bits + extra)
 
 
 def logit_scale(scale_bits: int) -> int:
@@ -358,15 +393,24 @@ async def embed(
 async def reenter(
     ctx: Context, step: str, spec: PlanSpec, token: Share, position: Share, parts: Parts = DIRECT
 ) -> Rows:
-    """A secret token index (1,) at a secret position (1,): both are opened under masks of prepared one-
-    hots.
-    """
-    e = entry(ctx, spec, 1)
+    """Secret token indices (n,) at secret positions (n,): all are opened under masks of prepared one-hots."""
+    e = entry(ctx, spec, token.size)
     kt, kp = index_bits(spec.vocab), index_bits(spec.context)
     (c,), (p,) = await ctx.doors.open_all(
         f"{step}/index", [Masked([token + e.token["r"]], kt), Masked([position + e.position["r"]], kp)]
     )
     return await embed(ctx, step, spec, e, c, p, parts, padded=False)
+
+
+def planned_cache(ctx: Context, spec: PlanSpec, length: int) -> Cache:
+    """A cache of so many valid slots, of shapes only."""
+    cache = Cache.empty(spec.layers)
+    for c in (*cache.keys, *cache.values):
+        if length:
+            rows = np.broadcast_to(np.zeros(1, np.uint64), (spec.kv_heads, length, spec.head_dim))
+            c.delta, c.mask = [rows], [ctx.share(rows[None])]
+    cache.valid, cache.length = ctx.share(np.zeros((1, length), np.uint64)), length
+    return cache
 
 
 Choose = Callable[[Context, str, Share], Awaitable[Any]]
@@ -390,26 +434,19 @@ async def cost_of(
     shapes = weight_shapes(spec)
     shapes |= {f"{k}_b": (1, v[1]) for k, v in shapes.items() if k not in ("embed", "pos")}
     ctx, cost = planning(shapes)
-    cache = Cache.empty(spec.layers)
-    zero = np.zeros(rows, np.uint64)
-    for c in (*cache.keys, *cache.values):
-        if first:
-            rows_before = np.broadcast_to(np.zeros(1, np.uint64), (spec.kv_heads, first, spec.head_dim))
-            c.delta, c.mask = [rows_before], [ctx.share(rows_before[None])]
-    cache.length = first
-    if padded:
-        cache.valid = ctx.share(np.zeros((1, first + rows), np.uint64))
+    cache, zero = planned_cache(ctx, spec, first), np.zeros(rows, np.uint64)
+    cache.valid = ctx.share(np.zeros((1, first + rows), np.uint64)) if padded else None
     if prompt:
         outside, _ = planning(shapes)  # the prompt's one-hots are prepared for all its steps at once
         new = await embed(ctx, "plan", spec, entry(outside, spec, rows), zero, zero)
     else:
         index = ctx.share(np.zeros((1, 1), np.uint64))
         new = await reenter(ctx, "plan", spec, index, index)
-    h = await forward(ctx, "plan", spec, new, cache, s)
+    h = await forward(ctx, "plan", spec, new, [cache], s)
     if last or sampler is not None:
-        scores = await logits(ctx, "plan", spec, h, s)
+        scores = await logits(ctx, "plan", spec, h[-1:], s)
         if sampler is not None:
-            await sampler(ctx, "plan", scores)
+            await sampler(ctx, "plan", scores[0])
     return cost
 
 

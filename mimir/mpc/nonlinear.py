@@ -8,7 +8,7 @@ that is not empty is selected.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Final
@@ -20,7 +20,7 @@ from mimir.errors import LocalError
 from mimir.mpc import ops
 from mimir.mpc.domain import Ring, encode
 from mimir.mpc.ops import Context, Piecewise
-from mimir.mpc.share import Bits, Share
+from mimir.mpc.share import Bits, Share, concat
 
 Real = npt.NDArray[np.floating[Any]]
 
@@ -367,39 +367,47 @@ async def rms_norm(ctx: Context, step: str, x: Share, eps: float, s: Settings, *
 # --- softmax --------------------------------------------------------------------------------------------
 
 
-async def exponentials(
-    ctx: Context, step: str, scores: Share, allowed: Ring, valid: Share | None, s: Settings
-) -> tuple[Share, Share]:
-    """Weights e^(score - shift) at scale 24, 0 where not allowed (public) or not valid (secret), and
-    their sums.
+@dataclass(frozen=True, slots=True, eq=False)
+class Scores:
+    """Scores (heads, rows, keys) at scale 2f within +-SCORE_BOUND; which of them are allowed, publicly:
+    (rows, keys) of 0 and 1; and which keys are valid, secretly: (keys,) bits, or all of them. What is not
+    valid must have a score of 0.
+    """
 
-    scores (heads, rows, keys) at scale 2f within +-SCORE_BOUND; allowed (rows, keys) of 0 and 1; valid
-    (keys,) bits; what is not valid must have a score of 0. The shift is the row's maximum, rounded up by at
-    most two coarse bins: it is found by counting, for every threshold, the valid scores above it, and by
-    testing those counts for zero. What lies more than EXP_REACH below the shift has weight 0; a second,
-    coarse reading tells. Rounds: 6.
+    values: Share
+    allowed: Ring
+    valid: Share | None
+
+    @property
+    def count_bits(self) -> int:
+        """Of a number of keys."""
+        return self.values.shape[2].bit_length()
+
+
+async def exponentials(
+    ctx: Context, step: str, blocks: Sequence[Scores], s: Settings
+) -> list[tuple[Share, Share]]:
+    """For each block weights e^(score - shift) (heads, rows, keys) at scale 24, 0 where not allowed or not
+    valid, and their sums (heads, rows).
+
+    The shift is the row's maximum, rounded up by at most two coarse bins: it is found by counting, for every
+    threshold, the valid scores above it, and by testing those counts for zero. What lies more than EXP_REACH
+    below the shift has weight 0; a second, coarse reading tells. Blocks share the 6 rounds.
     """
     scale = 2 * s.scale_bits
-    heads, rows, keys = scores.shape
     half = 1 << (COARSE_BIN + COARSE_BITS - 1)
-    raised = scores + (half << scale)
-    invalid = (-valid + 1).broadcast(heads, rows, keys) if valid is not None else None
+    raised = concat([b.values.flat() for b in blocks]) + (half << scale)
+    invalid = _invalid(blocks)
     shown = raised
     if invalid is not None:  # from the middle down to the lowest bin
         shown = raised - invalid * ((half - 2) << scale)
     one_hot = await ops.coarse_index(
         ctx, f"{step}/coarse", shown, scale + COARSE_BIN - COARSE_REST, COARSE_REST, COARSE_BITS
-    )  # (heads, rows, keys, bins)
-    # (heads, rows, bins): how many scores in each bin, modulo 2^16
-    per_row = (one_hot * allowed.astype(np.uint16)[None, :, :, None]).sum(2)
-    at_least = ctx.share(np.cumsum(per_row.v[..., ::-1], axis=-1, dtype=np.uint64)[..., ::-1])[..., 1:]
-    count = at_least.size
-    padded = _whole_words(at_least.flat())
-    empty = await ops.is_zero(ctx, f"{step}/counts", padded, keys.bit_length())
-    none = (await ops.to_ring(ctx, f"{step}/inject", empty, padded.shape[0]))[:count].reshape(heads, rows, -1)
-    top = -(none.sum(2)) + none.shape[2]  # index of the highest bin in use
+    )  # (scores, bins)
+    top = await _highest_bins(ctx, step, blocks, one_hot)
     # maximum < (top + 1) bins: below = score - that, negative
-    below = shown - ((top + 1) * (1 << (scale + COARSE_BIN))).reshape(heads, rows, 1).broadcast(*scores.shape)
+    limit = (top + 1) * (1 << (scale + COARSE_BIN))
+    below = shown - concat([_spread(b, part) for b, part in zip(blocks, _by_row(blocks, limit), strict=True)])
 
     async def value(ctx: Context) -> Share:
         start = EXP_TOP - 2.0 ** (EXP_BITS + EXP_BIN)
@@ -417,7 +425,7 @@ async def exponentials(
         (far,) = await ops.are_below(
             ctx,
             f"{step}/reach",
-            _whole_words(lifted.flat()),
+            _whole_words(lifted),
             scale + 1,
             REACH_BITS,
             [(lift - EXP_REACH) // 2],
@@ -427,8 +435,75 @@ async def exponentials(
     y, keep = await ops.together(ctx, value, counts)
     # Beyond the table this is garbage.
     (e,) = await ops.truncate_if(ctx, f"{step}/truncate", keep, (y, HEADROOM - 1 - EXP_SCALE))
-    e = e.reshape(*below.shape) * allowed[None]
-    return e, e.sum(2)
+    weights = [
+        part.reshape(*b.values.shape) * b.allowed[None]
+        for b, part in zip(blocks, _by_score(blocks, e), strict=True)
+    ]
+    return [(w, w.sum(2)) for w in weights]
+
+
+def _cut(x: Share, sizes: Sequence[int]) -> list[Share]:
+    ends = np.cumsum(sizes)
+    return [x[end - size : end] for size, end in zip(sizes, ends, strict=True)]
+
+
+def _by_score(blocks: Sequence[Scores], x: Share) -> list[Share]:
+    """Of x, which has an entry for every score of all blocks, each block's part."""
+    return _cut(x, [b.values.size for b in blocks])
+
+
+def _by_row(blocks: Sequence[Scores], x: Share) -> list[Share]:
+    """Of x, which has an entry for every row of every head of all blocks, each block's part."""
+    return _cut(x, [math.prod(b.values.shape[:2]) for b in blocks])
+
+
+def _spread(block: Scores, x: Share) -> Share:
+    """An entry of x for every row, for every score of it."""
+    heads, rows, _ = block.values.shape
+    return x.reshape(heads, rows, 1).broadcast(*block.values.shape).flat()
+
+
+def _invalid(blocks: Sequence[Scores]) -> Share | None:
+    """For every score whether its key is not valid, if not all are."""
+    if all(b.valid is None for b in blocks):
+        return None
+    parts = []
+    for b in blocks:
+        valid = b.valid if b.valid is not None else b.values[0, 0] * 0 + 1
+        parts.append((-valid + 1).broadcast(*b.values.shape).flat())
+    return concat(parts)
+
+
+async def _highest_bins(ctx: Context, step: str, blocks: Sequence[Scores], one_hot: Share) -> Share:
+    """For every row of every head the highest bin that one of its allowed scores lies in. Two rounds."""
+    per_row = []
+    for b, hot in zip(blocks, _by_score(blocks, one_hot), strict=True):
+        hot = hot.reshape(*b.values.shape, -1) * b.allowed.astype(np.uint16)[None, :, :, None]
+        per_row.append(hot.sum(2).reshape(-1, one_hot.shape[1]))  # how many scores in each bin, modulo 2^16
+    counts = concat(per_row).v
+    at_least = ctx.share(np.cumsum(counts[..., ::-1], axis=-1, dtype=np.uint64)[..., ::-1])[:, 1:]
+    # Counts of blocks of about as many keys are tested together.
+    tests: dict[int, list[int]] = {}
+    for i, b in enumerate(blocks):
+        tests.setdefault(b.count_bits, []).append(i)
+    parts = _by_row(blocks, at_least)
+    flat = [concat([parts[i] for i in group]).flat() for group in tests.values()]
+    padded = [_whole_words(x) for x in flat]
+
+    def test(x: Share, bits: int) -> Callable[[Context], Coroutine[Any, Any, Bits]]:
+        return lambda ctx: ops.is_zero(ctx, f"{step}/counts", x, bits)
+
+    empty = await ops.together(ctx, *(test(x, bits) for x, bits in zip(padded, tests, strict=True)))
+    lanes = Bits(np.concatenate([e.v for e in empty], axis=1), ctx.bk)
+    ring = _cut(
+        await ops.to_ring(ctx, f"{step}/inject", lanes, sum(x.size for x in padded)), [x.size for x in padded]
+    )
+    none: list[Share] = list(parts)
+    for group, x, bits in zip(tests.values(), flat, ring, strict=True):
+        rows = bits[: x.size].reshape(-1, at_least.shape[1])
+        for i, part in zip(group, _by_row([blocks[i] for i in group], rows), strict=True):
+            none[i] = part
+    return -(concat(none).sum(1)) + at_least.shape[1]
 
 
 def _whole_words(x: Share) -> Share:

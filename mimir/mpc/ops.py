@@ -40,7 +40,7 @@ class Opening(Protocol):
 
 
 class Material(Protocol):
-    def take(self, kind: Kind, n: int) -> dict[str, Ring]: ...
+    def take(self, kind: Kind, n: int, of: int = 0) -> dict[str, Ring]: ...
 
 
 @dataclass(slots=True)
@@ -52,8 +52,9 @@ class Context:
     store: Material
     weights: Weights
 
-    def take(self, kind: Kind, n: int) -> dict[str, Share]:
-        return {k: Share(v, self.bk) for k, v in self.store.take(kind, n).items()}
+    def take(self, kind: Kind, n: int, of: int = 0) -> dict[str, Share]:
+        """The next n of a kind; `of` tells whose, where they belong to one of several caches."""
+        return {k: Share(v, self.bk) for k, v in self.store.take(kind, n, of).items()}
 
     async def compute(self, work: int, fn: Callable[[], T], shape: tuple[int, ...]) -> T:
         """Run a kernel, in a thread if it is long, so that the mesh keeps time. `shape` is that of its
@@ -112,7 +113,8 @@ def _advance(flow: Coroutine[Any, Any, Any], answer: Any) -> Generator[Any, Any,
 
 
 def _joint_name(steps: Sequence[str]) -> str:
-    """One name for a shared round: the first step's, and the others without the path they share with it."""
+    """One name for a shared round: the first step's, and others without the path they share with it."""
+    steps = list(dict.fromkeys(steps))
     path = steps[0][: steps[0].rfind("/") + 1]
     while not all(step.startswith(path) for step in steps):
         path = path[: path.rfind("/", 0, -1) + 1]

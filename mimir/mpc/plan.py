@@ -80,7 +80,7 @@ class _CountingStore:
         self.cost = cost
         self.weights = weights
 
-    def take(self, kind: Kind, n: int) -> dict[str, Ring]:
+    def take(self, kind: Kind, n: int, of: int = 0) -> dict[str, Ring]:
         prep.add_demand(self.cost.demand, {kind: prep.lanes(kind, n)})
         shape = self.weights[kind.name] if isinstance(kind, prep.Weight) else None
         return {name: _zeros(1, *s) for name, s in prep.shapes(kind, n, shape).items()}

@@ -772,9 +772,9 @@ class Store:
     material: dict[Kind, dict[str, Ring]]
     taken: dict[Kind, int] = field(default_factory=dict)
 
-    def take(self, kind: Kind, n: int) -> dict[str, Ring]:
+    def take(self, kind: Kind, n: int, of: int = 0) -> dict[str, Ring]:
         """The next n of a kind; for kinds made of bit lanes n is rounded up to words by the caller. Once
-        only.
+        only. `of` is for `Joint`.
         """
         have = self.material.get(kind)
         if have is None:
@@ -795,13 +795,16 @@ class Store:
 
     def left(self) -> dict[Kind, int]:
         """What was planned and not taken."""
-        out = {}
-        for kind, have in self.material.items():
-            name, first = next(iter(have.items()))
-            total = 1 if isinstance(kind, Keys) else first.shape[_axis(name)]
-            if total - self.taken.get(kind, 0) > 0:
-                out[kind] = total - self.taken.get(kind, 0)
-        return out
+        return {kind: n for kind in self.material if (n := self.count(kind)) > 0}
+
+    def count(self, kind: Kind) -> int:
+        """How many of a kind are left."""
+        have = self.material.get(kind)
+        if have is None:
+            return 0
+        name, first = next(iter(have.items()))
+        total = 1 if isinstance(kind, Keys) else first.shape[_axis(name)]
+        return total - self.taken.get(kind, 0)
 
     def wipe(self) -> None:
         for arrays in self.material.values():
@@ -811,6 +814,39 @@ class Store:
                 elif v.flags.writeable:  # part of a larger array
                     v.fill(0)
         self.material.clear()
+
+
+class Joint:
+    """The stores of several sessions for one pass of all of them.
+
+    A correlation serves any of them, since what is opened under it tells nothing; but masks of a cache are
+    those of its session.
+    """
+
+    def __init__(self, stores: Sequence[Store]) -> None:
+        self.stores = list(stores)
+        self._at: dict[Kind, int] = {}  # the store that a kind is taken from now
+
+    def take(self, kind: Kind, n: int, of: int = 0) -> dict[str, Ring]:
+        """The next n of a kind, of one store after another; masks of a cache from store `of`. Once only."""
+        if isinstance(kind, Keys):
+            return self.stores[of].take(kind, n)
+        pieces: list[dict[str, Ring]] = []
+        while n:
+            at = self._at.setdefault(kind, 0)
+            if at == len(self.stores):
+                raise LocalError(f"correlations of kind {kind} are used up; the demand was planned too small")
+            part = min(n, self.stores[at].count(kind))
+            if part:
+                pieces.append(self.stores[at].take(kind, part))
+                n -= part
+            else:
+                self._at[kind] = at + 1
+        if len(pieces) == 1:
+            return pieces[0]
+        return {
+            name: np.concatenate([piece[name] for piece in pieces], axis=_axis(name)) for name in pieces[0]
+        }
 
 
 def _axis(name: str) -> int:
