@@ -2,7 +2,8 @@
 """GPT-2 small, target beside measured: decode at context 128, prefill of 32, eight sessions, argmax alone.
 
     python bench/targets.py                 a quarter of an hour on two idle cores, 16 GiB; run.py --targets
-    python bench/targets.py --only NAME ... of decode, prefill, sessions, argmax
+    python bench/targets.py --only NAME ... of decode, prefill, sessions, argmax; and billion, of which the
+                                            1.1 B shape needs 80 GiB, and which is run only if it is named
     python bench/targets.py --show FILE     print the table of a result again
 
 What is measured, and how. Three processes on this machine, the mesh between them on loopback, without a
@@ -23,6 +24,7 @@ measures the whole, with tunnel and client, at a short context; what lies betwee
               once, and a party's decode actor joins them. Online: tokens by seconds, from when each session
               has its first one to the end. Together: with a token's preprocessing as in `decode`, on the same
               processors, as if nothing overlapped.
+    billion   As `decode`, with the 1.1 B Llama shape and 8 positions; all shares are in memory.
     argmax    sampling.choose of 50,257 logits with its preprocessing, the median of three; the index is
               compared with that of the same logits in the clear.
 
@@ -86,6 +88,7 @@ from mimir.net.messages import Message, Open, Sampler  # noqa: E402
 RESULTS = HERE / "results" / "targets"
 CONTEXT = 128
 BLOCK = 16  # positions that `decode` reads
+LARGE_BLOCK = 8  # of the 1.1 B shape
 PROMPT = 32
 AT_ONCE = 8
 PASSES = 4  # of each of these sessions
@@ -116,7 +119,26 @@ TARGETS = {
     "argmax rounds": 16,
     "argmax online": 0.3,
     "argmax together": 1.0,
+    "billion online": 8.0,
+    "billion together": 20.0,
 }
+LARGE = PlanSpec(
+    family="llama",
+    layers=22,
+    width=2048,
+    heads=32,
+    kv_heads=4,
+    head_dim=64,
+    hidden=5632,
+    vocab=32000,
+    context=2048,
+    act="silu_glu",
+    norm_eps=1e-5,
+    positions="rope",
+    rope_theta=10000.0,
+    bos_id=None,
+    eos_ids=(),
+)
 
 
 @dataclass(frozen=True)
@@ -128,6 +150,7 @@ class Task:
     bucket: int
     tokens: int
     sessions: int = 1
+    spec: PlanSpec = SMALL
 
     @property
     def positions(self) -> int:
@@ -138,8 +161,10 @@ TASKS = (
     Task("decode", CONTEXT - 1 - BLOCK, 1, BLOCK),
     Task("prefill", 0, PROMPT, 1),
     Task("sessions", CONTEXT - 1 - PASSES, 1, PASSES, AT_ONCE),
+    Task("billion", CONTEXT - 1 - LARGE_BLOCK, 1, LARGE_BLOCK, spec=LARGE),
 )
 NAMES = (*(t.name for t in TASKS), "argmax")
+USUAL = tuple(name for name in NAMES if name != "billion")
 
 
 # --- at one party -------------------------------------------------------------------------------------------
@@ -356,7 +381,6 @@ async def party(index: int, folder: Path, names: Sequence[str]) -> None:
     me = Identity.load(folder / f"key{index}")
     public = [parse_public((folder / f"public{i}").read_text()) for i in range(PARTIES)]
     peers = [PeerAt(i, "127.0.0.1", BASE_PORT + i, public[i]) for i in range(PARTIES) if i != index]
-    weights = Noise(SMALL.shapes() if set(names) != {"argmax"} else {}, index)
     async with open_mesh(
         party=index,
         identity=me,
@@ -367,8 +391,11 @@ async def party(index: int, folder: Path, names: Sequence[str]) -> None:
     ) as mesh:
         await mesh.wait_up(UP_SECONDS)
         decoders = Decoders(mesh)
+        weights, of = Noise({}, index), None
         for task in (t for t in TASKS if t.name in names):
-            marks = await sessions(mesh, SMALL, weights, task, CONTEXT, decoders)
+            if task.spec is not of:
+                weights, of = Noise(task.spec.shapes(), index), task.spec
+            marks = await sessions(mesh, task.spec, weights, task, CONTEXT, decoders)
             (folder / f"{task.name}{index}.json").write_text(json.dumps(marks))
         if "argmax" in names:
             told = await argmaxes(mesh, SMALL, CHOICES)
@@ -642,6 +669,16 @@ def tables(result: dict[str, Any]) -> str:
             rate = 1 / (1 / told["rate"] + got["decode"]["prep"]["seconds"])
             model = 1 / (1 / p["at once"] + p["prep"]["seconds"])
             out.append(_line(row + "tokens/s together, in all", TARGETS["sessions together"], rate, model))
+    if told := got.get("billion"):
+        row = f"1.1 B shape, decode at {CONTEXT}, one token: "
+        out += [
+            _line(row + "rounds online", None, told["online"]["rounds"]),
+            _line(row + "MB online", None, told["online"]["sent"] / 1e6),
+            _line(row + "MB together", None, _both(told, "sent") / 1e6),
+            _line(row + "s online", TARGETS["billion online"], told["online"]["seconds"]),
+            _line(row + "s together", TARGETS["billion together"], _both(told)),
+            _line(row + "processor s together, all three", None, _both(told, "used")),
+        ]
     if told := got.get("argmax"):
         row, counted = f"argmax of {SMALL.vocab:,}: ", result["choice"]
         links = [
@@ -684,7 +721,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         usage="targets.py [options]",
     )
     p.add_argument(
-        "--only", nargs="+", choices=NAMES, default=list(NAMES), metavar="NAME", help="of " + ", ".join(NAMES)
+        "--only", nargs="+", choices=NAMES, default=list(USUAL), metavar="NAME", help="of " + ", ".join(NAMES)
     )
     p.add_argument("--out", type=Path, default=RESULTS, metavar="DIR", help="folder of the results")
     p.add_argument("--show", type=Path, metavar="FILE", help="print the table of this result and end")
@@ -706,6 +743,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     figures: dict[str, Any] = {}
     if "decode" in parts:
         figures["decode"] = decoded(parts["decode"], TASKS[0].positions)
+    if "billion" in parts:
+        figures["billion"] = decoded(parts["billion"], LARGE_BLOCK)
     if "prefill" in parts:
         figures["prefill"] = prefilled(parts["prefill"])
     if "sessions" in parts:
