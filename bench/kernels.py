@@ -2,24 +2,35 @@
 
 The ceiling of a kernel is the larger of two times: its bytes at the speed of reading memory, where the case
 is larger than the caches, and its 64-bit products at the speed of multiplying. Kernels with neither show
-their rate alone. One thread; the best of several runs.
+their rate alone. One thread; the best of several runs. With --out FILE the figures are kept as JSON, with the
+machine they are of: bench/results/kernels/ has one for each processor.
 """
 
 from __future__ import annotations
 
+import argparse
 import ctypes
+import json
+import os
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from mimir import kernels as k
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE.parent), str(HERE)]
+
+from run import commit, machine  # noqa: E402
+
+from mimir import kernels as k  # noqa: E402
 
 MIN_SECONDS = 0.15
 RUNS = 5
@@ -161,8 +172,22 @@ def amount(rate: float) -> str:
 
 
 def main() -> None:
-    wanted = sys.argv[1:]
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument(
+        "names", nargs="*", metavar="name", help="how the cases begin that are run; all by default"
+    )
+    p.add_argument("--out", type=Path, metavar="FILE", help="write the figures here, too")
+    a = p.parse_args()
+    wanted = a.names
     read, multiply = ceilings()
+    result: dict[str, Any] = {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "commit": commit(),
+        "machine": machine(),
+        "load": [os.getloadavg()[0]],
+        "ceilings": {"bytes read": read, "products": multiply},
+        "rows": [],
+    }
     print(f"reads {read / 1e9:.1f} GB/s from memory, multiplies {multiply / 1e9:.1f} G products/s")
     print(f"{'kernel':28}{'level':8}{'rate':>12} per s        GB/s   of ceiling")
     for case in cases():
@@ -178,6 +203,19 @@ def main() -> None:
                 f"{case.name:28}{level:8}{amount(case.items / seconds)} {case.unit:8} {bandwidth} {share}",
                 flush=True,
             )
+            result["rows"].append(
+                {
+                    "kernel": case.name,
+                    "level": level,
+                    "rate": float(f"{case.items / seconds:.4g}"),
+                    "of": case.unit,
+                    "ceiling": round(floor / seconds, 3) if floor else None,
+                }
+            )
+    if a.out:
+        result["load"].append(os.getloadavg()[0])
+        a.out.parent.mkdir(parents=True, exist_ok=True)
+        a.out.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":
