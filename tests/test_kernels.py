@@ -1055,7 +1055,11 @@ def test_levels_agree(name: str) -> None:
 LONG: dict[str, Callable[[np.random.Generator], npt.NDArray[Any]]] = {
     "prg": lambda g: _filled(g, (1 << 20) + 5, 0),
     "prg further on": lambda g: _filled(g, (1 << 19) + 16, (1 << 32) - 77),
-    "matmul, a row": lambda g: k.matmul(words(g, 1, 701), words(g, 701, 1003)),
+    "matmul, a row": lambda g: k.matmul(words(g, 1, 301), words(g, 301, 2503)),
+    "matmul, single rows": lambda g: k.matmul(words(g, 5, 1, 83), words(g, 5, 83, 701)),
+    "matmul, a row added": lambda g: k.matmul(
+        words(g, 1, 401), words(g, 401, 999), out=words(g, 1, 999), add=True
+    ),
     "matmul, few rows": lambda g: k.matmul(words(g, 5, 257), words(g, 257, 1009)),
     "matmul, wide": lambda g: k.matmul(words(g, 19, 131), words(g, 131, 515)),
     "matmul, high": lambda g: k.matmul(words(g, 515, 131), words(g, 131, 19)),
@@ -1068,7 +1072,7 @@ LONG: dict[str, Callable[[np.random.Generator], npt.NDArray[Any]]] = {
     "matmul_nt, added": lambda g: k.matmul_nt(
         words(g, 2, 3, 211), words(g, 2, 401, 211), out=words(g, 2, 3, 401), add=True
     ),
-    "gr_combine": lambda g: k.gr_combine(words(g, 77, 1001), words(g, 1001)),
+    "gr_combine": lambda g: k.gr_combine(words(g, 277, 501), words(g, 501)),
     "gr_mul01": lambda g: k.gr_mul01(words(g, 1001, 48), words(g, 1001)),
     "double": lambda g: _doubled(words(g, 1501, 256), words(g, 1501, 101)),
     "double_part": lambda g: _added(words(g, 1501, 101), words(g, 2, 1501, 256), words(g, 2, 1501)),

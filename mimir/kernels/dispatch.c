@@ -1,6 +1,8 @@
 /* Which level runs: chosen once when the library loads, by what the processor and the operating system offer; and how a
  * long kernel is split over threads. */
+#include <pthread.h>
 #include <stdatomic.h>
+#include <string.h>
 
 #include "ct.h"
 #include "levels.h"
@@ -231,18 +233,67 @@ void mk_bytes_wipe(uint8_t *out, size_t n)
     mk_split(n, 4096, n / 8, wipe_piece, &out);
 }
 
-enum { STRIP = 16 }; /* results of a combination that its loops make together, at most */
+/* Results of a combination: each piece chooses its subsets anew, which costs as much as some ten results. */
+enum { COMBINED = 64 };
 
 MK_SPLIT(mk_gr_combine, (uint64_t *out, const uint64_t *x, const uint64_t *r, size_t m, size_t n),
          MK_GIVEN(uint64_t *out; const uint64_t *x, *r; size_t n;), MK_GIVEN(out, x, r, n),
-         m, STRIP, 3 * m * n, (j->out + MK_GR * first, j->x + j->n * first, j->r, count, j->n))
+         m, COMBINED, 2 * m * n, (j->out + MK_GR * first, j->x + j->n * first, j->r, count, j->n))
 
 MK_SPLIT(mk_gr_mul01, (uint64_t *out, const uint64_t *a, const uint64_t *r, size_t n),
          MK_GIVEN(uint64_t *out; const uint64_t *a, *r;), MK_GIVEN(out, a, r),
          n, 1, 200 * n, (j->out + MK_GR * first, j->a + MK_GR * first, j->r + first, count))
 
-/* A matrix product is split along the longer side of its result, and by batches: in units of so many columns, whole
- * lines of the cache, or of so many rows, which are what a panel of b is packed for. */
+/* One row times a matrix is bound by memory, which is read fastest in long runs: it is split by rows of b, DEPTH at a
+ * time, and what part of the sum a piece makes is added to the row under a lock. BREADTH columns at a time, so that such
+ * a part lies in the first-level cache. */
+enum { DEPTH = 32, BREADTH = 2048 };
+
+struct row {
+    __typeof__(mk_ring_product) *run;
+    uint64_t *c;
+    const uint64_t *a, *b;
+    size_t k, n, strips, depths; /* strips of BREADTH columns of one product, units of DEPTH rows of each */
+    pthread_mutex_t *adding;
+};
+
+static size_t least(size_t a, size_t b)
+{
+    return a < b ? a : b;
+}
+
+static void row_piece(const void *job, size_t first, size_t count)
+{
+    const struct row *j = job;
+    while (count > 0) {
+        size_t at = first / j->depths / j->strips, column = BREADTH * (first / j->depths % j->strips);
+        size_t unit = first % j->depths, some = least(count, j->depths - unit), from = DEPTH * unit;
+        size_t depth = least(j->k - from, DEPTH * some), width = least(j->n - column, BREADTH);
+        uint64_t *c = j->c + at * j->n + column;
+        const uint64_t *a = j->a + at * j->k + from, *b = j->b + (at * j->k + from) * j->n + column;
+        if (depth == j->k) j->run(c, a, b, 1, depth, j->n, width, 1);
+        else {
+            uint64_t part[BREADTH];
+            j->run(part, a, b, 1, depth, j->n, width, 0);
+            pthread_mutex_lock(j->adding);
+            for (size_t i = 0; i < width; i++) c[i] += part[i];
+            pthread_mutex_unlock(j->adding);
+        }
+        first += some, count -= some;
+    }
+}
+
+static void rows_times(struct row job, size_t batch, int add)
+{
+    pthread_mutex_t adding = PTHREAD_MUTEX_INITIALIZER;
+    job.adding = &adding;
+    job.strips = (job.n + BREADTH - 1) / BREADTH, job.depths = (job.k + DEPTH - 1) / DEPTH;
+    if (!add && batch * job.n > 0) memset(job.c, 0, batch * job.n * sizeof *job.c);
+    mk_split(batch * job.strips * job.depths, 1, batch * job.k * job.n / 2, row_piece, &job);
+}
+
+/* Other matrix products are split along the longer side of the result, and by batches: in units of so many columns,
+ * whole lines of the cache, or of so many rows, which are what a panel of b is packed for. */
 enum { COLUMNS = 64, ROWS = 16 };
 
 struct products {
@@ -252,11 +303,6 @@ struct products {
     size_t m, k, n, units; /* units of one product */
     int add, turned, by_rows;
 };
-
-static size_t least(size_t a, size_t b)
-{
-    return a < b ? a : b;
-}
 
 static void products_piece(const void *job, size_t first, size_t count)
 {
@@ -280,7 +326,6 @@ static void products(struct products job, size_t batch)
 {
     job.by_rows = job.m > job.n;
     job.units = job.by_rows ? (job.m + ROWS - 1) / ROWS : (job.n + COLUMNS - 1) / COLUMNS;
-    /* One row is bound by memory. */
     mk_split(batch * job.units, 1, batch * job.m * job.k * job.n / (job.m == 1 ? 2 : 4), products_piece, &job);
 }
 
@@ -288,7 +333,8 @@ void mk_ring_matmul(uint64_t *c, const uint64_t *a, const uint64_t *b, size_t ba
                     int add)
 {
     const struct table *now = atomic_load_explicit(&active, memory_order_relaxed);
-    products((struct products){now->mk_ring_product, c, a, b, m, k, n, .add = add}, batch);
+    if (m == 1) rows_times((struct row){now->mk_ring_product, c, a, b, k, n, 0, 0, NULL}, batch, add);
+    else products((struct products){now->mk_ring_product, c, a, b, m, k, n, .add = add}, batch);
 }
 
 void mk_ring_matmul_nt(uint64_t *c, const uint64_t *a, const uint64_t *b, size_t batch, size_t m, size_t k, size_t n,

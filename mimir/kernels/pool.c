@@ -41,17 +41,19 @@ void mk_threads_alone(void)
     alone = 1;
 }
 
-/* With the lock held: take pieces until none is left. */
+/* With the lock held: take pieces until none is left. Who takes the first wakes two others if there is work for them, so
+ * that no more are woken than find some, and all are after as many steps as their number has bits. */
 static void take_pieces(void)
 {
-    while (pool.next < pool.pieces) {
+    for (int first = 1; pool.next < pool.pieces; first = 0) {
         size_t units = (pool.items + pool.grain - 1) / pool.grain, piece = pool.next++;
-        size_t first = units * piece / pool.pieces * pool.grain, end = units * (piece + 1) / pool.pieces * pool.grain;
+        size_t begin = units * piece / pool.pieces * pool.grain, end = units * (piece + 1) / pool.pieces * pool.grain;
         mk_piece *run = pool.run;
         const void *job = pool.job;
         if (end > pool.items) end = pool.items;
+        for (size_t i = 0; first && i < 2 && pool.next + i < pool.pieces; i++) pthread_cond_signal(&pool.work);
         pthread_mutex_unlock(&pool.lock);
-        run(job, first, end - first);
+        run(job, begin, end - begin);
         pthread_mutex_lock(&pool.lock);
         if (--pool.left == 0) pthread_cond_signal(&pool.done);
     }
@@ -110,9 +112,6 @@ void mk_split(size_t items, size_t grain, size_t nanoseconds, mk_piece *run, con
     pool.run = run, pool.job = job;
     pool.items = items, pool.grain = grain;
     pool.pieces = pool.left = pieces, pool.next = 0;
-    if (pieces < threads && pool.started < threads)
-        for (size_t i = 1; i < pieces; i++) pthread_cond_signal(&pool.work); /* no more than there are pieces for */
-    else pthread_cond_broadcast(&pool.work);
     take_pieces();
     while (pool.left > 0) pthread_cond_wait(&pool.done, &pool.lock);
     pool.busy = 0;

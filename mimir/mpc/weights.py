@@ -108,7 +108,7 @@ class Stored:
 
 def _rows_at_once(width: int, unit: int) -> int:
     """A multiple of `unit`."""
-    rows = max(LEAST_ROWS, SCRATCH * min(kernels.threads(), SHARED) // (WORD * width))
+    rows = max(LEAST_ROWS, SCRATCH // (WORD * width)) * min(kernels.threads(), SHARED)
     return -(-rows // unit) * unit
 
 
