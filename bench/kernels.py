@@ -1,9 +1,13 @@
-"""Measure every kernel at every level against the ceiling of this machine: `bench/kernels.py [name ...]`.
+"""Measure every kernel at every level against the ceiling of this machine.
+
+    bench/kernels.py [--threads N] [--out FILE] [name ...]
 
 The ceiling of a kernel is the larger of two times: its bytes at the speed of reading memory, where the case
 is larger than the caches, and its 64-bit products at the speed of multiplying. Kernels with neither show
-their rate alone. One thread; the best of several runs. With --out FILE the figures are kept as JSON, with the
-machine they are of: bench/results/kernels/ has one for each processor.
+their rate alone. These are of one thread, the best of several runs. Beside it, at the best level, how many
+times as fast the kernel is on N threads (default: all processors), of medians taken in turn; near 1 where it
+is not split or the case too short. With --out FILE the figures are kept as JSON, with machine and commit:
+bench/results/kernels/ has one for each processor.
 """
 
 from __future__ import annotations
@@ -12,6 +16,7 @@ import argparse
 import ctypes
 import json
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -60,6 +65,22 @@ def best(call: Callable[[], object]) -> float:
             call()
         times.append((time.perf_counter() - start) / repeat)
     return min(times)
+
+
+def gained(call: Callable[[], object], threads: int) -> float:
+    """How many times as fast on so many threads as on one."""
+    took: dict[int, list[float]] = {1: [], threads: []}
+    for _ in range(RUNS):
+        for count, times in took.items():
+            k.use_threads(count)
+            call()
+            start = time.perf_counter()
+            while time.perf_counter() - start < MIN_SECONDS / RUNS or not times:
+                before = time.perf_counter()
+                call()
+                times.append(time.perf_counter() - before)
+    k.use_threads(1)
+    return statistics.median(took[1]) / statistics.median(took[threads])
 
 
 def ceilings() -> tuple[float, float]:
@@ -158,7 +179,7 @@ def cases() -> list[Case]:
     add("gr_halves 1k", partial(k.gr_halves, p, q, p, q), n // 2, "pair")
     add("gr_scale 1k", partial(k.gr_scale, s, p), n, "mul", 0, n * 48)
     add("gr_scale01 1k", partial(k.gr_scale01, s, r), n, "mul")
-    for m, n in [(1, 1 << 16), (16, 1 << 12)]:
+    for m, n in [(1, 1 << 16), (16, 1 << 12), (512, 768)]:
         x, r = w(m, n), w(n)
         add(f"gr_combine {m}x{n}", partial(k.gr_combine, x, r), m * n, "mul")
     for m, n in [(16, 1 << 12), (1024, 1024)]:
@@ -172,13 +193,17 @@ def amount(rate: float) -> str:
 
 
 def main() -> None:
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument(
-        "names", nargs="*", metavar="name", help="how the cases begin that are run; all by default"
+    p = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage="kernels.py [options]",
     )
+    most = min(len(os.sched_getaffinity(0)), k.MAX_THREADS)
+    p.add_argument("--threads", type=int, default=most, metavar="N", help=f"at most (default {most})")
     p.add_argument("--out", type=Path, metavar="FILE", help="write the figures here, too")
+    p.add_argument("wanted", nargs="*", metavar="name", help="kernels whose names begin so")
     a = p.parse_args()
-    wanted = a.names
+    wanted, threads = a.wanted, a.threads
     read, multiply = ceilings()
     result: dict[str, Any] = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -189,7 +214,7 @@ def main() -> None:
         "rows": [],
     }
     print(f"reads {read / 1e9:.1f} GB/s from memory, multiplies {multiply / 1e9:.1f} G products/s")
-    print(f"{'kernel':28}{'level':8}{'rate':>12} per s        GB/s   of ceiling")
+    print(f"{'kernel':28}{'level':8}{'rate':>12} per s        GB/s   of ceiling   on {threads} threads")
     for case in cases():
         if wanted and not any(case.name.startswith(name) for name in wanted):
             continue
@@ -199,10 +224,10 @@ def main() -> None:
             floor = max(case.bytes / read, case.products / multiply)
             share = f"{floor / seconds:8.0%}" if floor else "        "
             bandwidth = f"{case.bytes / seconds / 1e9:8.1f}" if case.bytes else "        "
-            print(
-                f"{case.name:28}{level:8}{amount(case.items / seconds)} {case.unit:8} {bandwidth} {share}",
-                flush=True,
-            )
+            more = gained(case.call, threads) if threads > 1 and level == k.available()[-1] else None
+            rate = f"{amount(case.items / seconds)} {case.unit:8}"
+            many = f"{more:8.2f}" if more else ""
+            print(f"{case.name:28}{level:8}{rate} {bandwidth} {share} {many}", flush=True)
             result["rows"].append(
                 {
                     "kernel": case.name,
@@ -210,6 +235,8 @@ def main() -> None:
                     "rate": float(f"{case.items / seconds:.4g}"),
                     "of": case.unit,
                     "ceiling": round(floor / seconds, 3) if floor else None,
+                    "threads": threads,
+                    "on threads": round(more, 2) if more else None,
                 }
             )
     if a.out:

@@ -427,6 +427,18 @@ class Mesh:
         return measured
 
 
+def threads_rule(text: str) -> int:
+    """A number of threads for an argument, or argparse's ValueError."""
+    if not 1 <= int(text) <= kernels.MAX_THREADS:
+        raise ValueError
+    return int(text)
+
+
+def third() -> int:
+    """Of the processors, at least one: what a party has for its kernels where all three are here."""
+    return max(1, min(len(os.sched_getaffinity(0)) // 3, kernels.MAX_THREADS))
+
+
 @contextmanager
 def mesh(directory: Path, wan: str | None, tunnel: bool, settings: dict[str, Any]) -> Iterator[Mesh]:
     """scripts/local_mesh.sh, kept up. It ends with us, even if we are killed."""
@@ -594,7 +606,7 @@ class Lengths:
 
 
 def measure(
-    subject: Subject, wan: str | None, tunnel: bool, lengths: Lengths, rates: cost.Rates
+    subject: Subject, wan: str | None, tunnel: bool, lengths: Lengths, rates: cost.Rates, threads: int
 ) -> dict[str, Any]:
     """All sessions of one model on one network."""
     spec = load_checkpoint(subject.directory).spec
@@ -609,12 +621,14 @@ def measure(
         "deadlines.round": PEER_SECONDS,
         "deadlines.step": SESSION_SECONDS,
         "deadlines.client": SESSION_SECONDS,
+        "kernels.threads": threads,
     }
     row: dict[str, Any] = {
         "model": subject.name,
         "network": "wan" if wan else "local",
         "wan": wan,
         "context": context,
+        "threads": threads,
         "shape": {k: getattr(spec, k) for k in ("family", "layers", "width", "hidden", "vocab")},
         "rounds": trio.run(planned, spec, Settings(), context),
     }
@@ -888,6 +902,9 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     p.add_argument(
         "--bucket", type=int, default=16, choices=PROMPT_BUCKETS, help="of the prompt (default 16)"
     )
+    p.add_argument(
+        "--threads", type=threads_rule, default=third(), metavar="N", help="of each party (default a third)"
+    )
     p.add_argument("--tokens", type=int, default=17, help="of the cold answer (default 17)")
     p.add_argument("--context", type=int, default=CONTEXT, help=f"scheduler.max_context (default {CONTEXT})")
     p.add_argument("--out", type=Path, metavar="DIR", help="folder of the results (default bench/results)")
@@ -909,7 +926,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(tables(json.loads(a.show.read_text())))
         return 0
     if a.targets:
-        return subprocess.run([sys.executable, str(HERE / "targets.py")], check=False).returncode
+        words = [sys.executable, str(HERE / "targets.py"), "--threads", str(a.threads)]
+        return subprocess.run(words, check=False).returncode
     with tempfile.TemporaryDirectory(prefix="mimir-bench.") as folder:
         chosen = subjects(Path(folder))
         if a.list:
@@ -945,7 +963,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for network in networks:
             for subject in (s for s in chosen if s.name in wanted):
                 print(f"bench: {subject.name}, {network or 'local'}", file=sys.stderr)
-                row = measure(subject, network, tunnel, lengths, rates)
+                row = measure(subject, network, tunnel, lengths, rates, a.threads)
                 same = (row["model"], row["network"])
                 result["rows"] = [r for r in result["rows"] if (r["model"], r["network"]) != same] + [row]
                 # Kept after every row: an interruption costs one row.

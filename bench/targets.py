@@ -4,6 +4,7 @@
     python bench/targets.py                 a quarter of an hour on two idle cores, 16 GiB; run.py --targets
     python bench/targets.py --only NAME ... of decode, prefill, sessions, argmax; and billion, of which the
                                             1.1 B shape needs 80 GiB, and which is run only if it is named
+    python bench/targets.py --threads N     for the kernels of each party, instead of a third of the cores
     python bench/targets.py --show FILE     print the table of a result again
 
 What is measured, and how. Three processes on this machine, the mesh between them on loopback, without a
@@ -67,7 +68,7 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(HERE)]
 
-from run import commit, machine, planned  # noqa: E402
+from run import commit, machine, planned, third, threads_rule  # noqa: E402
 from scaling import SMALL, at_once  # noqa: E402
 
 from mimir import cost, dryrun, kernels  # noqa: E402
@@ -405,7 +406,7 @@ async def party(index: int, folder: Path, names: Sequence[str]) -> None:
             await trio.sleep(0.05)  # whoever leaves first would break off the others' last round
 
 
-def measured(names: Sequence[str]) -> dict[str, list[Any]]:
+def measured(names: Sequence[str], threads: int) -> dict[str, list[Any]]:
     """What the three parties noted, by name, party after party."""
     from mimir.net.identity import Identity
 
@@ -415,7 +416,8 @@ def measured(names: Sequence[str]) -> dict[str, list[Any]]:
             identity = Identity.generate()
             identity.save(folder / f"key{i}")
             (folder / f"public{i}").write_text(identity.public_hex)
-        words = [sys.executable, str(HERE / "targets.py"), "--folder", name, "--only", *names]
+        words = [sys.executable, str(HERE / "targets.py"), "--folder", name]
+        words += ["--threads", str(threads), "--only", *names]
         children = [subprocess.Popen([*words, "--party", str(i)]) for i in range(PARTIES)]
         try:
             while any(child.poll() is None for child in children):
@@ -591,7 +593,8 @@ def tables(result: dict[str, Any]) -> str:
     m, got, want = result["machine"], result["measured"], result["predicted"]
     out = [
         f"GPT-2 small, measured {result['date'][:10]} at commit {result['commit']} by `bench/targets.py`, on "
-        f"{m['cores']} cores of {m['processor']} ({m['kernels']} kernels), which all three parties share; "
+        f"{m['cores']} cores of {m['processor']} ({m['kernels']} kernels), which all three parties share, "
+        f"each with {result.get('threads', 1)} for its kernels; "
         f"load before and after {result['load'][0]:.1f}, {result['load'][1]:.1f}.",
         "",
         f"| | target | measured | predicted | floor: multiplying | link, {LINK_MBIT:g} Mbit/s "
@@ -723,6 +726,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     p.add_argument(
         "--only", nargs="+", choices=NAMES, default=list(USUAL), metavar="NAME", help="of " + ", ".join(NAMES)
     )
+    p.add_argument(
+        "--threads", type=threads_rule, default=third(), metavar="N", help="of each party (default a third)"
+    )
     p.add_argument("--out", type=Path, default=RESULTS, metavar="DIR", help="folder of the results")
     p.add_argument("--show", type=Path, metavar="FILE", help="print the table of this result and end")
     p.add_argument("--party", type=int, help=argparse.SUPPRESS)
@@ -733,13 +739,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     if a.party is not None:
         structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(40))
+        kernels.use_threads(a.threads)
         trio.run(party, a.party, a.folder, a.only)
         return 0
     now, load, at = datetime.now(UTC), os.getloadavg()[0], commit()  # before a commit meanwhile
     rates = cost.calibrate()
     want = predicted(SMALL, CONTEXT, rates)
     choice = plan.run(transformer.cost_of_choice(SMALL, chooser(SMALL)))
-    parts = measured(a.only)
+    parts = measured(a.only, a.threads)
     figures: dict[str, Any] = {}
     if "decode" in parts:
         figures["decode"] = decoded(parts["decode"], TASKS[0].positions)
@@ -755,6 +762,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "date": now.isoformat(timespec="seconds"),
         "commit": at,
         "machine": machine(),
+        "threads": a.threads,
         "load": [load, os.getloadavg()[0]],
         "rounds": trio.run(planned, SMALL, SETTINGS, CONTEXT),
         "choice": {"rounds": choice.rounds, "sent": choice.sent},

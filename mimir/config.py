@@ -31,6 +31,7 @@ MAX_KEYS = 1024
 MIN_MTU, MAX_MTU = 1280, 8920
 MAX_INTERFACE = 15  # characters of a name, says Linux
 MIN_ROTATION, MAX_ROTATION = 5, 7 * 86400  # seconds; draining alone takes two
+MAX_THREADS = 64  # of a kernel; kernels.MAX_THREADS, which this file must not import before confinement
 ROTATION_PORTS = 4  # UDP, after tunnel.listen_port: two generations for each peer
 
 Parser = Callable[[Any, Path], Any]
@@ -334,6 +335,13 @@ class Confinement:
 
 
 @dataclass(frozen=True)
+class Kernels:
+    """[kernels] How much of the machine the arithmetic may use. Never changes a result."""
+
+    threads: Annotated[int, integer_rule(0, MAX_THREADS)] = 0  # of a long kernel; 0: one for each processor
+
+
+@dataclass(frozen=True)
 class Tunnel:
     """[tunnel] WireGuard between the parties. Mode "none" leaves the links readable: tests only."""
 
@@ -483,6 +491,7 @@ class Config:
     log: Log = field(default_factory=Log)
     attester: Attester | None = None
     confinement: Confinement = field(default_factory=Confinement)
+    kernels: Kernels = field(default_factory=Kernels)
     keys: Keys = field(default_factory=Keys)
 
     @property

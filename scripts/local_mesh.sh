@@ -319,6 +319,9 @@ render=("$workdir" --base-port "$base_port" --interface "mm$id" --tokenizer "$mo
 [[ -n $tunnel ]] || render+=(--no-tunnel)
 [[ -z $attest ]] || render+=(--attested)
 [[ -z $wan ]] || render+=(--relay 10.90.0.254)
+# All three are here, so each gets a third of the processors; --set comes later and says otherwise.
+threads=$(($(nproc) / 3))
+render+=(--set "kernels.threads=$((threads > 64 ? 64 : threads > 1 ? threads : 1))")
 "$bin/python" "$root/scripts/render_configs.py" "${render[@]}" "${settings[@]}"
 
 if [[ -n $attest ]]; then

@@ -234,7 +234,7 @@ static void gf_blend(void)
 
 static void ring_double_part(void)
 {
-    mk_ring_double_part(out, secret, more, 7, 16, 8);
+    mk_ring_double_part(out, secret, 7 * 16, more, 7, 7, 16, 8);
 }
 
 static void ring_double(void)

@@ -434,6 +434,18 @@ def start_a_thread() -> None:
 
 
 @duty
+def split_a_kernel() -> None:
+    from mimir import kernels
+
+    stream = importlib.import_module("numpy").zeros(1 << 18)
+    before = len(os.listdir("/proc/self/task"))  # numpy has started some by now
+    kernels.use_threads(3)
+    kernels.prg(bytes(32), 1, stream)
+    if len(os.listdir("/proc/self/task")) - before != 2:
+        raise OSError(errno.EAGAIN, "no threads for kernels")
+
+
+@duty
 def import_what_is_needed() -> None:
     for name in ("cryptography.x509", "numpy", "pyroute2"):
         importlib.import_module(name)

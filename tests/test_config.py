@@ -66,7 +66,7 @@ def test_the_example_is_valid_and_shows_every_key_with_its_default() -> None:
         "topk",
     ):
         del data[name]
-    del data["confinement"]
+    del data["confinement"], data["kernels"]
     for name in ("clients", "owners"):
         del data[name]
     del data["tunnel"]["mode"], data["tunnel"]["mtu"], data["tunnel"]["rotate_seconds"]
@@ -107,6 +107,10 @@ BAD = {
     "missing in a list": (put("peers.2.identity", None), "missing key peers[2].identity"),
     "table expected": (put("cheby", 3), "cheby: a table is expected"),
     "list expected": (put("peers", {"party": 0}), "peers: a list of tables"),
+    "more threads than can be": (
+        put("kernels.threads", 65),
+        "kernels.threads = 65: must be an integer from 0 to 64",
+    ),
     "party out of range": (put("party", 3), "party = 3: must be an integer from 0 to 2"),
     "bool is no integer": (put("cheby.deg", True), "cheby.deg = true: must be an integer"),
     "float is no integer": (put("fixed_point.scale_bits", 16.0), "fixed_point.scale_bits = 16.0"),

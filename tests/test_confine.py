@@ -139,7 +139,12 @@ def test_a_party_that_was_broken_into_can_do_no_more_than_a_party(
     free = intrude(tmp_path / "free", outside, True, "off")
     assert "CAP_NET_ADMIN" in confined.pop("confinement") and "confinement" not in free
     sources = {"read_ones_key", "keep_shares", "listen_for_peers", "connect_to_a_peer", "find_a_host"}
-    duties = sources | {"start_a_thread", "import_what_is_needed", "run_ones_own_interpreter"}
+    duties = sources | {
+        "start_a_thread",
+        "split_a_kernel",
+        "import_what_is_needed",
+        "run_ones_own_interpreter",
+    }
     assert {name: confined.pop(name) for name in duties} == dict.fromkeys(duties, "done")
     assert {name: free.pop(name) for name in duties} == dict.fromkeys(duties, "done")
     for name, came in free.items():
@@ -162,7 +167,8 @@ def test_without_a_tunnel_a_party_needs_no_rights_and_starts_nothing(
         pytest.skip("this kernel has no Landlock")
     tries = ["read_shadow", "read_the_key_of_another_party", "write_beside_data_dir", "signal_a_process"]
     tries += ["run_a_shell", "send_raw_packets", "become_somebody_else", "run_memory_that_was_written"]
-    duties = ["read_ones_key", "keep_shares", "listen_for_peers", "start_a_thread", "import_what_is_needed"]
+    duties = ["read_ones_key", "keep_shares", "listen_for_peers", "start_a_thread", "split_a_kernel"]
+    duties += ["import_what_is_needed"]
     said = intrude(tmp_path / "party", outside, False, "enforce", *tries, *duties)
     assert "no capability" in said.pop("confinement")
     assert {name: said.pop(name) for name in duties} == dict.fromkeys(duties, "done")

@@ -12,6 +12,7 @@ import mmap
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -1046,6 +1047,128 @@ def test_levels_agree(name: str) -> None:
         k.force(before)
     for other in results[1:]:
         np.testing.assert_array_equal(other, results[0])
+
+
+# ---- threads ----
+
+# Long enough to be split, at sizes that no number of threads divides.
+LONG: dict[str, Callable[[np.random.Generator], npt.NDArray[Any]]] = {
+    "prg": lambda g: _filled(g, (1 << 20) + 5, 0),
+    "prg further on": lambda g: _filled(g, (1 << 19) + 16, (1 << 32) - 77),
+    "matmul, a row": lambda g: k.matmul(words(g, 1, 301), words(g, 301, 2503)),
+    "matmul, single rows": lambda g: k.matmul(words(g, 5, 1, 83), words(g, 5, 83, 701)),
+    "matmul, a row added": lambda g: k.matmul(
+        words(g, 1, 401), words(g, 401, 999), out=words(g, 1, 999), add=True
+    ),
+    "matmul, few rows": lambda g: k.matmul(words(g, 5, 257), words(g, 257, 1009)),
+    "matmul, wide": lambda g: k.matmul(words(g, 19, 131), words(g, 131, 515)),
+    "matmul, high": lambda g: k.matmul(words(g, 515, 131), words(g, 131, 19)),
+    "matmul, batched": lambda g: k.matmul(words(g, 5, 9, 83), words(g, 5, 83, 331)),
+    "matmul, small ones": lambda g: k.matmul(words(g, 37, 8, 67), words(g, 37, 67, 48)),
+    "matmul, added": lambda g: k.matmul(words(g, 3, 401), words(g, 401, 999), out=words(g, 3, 999), add=True),
+    "matmul_nt, a row": lambda g: k.matmul_nt(words(g, 1, 701), words(g, 1003, 701)),
+    "matmul_nt, wide": lambda g: k.matmul_nt(words(g, 19, 131), words(g, 515, 131)),
+    "matmul_nt, high": lambda g: k.matmul_nt(words(g, 515, 131), words(g, 19, 131)),
+    "matmul_nt, added": lambda g: k.matmul_nt(
+        words(g, 2, 3, 211), words(g, 2, 401, 211), out=words(g, 2, 3, 401), add=True
+    ),
+    "gr_combine": lambda g: k.gr_combine(words(g, 277, 501), words(g, 501)),
+    "gr_mul01": lambda g: k.gr_mul01(words(g, 1001, 48), words(g, 1001)),
+    "double": lambda g: _doubled(words(g, 1501, 256), words(g, 1501, 101)),
+    "double_part": lambda g: _added(words(g, 1501, 101), words(g, 2, 1501, 256), words(g, 2, 1501)),
+    "wipe": lambda g: _wiped(words(g, (1 << 17) + 3)),
+}
+
+
+def _filled(g: np.random.Generator, size: int, block: int) -> npt.NDArray[Any]:
+    out = np.zeros(size + 64, np.uint8)
+    k.prg(words(g, 4).tobytes(), 3, out[:size], block)
+    return out
+
+
+def _doubled(e: U64, high: U64) -> U64:
+    k.double(e, high)
+    return e
+
+
+def _added(out: U64, e: U64, b: U64) -> U64:
+    k.double_part(out, e, b)
+    return out
+
+
+def _wiped(x: U64) -> U64:
+    k.wipe(x[1:-1])
+    return x
+
+
+def workers() -> int:
+    """Threads of this process."""
+    return len(os.listdir("/proc/self/task"))
+
+
+def walk_threads() -> None:
+    """Every kernel that is split gives on two threads, three and as many as can be what it gives on one."""
+    for level in k.available():
+        k.force(level)
+        for name, call in LONG.items():
+            k.use_threads(1)
+            want = call(np.random.default_rng(7))
+            for count in (2, 3, k.MAX_THREADS, 2):
+                k.use_threads(count)
+                got = call(np.random.default_rng(7))
+                assert np.array_equal(got, want), f"{name} at {level} on {count} threads"
+    assert workers() >= k.MAX_THREADS, "nothing was split"
+    print("the same")
+
+
+def test_any_number_of_threads_gives_the_same() -> None:
+    run = python("import test_kernels; test_kernels.walk_threads()")
+    assert run.returncode == 0 and run.stdout.strip() == "the same", run.stderr
+
+
+def walk_together() -> None:
+    """Kernels that run at the same time, each worth to be split, from threads of Python."""
+    wanted = {name: call(np.random.default_rng(7)) for name, call in LONG.items()}
+    k.use_threads(3)
+    wrong: list[str] = []
+
+    def caller(names: list[str]) -> None:
+        for name in names * 20:
+            if not np.array_equal(LONG[name](np.random.default_rng(7)), wanted[name]):
+                wrong.append(name)
+
+    names = list(LONG)
+    callers = [threading.Thread(target=caller, args=(names[i:] + names[:i],)) for i in (0, 5, 11)]
+    for each in callers:
+        each.start()
+    for each in callers:
+        each.join()
+    assert not wrong
+    print("the same")
+
+
+def test_callers_at_the_same_time_get_their_own() -> None:
+    run = python("import test_kernels; test_kernels.walk_together()")
+    assert run.returncode == 0 and run.stdout.strip() == "the same", run.stderr
+
+
+def test_who_wants_to_be_alone_starts_no_thread() -> None:
+    """And nobody does before more than one is allowed."""
+    run = python(
+        "import threading, test_kernels as t\n"
+        "def long(): t.LONG['matmul, wide'](t.np.random.default_rng(7))\n"
+        "def alone(): t.k.alone(); long(); print(t.workers() - before)\n"
+        "before = t.workers() + 1; long(); t.k.use_threads(3)\n"
+        "one = threading.Thread(target=alone); one.start(); one.join()\n"
+        "def sociable(): long(); print(t.workers() - before)\n"
+        "one = threading.Thread(target=sociable); one.start(); one.join()"
+    )
+    assert run.stdout.split() == ["0", "2"], run.stderr
+
+
+def test_threads_are_counted() -> None:
+    refuses(lambda: k.use_threads(0), lambda: k.use_threads(k.MAX_THREADS + 1))
+    assert k.threads() == 1
 
 
 # ---- bounds: arrays that touch forbidden pages on either side ----

@@ -33,10 +33,11 @@ from mimir.model import sampling, transformer
 from mimir.model.checkpoint import PlanSpec
 from mimir.model.sampling import Sampler
 from mimir.model.transformer import Cache, LayerCache
-from mimir.mpc import ops, prep
+from mimir.mpc import check, ops, prep
 from mimir.mpc.domain import Ring, encode, words
 from mimir.mpc.doors import Masked
 from mimir.mpc.nonlinear import Settings
+from mimir.mpc.offload import spread
 from mimir.mpc.ops import Context, Piecewise
 from mimir.mpc.plan import Cost, planning
 from mimir.mpc.share import Bits, Share, concat
@@ -1463,3 +1464,66 @@ def test_rounds_of_a_layer(backend: Replicated) -> None:
 
     one, two = trio.run(main)
     assert two - one <= 60
+
+
+# --- threads ------------------------------------------------------------------------------------------------
+
+
+def _said(threads: int) -> list[Ring]:
+    """All that a party says in a check of relations of every kind, which are of noise."""
+    kernels.use_threads(threads)
+    g = np.random.default_rng(3)
+
+    def w(*shape: int) -> Ring:
+        return g.integers(0, RING, shape, np.uint64)
+
+    draw, coins = check.Draw(bytes(32)), check.Draw(bytes(31) + b"1")
+    products = [check.Product(*(w(2, n) for _ in range(3))) for n in (70_001, 333)]
+    gates = [check.And(*(w(2, n) for _ in range(3))) for n in (140_003, 77)]
+    vectors = [check.MatrixProduct(w(2, 3, 1, 601), (w(3, 601, 37), w(3, 601, 37)), w(2, 3, 1, 37))]
+    foldings: list[Any] = [
+        check._Folding(check.RING, products, draw),
+        check._Folding(check.BITS, gates, draw),
+    ]
+    foldings += [check._Squares([check.SquareSum(w(2, 501, 301), w(2, 501))], draw)]
+    foldings += [check._Vectors(vectors, draw)]
+    others = [
+        check.OneHot(w(2, 1501, 16), w(2, 4, 1501)),
+        check.ScalarProduct(w(2, 9), w(2, 9, 99), w(2, 9, 99)),
+        check.MatrixProduct(w(2, 3, 5, 64), (w(3, 64, 37), w(3, 64, 37)), w(2, 3, 5, 37)),
+    ]
+    said = [f.cross() for f in foldings]
+    recursions = check._stated(foldings, [np.stack([v, v]) for v in said], others, draw, coins)
+    while live := [r for r in recursions if not r.done]:
+        for r in live:
+            said.append(r.halves())
+            r.fold(w(2, 2, *r.ext.shape), coins)
+    return said + [v for r in recursions for v in (*r.a, *r.w, r.c)]
+
+
+def test_a_check_is_the_same_on_any_number_of_threads() -> None:
+    try:
+        alone = _said(1)
+        for threads in (2, 5):
+            for got, want in zip(_said(threads), alone, strict=True):
+                assert np.array_equal(got, want)
+    finally:
+        kernels.use_threads(1)
+
+
+def test_what_a_job_raises_comes_where_its_result_would() -> None:
+    def job(i: int) -> int:
+        if i == 20:
+            raise LocalError("the twentieth")
+        return i
+
+    for threads in (1, 3):
+        kernels.use_threads(threads)
+        found: list[int] = []
+        try:
+            with pytest.raises(LocalError, match="twentieth"):
+                for i in spread(functools.partial(job, i) for i in range(30)):
+                    found.append(i)
+        finally:
+            kernels.use_threads(1)
+        assert found == list(range(20))

@@ -460,7 +460,13 @@ async def run_peer(
             config.keys.lock_shares,
         )
         step.note = f"shares of {len(store.models())} models can be decrypted"
-    log.info("starting", party=config.party, name=config.me.name, kernels=kernels.level())
+    log.info(
+        "starting",
+        party=config.party,
+        name=config.me.name,
+        kernels=kernels.level(),
+        threads=kernels.threads(),
+    )
     async with AsyncExitStack() as stack:
         stack.callback(store.close)
         revocations = open_revocations(config)

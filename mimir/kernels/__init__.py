@@ -5,7 +5,8 @@ types and sizes, once, and raises `LocalError`; C checks nothing. Results are ne
 only on sizes and on arguments called public. The interpreter lock is released inside every call.
 
 The kernels exist at three levels, "ref", "avx2" and "avx512". The best one this machine can run is chosen at
-load; `force`, or the environment variable MIMIR_KERNEL_LEVEL, chooses another. All give the same bits.
+load; `force`, or the environment variable MIMIR_KERNEL_LEVEL, chooses another. All give the same bits, as do
+all numbers of threads.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ MAX_ENTRIES = 512  # MK_ENTRIES
 MAX_DEGREE = 8  # MK_DEGREE
 MAX_DIGIT = 10  # MK_DIGIT
 MAX_MONOMIAL = 16  # MK_MONOMIAL
+MAX_THREADS = 64  # MK_THREADS
 
 
 class _Missing:
@@ -90,6 +92,26 @@ def _force_from_environment() -> None:
 
 
 _force_from_environment()
+
+
+# ---- threads ----
+
+
+def threads() -> int:
+    """How many threads a long kernel may use: 1 until `use_threads` says otherwise."""
+    return int(_lib.mk_threads())
+
+
+def use_threads(count: int) -> None:
+    """Let a long kernel use so many threads, the caller's included. While one does, others run on their
+    callers' threads alone.
+    """
+    _lib.mk_threads_use(_count("count", count, 1, MAX_THREADS))
+
+
+def alone() -> None:
+    """From now on the calling thread runs its kernels by itself: its work is split already."""
+    _lib.mk_threads_alone()
 
 
 # ---- checks ----
@@ -325,7 +347,7 @@ def double_part(out: U64, e: U64, b: U64) -> None:
     _, _, size = _array("e", e, (2, n, None))
     _array("b", b, (2, n))
     _count("have", have, 1, size)
-    _lib.mk_ring_double_part(_out(out), _in(e), _in(b), n, size, have)
+    _lib.mk_ring_double_part(_out(out), _in(e), n * size, _in(b), n, n, size, have)
 
 
 def double(e: U64, high: U64) -> None:

@@ -14,16 +14,16 @@ from pathlib import Path
 
 from cffi import FFI
 
-SOURCES = ("ref.c", "avx2.c", "avx512.c", "dispatch.c")
+SOURCES = ("ref.c", "avx2.c", "avx512.c", "dispatch.c", "pool.c")
 # Partial redundancy elimination makes gcc 12 store the accumulators of a register block to the stack in each
 # round: without it gr_combine is three times as fast.
-FLAGS = ["-O3", "-fno-tree-pre", "-std=gnu11", "-Wall", "-Wextra", "-Werror"]
+FLAGS = ["-O3", "-fno-tree-pre", "-std=gnu11", "-Wall", "-Wextra", "-Werror", "-pthread"]
 
 LIBRARY = "_native.abi3.so"  # the name setuptools gives it too: cffi keeps to the stable ABI
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
-HEADERS = ("kernels.h", "levels.h", "ct.h", "simd.h", "online.h", "aes.h")
+HEADERS = ("kernels.h", "levels.h", "ct.h", "simd.h", "online.h", "aes.h", "pool.h")
 
 
 def declarations(header: str) -> str:
@@ -42,6 +42,7 @@ def make(place: Path) -> FFI:
         depends=[str(place / name) for name in HEADERS],
         include_dirs=[str(place)],
         extra_compile_args=FLAGS,
+        extra_link_args=["-pthread"],
     )
     return builder
 

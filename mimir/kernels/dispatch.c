@@ -1,8 +1,12 @@
-/* Which level runs: chosen once when the library loads, by what the processor and the operating system offer. */
+/* Which level runs: chosen once when the library loads, by what the processor and the operating system offer; and how a
+ * long kernel is split over threads. */
+#include <pthread.h>
 #include <stdatomic.h>
+#include <string.h>
 
 #include "ct.h"
 #include "levels.h"
+#include "pool.h"
 
 struct table {
 #define MK_FIELD(name) __typeof__(name) *name;
@@ -66,11 +70,6 @@ int mk_level_force(int level)
     return 0;
 }
 
-void mk_bytes_wipe(uint8_t *out, size_t n)
-{
-    ct_wipe(out, n);
-}
-
 int mk_bytes_equal(const uint8_t *a, const uint8_t *b, size_t n)
 {
     uint64_t differ = 0;
@@ -84,14 +83,6 @@ int mk_bytes_equal(const uint8_t *a, const uint8_t *b, size_t n)
         atomic_load_explicit(&active, memory_order_relaxed)->name arguments;                                           \
     }
 
-MK_THUNK(mk_prg_aes, (uint8_t *out, size_t n, const uint8_t *key, uint64_t stream, uint64_t block),
-         (out, n, key, stream, block))
-MK_THUNK(mk_ring_matmul,
-         (uint64_t *c, const uint64_t *a, const uint64_t *b, size_t batch, size_t m, size_t k, size_t n, int add),
-         (c, a, b, batch, m, k, n, add))
-MK_THUNK(mk_ring_matmul_nt,
-         (uint64_t *c, const uint64_t *a, const uint64_t *b, size_t batch, size_t m, size_t k, size_t n, int add),
-         (c, a, b, batch, m, k, n, add))
 MK_THUNK(mk_ring_rss_mul, (uint64_t *out, const uint64_t *x, const uint64_t *y, const uint64_t *alpha, size_t n),
          (out, x, y, alpha, n))
 MK_THUNK(mk_bits_rss_and, (uint64_t *out, const uint64_t *x, const uint64_t *y, const uint64_t *alpha, size_t n),
@@ -102,11 +93,6 @@ MK_THUNK(mk_bits_to_ring, (uint64_t *out, const uint64_t *words, size_t rows, si
 MK_THUNK(mk_ring_lsb, (uint64_t *words, const uint64_t *x, size_t rows, size_t n), (words, x, rows, n))
 MK_THUNK(mk_bits_pick, (uint64_t *out, const uint64_t *planes, const uint64_t *row, size_t n),
          (out, planes, row, n))
-MK_THUNK(mk_ring_double_part,
-         (uint64_t *out, const uint64_t *e, const uint64_t *b, size_t n, size_t size, size_t have),
-         (out, e, b, n, size, have))
-MK_THUNK(mk_ring_double, (uint64_t *e, const uint64_t *high, size_t n, size_t size, size_t have),
-         (e, high, n, size, have))
 MK_THUNK(mk_ring_lookup,
          (uint64_t *out, const uint64_t *e, size_t apart, const uint64_t *c, const uint64_t *turned, size_t parts,
           size_t groups, size_t depth, size_t n, size_t size),
@@ -181,14 +167,12 @@ MK_THUNK(mk_gf_blend, (uint64_t *out, const uint64_t *x, const uint64_t *w, size
          (out, x, w, rows, n))
 MK_THUNK(mk_gr_mul, (uint64_t *out, const uint64_t *a, const uint64_t *b, size_t n), (out, a, b, n))
 MK_THUNK(mk_gr_inner, (uint64_t *out, const uint64_t *a, const uint64_t *b, size_t n), (out, a, b, n))
-MK_THUNK(mk_gr_mul01, (uint64_t *out, const uint64_t *a, const uint64_t *r, size_t n), (out, a, r, n))
 MK_THUNK(mk_gr_fold, (uint64_t *out, const uint64_t *a, uint64_t xi, size_t half), (out, a, xi, half))
 MK_THUNK(mk_gr_halves,
          (uint64_t *out, const uint64_t *a0, const uint64_t *a1, const uint64_t *w0, const uint64_t *w1, size_t half),
          (out, a0, a1, w0, w1, half))
 MK_THUNK(mk_gr_scale, (uint64_t *out, const uint64_t *x, const uint64_t *g, size_t n), (out, x, g, n))
 MK_THUNK(mk_gr_scale01, (uint64_t *out, const uint64_t *x, const uint64_t *r, size_t n), (out, x, r, n))
-MK_THUNK(mk_gr_combine, (uint64_t *out, const uint64_t *x, const uint64_t *r, size_t m, size_t n), (out, x, r, m, n))
 MK_THUNK(mk_gr_combine_cols, (uint64_t *out, const uint64_t *x, const uint64_t *r, size_t m, size_t n),
          (out, x, r, m, n))
 MK_THUNK(mk_gr_cross,
@@ -201,3 +185,161 @@ MK_THUNK(mk_gr_hot,
 MK_THUNK(mk_gr_half_hot,
          (uint64_t *a, uint64_t *w, uint64_t *columns, const uint16_t *e, const uint64_t *b, const uint64_t *q, const uint64_t *r, size_t n, size_t size, size_t bits),
          (a, w, columns, e, b, q, r, n, size, bits))
+
+/* ---- long kernels, which are split over threads ---- */
+
+/* Defines a kernel of which `items` results, `grain` at a time, are made apart from one another. values are the
+ * arguments as fields of a job; in `part` they are those of `j`, which makes `count` items from `first` on. */
+#define MK_SPLIT(name, parameters, fields, values, items, grain, nanoseconds, part)                                    \
+    struct name##_job {                                                                                                \
+        __typeof__(name) *run;                                                                                         \
+        fields                                                                                                         \
+    };                                                                                                                 \
+    static void name##_piece(const void *job, size_t first, size_t count)                                               \
+    {                                                                                                                  \
+        const struct name##_job *j = job;                                                                              \
+        j->run part;                                                                                                   \
+    }                                                                                                                  \
+    void name parameters                                                                                               \
+    {                                                                                                                  \
+        const struct name##_job job = {atomic_load_explicit(&active, memory_order_relaxed)->name, values};             \
+        mk_split(items, grain, nanoseconds, name##_piece, &job);                                                        \
+    }
+#define MK_GIVEN(...) __VA_ARGS__ /* one argument, commas and all */
+
+MK_SPLIT(mk_prg_aes, (uint8_t *out, size_t n, const uint8_t *key, uint64_t stream, uint64_t block),
+         MK_GIVEN(uint8_t *out; const uint8_t *key; uint64_t stream, block;), MK_GIVEN(out, key, stream, block),
+         n, 4096, n / 8, (j->out + first, count, j->key, j->stream, j->block + first / 16))
+
+MK_SPLIT(mk_ring_double_part,
+         (uint64_t *out, const uint64_t *e, size_t e_apart, const uint64_t *b, size_t b_apart, size_t n, size_t size,
+          size_t have),
+         MK_GIVEN(uint64_t *out; const uint64_t *e, *b; size_t e_apart, b_apart, size, have;),
+         MK_GIVEN(out, e, b, e_apart, b_apart, size, have), n, 1, n * have,
+         (j->out + j->have * first, j->e + j->size * first, j->e_apart, j->b + first, j->b_apart, count, j->size,
+          j->have))
+
+MK_SPLIT(mk_ring_double, (uint64_t *e, const uint64_t *high, size_t n, size_t size, size_t have),
+         MK_GIVEN(uint64_t *e; const uint64_t *high; size_t size, have;), MK_GIVEN(e, high, size, have),
+         n, 1, n * have, (j->e + j->size * first, j->high + j->have * first, count, j->size, j->have))
+
+static void wipe_piece(const void *job, size_t first, size_t count)
+{
+    ct_wipe(*(uint8_t *const *)job + first, count);
+}
+
+void mk_bytes_wipe(uint8_t *out, size_t n)
+{
+    mk_split(n, 4096, n / 8, wipe_piece, &out);
+}
+
+/* Results of a combination: each piece chooses its subsets anew, which costs as much as some ten results. */
+enum { COMBINED = 64 };
+
+MK_SPLIT(mk_gr_combine, (uint64_t *out, const uint64_t *x, const uint64_t *r, size_t m, size_t n),
+         MK_GIVEN(uint64_t *out; const uint64_t *x, *r; size_t n;), MK_GIVEN(out, x, r, n),
+         m, COMBINED, 2 * m * n, (j->out + MK_GR * first, j->x + j->n * first, j->r, count, j->n))
+
+MK_SPLIT(mk_gr_mul01, (uint64_t *out, const uint64_t *a, const uint64_t *r, size_t n),
+         MK_GIVEN(uint64_t *out; const uint64_t *a, *r;), MK_GIVEN(out, a, r),
+         n, 1, 200 * n, (j->out + MK_GR * first, j->a + MK_GR * first, j->r + first, count))
+
+/* One row times a matrix is bound by memory, which is read fastest in long runs: it is split by rows of b, DEPTH at a
+ * time, and what part of the sum a piece makes is added to the row under a lock. BREADTH columns at a time, so that such
+ * a part lies in the first-level cache. */
+enum { DEPTH = 32, BREADTH = 2048 };
+
+struct row {
+    __typeof__(mk_ring_product) *run;
+    uint64_t *c;
+    const uint64_t *a, *b;
+    size_t k, n, strips, depths; /* strips of BREADTH columns of one product, units of DEPTH rows of each */
+    pthread_mutex_t *adding;
+};
+
+static size_t least(size_t a, size_t b)
+{
+    return a < b ? a : b;
+}
+
+static void row_piece(const void *job, size_t first, size_t count)
+{
+    const struct row *j = job;
+    while (count > 0) {
+        size_t at = first / j->depths / j->strips, column = BREADTH * (first / j->depths % j->strips);
+        size_t unit = first % j->depths, some = least(count, j->depths - unit), from = DEPTH * unit;
+        size_t depth = least(j->k - from, DEPTH * some), width = least(j->n - column, BREADTH);
+        uint64_t *c = j->c + at * j->n + column;
+        const uint64_t *a = j->a + at * j->k + from, *b = j->b + (at * j->k + from) * j->n + column;
+        if (depth == j->k) j->run(c, a, b, 1, depth, j->n, width, 1);
+        else {
+            uint64_t part[BREADTH];
+            j->run(part, a, b, 1, depth, j->n, width, 0);
+            pthread_mutex_lock(j->adding);
+            for (size_t i = 0; i < width; i++) c[i] += part[i];
+            pthread_mutex_unlock(j->adding);
+        }
+        first += some, count -= some;
+    }
+}
+
+static void rows_times(struct row job, size_t batch, int add)
+{
+    pthread_mutex_t adding = PTHREAD_MUTEX_INITIALIZER;
+    job.adding = &adding;
+    job.strips = (job.n + BREADTH - 1) / BREADTH, job.depths = (job.k + DEPTH - 1) / DEPTH;
+    if (!add && batch * job.n > 0) memset(job.c, 0, batch * job.n * sizeof *job.c);
+    mk_split(batch * job.strips * job.depths, 1, batch * job.k * job.n / 2, row_piece, &job);
+}
+
+/* Other matrix products are split along the longer side of the result, and by batches: in units of so many columns,
+ * whole lines of the cache, or of so many rows, which are what a panel of b is packed for. */
+enum { COLUMNS = 64, ROWS = 16 };
+
+struct products {
+    __typeof__(mk_ring_product) *run;
+    uint64_t *c;
+    const uint64_t *a, *b;
+    size_t m, k, n, units; /* units of one product */
+    int add, turned, by_rows;
+};
+
+static void products_piece(const void *job, size_t first, size_t count)
+{
+    const struct products *j = job;
+    while (count > 0) {
+        size_t at = first / j->units, unit = first % j->units, some = least(count, j->units - unit);
+        uint64_t *c = j->c + at * j->m * j->n;
+        const uint64_t *a = j->a + at * j->m * j->k, *b = j->b + at * j->k * j->n;
+        if (j->by_rows) {
+            size_t from = ROWS * unit, rows = least(j->m - from, ROWS * some);
+            j->run(c + from * j->n, a + from * j->k, b, rows, j->k, j->n, j->n, j->add);
+        } else {
+            size_t from = COLUMNS * unit, width = least(j->n - from, COLUMNS * some);
+            j->run(c + from, a, b + from * (j->turned ? j->k : 1), j->m, j->k, j->n, width, j->add);
+        }
+        first += some, count -= some;
+    }
+}
+
+static void products(struct products job, size_t batch)
+{
+    job.by_rows = job.m > job.n;
+    job.units = job.by_rows ? (job.m + ROWS - 1) / ROWS : (job.n + COLUMNS - 1) / COLUMNS;
+    mk_split(batch * job.units, 1, batch * job.m * job.k * job.n / (job.m == 1 ? 2 : 4), products_piece, &job);
+}
+
+void mk_ring_matmul(uint64_t *c, const uint64_t *a, const uint64_t *b, size_t batch, size_t m, size_t k, size_t n,
+                    int add)
+{
+    const struct table *now = atomic_load_explicit(&active, memory_order_relaxed);
+    if (m == 1) rows_times((struct row){now->mk_ring_product, c, a, b, k, n, 0, 0, NULL}, batch, add);
+    else products((struct products){now->mk_ring_product, c, a, b, m, k, n, .add = add}, batch);
+}
+
+void mk_ring_matmul_nt(uint64_t *c, const uint64_t *a, const uint64_t *b, size_t batch, size_t m, size_t k, size_t n,
+                       int add)
+{
+    const struct table *now = atomic_load_explicit(&active, memory_order_relaxed);
+    products((struct products){now->mk_ring_product_nt, c, a, b, m, k, n, .add = add, .turned = 1}, batch);
+}

@@ -25,6 +25,14 @@ int mk_level(void);
 int mk_level_max(void);
 int mk_level_force(int level);
 
+/* How many threads one long kernel may use, 1 to MK_THREADS; 1 when the library loads. They give the same bits as one.
+ * Kernels that run at the same time do not share them: the first has them all, the others run on their callers' own.
+ * alone: from now on kernels that the calling thread calls run on that thread. */
+#define MK_THREADS 64
+size_t mk_threads(void);
+void mk_threads_use(size_t n);
+void mk_threads_alone(void);
+
 /* Pseudo-random bytes: out[0..n) is the key stream of AES-256 in counter mode (FIPS 197; NIST SP 800-38A section 6.5)
  * under a key of 32 bytes. Block i of 16 bytes is the encryption of `stream`, then block + i modulo 2^64, either as 8
  * bytes, the most significant first: what the standard calls the counter blocks that follow this first one. Public:
@@ -57,10 +65,11 @@ void mk_ring_lsb(uint64_t *words, const uint64_t *x, size_t rows, size_t n);
 void mk_bits_pick(uint64_t *out, const uint64_t *planes, const uint64_t *row, size_t n);
 
 /* Doubling one-hot vectors, rows of e (2, n, size) of which the first `have` entries are in use, by bits b (2, n).
- * double_part: a party's term of e b, added to out (n, have): out += e0 b0 + e0 b1 + e1 b0.
+ * double_part: a party's term of e b, added to out (n, have): out += e0 b0 + e0 b1 + e1 b0; components lie _apart.
  * double: given one component e (n, size) and that of the product, high (n, have): the next `have` entries of each row
  * become high, and the first lose it. Here e is read and written. */
-void mk_ring_double_part(uint64_t *out, const uint64_t *e, const uint64_t *b, size_t n, size_t size, size_t have);
+void mk_ring_double_part(uint64_t *out, const uint64_t *e, size_t e_apart, const uint64_t *b, size_t b_apart, size_t n,
+                         size_t size, size_t have);
 void mk_ring_double(uint64_t *e, const uint64_t *high, size_t n, size_t size, size_t have);
 
 /* Table look-up by a secret one-hot vector e_i that was shifted by a public amount c_i; size is a power of two.

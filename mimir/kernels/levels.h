@@ -1,15 +1,22 @@
 /* The kernels that exist once per level, and their suffixed declarations. Add a kernel here, in kernels.h, in ref.c,
  * in simd.h (or the two level files) and in dispatch.c, the former three or online.h; the compiler names whichever was
- * forgotten. */
+ * forgotten. A kernel that is long is split in dispatch.c; its loops know of no threads. */
 #ifndef MIMIR_LEVELS_H
 #define MIMIR_LEVELS_H
 
 #include "kernels.h"
 
+/* What mk_ring_matmul and _nt are made of: `width` columns of one product, c and b being those of the first; rows of c
+ * and of an untransposed b are n words apart. */
+void mk_ring_product(uint64_t *c, const uint64_t *a, const uint64_t *b, size_t m, size_t k, size_t n, size_t width,
+                     int add);
+void mk_ring_product_nt(uint64_t *c, const uint64_t *a, const uint64_t *b, size_t m, size_t k, size_t n, size_t width,
+                        int add);
+
 #define MK_EACH(X)                                                                                                     \
     X(mk_prg_aes)                                                                                                      \
-    X(mk_ring_matmul)                                                                                                  \
-    X(mk_ring_matmul_nt)                                                                                               \
+    X(mk_ring_product)                                                                                                 \
+    X(mk_ring_product_nt)                                                                                              \
     X(mk_ring_rss_mul)                                                                                                 \
     X(mk_bits_rss_and)                                                                                                 \
     X(mk_bits_slice)                                                                                                   \

@@ -177,26 +177,25 @@ void mk_prg_aes_ref(uint8_t *out, size_t n, const uint8_t *key, uint64_t stream,
 
 /* ---- Z_2^64 ---- */
 
-void mk_ring_matmul_ref(uint64_t *restrict c, const uint64_t *a, const uint64_t *b, size_t batch, size_t m, size_t k,
-                        size_t n, int add)
+void mk_ring_product_ref(uint64_t *restrict c, const uint64_t *a, const uint64_t *b, size_t m, size_t k, size_t n,
+                         size_t width, int add)
 {
-    if (!add && batch * m * n > 0) memset(c, 0, batch * m * n * sizeof *c);
-    for (; batch > 0; batch--, a += m * k, b += k * n, c += m * n)
-        for (size_t i = 0; i < m; i++)
-            for (size_t t = 0; t < k; t++)
-                for (size_t j = 0; j < n; j++) c[i * n + j] += a[i * k + t] * b[t * n + j];
+    for (size_t i = 0; i < m; i++) {
+        for (size_t j = 0; !add && j < width; j++) c[i * n + j] = 0;
+        for (size_t t = 0; t < k; t++)
+            for (size_t j = 0; j < width; j++) c[i * n + j] += a[i * k + t] * b[t * n + j];
+    }
 }
 
-void mk_ring_matmul_nt_ref(uint64_t *restrict c, const uint64_t *a, const uint64_t *b, size_t batch, size_t m,
-                           size_t k, size_t n, int add)
+void mk_ring_product_nt_ref(uint64_t *restrict c, const uint64_t *a, const uint64_t *b, size_t m, size_t k, size_t n,
+                            size_t width, int add)
 {
-    for (; batch > 0; batch--, a += m * k, b += n * k, c += m * n)
-        for (size_t i = 0; i < m; i++)
-            for (size_t j = 0; j < n; j++) {
-                uint64_t sum = add ? c[i * n + j] : 0;
-                for (size_t t = 0; t < k; t++) sum += a[i * k + t] * b[j * k + t];
-                c[i * n + j] = sum;
-            }
+    for (size_t i = 0; i < m; i++)
+        for (size_t j = 0; j < width; j++) {
+            uint64_t sum = add ? c[i * n + j] : 0;
+            for (size_t t = 0; t < k; t++) sum += a[i * k + t] * b[j * k + t];
+            c[i * n + j] = sum;
+        }
 }
 
 void mk_ring_rss_mul_ref(uint64_t *restrict out, const uint64_t *x, const uint64_t *y, const uint64_t *alpha,
@@ -254,13 +253,13 @@ void mk_bits_pick_ref(uint64_t *restrict out, const uint64_t *planes, const uint
 
 /* ---- look-up ---- */
 
-void mk_ring_double_part_ref(uint64_t *restrict out, const uint64_t *e, const uint64_t *b, size_t n, size_t size,
-                             size_t have)
+void mk_ring_double_part_ref(uint64_t *restrict out, const uint64_t *e, size_t e_apart, const uint64_t *b,
+                             size_t b_apart, size_t n, size_t size, size_t have)
 {
     for (size_t i = 0; i < n; i++)
         for (size_t j = 0; j < have; j++) {
-            uint64_t e0 = e[i * size + j], e1 = e[(n + i) * size + j];
-            out[i * have + j] += e0 * (b[i] + b[n + i]) + e1 * b[i];
+            uint64_t e0 = e[i * size + j], e1 = e[e_apart + i * size + j];
+            out[i * have + j] += e0 * (b[i] + b[b_apart + i]) + e1 * b[i];
         }
 }
 

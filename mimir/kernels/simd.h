@@ -66,11 +66,11 @@ INLINE void stream_row(uint64_t *c, const uint64_t *a, const uint64_t *b, size_t
     if (j < width) stream_rows(c + j, a, b + j, 1, 0, n, width - j, STREAM);
 }
 
-static void matmul_few(uint64_t *c, const uint64_t *a, const uint64_t *b, size_t m, size_t k, size_t n)
+static void matmul_few(uint64_t *c, const uint64_t *a, const uint64_t *b, size_t m, size_t k, size_t n, size_t all)
 {
     const size_t piece = PIECE / m;
-    for (size_t j = 0; j < n; j += piece) {
-        size_t width = least(n - j, piece), t = 0;
+    for (size_t j = 0; j < all; j += piece) {
+        size_t width = least(all - j, piece), t = 0;
         for (; t + STREAM <= k; t += STREAM) {
             if (m == 1) stream_row(c + j, a + t, b + t * n + j, n, width);
             else stream_rows(c + j, a + t, b + t * n + j, m, k, n, width, STREAM);
@@ -154,26 +154,29 @@ static void pack_panel(uint64_t *restrict panel, const uint64_t *b, size_t down,
 }
 
 static void matmul_many(uint64_t *c, const uint64_t *a, const uint64_t *b, size_t down, size_t right, size_t m,
-                        size_t k, size_t n)
+                        size_t k, size_t n, size_t all)
 {
     uint64_t panel[PANEL_K * PANEL_N] __attribute__((aligned(64)));
     for (size_t t = 0; t < k; t += PANEL_K)
-        for (size_t j = 0; j < n; j += PANEL_N) {
-            size_t depth = least(k - t, PANEL_K), width = least(n - j, PANEL_N);
+        for (size_t j = 0; j < all; j += PANEL_N) {
+            size_t depth = least(k - t, PANEL_K), width = least(all - j, PANEL_N);
             pack_panel(panel, b + t * down + j * right, down, right, depth, width);
             panel_product(c + j, a + t, panel, m, k, n, depth, width);
         }
 }
 
-void MK(mk_ring_matmul)(uint64_t *c, const uint64_t *a, const uint64_t *b, size_t batch, size_t m, size_t k, size_t n,
-                        int add)
+static void zero_rows(uint64_t *c, size_t m, size_t n, size_t width)
 {
-    if (batch * m * n == 0) return;
-    if (!add) memset(c, 0, batch * m * n * sizeof *c);
-    for (; batch > 0; batch--, a += m * k, b += k * n, c += m * n) {
-        if (m <= FEW) matmul_few(c, a, b, m, k, n);
-        else matmul_many(c, a, b, n, 1, m, k, n);
-    }
+    for (; m > 0; m--, c += n) memset(c, 0, width * sizeof *c);
+}
+
+void MK(mk_ring_product)(uint64_t *c, const uint64_t *a, const uint64_t *b, size_t m, size_t k, size_t n, size_t width,
+                         int add)
+{
+    if (m * width == 0) return;
+    if (!add) zero_rows(c, m, n, width);
+    if (m <= FEW) matmul_few(c, a, b, m, k, n, width);
+    else matmul_many(c, a, b, n, 1, m, k, n, width);
 }
 
 /* c (rows, columns) += products of rows of a with rows of b, all of length k. */
@@ -196,25 +199,23 @@ INLINE void dot_block(uint64_t *c, const uint64_t *a, const uint64_t *b, size_t 
         total(sum_value(s[i][j]));
 }
 
-void MK(mk_ring_matmul_nt)(uint64_t *c, const uint64_t *a, const uint64_t *b, size_t batch, size_t m, size_t k,
-                           size_t n, int add)
+void MK(mk_ring_product_nt)(uint64_t *c, const uint64_t *a, const uint64_t *b, size_t m, size_t k, size_t n,
+                            size_t width, int add)
 {
-    if (batch * m * n == 0) return;
-    if (!add) memset(c, 0, batch * m * n * sizeof *c);
-    for (; batch > 0; batch--, a += m * k, b += n * k, c += m * n) {
-        if (m > FEW) {
-            matmul_many(c, a, b, 1, k, m, k, n);
-            continue;
-        }
-        size_t j = 0;
-        for (; j + 4 <= n; j += 4) {
-            size_t i = 0;
-            for (; i + 2 <= m; i += 2) dot_block(c + i * n + j, a + i * k, b + j * k, k, n, 2, 4);
-            if (i < m) dot_block(c + i * n + j, a + i * k, b + j * k, k, n, 1, 4);
-        }
-        for (; j < n; j++)
-            for (size_t i = 0; i < m; i++) dot_block(c + i * n + j, a + i * k, b + j * k, k, n, 1, 1);
+    if (m * width == 0) return;
+    if (!add) zero_rows(c, m, n, width);
+    if (m > FEW) {
+        matmul_many(c, a, b, 1, k, m, k, n, width);
+        return;
     }
+    size_t j = 0;
+    for (; j + 4 <= width; j += 4) {
+        size_t i = 0;
+        for (; i + 2 <= m; i += 2) dot_block(c + i * n + j, a + i * k, b + j * k, k, n, 2, 4);
+        if (i < m) dot_block(c + i * n + j, a + i * k, b + j * k, k, n, 1, 4);
+    }
+    for (; j < width; j++)
+        for (size_t i = 0; i < m; i++) dot_block(c + i * n + j, a + i * k, b + j * k, k, n, 1, 1);
 }
 
 /* ---- elementwise ---- */
@@ -352,12 +353,12 @@ void MK(mk_bits_pick)(uint64_t *restrict out, const uint64_t *planes, const uint
 
 /* ---- look-up ---- */
 
-void MK(mk_ring_double_part)(uint64_t *restrict out, const uint64_t *e, const uint64_t *b, size_t n, size_t size,
-                             size_t have)
+void MK(mk_ring_double_part)(uint64_t *restrict out, const uint64_t *e, size_t e_apart, const uint64_t *b,
+                             size_t b_apart, size_t n, size_t size, size_t have)
 {
-    const uint64_t *other = e + n * size;
+    const uint64_t *other = e + e_apart;
     for (size_t i = 0; i < n; i++, e += size, other += size, out += have) {
-        factor both = factor_of(splat(b[i] + b[n + i])), mine = factor_of(splat(b[i]));
+        factor both = factor_of(splat(b[i] + b[b_apart + i])), mine = factor_of(splat(b[i]));
         for (size_t j = 0; j < have; j += LANES) {
             size_t left = least(have - j, LANES);
             sum s = sum_mul(sum_zero(), factor_of(load_first(e + j, left)), both);

@@ -34,7 +34,7 @@ import numpy.typing as npt
 from mimir import kernels
 from mimir.mpc.domain import RING_BITS, Ring
 from mimir.mpc.doors import Doors
-from mimir.mpc.offload import offload
+from mimir.mpc.offload import offload, spread
 from mimir.mpc.weights import Matrix, combine
 
 DEGREE: Final = 48
@@ -211,15 +211,21 @@ class OneHot:
         j = np.arange(size, dtype=np.uint64)
         jq = kernels.gr_mul01(kernels.gr_scale01(np.ones(size, np.uint64), q), j)  # (K, 48), general elements
         shift = np.uint64(self.shift)  # of one factor: high b e depends on the low bits of both alone
-        columns, some = np.zeros((2, size, DEGREE), np.uint64), np.empty((size, DEGREE), np.uint64)
-        for at in range(0, n, RING.block):
-            rows = slice(at, min(at + RING.block, n))
-            a, w = np.empty((2, 2, rows.stop - at, DEGREE), np.uint64)
+        columns, done = np.zeros((2, size, DEGREE), np.uint64), 0
+
+        def made(rows: slice) -> tuple[Ring, Ring, Ring]:
+            a, w = np.empty((2, 2, rows.stop - rows.start, DEGREE), np.uint64)
+            some = np.empty_like(columns)
             for i in range(2):
                 b = np.ascontiguousarray(self.b[i, :, rows]) << shift
-                kernels.gr_hot(a[i], w[i], some, self.e[i, rows], b, q, down[rows])
-                columns[i] += some
-            told = np.stack([kernels.gr_inner(v, jq) for v in columns]) << shift if rows.stop == n else None
+                kernels.gr_hot(a[i], w[i], some[i], self.e[i, rows], b, q, down[rows])
+            return a, w, some
+
+        parts = (slice(at, min(at + RING.block, n)) for at in range(0, n, RING.block))
+        for a, w, some in spread(partial(made, rows) for rows in parts):
+            columns += some
+            done += a.shape[1]
+            told = np.stack([kernels.gr_inner(v, jq) for v in columns]) << shift if done == n else None
             yield Claim((a[0], a[1]), (w[0], w[1]), told)
 
 
@@ -429,8 +435,9 @@ class _Folding:
     def cross(self) -> Ring:
         """This party's summands of the values that are not at corners: (3^levels - 2^levels, ...)."""
         out = np.zeros((kernels.crosses(self.rows), *self.ext.shape), np.uint64)
-        for mine, (x, y) in self._blocks(AT_ONCE, 0, 1):
-            out = self.ext.add(out, self.ext.cross(x, y, mine))
+        blocks = self._blocks(AT_ONCE, 0, 1)
+        for part in spread(partial(self.ext.cross, x, y, mine) for mine, (x, y) in blocks):
+            out = self.ext.add(out, part)
         return out
 
     def claims(self, crossed: Ring, draw: Draw) -> Iterator[Claim]:
@@ -440,18 +447,22 @@ class _Folding:
         told = [ext.inner(v, values[inner]) for v in crossed[:, : np.count_nonzero(inner)]]
         at_corners = self._stated_corners(crossed)
         left = self.columns
-        for mine, (x, y, *z) in self._blocks(CLAIMED, *self.claimed):
-            if z:
-                at_corners = [
-                    ext.add(sums, ext.combine(v, mine)) for sums, v in zip(at_corners, z[0], strict=True)
-                ]
-            left -= len(x[0])
+
+        def made(mine: Ring, x: Pair, y: Pair, *z: Pair) -> tuple[int, Pair, Pair, list[Ring]]:
+            a = _each(lambda v: ext.mix(ext.blend(v, corners), mine), x)
+            w = _each(lambda v: ext.blend(v, corners), y)
+            return len(x[0]), a, w, [ext.combine(v, mine) for pair in z for v in pair]
+
+        blocks = self._blocks(CLAIMED, *self.claimed)
+        for columns, a, w, more in spread(partial(made, mine, *pairs) for mine, pairs in blocks):
+            if more:
+                at_corners = [ext.add(sums, v) for sums, v in zip(at_corners, more, strict=True)]
+            left -= columns
+            if left:
+                yield Claim(a, w)
+                continue
             c = [ext.add(t, ext.inner(v, values[~inner])) for t, v in zip(told, at_corners, strict=True)]
-            yield Claim(
-                _each(lambda v, by=mine: ext.mix(ext.blend(v, corners), by), x),  # type: ignore[misc]
-                _each(lambda v: ext.blend(v, corners), y),
-                None if left else np.stack(c),
-            )
+            yield Claim(a, w, np.stack(c))
 
     claimed: tuple[int, ...] = (0, 1, 2)
 
@@ -492,9 +503,14 @@ class _Squares(_Folding):
         """This party's summands of all values: those off the corners, then those at corners."""
         off = np.zeros((kernels.crosses(self.rows), DEGREE), np.uint64)
         corners = np.zeros((self.rows, DEGREE), np.uint64)
-        for mine, ((x0, x1),) in self._blocks(AT_ONCE, 0):
-            off += kernels.gr_cross((x0, x1), (x0, x1), mine)
-            corners += kernels.gr_combine_cols(x0 * (x0 + x1 + x1), mine)
+
+        def made(mine: Ring, x: Pair) -> Pair:
+            squares = x[0] * (x[0] + x[1] + x[1])
+            return kernels.gr_cross(x, x, mine), kernels.gr_combine_cols(squares, mine)
+
+        for some in spread(partial(made, mine, x) for mine, (x,) in self._blocks(AT_ONCE, 0)):
+            off += some[0]
+            corners += some[1]
         return np.concatenate([off, corners])
 
     def residue(self, crossed: Ring) -> Ring:
@@ -537,10 +553,15 @@ class _Vectors:
     def cross(self) -> Ring:
         """This party's summands of h at 0, 1 and infinity of each variable: (3^folds, 48). Once."""
         pairs = np.zeros((self.rows, self.rows, DEGREE), np.uint64)  # a at one corner times w at another
-        for a, w in self._made():
-            self._blocks.append((a, w))
+
+        def products(a: Pair, w: Pair) -> Ring:
+            some = np.zeros_like(pairs)
             for x, y in ((a[0] + a[1], w[0]), (a[0], w[1])):
-                kernels.matmul(np.repeat(x.T[None], self.rows, axis=0), y, out=pairs, add=True)
+                kernels.matmul(np.repeat(x.T[None], self.rows, axis=0), y, out=some, add=True)
+            return some
+
+        for some in spread(partial(products, a, w) for a, w in self._made()):
+            pairs += some
         v = pairs.reshape(*[2] * (2 * VECTOR_FOLDS), DEGREE)
         for variable in range(VECTOR_FOLDS):  # (a_1 - a_0) (w_1 - w_0) is its value at infinity
             v = np.moveaxis(v, (variable, VECTOR_FOLDS), (0, 1))
@@ -549,7 +570,7 @@ class _Vectors:
         return np.ascontiguousarray(v.reshape(-1, DEGREE))
 
     def _made(self) -> Iterator[tuple[Pair, Pair]]:
-        """Columns, some at a time; the stated sums are taken on the way."""
+        """Columns, some at a time, which are kept; the stated sums are taken on the way."""
         for p, coefficients in self._parts:
             inner = p.a.shape[3]
             columns = -(-inner // self.rows)
@@ -569,7 +590,8 @@ class _Vectors:
                         combine(p.b[component][i], coefficients[i], e[:inner])
                         w[component, :, span] = e.reshape(self.rows, columns, DEGREE)
                     self._sum += _total(p.c[:, i, 0], coefficients[i])
-                yield (a[0], a[1]), (w[0], w[1])
+                self._blocks.append(((a[0], a[1]), (w[0], w[1])))
+                yield self._blocks[-1]
 
     def residue(self, values: Ring) -> Ring:
         """A share (2, 48) that is zero if the values at corners add up to the stated sums."""
@@ -586,11 +608,15 @@ class _Vectors:
         xis, corners, at, _ = _point(ext, VECTOR_FOLDS, draw)
         corners = ext.times(corners, gamma)
         told: Ring | None = np.stack([ext.times(ext.inner(v, at), gamma) for v in values])
-        for a, w in self._blocks:
+
+        def made(a: Pair, w: Pair) -> tuple[Pair, Pair]:
             halved = [v.reshape(-1, DEGREE) for v in w]
             for xi in xis:
                 halved = [kernels.gr_fold(v, xi) for v in halved]
-            yield Claim(_each(lambda v: ext.blend(v, corners), a), (halved[0], halved[1]), told)
+            return _each(lambda v: ext.blend(v, corners), a), (halved[0], halved[1])
+
+        for a, w in spread(partial(made, *block) for block in self._blocks):
+            yield Claim(a, w, told)
             told = None
         self._blocks.clear()
 
@@ -629,29 +655,35 @@ class _Recursion:
         self.c = np.zeros((2, *ext.shape), np.uint64)
         self._halves = np.zeros((2, *ext.shape), np.uint64)
         self._blocks: list[tuple[Pair, Pair]] = []
+        for h in spread(partial(ext.halves, a, w) for a, w in self._laid(claims)):
+            self._halves = ext.add(self._halves, h)
+
+    def _laid(self, claims: Iterable[Claim]) -> Iterator[tuple[Pair, Pair]]:
+        """Lay claims out in blocks; gives those of which halves are wanted."""
+        ext = self.ext
         rest: list[tuple[Pair, Pair]] = []  # too few rows for a block
         for claim in claims:
             if claim.c is not None:
                 self.c = ext.add(self.c, claim.c)
             whole = len(claim.a[0]) // ext.block * ext.block
             for at in range(0, whole, ext.block):
-                self._take(_rows(claim.a, at, at + ext.block), _rows(claim.w, at, at + ext.block))
+                yield from self._take(_rows(claim.a, at, at + ext.block), _rows(claim.w, at, at + ext.block))
             if whole < len(claim.a[0]):
                 rest.append((_rows(claim.a, whole), _rows(claim.w, whole)))
             if sum(len(a[0]) for a, _ in rest) >= ext.block:
                 a, w = _joined([a for a, _ in rest]), _joined([w for _, w in rest])
-                self._take(_rows(a, 0, ext.block), _rows(w, 0, ext.block))
+                yield from self._take(_rows(a, 0, ext.block), _rows(w, 0, ext.block))
                 rest = [(_rows(a, ext.block), _rows(w, ext.block))]
         left = sum(len(a[0]) for a, _ in rest)
         if left:
             last = bool(not self._blocks and left <= OPEN_BELOW)
-            self._take(*(_joined(v, 0 if last else left % 2) for v in zip(*rest, strict=True)))
+            yield from self._take(*(_joined(v, 0 if last else left % 2) for v in zip(*rest, strict=True)))
 
-    def _take(self, a: Pair, w: Pair) -> None:
+    def _take(self, a: Pair, w: Pair) -> Iterator[tuple[Pair, Pair]]:
         """Append a block, whose rows are even in number unless no halving follows."""
         self._blocks.append((a, w))
         if not self.done:
-            self._halves = self.ext.add(self._halves, self.ext.halves(a, w))
+            yield a, w
 
     @property
     def length(self) -> int:
@@ -683,22 +715,29 @@ class _Recursion:
         before.reverse()
         last = len(before) <= 2 and sum(len(a[0]) for a, _ in before) <= 2 * OPEN_BELOW
         self._halves = np.zeros_like(self._halves)
-        while before:
-            pair = [before.pop() for _ in range(min(2, len(before)))]
+
+        def folded(pair: Sequence[tuple[Pair, Pair]]) -> tuple[Pair, Pair, Ring | None]:
             rows = sum(len(a[0]) // 2 for a, _ in pair)
             shape = (rows if last else rows + rows % 2, *ext.shape)
             a, w = ((np.empty(shape, np.uint64), np.empty(shape, np.uint64)) for _ in range(2))
             at = 0
-            for folded in pair:
-                half = len(folded[0][0]) // 2
-                for to, v in zip((*a, *w), (*folded[0], *folded[1]), strict=True):
+            for block in pair:
+                half = len(block[0][0]) // 2
+                for to, v in zip((*a, *w), (*block[0], *block[1]), strict=True):
                     ext.fold(v, xi, to[at : at + half])
                 at += half
             for v in (*a, *w):
                 v[at:] = 0
+            return a, w, None if last else ext.halves(a, w)
+
+        def jobs() -> Iterator[Callable[[], tuple[Pair, Pair, Ring | None]]]:
+            while before:  # so that a block that was folded is free
+                yield partial(folded, [before.pop() for _ in range(min(2, len(before)))])
+
+        for a, w, halves in spread(jobs()):
             self._blocks.append((a, w))
-            if not last:
-                self._halves = ext.add(self._halves, ext.halves(a, w))
+            if halves is not None:
+                self._halves = ext.add(self._halves, halves)
 
     @property
     def a(self) -> Pair:

@@ -1,8 +1,9 @@
 """A component of a weight matrix that need not be in memory: an array, or rows made anew whenever it is used.
 
 What is not kept lies on disk, or is a key stream of a seed. Either comes as blocks of rows in one scratch
-buffer of about SCRATCH bytes (more where so few rows are wider), so a matrix of any height is used in so much
-memory, and results are those of an array, bit for bit. Which blocks, and when, depends on the shape alone.
+buffer of about SCRATCH bytes (more where so few rows are wider, or threads share them), so a matrix of any
+height is used in so much memory, and results are those of an array, bit for bit. Which blocks, and when,
+depends on the shape and the number of threads alone.
 Buffers are wiped at the end of a pass and wait for the next: to map new pages costs more than to fill them.
 """
 
@@ -22,6 +23,9 @@ from mimir.secret import Pages, ShareSeed
 Ring: TypeAlias = npt.NDArray[np.uint64]
 
 SCRATCH: Final = 1 << 20  # bytes; larger blocks leave the cache, smaller ones pay more for each call
+SHARED: Final = (
+    4  # times as much for threads, of which each has a cache, or a call would be too short for them
+)
 # Each block reads and writes the whole result once: in blocks of 4 rows of 32,000 words a product of 32 rows
 # takes twice as long as in blocks of 16.
 LEAST_ROWS: Final = 16
@@ -104,7 +108,7 @@ class Stored:
 
 def _rows_at_once(width: int, unit: int) -> int:
     """A multiple of `unit`."""
-    rows = max(LEAST_ROWS, SCRATCH // (WORD * width))
+    rows = max(LEAST_ROWS, SCRATCH // (WORD * width)) * min(kernels.threads(), SHARED)
     return -(-rows // unit) * unit
 
 
