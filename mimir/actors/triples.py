@@ -170,8 +170,8 @@ class TripleProducer(Actor[Prepare | Need]):
 
 
 def parts(total: Demand, weights: Mapping[str, tuple[int, int]]) -> Iterator[Demand]:
-    """Cut what is made into parts of about BATCH_BYTES, kind after kind in the order of their making: a part
-    of few kinds has few rounds. Products with weights are not cut, for their check costs the same anew.
+    """Cut what is made into parts of about BATCH_BYTES, kind after kind in one order. Products with weights
+    are not cut, for their check costs the same anew.
     """
     cut = {k: bytes_of({k: n}, weights) for k, n in total.items() if not isinstance(k, prep.Weight)}
     size = sum(cut.values())

@@ -24,7 +24,7 @@ A *kind* names one sort of correlation, with everything that fixes its shape:
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from itertools import combinations
 from typing import Any, Final, Protocol
@@ -36,6 +36,7 @@ import trio
 from mimir import kernels
 from mimir.errors import LocalError
 from mimir.mpc import check
+from mimir.mpc.branches import ask, side_by_side
 from mimir.mpc.domain import Ring, words
 from mimir.mpc.doors import Doors
 from mimir.mpc.offload import offload
@@ -163,6 +164,17 @@ class Weights(Protocol):
 
 
 # --- making a batch --------------------------------------------------------------------------------
+
+
+class _Branch(Doors):
+    """Doors of one of several makers that share rounds."""
+
+    def __init__(self, doors: Doors) -> None:
+        super().__init__(doors.channel, doors.bk)
+
+    async def reshare(self, step: str, *summands: Ring) -> list[Ring]:
+        await trio.lowlevel.checkpoint()  # the mesh must keep time while many makers run before a round
+        return await ask((step, summands))
 
 
 @dataclass(slots=True)
@@ -729,24 +741,37 @@ def shapes(kind: Kind, n: int, weight_shape: tuple[int, int] | None = None) -> d
 
 
 async def produce(batch: Batch, step: str, demand: Demand) -> Made:
-    """Make and verify everything in `demand`, or raise. Nothing unverified is returned."""
+    """Make and verify everything in `demand`, or raise. Nothing unverified is returned.
+
+    Makers run side by side, so the longest sets the rounds; see check.verify for those that follow.
+    """
     groups: dict[tuple[Any, ...], dict[Kind, int]] = {}
     for kind, n in sorted(demand.items(), key=lambda kv: order(kv[0])):
         if n:
             groups.setdefault(_group(kind), {})[kind] = n
-    for group, kinds in groups.items():
-        if group[0] is Trunc:
-            batch.out |= await _truncs(batch, kinds)
-        elif group[0] is Ands:
-            batch.out |= await _ands(batch, kinds)
-        else:
-            for kind, n in kinds.items():
-                batch.out[kind] = await _MAKERS[type(kind)](batch, kind, n)
-        await trio.lowlevel.checkpoint()
-    await check.verify(
-        batch.doors, f"{step}/verify", batch.relations, batch.gates, batch.zeros, batch.zero_bits
-    )
+    doors = batch.doors
+    inner = replace(batch, doors=_Branch(doors))  # whose relations are those of the batch
+    makers = [_make(inner, group, kinds) for group, kinds in groups.items()]
+    for made in await side_by_side(makers, partial(_reshared, doors)):
+        batch.out |= made
+    await check.verify(doors, f"{step}/verify", batch.relations, batch.gates, batch.zeros, batch.zero_bits)
     return batch.out
+
+
+async def _make(batch: Batch, group: tuple[Any, ...], kinds: Mapping[Kind, int]) -> Made:
+    if group[0] is Trunc:
+        return await _truncs(batch, kinds)
+    if group[0] is Ands:
+        return await _ands(batch, kinds)
+    return {kind: await _MAKERS[type(kind)](batch, kind, n) for kind, n in kinds.items()}
+
+
+async def _reshared(doors: Doors, asks: Mapping[int, tuple[str, Sequence[Ring]]]) -> dict[int, list[Ring]]:
+    """The resharings of several makers in one round, named after the first."""
+    first, _ = next(iter(asks.values()))
+    step = first if len(asks) == 1 else f"{first} and {len(asks) - 1} more"
+    told = iter(await doors.reshare(step, *(v for _, summands in asks.values() for v in summands)))
+    return {i: [next(told) for _ in summands] for i, (_, summands) in asks.items()}
 
 
 def _group(kind: Kind) -> tuple[Any, ...]:
