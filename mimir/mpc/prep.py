@@ -452,6 +452,7 @@ class Batch:
 
 
 TRUNCATED_BITS: Final = 16  # of the bits to be dropped so many are masked
+ZEROS: Final = 8  # truncations are made apart where their masks' lowest zeros differ by so many
 
 
 def unmasked_bits(f: int) -> int:
@@ -470,10 +471,11 @@ def _cut(kinds: Mapping[Kind, int], material: dict[str, Ring]) -> Made:
 
 
 async def _truncs(b: Batch, kinds: Mapping[Kind, int]) -> Made:
-    """Truncation pairs of all shifts together: the shift does not matter until the end.
+    """Truncation pairs of several shifts together: the shift does not matter until the end.
 
     With R the sum of r's components over the integers and W how often it passes 2^64, r / 2^f rounded down is
-    (R - 2^64 W) / 2^f, of which the components, each shifted, give all but 0 to 2 units.
+    (R - 2^64 W) / 2^f, of which the components, each shifted, give all but 0 to 2 units. Where all components
+    end in zeros the adder leaves these out.
     """
     pairs = {k: n * (k.width if isinstance(k, Norm) else 1) for k, n in kinds.items()}
     n = sum(pairs.values())
@@ -481,22 +483,21 @@ async def _truncs(b: Batch, kinds: Mapping[Kind, int]) -> Made:
         np.array([k.f for k in kinds if isinstance(k, Trunc | TruncIf | Norm)], np.uint64),
         list(pairs.values()),
     )
-    bare = np.repeat(
-        np.array([unmasked_bits(k.f) for k in kinds if isinstance(k, Trunc | TruncIf | Norm)], np.uint64),
-        list(pairs.values()),
-    )
+    ends = [unmasked_bits(k.f) for k in kinds if isinstance(k, Trunc | TruncIf | Norm)]
+    bare, least = np.repeat(np.array(ends, np.uint64), list(pairs.values())), min(ends)
+    name = f"trunc {least}"
     r = b.doors.bk.random(n) >> bare << bare
-    bits = await b.add3("trunc", r, 64, low=0, last=True)
+    bits = await b.add3(name, r >> np.uint64(least), 64 - least, low=0, last=True)
     stack = np.stack([bits["top"], bits["over_a"], bits["over_b"]], axis=1)
-    got = await b.inject("trunc/inject", stack, n)
+    got = await b.inject(f"{name}/inject", stack, n)
     over = (got[:, 1] + got[:, 2]) * (np.uint64(1) << (np.uint64(64) - shift))
     out = _cut(pairs, {"r": r, "base": (r >> shift) - over, "top": got[:, 0]})
     chosen = {k: m for k, m in out.items() if isinstance(k, TruncIf)}
     if chosen:
         n = sum(kinds[k] for k in chosen)
-        ring = await b.inject("trunc/if", b.doors.bk.random(1, words(n)), n)
+        ring = await b.inject(f"{name}/if", b.doors.bk.random(1, words(n)), n)
         both = np.concatenate([np.stack([m["base"], m["top"]], axis=2) for m in chosen.values()], axis=1)
-        z = await b.times("trunc/if", np.ascontiguousarray(ring[:, 0]), both)
+        z = await b.times(f"{name}/if", np.ascontiguousarray(ring[:, 0]), both)
         parts = _cut({k: kinds[k] for k in chosen}, {"ring": ring[:, 0], "z": z})
         for kind, m in chosen.items():
             m |= parts[kind]
@@ -775,9 +776,9 @@ async def _reshared(doors: Doors, asks: Mapping[int, tuple[str, Sequence[Ring]]]
 
 
 def _group(kind: Kind) -> tuple[Any, ...]:
-    """Kinds of one group are made together."""
+    """Kinds of one group are made together; truncations whose masks end in about as many zeros."""
     if isinstance(kind, Trunc | TruncIf | Norm):
-        return (Trunc,)
+        return Trunc, unmasked_bits(kind.f) // ZEROS
     if isinstance(kind, Ands):
         return (Ands,)
     return (kind,)
