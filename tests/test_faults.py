@@ -252,7 +252,7 @@ ENDS = (
     "prep/nonce",
     "terms",
     "prep/turn 0/entry/verify/coin/commit",
-    "mul",
+    "weight 0.in and 5 more",
     "turn 0/offsets",
     "turn 0/prompt 0/layer 0/norm 1/x",
     "turn 0/token 1/enter/index",
@@ -410,8 +410,8 @@ def make(demand: Mapping[prep.Kind, int], lies: Mapping[str, Lie], cheater: int,
 
 
 @functools.cache
-def steps_of(kind: prep.Kind) -> dict[str, tuple[tuple[int, ...], ...]]:
-    """The steps at which material of a kind is multiplied, and the shapes of the summands."""
+def steps_of(*kinds: prep.Kind) -> dict[str, tuple[tuple[int, ...], ...]]:
+    """The steps at which material of these kinds is multiplied, and the shapes of the summands."""
     steps: dict[str, tuple[tuple[int, ...], ...]] = {}
     honest = Doors.reshare
 
@@ -421,8 +421,8 @@ def steps_of(kind: prep.Kind) -> dict[str, tuple[tuple[int, ...], ...]]:
         return await honest(self, step, *summands)
 
     with mock.patch.object(Doors, "reshare", reshare):
-        ends = make({kind: DEMANDS[kind]}, {}, 0)
-    assert sound(kind, [end[kind] for end in ends], 0)
+        ends = make({kind: DEMANDS[kind] for kind in kinds}, {}, 0)
+    assert all(sound(kind, [end[kind] for end in ends], 0) for kind in kinds)
     return steps
 
 
@@ -502,6 +502,30 @@ def sound(kind: prep.Kind, parts: Sequence[Made], cheater: int) -> bool:
         case prep.Keys():
             return np.array_equal(v["z"], v["x"] @ np.swapaxes(np.repeat(v["new"], 2, axis=0), 1, 2))
     raise AssertionError(kind)
+
+
+def test_makers_share_their_rounds() -> None:
+    """All kinds together take the rounds of the longest, and each round carries what all of them send."""
+    each = [steps_of(kind) for kind in DEMANDS if not isinstance(kind, prep.Trunc | prep.TruncIf | prep.Norm)]
+    together = steps_of(
+        *(kind for kind in DEMANDS if not isinstance(kind, prep.Trunc | prep.TruncIf | prep.Norm))
+    )
+    assert len(together) == max(map(len, each))
+    for number, shapes in enumerate(together.values()):
+        apart = [list(steps.values())[number] for steps in each if number < len(steps)]
+        assert sorted(shapes) == sorted(itertools.chain(*apart))
+
+
+def test_wrong_material_among_other_kinds(seed: int) -> None:
+    """One wrong value at any step of makers that share rounds, of whichever maker: the batch must fail."""
+    rng, choice = np.random.default_rng(seed), random.Random(seed)
+    for step, shapes in steps_of(*DEMANDS).items():
+        number, cheater = choice.randrange(len(shapes)), choice.randrange(PARTIES)
+
+        def lie(summands: list[Ring], number: int = number) -> None:
+            spoil(summands[number], choice.choice(("one", "random")), rng)
+
+        assert caught(make(DEMANDS, {step: lie}, cheater, seed), cheater), (step, number, cheater)
 
 
 @pytest.mark.parametrize("kind", DEMANDS, ids=str)
@@ -736,7 +760,7 @@ def test_constant_errors_of_two_foldings_cannot_cancel(kind: prep.Kind, folding:
 
     def passes(seed: int) -> bool:
         cheater = seed % PARTIES
-        lies = {"mul": wrong, "batch/verify/cross": shifted}
+        lies = {"mul and 1 more": wrong, "batch/verify/cross": shifted}
         return not caught(make({prep.Mul(): 8, kind: 1}, lies, cheater, seed), cheater)
 
     with mock.patch.object(check._Galois, "coefficients", keep):

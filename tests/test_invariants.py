@@ -64,6 +64,7 @@ FORBIDDEN = {
     "mimir/mpc": ("mimir.model", "mimir.actors", "mimir.client", "mimir.store"),
     "mimir/mpc/domain": ("mimir.mpc",),
     "mimir/mpc/drbg": ("mimir.mpc", "mimir.net"),
+    "mimir/mpc/branches": ("mimir.mpc", "mimir.net"),
     "mimir/mpc/share": ("mimir.mpc.doors", "mimir.mpc.prep", "mimir.mpc.ops", "mimir.mpc.replicated"),
     "mimir/mpc/replicated": ("mimir.mpc.doors", "mimir.mpc.prep", "mimir.mpc.ops", "mimir.net"),
     "mimir/mpc/doors": ("mimir.mpc.check", "mimir.mpc.prep", "mimir.mpc.ops"),
@@ -103,7 +104,7 @@ DOORS: Counter[str] = Counter(
         "mimir/mpc/ops:read_index open_low": 1,
         "mimir/mpc/ops:scale open": 2,  # also of rows
         "mimir/mpc/ops:to_ring open_bits": 1,
-        "mimir/mpc/ops:together open_all": 1,
+        "mimir/mpc/ops:opened open_all": 1,  # within `together`
         "mimir/mpc/ops:truncate open_all": 1,
         "mimir/mpc/ops:truncate_if open_all": 1,
         "mimir/mpc/ops:truncate_rows open_all": 1,
@@ -158,7 +159,7 @@ ORDER = (
     ("mimir/admission/exchange",),
     ("mimir/admission/bootstrap",),
     ("mimir/keys",),
-    ("mimir/mpc/__init__", "mimir/mpc/domain", "mimir/mpc/drbg", "mimir/mpc/offload"),
+    ("mimir/mpc/__init__", "mimir/mpc/domain", "mimir/mpc/drbg", "mimir/mpc/offload", "mimir/mpc/branches"),
     ("mimir/mpc/share", "mimir/mpc/replicated"),
     ("mimir/mpc/doors",),
     ("mimir/mpc/check",),

@@ -12,8 +12,11 @@ and correlations with what was declared.
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import pickle
+import subprocess
+import sys
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -1245,6 +1248,28 @@ def test_a_batch_made_in_parts_holds_exactly(backend: Replicated, monkeypatch: p
         }
         each = {name: backend.summands([h[kind][name] for h in held]) for name in names}
         relation(kind, n, values, {k: v for k, v in each.items() if not is_bits(kind, k)}, w)
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="not glibc")
+def test_freed_arrays_wait_for_the_next_batch() -> None:
+    """Memory that was freed is taken again without a page fault; without the call, with many."""
+    program = """
+import resource, sys, numpy as np
+from mimir.actors import triples
+if sys.argv[1:]: triples.keep_pages()
+for _ in range(3):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    arrays = [np.ones(3 << 20) for _ in range(3)]
+    del arrays
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+    def faults(*words: str) -> int:
+        return int(
+            subprocess.run([sys.executable, "-c", program, *words], capture_output=True, check=True).stdout
+        )
+
+    assert faults("keep") < 20 < 100 < faults()
 
 
 def test_all_kinds_are_tested() -> None:

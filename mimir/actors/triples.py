@@ -8,6 +8,7 @@ nothing of it is ever written to disk, so neither a crash nor a reconnect can ma
 
 from __future__ import annotations
 
+import ctypes
 import math
 import time
 from collections import deque
@@ -35,6 +36,20 @@ SENT = Counter("mimir_triple_sent_bytes_total", "Bytes sent to make material")
 
 BATCH_BYTES: Final = 64 << 20  # material made at once; making it takes three times as much memory
 WHOLE: Final = 64  # items; kinds made of bit lanes can only be cut at whole words
+KEPT: Final = 1 << 30  # bytes of freed memory that wait for the next batch
+IN_HEAP: Final = 32 << 20  # arrays up to this size, the most that the C library allows, are kept
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
+
+
+def keep_pages() -> None:
+    """Let the memory of freed arrays wait for the next batch, in the whole process.
+
+    What one token takes is freed again some hundred MB later, and glibc by itself gives back what lies at the
+    end of its heap, to be mapped and cleared anew. Another C library goes on as it does.
+    """
+    if (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)) is not None:
+        mallopt(_M_MMAP_THRESHOLD, IN_HEAP)
+        mallopt(_M_TRIM_THRESHOLD, KEPT)
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +117,7 @@ class TripleProducer(Actor[Prepare | Need]):
         return await reply.get()
 
     async def run(self) -> None:
+        keep_pages()
         try:
             while True:
                 try:
@@ -170,8 +186,8 @@ class TripleProducer(Actor[Prepare | Need]):
 
 
 def parts(total: Demand, weights: Mapping[str, tuple[int, int]]) -> Iterator[Demand]:
-    """Cut what is made into parts of about BATCH_BYTES, kind after kind in the order of their making: a part
-    of few kinds has few rounds. Products with weights are not cut, for their check costs the same anew.
+    """Cut what is made into parts of about BATCH_BYTES, kind after kind in one order. Products with weights
+    are not cut, for their check costs the same anew.
     """
     cut = {k: bytes_of({k: n}, weights) for k, n in total.items() if not isinstance(k, prep.Weight)}
     size = sum(cut.values())

@@ -6,8 +6,7 @@ ended. Costs are stated per element; `rounds` counts lockstep rounds.
 
 from __future__ import annotations
 
-import types
-from collections.abc import Callable, Coroutine, Generator, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, Final, Protocol, TypeVar
@@ -17,6 +16,7 @@ import numpy as np
 from mimir import kernels
 from mimir.errors import LocalError
 from mimir.mpc import prep
+from mimir.mpc.branches import ask, side_by_side
 from mimir.mpc.domain import RING_BITS, Ring, words
 from mimir.mpc.doors import Masked
 from mimir.mpc.offload import offload
@@ -66,14 +66,6 @@ class Context:
         return Share(v, self.bk)
 
 
-@dataclass(frozen=True, slots=True)
-class _Ask:
-    """What a branch wants opened."""
-
-    step: str
-    requests: Sequence[Masked]
-
-
 class _Branch:
     """Doors of one branch of `together`: an opening suspends the branch until all branches want one."""
 
@@ -87,29 +79,7 @@ class _Branch:
         return (await self.open_all(step, [Masked(shares, width)]))[0]
 
     async def open_all(self, step: str, requests: Sequence[Masked]) -> list[list[Ring]]:
-        return await _suspend(_Ask(step, requests))
-
-
-@types.coroutine
-def _suspend(ask: _Ask) -> Generator[Any, Any, list[list[Ring]]]:
-    return (yield ask)
-
-
-@types.coroutine
-def _advance(flow: Coroutine[Any, Any, Any], answer: Any) -> Generator[Any, Any, tuple[_Ask | None, Any]]:
-    """Run a branch to its next opening or its end; whatever else it waits for is passed on to Trio."""
-    try:
-        trap = flow.send(answer)
-        while not isinstance(trap, _Ask):
-            try:
-                got = yield trap
-            except BaseException as error:
-                trap = flow.throw(error)
-            else:
-                trap = flow.send(got)
-        return trap, None
-    except StopIteration as end:
-        return None, end.value
+        return await ask((step, requests))
 
 
 def _joint_name(steps: Sequence[str]) -> str:
@@ -129,26 +99,14 @@ async def together(ctx: Context, *branches: Callable[[Context], Coroutine[Any, A
     correlations for the same purpose. A branch must not hand its context to an actor.
     """
     inner = replace(ctx, doors=_Branch())
-    flows = [branch(inner) for branch in branches]
-    results: list[Any] = [None] * len(flows)
-    waiting: dict[int, Any] = dict.fromkeys(range(len(flows)))
-    try:
-        while waiting:
-            asks: dict[int, _Ask] = {}
-            for i, answer in waiting.items():
-                ask, results[i] = await _advance(flows[i], answer)
-                if ask is not None:
-                    asks[i] = ask
-            if not asks:
-                break
-            step = _joint_name([a.step for a in asks.values()])
-            flat = [r for a in asks.values() for r in a.requests]
-            opened = iter(await ctx.doors.open_all(step, flat))
-            waiting = {i: [next(opened) for _ in a.requests] for i, a in asks.items()}
-    finally:
-        for flow in flows:
-            flow.close()
-    return results
+
+    async def opened(asks: Mapping[int, Any]) -> dict[int, Any]:
+        step = _joint_name([step for step, _ in asks.values()])
+        flat = [r for _, requests in asks.values() for r in requests]
+        values = iter(await ctx.doors.open_all(step, flat))
+        return {i: [next(values) for _ in requests] for i, (_, requests) in asks.items()}
+
+    return await side_by_side([branch(inner) for branch in branches], opened)
 
 
 async def truncate(ctx: Context, step: str, *items: tuple[Share, int]) -> list[Share]:

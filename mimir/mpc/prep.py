@@ -24,7 +24,7 @@ A *kind* names one sort of correlation, with everything that fixes its shape:
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from itertools import combinations
 from typing import Any, Final, Protocol
@@ -36,6 +36,7 @@ import trio
 from mimir import kernels
 from mimir.errors import LocalError
 from mimir.mpc import check
+from mimir.mpc.branches import ask, side_by_side
 from mimir.mpc.domain import Ring, words
 from mimir.mpc.doors import Doors
 from mimir.mpc.offload import offload
@@ -163,6 +164,17 @@ class Weights(Protocol):
 
 
 # --- making a batch --------------------------------------------------------------------------------
+
+
+class _Branch(Doors):
+    """Doors of one of several makers that share rounds."""
+
+    def __init__(self, doors: Doors) -> None:
+        super().__init__(doors.channel, doors.bk)
+
+    async def reshare(self, step: str, *summands: Ring) -> list[Ring]:
+        await trio.lowlevel.checkpoint()  # the mesh must keep time while many makers run before a round
+        return await ask((step, summands))
 
 
 @dataclass(slots=True)
@@ -440,6 +452,7 @@ class Batch:
 
 
 TRUNCATED_BITS: Final = 16  # of the bits to be dropped so many are masked
+ZEROS: Final = 8  # truncations are made apart where their masks' lowest zeros differ by so many
 
 
 def unmasked_bits(f: int) -> int:
@@ -458,10 +471,11 @@ def _cut(kinds: Mapping[Kind, int], material: dict[str, Ring]) -> Made:
 
 
 async def _truncs(b: Batch, kinds: Mapping[Kind, int]) -> Made:
-    """Truncation pairs of all shifts together: the shift does not matter until the end.
+    """Truncation pairs of several shifts together: the shift does not matter until the end.
 
     With R the sum of r's components over the integers and W how often it passes 2^64, r / 2^f rounded down is
-    (R - 2^64 W) / 2^f, of which the components, each shifted, give all but 0 to 2 units.
+    (R - 2^64 W) / 2^f, of which the components, each shifted, give all but 0 to 2 units. Where all components
+    end in zeros the adder leaves these out.
     """
     pairs = {k: n * (k.width if isinstance(k, Norm) else 1) for k, n in kinds.items()}
     n = sum(pairs.values())
@@ -469,22 +483,21 @@ async def _truncs(b: Batch, kinds: Mapping[Kind, int]) -> Made:
         np.array([k.f for k in kinds if isinstance(k, Trunc | TruncIf | Norm)], np.uint64),
         list(pairs.values()),
     )
-    bare = np.repeat(
-        np.array([unmasked_bits(k.f) for k in kinds if isinstance(k, Trunc | TruncIf | Norm)], np.uint64),
-        list(pairs.values()),
-    )
+    ends = [unmasked_bits(k.f) for k in kinds if isinstance(k, Trunc | TruncIf | Norm)]
+    bare, least = np.repeat(np.array(ends, np.uint64), list(pairs.values())), min(ends)
+    name = f"trunc {least}"
     r = b.doors.bk.random(n) >> bare << bare
-    bits = await b.add3("trunc", r, 64, low=0, last=True)
+    bits = await b.add3(name, r >> np.uint64(least), 64 - least, low=0, last=True)
     stack = np.stack([bits["top"], bits["over_a"], bits["over_b"]], axis=1)
-    got = await b.inject("trunc/inject", stack, n)
+    got = await b.inject(f"{name}/inject", stack, n)
     over = (got[:, 1] + got[:, 2]) * (np.uint64(1) << (np.uint64(64) - shift))
     out = _cut(pairs, {"r": r, "base": (r >> shift) - over, "top": got[:, 0]})
     chosen = {k: m for k, m in out.items() if isinstance(k, TruncIf)}
     if chosen:
         n = sum(kinds[k] for k in chosen)
-        ring = await b.inject("trunc/if", b.doors.bk.random(1, words(n)), n)
+        ring = await b.inject(f"{name}/if", b.doors.bk.random(1, words(n)), n)
         both = np.concatenate([np.stack([m["base"], m["top"]], axis=2) for m in chosen.values()], axis=1)
-        z = await b.times("trunc/if", np.ascontiguousarray(ring[:, 0]), both)
+        z = await b.times(f"{name}/if", np.ascontiguousarray(ring[:, 0]), both)
         parts = _cut({k: kinds[k] for k in chosen}, {"ring": ring[:, 0], "z": z})
         for kind, m in chosen.items():
             m |= parts[kind]
@@ -729,30 +742,43 @@ def shapes(kind: Kind, n: int, weight_shape: tuple[int, int] | None = None) -> d
 
 
 async def produce(batch: Batch, step: str, demand: Demand) -> Made:
-    """Make and verify everything in `demand`, or raise. Nothing unverified is returned."""
+    """Make and verify everything in `demand`, or raise. Nothing unverified is returned.
+
+    Makers run side by side, so the longest sets the rounds; see check.verify for those that follow.
+    """
     groups: dict[tuple[Any, ...], dict[Kind, int]] = {}
     for kind, n in sorted(demand.items(), key=lambda kv: order(kv[0])):
         if n:
             groups.setdefault(_group(kind), {})[kind] = n
-    for group, kinds in groups.items():
-        if group[0] is Trunc:
-            batch.out |= await _truncs(batch, kinds)
-        elif group[0] is Ands:
-            batch.out |= await _ands(batch, kinds)
-        else:
-            for kind, n in kinds.items():
-                batch.out[kind] = await _MAKERS[type(kind)](batch, kind, n)
-        await trio.lowlevel.checkpoint()
-    await check.verify(
-        batch.doors, f"{step}/verify", batch.relations, batch.gates, batch.zeros, batch.zero_bits
-    )
+    doors = batch.doors
+    inner = replace(batch, doors=_Branch(doors))  # whose relations are those of the batch
+    makers = [_make(inner, group, kinds) for group, kinds in groups.items()]
+    for made in await side_by_side(makers, partial(_reshared, doors)):
+        batch.out |= made
+    await check.verify(doors, f"{step}/verify", batch.relations, batch.gates, batch.zeros, batch.zero_bits)
     return batch.out
 
 
+async def _make(batch: Batch, group: tuple[Any, ...], kinds: Mapping[Kind, int]) -> Made:
+    if group[0] is Trunc:
+        return await _truncs(batch, kinds)
+    if group[0] is Ands:
+        return await _ands(batch, kinds)
+    return {kind: await _MAKERS[type(kind)](batch, kind, n) for kind, n in kinds.items()}
+
+
+async def _reshared(doors: Doors, asks: Mapping[int, tuple[str, Sequence[Ring]]]) -> dict[int, list[Ring]]:
+    """The resharings of several makers in one round, named after the first."""
+    first, _ = next(iter(asks.values()))
+    step = first if len(asks) == 1 else f"{first} and {len(asks) - 1} more"
+    told = iter(await doors.reshare(step, *(v for _, summands in asks.values() for v in summands)))
+    return {i: [next(told) for _ in summands] for i, (_, summands) in asks.items()}
+
+
 def _group(kind: Kind) -> tuple[Any, ...]:
-    """Kinds of one group are made together."""
+    """Kinds of one group are made together; truncations whose masks end in about as many zeros."""
     if isinstance(kind, Trunc | TruncIf | Norm):
-        return (Trunc,)
+        return Trunc, unmasked_bits(kind.f) // ZEROS
     if isinstance(kind, Ands):
         return (Ands,)
     return (kind,)
