@@ -30,10 +30,12 @@ import numpy as np
 import numpy.typing as npt
 import trio
 
+import mimir.actors.decode as decode_module
 import mimir.actors.session as session_module
 from mimir import kernels
 from mimir.actors import cause_of
 from mimir.actors.decode import DecodeActor
+from mimir.actors.lane import open_lane
 from mimir.actors.session import Limits, SessionActor, Step, Turn, plan_turn, sized
 from mimir.actors.triples import Batch, bytes_of
 from mimir.config import TriplePool
@@ -42,6 +44,7 @@ from mimir.manifest import COMPONENTS, Tensor, explicit_components
 from mimir.model.checkpoint import PlanSpec
 from mimir.mpc import doors as doors_module
 from mimir.mpc import prep
+from mimir.mpc.doors import Doors
 from mimir.mpc.nonlinear import Settings
 from mimir.mpc.share import Share
 from mimir.net import Payload, wire
@@ -567,6 +570,16 @@ class _Transport:
         return {}
 
 
+async def _open_uncounted(*args: Any, **times: Any) -> Doors:
+    """Lanes for decoding are opened once, for all tokens of all sessions."""
+    counts = _tally.lanes[ONLINE]
+    before = counts.copy()
+    doors = await open_lane(*args, **times)
+    counts.rounds, counts.sent = before.rounds, before.sent
+    counts.busiest, counts.payload = before.busiest, before.payload
+    return doors
+
+
 def _bulk_of(arrays: Sequence[Array]) -> list[Any]:
     return [_Bulk(8 * math.prod(a.shape)) for a in arrays if a.size]
 
@@ -639,6 +652,7 @@ def _nothing_real(tally: Tally) -> Iterator[None]:
             for name, value in empty.items():
                 if hasattr(module, name) and module.__name__ != "mimir.mpc.offload":
                     swap(module, name, value)
+        swap(decode_module, "open_lane", _open_uncounted)
         swap(doors_module, "_pack", _bulk_of)
         swap(doors_module, "_digest", _no_digest)
         swap(doors_module, "_split", _no_values)

@@ -63,16 +63,19 @@ def no_party_here() -> Iterator[None]:
 def exchanged(story: Story) -> list[dict[str, tuple[int, int]]]:
     """(rounds, bytes) by lane that each of three parties counted in a real session."""
     actors: list[SessionActor] = []
-    opened: list[list[Doors]] = [[] for _ in range(3)]  # for decoding
+    opened: list[list[tuple[Doors, int, int]]] = [
+        [] for _ in range(3)
+    ]  # to decode; opening is not counted
     told: list[dict[str, tuple[int, int]]] = []
 
     async def noted(transport: Any, *args: Any, **times: Any) -> Doors:
         lane = await open_lane(transport, *args, **times)
-        opened[transport.party].append(lane)
+        opened[transport.party].append((lane, lane.channel.rounds, lane.channel.sent))
         return lane
 
-    def of(lanes: Sequence[Doors]) -> tuple[int, int]:
-        return sum(d.channel.rounds for d in lanes), sum(d.channel.sent for d in lanes)
+    def of(own: Doors, lanes: Sequence[tuple[Doors, int, int]] = ()) -> tuple[int, int]:
+        each = [(own, 0, 0), *lanes]
+        return sum(d.channel.rounds - r for d, r, _ in each), sum(d.channel.sent - s for d, _, s in each)
 
     async def main() -> None:
         net = MemoryNet()
@@ -80,7 +83,7 @@ def exchanged(story: Story) -> list[dict[str, tuple[int, int]]]:
             outcome = await hold(story, net, actors=actors, decoders=running.actors)
             assert outcome.client is None and outcome.parties == [None] * 3
             for actor, lanes in zip(actors, opened, strict=True):
-                told.append({ONLINE: of([actor._online, *lanes]), PREP: of([actor._making])})
+                told.append({ONLINE: of(actor._online, lanes), PREP: of(actor._making)})
 
     with mock.patch("mimir.actors.decode.open_lane", noted):
         run(main)
