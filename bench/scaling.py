@@ -30,6 +30,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -135,27 +136,49 @@ def at_once(part: cost.Part, sessions: int) -> float:
     return max(part.seconds, sessions * max(part.processor, part.link))
 
 
+def one_pass(c: dryrun.Counts, rows: int) -> dryrun.Counts:
+    """Of a pass in which so many sessions decode a token like this one: its rounds, and otherwise as much of
+    each; weights are multiplied by all rows at once.
+    """
+    out = c.copy()
+    for name in ("sent", "busiest", "payload", "hashed"):
+        setattr(out, name, rows * getattr(c, name))
+    out.work = Counter({kernel: rows * n for kernel, n in c.work.items()})
+    if rows > 1:
+        out.work["matmul"] += out.work.pop(dryrun.ONE_ROW, 0)
+    return out
+
+
 def of_sessions(rates: cost.Rates) -> dict[str, Any]:
-    """One token of each of 1 to 8 sessions: the larger of a constant and a proportional part."""
+    """One token of each of 1 to 8 sessions. Online they share a pass; preparing side by side takes the
+    larger of a constant and a proportional part.
+    """
     run = counted(SMALL, CONTEXT)
+    online, _ = cost.last_token(run)
     points: list[dict[str, float]] = [{} for _ in AT_ONCE]
     fits: dict[str, dict[str, float | None]] = {}
     for name, link in LINKS.items():
-        for lane, part in parts(run, rates, link).items():
-            figure = f"s {lane}, {name}"
-            for n, told in zip(AT_ONCE, points, strict=True):
-                told[figure] = at_once(part, n)
-            busiest = max(part.processor, part.link)
-            fits[figure] = {
-                "constant": part.seconds,
-                "slope": busiest,
-                "bend": part.seconds / busiest,
-                "worst": 0.0,
-            }
+        making, passing = parts(run, rates, link)["preprocessing"], f"s online, {name}"
+        for n, told in zip(AT_ONCE, points, strict=True):
+            told[passing] = cost.part(dryrun.ONLINE, one_pass(online, n), rates, link).seconds
+            told[f"s preprocessing, {name}"] = at_once(making, n)
+        fits[passing] = fit(AT_ONCE, [p[passing] for p in points])
+        busiest = max(making.processor, making.link)
+        fits[f"s preprocessing, {name}"] = {
+            "constant": making.seconds,
+            "slope": busiest,
+            "bend": making.seconds / busiest if busiest else None,
+            "worst": 0.0,
+        }
     for n, told in zip(AT_ONCE, points, strict=True):
         told["MiB of arrays"] = n * (run.peak + run.pool) / 2**20
     fits["MiB of arrays"] = fit(AT_ONCE, [p["MiB of arrays"] for p in points])
-    return {"x": list(AT_ONCE), "points": points, "fits": fits, "larger": list(SECONDS)}
+    return {
+        "x": list(AT_ONCE),
+        "points": points,
+        "fits": fits,
+        "larger": [f"s preprocessing, {name}" for name in LINKS],
+    }
 
 
 def of_round_trips(rates: cost.Rates) -> dict[str, Any]:

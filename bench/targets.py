@@ -69,7 +69,7 @@ ROOT = HERE.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(HERE)]
 
 from run import commit, machine, planned, third, threads_rule  # noqa: E402
-from scaling import SMALL, at_once  # noqa: E402
+from scaling import SMALL, one_pass  # noqa: E402
 
 from mimir import cost, dryrun, kernels  # noqa: E402
 from mimir.actors.decode import OPEN_LANE, DecodeActor  # noqa: E402
@@ -552,9 +552,9 @@ def predicted(spec: PlanSpec, context: int, rates: cost.Rates) -> dict[str, Any]
             "prep": expected(dryrun.PREP, made, rates, planning),
         }
 
-    alone = cost.part(dryrun.ONLINE, online, rates, cost.Link(parties_here=PARTIES))
+    joint = cost.part(dryrun.ONLINE, one_pass(online, AT_ONCE), rates, cost.Link(parties_here=PARTIES))
     return {
-        "token": both(online, made) | {"at once": AT_ONCE / at_once(alone, AT_ONCE)},
+        "token": both(online, made) | {"at once": AT_ONCE / joint.seconds},
         "prefill": both(first, [cost.Shared(first_made, 1)]),
         "block": made[1].positions,
     }

@@ -63,9 +63,7 @@ def no_party_here() -> Iterator[None]:
 def exchanged(story: Story) -> list[dict[str, tuple[int, int]]]:
     """(rounds, bytes) by lane that each of three parties counted in a real session."""
     actors: list[SessionActor] = []
-    opened: list[list[tuple[Doors, int, int]]] = [
-        [] for _ in range(3)
-    ]  # to decode; opening is not counted
+    opened: list[list[tuple[Doors, int, int]]] = [[] for _ in range(3)]  # to decode; opening is not counted
     told: list[dict[str, tuple[int, int]]] = []
 
     async def noted(transport: Any, *args: Any, **times: Any) -> Doors:
