@@ -13,10 +13,11 @@ import numpy as np
 import parties
 import pytest
 import trio
+import trio.testing
 from parties import Party
 from session_fixture import GPT2, LLAMA, PARTIES, SETTINGS, Outcome, Story, decoders, hold, run
 
-from mimir.actors.decode import TAG, DecodeActor
+from mimir.actors.decode import LEAVING, TAG, DecodeActor
 from mimir.actors.session import SessionActor
 from mimir.errors import AbortError, LocalError
 from mimir.model import sampling, transformer
@@ -211,9 +212,19 @@ def test_one_session_after_another() -> None:
     assert [o.parties for o in ends] == [[None] * PARTIES] * 3
 
 
+@pytest.mark.parametrize("silent", [False, True], ids=["told", "silent"])
 @pytest.mark.parametrize("restarted", [(0,), (1,), (2,), (0, 2), (1, 2)])
-def test_a_party_that_has_let_go_of_the_lane_gets_another(restarted: Sequence[int]) -> None:
-    """Between two sessions the decode actors of some parties end and others begin."""
+def test_a_party_that_has_let_go_of_the_lane_gets_another(
+    restarted: Sequence[int], silent: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between two sessions the decode actors of some parties end and others begin, also without a word."""
+    if silent:
+        name = DecodeActor._name
+
+        async def mute(self: DecodeActor, lane: Any, tags: Sequence[bytes]) -> list[set[bytes]]:
+            return [] if LEAVING in tags else await name(self, lane, tags)
+
+        monkeypatch.setattr(DecodeActor, "_name", mute)
     story = stories(GPT2, 1, max_new=3)[0]
     ends: list[Outcome] = []
 
@@ -228,6 +239,51 @@ def test_a_party_that_has_let_go_of_the_lane_gets_another(restarted: Sequence[in
     run(main)
     assert [o.tokens for o in ends] == [story.expected] * 3
     assert [o.parties for o in ends] == [[None] * PARTIES] * 3
+
+
+def test_a_lane_that_is_not_opened_is_asked_for_again() -> None:
+    """A party loses the first that it is asked for, as when its last session ends just then."""
+    told = stories(GPT2, 2, max_new=3)
+    lost: list[bytes] = []
+
+    def bend(actors: Sequence[DecodeActor]) -> None:
+        renew = actors[1].renew
+
+        def once(peer: int, lane: bytes) -> None:
+            if lost:
+                renew(peer, lane)
+            lost.append(lane)
+
+        actors[1].renew = once  # type: ignore[method-assign]
+
+    outcomes, _ = held_together(told, bend=bend)
+    assert len(lost) > 1
+    assert [o.tokens for o in outcomes] == [s.expected for s in told]
+
+
+def test_a_lane_that_breaks_while_the_actor_ends_breaks_nothing_else() -> None:
+    """Its end and the lane's come in one group of errors, of which the scope takes only its own."""
+
+    async def broken() -> None:
+        async with trio.open_nursery() as nursery:
+
+            async def kernel() -> None:
+                try:
+                    await trio.sleep_forever()
+                except trio.Cancelled:
+                    raise AbortError("the lane was lost") from None
+
+            nursery.start_soon(kernel)
+            await trio.sleep_forever()
+
+    async def main() -> None:
+        async with decoders(MemoryNet(PARTIES), GPT2) as running:
+            running.actors[0]._lane = broken  # type: ignore[method-assign]
+            await trio.testing.wait_all_tasks_blocked()
+            running.restart(0)
+            await trio.testing.wait_all_tasks_blocked()
+
+    run(main)
 
 
 # --- parties that cheat ------------------------------------------------------------------------------------

@@ -26,11 +26,11 @@ import trio
 from prometheus_client import Histogram
 
 from mimir.actors import Actor, Reply, cause_of
-from mimir.actors.lane import close_lane, open_lane
+from mimir.actors.lane import END_SECONDS, close_lane, open_lane
 from mimir.actors.matmul import MatmulActor
 from mimir.actors.sampler import Choice, Noise, SamplerActor
 from mimir.actors.softmax import SoftmaxActor
-from mimir.errors import AbortError, BadInput, MimirError
+from mimir.errors import BadInput, MimirError
 from mimir.model import transformer
 from mimir.model.checkpoint import PlanSpec
 from mimir.model.sampling import Sampler
@@ -50,14 +50,15 @@ ROWS = Histogram("mimir_pass_rows", "Sessions whose token one pass decoded", buc
 LEADER: Final = 0  # opens the lane
 OPEN_LANE: Final = "decode lane"
 ASK_SECONDS: Final = 30.0
-LISTED: Final = 32  # sessions that a party names at once
+LISTED: Final = 64  # rows that a party names at once: as many as it may have sessions
 TAG: Final = 16  # bytes that name a session and its token
 PATIENCE: Final = 1 / 8  # of what the last pass took: so long the next one waits for those who are late
 LEAVING: Final = b"\xff" * TAG  # instead of a name
 LEAVE_SECONDS: Final = 0.2
 PAUSE: Final = 0.002  # seconds before naming again when no session was named by all, doubled ...
 PAUSES: Final = 7  # ... so often at most
-MOST_LANES: Final = 3  # that may be lost in a row before anything was decoded
+MOST_LANES: Final = 3  # that may be lost in a row before anything was decoded ...
+LANE_SECONDS: Final = 0.1  # ... after each of which so much longer is waited
 
 
 @dataclass(slots=True, eq=False)
@@ -219,23 +220,41 @@ class DecodeActor(Actor[Waiting]):
 
     async def run(self) -> None:
         lost = 0
-        while True:
-            self._decoded = False
-            try:
-                await self._lane()
-            except Exception as error:
-                cause = cause_of(error)
-                assert isinstance(cause, Exception)
-                if not isinstance(cause, MimirError):
-                    log.error("decoding failed by an error of ours", exc_info=cause)
-                lost = 0 if self._decoded else lost + 1
-                failed, self._members = self._members, []
-                # A lane that a peer has let go of while nothing was decoded is made anew for who waits.
-                if not isinstance(cause, AbortError) or lost >= MOST_LANES:
-                    failed += self._waiting.values()
-                    self._waiting.clear()
-                for waiting in failed:
-                    waiting.reply.fail(cause)
+        try:
+            while True:
+                self._decoded = False
+                try:
+                    await self._lane()
+                except (Exception, BaseExceptionGroup) as error:
+                    cause = cause_of(error)
+                    if not isinstance(cause, Exception):
+                        raise
+                    # In a group with it our own end may be lost: the next wait tells it again.
+                    lost = 0 if self._decoded else lost + 1
+                    self._failed(cause, everybody=lost >= MOST_LANES)
+                    await trio.sleep(LANE_SECONDS * lost)
+        finally:
+            await self._refuse()
+
+    def _failed(self, cause: Exception, *, everybody: bool) -> None:
+        """End the sessions of the pass that failed. Who waits gets another lane, unless these were no use."""
+        if not isinstance(cause, MimirError):
+            log.error("decoding failed by an error of ours", exc_info=cause)
+        failed, self._members = self._members, []
+        if everybody:
+            failed += self._waiting.values()
+            self._waiting.clear()
+        for waiting in failed:
+            waiting.reply.fail(cause)
+
+    async def _refuse(self) -> None:
+        """Tell the peers that a lane which was asked for will not be opened here."""
+        try:
+            name = self._asked.receive_nowait()
+        except trio.WouldBlock:
+            return
+        with trio.move_on_after(END_SECONDS, shield=True), suppress(MimirError):
+            await self.transport.channel(name, "online").abort()
 
     async def _lane(self) -> None:
         """From the opening of a lane to its end, by a peer that leaves or asks for another one. Raises what
@@ -313,8 +332,12 @@ class DecodeActor(Actor[Waiting]):
         """Until the three have named whom they have: sets the members of a pass, who may be none. True if
         the lane is over, as a peer leaves it or the leader asks for another.
         """
+        if self._asked.statistics().current_buffer_used:
+            return True
         with trio.CancelScope() as self._asked_anew:
             await self._gather()
+            if self.transport.party == LEADER:  # a peer may have lost the lane and wait for another
+                self._asked_anew.deadline = trio.current_time() + self._round_seconds
             mine = dict(islice(self._waiting.items(), LISTED))
             heard = await self._name(lane, list(mine))
             if any(LEAVING in names for names in heard):

@@ -92,7 +92,10 @@ class _Decoder:
 
     async def run(self) -> None:
         with self.scope:
-            await self.actor.run()
+            try:
+                await self.actor.run()
+            except Exception as error:  # nothing it does can end the party
+                log.error("decoding ended by an error of ours", model=self.actor.model, exc_info=error)
 
 
 class _Weights:
