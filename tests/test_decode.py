@@ -19,7 +19,7 @@ from session_fixture import GPT2, LLAMA, PARTIES, SETTINGS, Outcome, Story, deco
 
 from mimir.actors.decode import LEAVING, TAG, DecodeActor
 from mimir.actors.session import SessionActor
-from mimir.errors import AbortError, LocalError
+from mimir.errors import AbortError, LocalError, PeerError
 from mimir.model import sampling, transformer
 from mimir.model.checkpoint import PlanSpec
 from mimir.mpc import nonlinear, plan, prep
@@ -354,6 +354,9 @@ def test_two_stories_about_who_takes_part_end_the_sessions() -> None:
     for outcome, story in zip(outcomes, told, strict=True):
         assert outcome.tokens == story.expected[: len(outcome.tokens)]
     assert any(outcome.client is not None for outcome in outcomes)
+    # In the first round, by the names that the steps carry, before anything of it is used.
+    ends = [str(end) for outcome in outcomes for end in outcome.parties if isinstance(end, PeerError)]
+    assert any("is at step 'pass" in end and "/enter/index" in end for end in ends)
 
 
 def test_a_party_that_names_nobody_is_not_waited_for_for_ever() -> None:
