@@ -1266,16 +1266,16 @@ CHECKS: dict[str, Check] = {
     ),
     "injection: the first product": Check(
         "mpc.prep:Batch.inject",
-        "self.relations.append(check.Product(*(v.reshape(2, -1) for v in (first, second, both))))",
-        cheat_cancelling,
-        20,
+        "self.relations.extend((check.Dot((stated(0, j),), (stated(1, j),), both[:, j]) for j in range(3)))",
+        spoiling(prep.DaBit(), "dabit/xor 1"),
     ),
     "16-bit messages: what fills the last word": Check(
         "mpc.prep:Batch._nothing_beyond", "self.zeros.append(rest << np.uint64(48))", cheat_filling
     ),
-    "injection: a bit is 0 or 1": Check(
+    "injection: the second product": Check(
         "mpc.prep:Batch.inject",
-        "self.relations.append(check.Product(flat_x, flat_x, flat_x))",
+        "self.relations.extend((check.Dot(((x[0, j, :end], x[1, j, :end]),), (stated(2, j, end),), "
+        "z[:, span]) for j, end, span in ends))",
         spoiling(prep.DaBit(), "dabit/xor 2"),
     ),
     "one-hots: one entry, of 1": Check("mpc.prep:Batch.one_hot", ONE_HOTS, cheat_two_entries),

@@ -75,6 +75,8 @@ class Draw:
 
 
 Pair = tuple[Ring, Ring]  # the two components of a share, each its own array, so that folding copies nothing
+Sparse = tuple[Ring | None, Ring | None]  # the same of values (n,); None for a component that is zero
+Terms = list[tuple[Sparse, Sparse]]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -123,6 +125,20 @@ class Product:
 
     x: Ring
     y: Ring
+    z: Ring
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Dot:
+    """sum_t x_t y_t = z, element by element: tuples x and y of as many terms, z (2, n).
+
+    For factors of which some components are zero by their nature, as where a value is one component. These
+    are None, and nothing is computed for them. How many terms there are, and n, is the same at all parties;
+    which components are None is not.
+    """
+
+    x: tuple[Sparse, ...]
+    y: tuple[Sparse, ...]
     z: Ring
 
 
@@ -352,6 +368,26 @@ def _summand(ext: Extension, x: Pair, y: Pair) -> Ring:
     return ext.add(ext.inner(ext.add(x[0], x[1]), y[0]), ext.inner(x[0], y[1]))
 
 
+def _given(f: Callable[[Ring], Ring], v: Sparse) -> Sparse:
+    return None if v[0] is None else f(v[0]), None if v[1] is None else f(v[1])
+
+
+def _plus(a: Ring | None, b: Ring | None) -> Ring | None:
+    return b if a is None else a if b is None else a + b
+
+
+def _factors(terms: Terms) -> list[Pair]:
+    """Pairs of words of which the products add up to this party's part of the sum of all terms."""
+    out: list[Pair] = []
+    for (x0, x1), (y0, y1) in terms:
+        one, other = (
+            [(a, b) for a, b in way if a is not None and b is not None]
+            for way in (((x0, _plus(y0, y1)), (x1, y0)), ((_plus(x0, x1), y0), (x0, y1)))
+        )
+        out += one if len(one) <= len(other) else other
+    return out
+
+
 def _point(ext: Extension, variables: int, draw: Draw) -> tuple[list[int], Ring, Ring, npt.NDArray[np.bool_]]:
     """A random point of a cube: its coordinates, the first variable's first; what the value there is of
     values at corners, for a multilinear function, and of values at 0, 1 and infinity of each variable, for
@@ -373,7 +409,7 @@ def _point(ext: Extension, variables: int, draw: Draw) -> tuple[list[int], Ring,
 
 
 class _Folding:
-    """Many products, or words of AND gates, turned into a claim of `rows` times fewer.
+    """Many products and sums of products, or words of AND gates, turned into a claim of `rows` times fewer.
 
     Products stand in columns of `rows`; a column's coefficient is beta_g, and row i stands at the corner of a
     cube with the binary digits of i. x and y become multilinear functions of the cube, and
@@ -381,15 +417,24 @@ class _Folding:
     infinity of each variable tell it: those at the corners are combinations of the z, shared already; the
     others, 3^levels - 2^levels, are computed and shared. Coins xi then give one claim, h(xi) as stated is
     sum_g beta_g x_g(xi) y_g(xi). A wrong h survives with probability at most 2 levels / 2^48.
+
+    A sum of products, z = sum_t x_t y_t, differs in nothing but that all its terms stand in columns of the
+    same beta, whose sum h takes, and that each is a row of the claim.
     """
 
-    def __init__(self, ext: Extension, parts: Sequence[Product | And], draw: Draw) -> None:
-        sizes = [np.asarray(p.x).size // 2 for p in parts]
-        self._lay(ext, [(p.x, p.y, p.z) for p in parts], _fold_rows(sum(sizes)))
+    def __init__(
+        self, ext: Extension, parts: Sequence[Product | And], draw: Draw, dots: Sequence[Dot] = ()
+    ) -> None:
+        sizes = [np.asarray(p.x).size // 2 for p in parts] + [len(d.x) * d.z.shape[1] for d in dots]
+        self._lay(ext, [(p.x, p.y, p.z) for p in parts], _fold_rows(sum(sizes)), dots)
         self._coefficients = ext.coefficients(draw, self.columns)
 
-    def _lay(self, ext: Extension, parts: Sequence[tuple[Ring, ...]], rows: int) -> None:
-        """Long parts are folded where they lie; then come their ends and the short ones, put together."""
+    def _lay(
+        self, ext: Extension, parts: Sequence[tuple[Ring, ...]], rows: int, dots: Sequence[Dot] = ()
+    ) -> None:
+        """Long parts are folded where they lie; then come their ends and the short ones, put together; then
+        sums of products, each in columns of its own, as zeros are not where they are in others.
+        """
         self.ext, self.rows = ext, rows
         flat = [[np.asarray(v).reshape(2, -1) for v in part] for part in parts]
         sizes = [part[0].shape[1] for part in flat]
@@ -397,7 +442,9 @@ class _Folding:
         self._long = [(part, n) for part, n in zip(flat, whole, strict=True) if n]
         self._short = [[v[:, n * rows :] for v in part] for part, n in zip(flat, whole, strict=True)]
         left = sum(sizes) - rows * sum(whole)
-        self.columns = sum(whole) + -(-left // rows)
+        self._first_dot = sum(whole) + -(-left // rows)
+        self._dots = [(d, -(-d.z.shape[1] // rows)) for d in dots]
+        self.columns = self._first_dot + sum(columns for _, columns in self._dots)
 
     def _blocks(self, words: int, *which: int) -> Iterator[tuple[Ring, list[Pair]]]:
         """Coefficients, and x, y, z by number, each a pair of (n, rows), for columns of about so many words
@@ -415,8 +462,8 @@ class _Folding:
                 at += n
         pieces = ([part[w] for w in which] for part in self._short if part[0].size)
         current, taken = next(pieces, None), 0
-        while at < self.columns:
-            n = min(step, self.columns - at)
+        while at < self._first_dot:
+            n = min(step, self._first_dot - at)
             out = [np.zeros((2, n * self.rows), np.uint64) for _ in which]
             filled = 0
             while filled < n * self.rows and current is not None:
@@ -429,16 +476,50 @@ class _Folding:
             yield self._of(at, n), [_each(lambda v: v.reshape(-1, self.rows), v) for v in out]
             at += n
 
+    def _dot_blocks(self, words: int) -> Iterator[tuple[Ring, Terms, Pair]]:
+        """Coefficients, terms, and z of sums of products: what is not None is (n, rows), for columns of about
+        so many words at a time.
+        """
+        step, at = max(1, words // self.rows), self._first_dot
+        for dot, columns in self._dots:
+            for lo in range(0, columns, step):
+                n = min(step, columns - lo)
+                cut = partial(self._columns, first=lo, n=n)
+                terms = [(_given(cut, x), _given(cut, y)) for x, y in zip(dot.x, dot.y, strict=True)]
+                yield self._of(at, n), terms, (cut(dot.z[0]), cut(dot.z[1]))
+                at += n
+
+    def _columns(self, v: Ring, first: int, n: int) -> Ring:
+        """Columns of a component that stands in columns of its own, with zeros after its end: (n, rows)."""
+        part = v[first * self.rows : (first + n) * self.rows]
+        if len(part) < n * self.rows:
+            part = np.pad(part, (0, n * self.rows - len(part)))
+        return np.ascontiguousarray(part).reshape(-1, self.rows)
+
     def _of(self, at: int, n: int) -> Ring:
         return np.ascontiguousarray(self._coefficients[..., at : at + n])
 
     def cross(self) -> Ring:
         """This party's summands of the values that are not at corners: (3^levels - 2^levels, ...)."""
         out = np.zeros((kernels.crosses(self.rows), *self.ext.shape), np.uint64)
-        blocks = self._blocks(AT_ONCE, 0, 1)
-        for part in spread(partial(self.ext.cross, x, y, mine) for mine, (x, y) in blocks):
+        products = (((x, y), mine) for mine, (x, y) in self._blocks(AT_ONCE, 0, 1))
+        for part in spread(
+            partial(self.ext.cross, *xy, mine) for xy, mine in itertools.chain(products, self._pairs())
+        ):
             out = self.ext.add(out, part)
         return out
+
+    def _pairs(self) -> Iterator[tuple[tuple[Pair, Pair], Ring]]:
+        """What to cross for sums of products: x0 y0 + x0 y1 + x1 y0 is two products a b + c d if
+        x = (a, c) and y = (d, b - d). Where this party has no part in a sum nothing is crossed.
+        """
+        for mine, terms, _ in self._dot_blocks(AT_ONCE):
+            factors = _factors(terms)
+            if len(factors) % 2:
+                zero = np.zeros_like(factors[0][0])
+                factors.append((zero, zero))
+            for (a, b), (c, d) in zip(factors[::2], factors[1::2], strict=True):
+                yield ((a, c), (d, b - d)), mine
 
     def claims(self, crossed: Ring, draw: Draw) -> Iterator[Claim]:
         """The claim, for values (2, 3^levels - 2^levels, ...) and coins tossed after they were received."""
@@ -453,8 +534,24 @@ class _Folding:
             w = _each(lambda v: ext.blend(v, corners), y)
             return len(x[0]), a, w, [ext.combine(v, mine) for pair in z for v in pair]
 
-        blocks = self._blocks(CLAIMED, *self.claimed)
-        for columns, a, w, more in spread(partial(made, mine, *pairs) for mine, pairs in blocks):
+        def summed(mine: Ring, terms: Terms, z: Pair) -> tuple[int, Pair, Pair, list[Ring]]:
+            nothing = np.zeros((len(z[0]), *ext.shape), np.uint64)
+
+            def blended(v: Ring | None) -> Ring:
+                return nothing if v is None else ext.blend(v, corners)
+
+            def mixed(v: Ring | None) -> Ring:
+                return nothing if v is None else ext.mix(ext.blend(v, corners), mine)
+
+            a = _joined([(mixed(x[0]), mixed(x[1])) for x, _ in terms])
+            w = _joined([(blended(y[0]), blended(y[1])) for _, y in terms])
+            return len(z[0]), a, w, [ext.combine(v, mine) for v in z]
+
+        jobs = itertools.chain(
+            (partial(made, mine, *pairs) for mine, pairs in self._blocks(CLAIMED, *self.claimed)),
+            (partial(summed, *block) for block in self._dot_blocks(CLAIMED)),
+        )
+        for columns, a, w, more in spread(jobs):
             if more:
                 at_corners = [ext.add(sums, v) for sums, v in zip(at_corners, more, strict=True)]
             left -= columns
@@ -796,7 +893,7 @@ def _stated(
 async def verify(
     doors: Doors,
     step: str,
-    relations: Sequence[Product | SquareSum | Relation],
+    relations: Sequence[Product | Dot | SquareSum | Relation],
     gates: Sequence[And],
     zeros: Sequence[Ring],
     zero_bits: Sequence[Ring],
@@ -811,13 +908,13 @@ async def verify(
     draw = Draw(await coins.toss())
     narrow = [r for r in relations if isinstance(r, ScalarProduct) and r.x.shape[2] <= NARROW]
     products = [r for r in relations if isinstance(r, Product)] + [r.products() for r in narrow]
+    dots = [r for r in relations if isinstance(r, Dot)]
     sums = [r for r in relations if isinstance(r, SquareSum)]
     vectors = [r for r in relations if isinstance(r, MatrixProduct) and r.a.shape[2] == 1]
     aside = [*narrow, *vectors]
-    others = [r for r in relations if not isinstance(r, Product | SquareSum) and r not in aside]
-    foldings: list[_Folding | _Vectors] = [
-        _Folding(e, p, draw) for e, p in ((RING, products), (BITS, gates)) if p
-    ]
+    others = [r for r in relations if not isinstance(r, Product | Dot | SquareSum) and r not in aside]
+    foldings: list[_Folding | _Vectors] = [_Folding(RING, products, draw, dots)] if products or dots else []
+    foldings += [_Folding(BITS, gates, draw)] if gates else []
     foldings += [_Squares(sums, draw)] if sums else []
     foldings += [_Vectors(vectors, draw)] if vectors else []
 

@@ -185,7 +185,9 @@ class Batch:
     weights: Weights
     caches: dict[tuple[str, int], list[Ring]]
     out: Made = field(default_factory=dict)
-    relations: list[check.Product | check.SquareSum | check.Relation] = field(default_factory=list)
+    relations: list[check.Product | check.Dot | check.SquareSum | check.Relation] = field(
+        default_factory=list
+    )
     gates: list[check.And] = field(default_factory=list)
     zeros: list[Ring] = field(default_factory=list)
     zero_bits: list[Ring] = field(default_factory=list)
@@ -294,17 +296,31 @@ class Batch:
             span *= 2
         return g
 
+    async def deal(self, step: str, own: Ring, narrow: bool = False) -> Ring:
+        """Shares (2, 3, ..) of what each party knows of its own block: block j is the `own` (..) of party j,
+        modulo 2^16 if narrow. That party draws one summand with the next one and sends the other to the one
+        before, to which it is masked by a key that this party lacks. A cheater may deal anything.
+
+        One round; 8/3 bytes a shared value in the mean, a quarter of it if narrow.
+        """
+        bk = self.doors.bk
+        me, before, after = bk.party, bk.previous, bk.following
+        out = np.zeros((2, 3, *own.shape), np.uint64)
+        out[0, before], out[1, me] = bk.random(*own.shape)
+        (told,) = await self._exchange(step, own - out[1, me], narrow)
+        out[0, me], out[1, after] = told
+        return out
+
     async def inject(
         self, step: str, bits: Ring, n: int, *, prove: bool = True, narrow: bool = False
     ) -> Ring:
         """Words of bits (2, j, w) as ring elements (2, j, n); modulo 2^16 if narrow.
 
         XOR of the three components as ring products, two rounds. The first product is of two components that
-        one party knows, so that party deals it: it draws one summand with the next party and sends the other
-        to the one before it, a third of the bits each. Products are stated: without the first, errors e and
-        -e in the two would cancel exactly when the third component is 0, and a passing check would tell a
-        bit. Then an error of the second is found because the result must be 0 or 1 (stated here if `prove`,
-        otherwise by the caller) and its low bit must be the bit shared.
+        one party knows, so that party deals it, a third of the bits each; the second is with the component
+        that it does not know. Both are stated, the second only if `prove`: without the first, errors e and -e
+        in the two would cancel exactly when the third component is 0, and a passing check would tell a bit.
+        If not `prove`, the caller states that the result is 0 or 1, which shows an error of the second.
         """
         bk = self.doors.bk
         flat = bits.reshape(2, -1, bits.shape[-1])
@@ -317,42 +333,46 @@ class Batch:
 
         # In block j the factors are components j, j + 1, and then j + 2: of each factor, (slot, block).
         mine = [[(slot, (bk.party + slot - k) % 3) for slot in range(2)] for k in range(3)]
-        first, second, both = (np.zeros(ring.shape, np.uint64) for _ in range(3))
-        for factor, at in ((first, mine[0]), (second, mine[1])):
-            for where in at:
-                factor[where] = ring[where]
-        me, after, before = bk.party, bk.following, bk.previous
-        drawn = bk.random(third)
-        dealt = ring[0, me] * ring[1, me] - drawn[1]
-        both[0, before], both[1, me] = drawn
-        (told,) = await self._exchange(f"{step}/xor 1", dealt, narrow)
-        both[0, me], both[1, after] = told
-        last, x = [ring[where].copy() for where in mine[2]], ring
+
+        def stated(k: int, block: int, end: int | None = None) -> check.Sparse:
+            """Factor k as a share; if narrow, shifted up so that its product with the second, or with the
+            first product, counts modulo 2^16.
+            """
+            have = (ring[slot, block, :end] if (slot, block) in mine[k] else None for slot in range(2))
+            a, b = (v if v is None or k == 1 or not narrow else v << np.uint64(48) for v in have)
+            return a, b
+
+        both = await self.deal(f"{step}/xor 1", ring[0, bk.party] * ring[1, bk.party], narrow)
+        x = ring.copy()
         for where in mine[2]:
             x[where] = 0
         x -= both
         x -= both
-        if narrow:
-            first <<= np.uint64(48)
-            both <<= np.uint64(48)
         # Stated with what fills the last block, so that nothing of a message is free to be wrong.
-        self.relations.append(check.Product(*(v.reshape(2, -1) for v in (first, second, both))))
+        if narrow:
+            both <<= np.uint64(48)
+        self.relations.extend(check.Dot((stated(0, j),), (stated(1, j),), both[:, j]) for j in range(3))
 
         part = bk.zero(3 * third)[:size]
         blocks = [part[j * third : (j + 1) * third] for j in range(3)]
         (_, a), (_, b) = mine[2]  # where the third factor is known in the first slot, and in the second
         k, m = len(blocks[a]), len(blocks[b])
-        blocks[a] += (x[0, a, :k] + x[1, a, :k]) * last[0][:k]
-        blocks[b] += x[0, b, :m] * last[1][:m]
+        blocks[a] += (x[0, a, :k] + x[1, a, :k]) * ring[0, a, :k]
+        blocks[b] += x[0, b, :m] * ring[1, b, :m]
         (told,) = await self._exchange(f"{step}/xor 2", part.reshape(-1, n), narrow)
-        for where, factor in zip(mine[2], last, strict=True):
-            x[where] += factor
+        if prove:
+            z = told.reshape(2, -1) << np.uint64(48) if narrow else told.reshape(2, -1)
+            ends = [(j, len(v), slice(j * third, j * third + len(v))) for j, v in enumerate(blocks)]
+            self.relations.extend(
+                check.Dot(((x[0, j, :end], x[1, j, :end]),), (stated(2, j, end),), z[:, span])
+                for j, end, span in ends
+            )
+            x = x.copy()
+        for where in mine[2]:
+            x[where] += ring[where]
         x = x.reshape(2, -1)[:, :size].reshape(2, -1, n)
         x -= told
         x -= told
-        if prove:
-            flat_x = x.reshape(2, -1)
-            self.relations.append(check.Product(flat_x, flat_x, flat_x))
         self.same_bits(x, flat, n)
         return x.reshape(*bits.shape[:-1], n)
 
