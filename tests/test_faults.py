@@ -545,9 +545,11 @@ def test_wrong_material(kind: prep.Kind, seed: int) -> None:
                 ends = make({kind: DEMANDS[kind]}, {step: lie}, cheater, seed)
                 tried += 1
                 if not caught(ends, cheater):
-                    # The second product of an injection is doubled, so its topmost bit leaves the ring.
+                    # The second product of an injection is doubled, so its topmost bit leaves the ring;
+                    # lookups do not state it.
                     where = f"{how} by party {cheater} at {step}"
-                    assert how == "top bit" and step.endswith("/xor 2"), f"nobody noticed: {where}"
+                    unseen = isinstance(kind, prep.Lookup) and step.endswith("/xor 2")
+                    assert how == "top bit" and unseen, f"nobody noticed: {where}"
                     assert sound(kind, [end and end[kind] for end in ends], cheater), where
     print(f"{kind}: {len(steps_of(kind))} steps, {tried} errors, all caught")
 
@@ -564,25 +566,34 @@ def cancelling(summands: Mapping[str, int]) -> dict[str, Lie]:
     return {step: lie(number) for step, number in summands.items()}
 
 
-def cancelling_injection(cheater: int, e: int) -> dict[str, Lie]:
+# What injects three bits: once with both products stated, once with the result as a one-hot's index.
+INJECTIONS: dict[str, tuple[prep.Kind, int]] = {
+    "dabit": (prep.DaBit(), 3),
+    "lookup 0.3.0/inject": (prep.Lookup(0, 3, 0), 1),
+}
+
+
+def cancelling_injection(step: str, cheater: int, e: int) -> dict[str, Lie]:
     """Errors e and -e in the two products for one of three bits, whose first product this party deals."""
 
     def second(v: list[Ring]) -> None:
         v[0].reshape(-1)[cheater] -= np.uint64(e)
 
-    return cancelling({"dabit/xor 1": e}) | {"dabit/xor 2": second}
+    return cancelling({f"{step}/xor 1": e}) | {f"{step}/xor 2": second}
 
 
-def test_errors_that_cancel_for_one_value_of_a_bit(seed: int) -> None:
+@pytest.mark.parametrize("step", INJECTIONS)
+def test_errors_that_cancel_for_one_value_of_a_bit(step: str, seed: int) -> None:
     """Errors e and -e in the two products of an injection cancel if the third party's bit is 0. Did the check
     pass then, its verdict would tell that bit; so it must fail always.
     """
     rng = np.random.default_rng(seed)
+    kind, n = INJECTIONS[step]
     for number in range(24):
         cheater = number % PARTIES
         e = int(rng.integers(1, 2**63)) if number % 2 else 1
         assert caught(
-            make({prep.DaBit(): 3}, cancelling_injection(cheater, e), cheater, seed + number), cheater
+            make({kind: n}, cancelling_injection(step, cheater, e), cheater, seed + number), cheater
         )
 
 
@@ -656,6 +667,100 @@ def test_one_wrong_sum_of_squares_among_many(rows: int, seed: int) -> None:
 
     assert not caught(ends(lie=False), cheater)
     assert caught(ends(lie=True), cheater)
+
+
+async def dealt_dots(p: Party, n: int, lies: Mapping[tuple[int, int], Any]) -> list[check.Dot]:
+    """Sums of products of which this party knows some components, by block: a_t b_t of what block j's dealer
+    knows, for t = 0 and 1, dealt by itself; x c of a general x; and the sum of all three. `lies` are added to
+    the term and, of the cheater's own block, place: terms 0 and 1 are dealt, 2 is reshared.
+    """
+    bk = p.prep_doors.bk
+    me = bk.party
+    batch = prep.Batch(p.prep_doors, p.weights, p.caches)
+    v, x = bk.random(2, 3, n), bk.random(3, n)
+
+    def part(t: int, k: int, j: int) -> check.Sparse:
+        """Of component j + k alone."""
+        a, b = (v[slot, t, j] if (me + slot - j - k) % PARTIES == 0 else None for slot in range(2))
+        return a, b
+
+    terms = []
+    for t in range(2):
+        own = v[0, t, me] * v[1, t, me]
+        for (term, at), e in lies.items():
+            if term == t:
+                own[at : at + 1] += np.uint64(e)
+        terms.append(await batch.deal(f"deal {t}", own))
+    share = bk.zero(3, n)
+    for j in range(3):
+        c0, c1 = part(0, 2, j)
+        share[j] += (x[0, j] + x[1, j]) * c0 if c0 is not None else 0
+        share[j] += x[0, j] * c1 if c1 is not None else 0
+    for (term, at), e in lies.items():
+        if term == 2:
+            share[me, at : at + 1] += np.uint64(e)
+    (z,) = await p.prep_doors.reshare("times", share)
+    out = []
+    for j in range(3):
+        dealt = [part(t, 0, j) for t in range(2)], [part(t, 1, j) for t in range(2)]
+        general = (x[0, j], x[1, j]), part(0, 2, j)
+        out.append(check.Dot(tuple(dealt[0]), tuple(dealt[1]), terms[0][:, j] + terms[1][:, j]))
+        out.append(check.Dot((general[0],), (general[1],), z[:, j]))
+        out.append(check.Dot((general[1], general[0]), (general[0], general[1]), z[:, j] + z[:, j]))
+    return out
+
+
+def ends_of_dots(
+    n: int, lies: Mapping[tuple[int, int], Any], cheater: int, seed: int, step: Lie | None = None
+) -> list[Any]:
+    async def state(p: Party) -> None:
+        dots = await dealt_dots(p, n, lies if p.index == cheater else {})
+        await check.verify(p.prep_doors, "verify", dots, [], [], [])
+
+    with lying(cheater, {"verify/cross": step} if step else {}):
+        return trial(state, seed)
+
+
+@pytest.mark.parametrize("rows", [rows for _, rows in check.FOLD_ROWS if rows <= 32])
+def test_one_wrong_sum_of_products_among_many(rows: int, seed: int) -> None:
+    """At each width of the folding, by every party and in every term: right sums of products pass, one with
+    one wrong bit in one term does not.
+    """
+    n = next(least for least, number in check.FOLD_ROWS if number == rows) // 15 + 67
+    rng = np.random.default_rng([seed, rows])
+    assert not caught(ends_of_dots(n, {}, 0, seed), 0)
+    for cheater, term in itertools.product(range(PARTIES), range(3)):
+        lies = {(term, int(rng.integers(n))): 1 << int(rng.integers(64))}
+        assert caught(ends_of_dots(n, lies, cheater, seed), cheater), lies
+
+
+def test_errors_of_sums_of_products_cannot_cancel(seed: int) -> None:
+    """Errors e and -e in two sums are found, in one column or in two: they would pass if columns had the same
+    coefficients. In the two terms of one sum they make no error: the sum is right.
+    """
+    e, place = 1 << 63, 5
+    for cheater in range(PARTIES):
+        assert not caught(ends_of_dots(40, {(0, place): 3, (1, place): 2**64 - 3}, cheater, seed), cheater)
+        for other in (place + 1, place + 16):
+            lies = {(0, place): e, (0, other): 2**64 - e}
+            assert caught(ends_of_dots(40, lies, cheater, seed), cheater)
+    whole = check.Draw.exceptional
+    with mock.patch.object(check.Draw, "exceptional", lambda self, n: np.repeat(whole(self, 1), n)):
+        lies = {(0, place): e, (0, place + 16): 2**64 - e}
+        assert not caught(ends_of_dots(40, lies, 0, seed), 0)
+
+
+def test_values_off_the_corners_cannot_hide_a_wrong_sum_of_products(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+
+    def cross(summands: list[Ring]) -> None:
+        for v in summands:
+            v += rng.integers(0, 2**64, v.shape, np.uint64)
+
+    for number in range(6):
+        cheater = number % PARTIES
+        for lies in ({}, {(number // 3, 1): 1}):
+            assert caught(ends_of_dots(9, lies, cheater, seed + number, cross), cheater)
 
 
 @pytest.mark.parametrize("inner", [1, 5, 8, 64, 200])
@@ -868,6 +973,7 @@ def spoiling(
 
 
 LOOKUP = prep.Lookup(4, 3, 2)
+DEALT = "self.relations.extend((check.Dot((stated(0, j),), (stated(1, j),), both[:, j]) for j in range(3)))"
 ONE_HOTS = "self.relations.append(check.OneHot(*self._in_parts(e, b), int(shift)))"
 
 
@@ -963,8 +1069,9 @@ def cheat_offsets(seed: int) -> bool:
 
 def cheat_cancelling(seed: int) -> bool:
     """The errors of `test_errors_that_cancel_for_one_value_of_a_bit`: passing would tell the bit."""
-    cheater = seed % PARTIES
-    ends = make({prep.DaBit(): 3}, cancelling_injection(cheater, 1), cheater, seed)
+    cheater, step = seed % PARTIES, "lookup 0.3.0/inject"
+    kind, n = INJECTIONS[step]
+    ends = make({kind: n}, cancelling_injection(step, cheater, 1), cheater, seed)
     return not caught(ends, cheater)
 
 
@@ -1265,9 +1372,10 @@ CHECKS: dict[str, Check] = {
         spoiling(prep.Weight("w"), "weight w"),
     ),
     "injection: the first product": Check(
-        "mpc.prep:Batch.inject",
-        "self.relations.extend((check.Dot((stated(0, j),), (stated(1, j),), both[:, j]) for j in range(3)))",
-        spoiling(prep.DaBit(), "dabit/xor 1"),
+        "mpc.prep:Batch.inject", DEALT, spoiling(prep.DaBit(), "dabit/xor 1")
+    ),
+    "injection: the first product, where the result is a bit": Check(
+        "mpc.prep:Batch.inject", DEALT, cheat_cancelling, 20
     ),
     "16-bit messages: what fills the last word": Check(
         "mpc.prep:Batch._nothing_beyond", "self.zeros.append(rest << np.uint64(48))", cheat_filling

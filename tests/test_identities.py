@@ -392,6 +392,23 @@ def test_injection_must_state_its_first_product(k: int) -> None:
     assert {e for e, outcomes in by_first.items() if True in outcomes} == {(0, 0), (0, ring // 2)}
 
 
+@pytest.mark.parametrize("k", [3, 4])
+def test_injection_by_both_products(k: int) -> None:
+    """z1 = a b, and z2 = x c for x = a + b - 2 z1 as shared, leave one result of all z1 and z2: the XOR.
+
+    If one of the two is not stated, wrong results are left, whatever the bits.
+    """
+    ring = 1 << k
+    for a, b, c in itertools.product((0, 1), repeat=3):
+        left: dict[tuple[bool, bool], set[int]] = {}
+        for z1, z2 in itertools.product(range(ring), repeat=2):
+            x = (a + b - 2 * z1) % ring
+            y = (x + c - 2 * z2) % ring
+            left.setdefault((z1 == a * b, z2 == x * c % ring), set()).add(y)
+        assert left[True, True] == {a ^ b ^ c}
+        assert left[False, True] - {a ^ b ^ c} and left[True, False] - {a ^ b ^ c}
+
+
 def test_doubling_errors_never_cancel() -> None:
     """One-hot of three bits by two doublings over Z_4, errors added to each product: only no error is right.
 

@@ -1505,9 +1505,12 @@ def _said(threads: int) -> list[Ring]:
     draw, coins = check.Draw(bytes(32)), check.Draw(bytes(31) + b"1")
     products = [check.Product(*(w(2, n) for _ in range(3))) for n in (70_001, 333)]
     gates = [check.And(*(w(2, n) for _ in range(3))) for n in (140_003, 77)]
+    some: list[check.Sparse] = [(w(9_001), None), (None, w(9_001)), (w(9_001), w(9_001)), (None, None)]
+    dots = [check.Dot((x,), (y,), w(2, 9_001)) for x in some for y in some]
+    dots.append(check.Dot(tuple(some), tuple(reversed(some)), w(2, 9_001)))
     vectors = [check.MatrixProduct(w(2, 3, 1, 601), (w(3, 601, 37), w(3, 601, 37)), w(2, 3, 1, 37))]
     foldings: list[Any] = [
-        check._Folding(check.RING, products, draw),
+        check._Folding(check.RING, products, draw, dots),
         check._Folding(check.BITS, gates, draw),
     ]
     foldings += [check._Squares([check.SquareSum(w(2, 501, 301), w(2, 501))], draw)]
