@@ -242,7 +242,6 @@ class Cheby:
     """[cheby] Interval tables of polynomial pieces."""
 
     deg: Annotated[int, integer_rule(1, 3)] = 3  # degree of a piece
-    bins: Annotated[int, integer_rule(64, 1024)] = 64  # pieces per table, a power of two
 
 
 @dataclass(frozen=True)
@@ -519,7 +518,6 @@ class Config:
             "tunnel.rotates": self.tunnel.rotates,
             "fixed_point.scale_bits": self.fixed_point.scale_bits,
             "cheby.deg": self.cheby.deg,
-            "cheby.bins": self.cheby.bins,
             "scheduler.max_context": self.scheduler.max_context,
             "scheduler.prompt_buckets": list(self.scheduler.prompt_buckets),
             "scheduler.output_buckets": list(self.scheduler.output_buckets),
@@ -679,8 +677,6 @@ def _cross_check(config: Config) -> None:
         values = [getattr(peer, name) for peer in config.peers if getattr(peer, name) is not None]
         if len(set(values)) != len(values):
             refuse(f"peers[].{name}", "two parties have the same; one operator must not hold two roles")
-    if config.cheby.bins & (config.cheby.bins - 1):
-        refuse("cheby.bins", "must be a power of two")
     if config.attestation.threshold > max(1, len(config.attestation.owners)):
         refuse("attestation.threshold", "more than there are owners")
     scheduler = config.scheduler

@@ -528,7 +528,7 @@ def command(options: argparse.Namespace) -> int:
         if file is not None:
             rates.write(file)
     link = Link(options.rtt, options.rate, options.parties_here)
-    settings = Settings(FixedPoint().scale_bits, Cheby().deg, Cheby().bins)
+    settings = Settings(FixedPoint().scale_bits, Cheby().deg)
     told = predict(
         spec,
         settings,

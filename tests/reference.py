@@ -20,7 +20,7 @@ import numpy.typing as npt
 
 from mimir.model import transformer
 from mimir.model.checkpoint import Floats, Plan, encode
-from mimir.mpc import nonlinear
+from mimir.mpc import nonlinear, prep
 
 Ints = npt.NDArray[np.int64]
 Tap = Callable[[str, Floats], None]  # receives (name of an intermediate value, the value as float)
@@ -185,14 +185,20 @@ class Fixed:
 
     scale_bits: int = _SETTINGS.scale_bits  # f: activations, weights, cache
     degree: int = _SETTINGS.degree  # cheby.deg
-    bins: int = _SETTINGS.bins  # cheby.bins, of SiLU
     rounding: str = "dither"  # as the engine's masks do it; "nearest" is its mean, and deterministic
     seed: int = 1  # of the dither
-    stretch_bits: int = nonlinear.STRETCH_BITS
+    wave_unit: int = nonlinear.WAVE_UNIT
+    wave_period: int = nonlinear.WAVE_PERIOD
+    unit_scale: int = prep.UNIT_SCALE
+    factor_scale: int = prep.FACTOR_SCALE
     reach_fine: int = nonlinear.REACH_FINE
-    exp_bin: int = nonlinear.EXP_BIN
+    reach_rest: int = nonlinear.REACH_REST
+    reach_from: int = nonlinear.REACH_FROM
+    reach_lift: float = nonlinear.REACH_LIFT
     exp_bits: int = nonlinear.EXP_BITS
-    exp_top: float = nonlinear.EXP_TOP
+    exp_rest: int = nonlinear.EXP_REST
+    exp_stretch: tuple[int, int] = nonlinear.EXP_STRETCH
+    exp_room: int = nonlinear.EXP_ROOM
     coarse_bin: int = nonlinear.COARSE_BIN
     coarse_bits: int = nonlinear.COARSE_BITS
     coarse_rest: int = nonlinear.COARSE_REST
@@ -299,12 +305,7 @@ class FixedModel:
             name: encode(plan.tensor(name), f, name).view(np.int64).astype(np.float64)
             for name in plan.names()
         }
-        self.exp = self._table(
-            np.exp, fx.exp_top - 2.0 ** (fx.exp_bits + fx.exp_bin), fx.exp_bin, fx.exp_bits, 1
-        )
-        self.act: Pieces | None = None
-        if plan.act != "relu":
-            self.act = self.activation_table(plan.act)
+        self.act = None if plan.act == "relu" else nonlinear.COSINES[plan.act.removesuffix("_glu")]
         self.reciprocal = self._ladder(
             lambda x: 2.0 ** (fx.exp_scale + fx.sum_shift) / np.maximum(x, 2.0 ** (fx.sum_base - 1)),
             fx.sum_base,
@@ -326,24 +327,6 @@ class FixedModel:
         self.rng = np.random.default_rng(self.fixed.seed) if dither else None
 
     # Tables.
-
-    def _table(
-        self,
-        fn: Callable[[Floats], Floats],
-        start: float,
-        bin_log: int,
-        bits: int,
-        magnitude: int,
-        scale: int | None = None,
-        rest: int | None = None,
-    ) -> Pieces:
-        """fn of an input at `scale`, 2f unless said otherwise, shifted to begin at zero."""
-        fx = self.fixed
-        rest = rest or fx.rest
-        low = (scale or 2 * fx.scale_bits) + bin_log - rest
-        unit = 2.0 ** (bin_log - rest)
-        top = fx.headroom - magnitude
-        return pieces(fn, start, 2.0**bin_log, bits, unit, fx, low=low, scale=top, rest=rest)
 
     def _ladder(self, fn: Callable[[Floats], Floats], base: int, top: int) -> list[Pieces]:
         """Windows of integers, `window_step` octaves apart; the highest that is not empty answers."""
@@ -393,26 +376,6 @@ class FixedModel:
     @property
     def inner_extra(self) -> int:
         return 0 if self.plan.act == "relu" else self.extra
-
-    def activation_table(self, name: str) -> Pieces:
-        """On [-R, R), of an input times `stretch`, which makes the bins powers of 2."""
-        fx = self.fixed
-        bins, reach = (fx.bins, "silu") if name == "silu_glu" else (fx.bins // 2, "gelu")
-        width = 2 * nonlinear.ACTIVATION_RANGE[reach] / bins
-        log = math.ceil(math.log2(width))
-        self.stretch = round(2.0 ** (log + fx.stretch_bits) / width)
-        self.activation_bin = 2.0 ** (log + fx.stretch_bits) / self.stretch
-        scale = 2 * fx.scale_bits + self.inner_extra + fx.stretch_bits
-        magnitude = math.ceil(math.log2(self.activation_bin * bins / 2)) + 1
-        return self._table(
-            lambda x: ACTIVATIONS[name](x * 2.0**fx.stretch_bits / self.stretch),
-            -(2.0**log) * bins / 2,
-            log,
-            bins.bit_length() - 1,
-            magnitude,
-            scale,
-            nonlinear.Settings(degree=fx.degree).activation_rest,
-        )
 
     def _linear(self, name: str, x: Ints, scale: int | None = None) -> Ints:
         """x @ W + b at f more than the scale of x, which is f unless said otherwise."""
@@ -482,12 +445,33 @@ class FixedModel:
         self._inside(f"{step}: coarse maximum", j, fx.coarse_bits, np.broadcast_to(see, j.shape))
         top = np.where(see, j, 0).max(axis=-1, keepdims=True)
         below = scores + half - ((top + 1) << (scale + fx.coarse_bin))
-        start = fx.exp_top - 2.0 ** (fx.exp_bits + fx.exp_bin)
-        j, e = self._lookup(step, below - int(start * 2**scale), self.exp)
-        reading, _ = _mask_reading(below, scale + 1, 0, self.rng)
-        near = see & (2 * reading >= -nonlinear.EXP_REACH)
-        self._inside(f"{step}: exp", j, fx.exp_bits, near)
-        return np.where(near, self._truncate(e, self.exp.scale - fx.exp_scale), 0)
+        lifted = below + round(fx.reach_lift * 2**scale)
+        reading, _ = _mask_reading(lifted, scale - 1, fx.reach_rest, self.rng)
+        near = see & (reading >= fx.reach_from)
+        return np.where(
+            near, self._truncate(self._decay(f"{step}: exp", below, near), fx.exp_room - fx.exp_scale), 0
+        )
+
+    def _decay(self, step: str, below: Ints, used: npt.NDArray[np.bool_]) -> Ints:
+        """e^below at exp_room, for below at 2f within the range of exp."""
+        fx = self.fixed
+        factor, more = fx.exp_stretch
+        low = 2 * fx.scale_bits + more + 1 - fx.exp_rest
+        bins = (1 << fx.exp_bits) - 3
+        below = np.where(used, below, 0)
+        x, _ = _mask_reading(below * factor + (bins << (low + fx.exp_rest)), low, 0, self.rng)
+        if ((x < 0) | (x > (bins << fx.exp_rest) + 2)).any():
+            raise OverflowError(f"{step}: a score lies outside the range of exp")
+        unit = 2.0 ** (1 + more - fx.exp_rest) / factor
+        shift = -bins * 2.0 ** (1 + more) / factor - MEAN_EXCESS * (1 - 2.0**-low) * unit
+        if self.rng is None:
+            return np.rint(np.exp(x * unit + shift) * 2.0**fx.exp_room).astype(np.int64)
+        masks = self.rng.integers(0, 1 << fx.exp_rest, (3, *x.shape))
+        scale = 2.0**fx.factor_scale
+        product = np.prod(np.rint(np.exp((2.0 ** (fx.exp_rest - 1) - masks) * unit) * scale), axis=0)
+        back = (masks.sum(axis=0) - 3 * 2.0 ** (fx.exp_rest - 1)) * unit
+        public = np.rint(np.exp(x * unit + shift + back) * 2.0 ** (fx.exp_room - 3 * fx.factor_scale))
+        return np.asarray(product.astype(np.int64) * public.astype(np.int64))
 
     def _activate(self, step: str, x: Ints) -> Ints:
         """Activation of x at 2f + inner_extra, result at f."""
@@ -496,16 +480,40 @@ class FixedModel:
         if self.act is None:  # relu: the sign is that of what is left without f bits
             reading, _ = _mask_reading(x, fx.scale_bits, 0, self.rng)
             return np.where(reading < 0, 0, self._truncate(x, fx.scale_bits))
-        j, y = self._lookup(step, x * self.stretch, self.act, 1 << (self.act.bits - 1))
         if not np.abs(x).max() < nonlinear.ACTIVATION_BOUND * 2.0**scale:
             raise OverflowError(f"{step}: an activation's input is not within {nonlinear.ACTIVATION_BOUND}")
         reading, _ = _mask_reading(x, scale - fx.reach_fine, 0, self.rng)
-        unit, reach = 2.0**-fx.reach_fine, self.activation_bin * 2.0 ** (self.act.bits - 1)
-        left = reading < math.ceil(-reach / unit) + 3
-        right = reading >= math.floor((reach - self.activation_bin * (1 + 2.0**-8)) / unit)
-        self._inside(step, j, self.act.bits, ~(left | right))
+        edge = math.ceil(self.act.edge * 2**fx.reach_fine)
+        left, right = reading < -edge, reading >= edge + 3
+        raised = np.where(left | right, 0, x) << (self.act.scale - scale - 1)
+        y = self._cosines(np.where(left | right, 0, x), scale - fx.wave_unit, self.act) + raised
         y, x = self._truncate(y, self.act.scale - fx.scale_bits), self._truncate(x, scale - fx.scale_bits)
         return np.where(left, 0, np.where(right, x, y))
+
+    def _cosines(self, x: Ints, low: int, act: nonlinear.Cosines) -> Ints:
+        """The even part of an activation, at its scale."""
+        fx = self.fixed
+        c, _ = _mask_reading(x, low, 0, self.rng)
+        shift = MEAN_EXCESS * (1 - 2.0**-low)
+        if self.rng is not None:
+            masks = self.rng.integers(0, 1 << (fx.wave_unit + fx.wave_period), (3, *x.shape))
+            c = c + masks.sum(axis=0)
+        y = np.full(x.shape, round(act.constant * 2.0**act.scale), np.int64)
+        for k, amplitude in zip(act.turns, act.amplitudes, strict=True):
+            angle = 2 * math.pi * k * 2.0 ** -(fx.wave_unit + fx.wave_period)
+            if self.rng is None:
+                y += np.rint(amplitude * np.cos(angle * (c - shift)) * 2.0**act.scale).astype(np.int64)
+                continue
+            cos, sin = np.ones(x.shape, np.int64), np.zeros(x.shape, np.int64)
+            for mask in masks:
+                a, b = (
+                    np.rint(f(angle * mask) * 2.0**fx.unit_scale).astype(np.int64) for f in (np.cos, np.sin)
+                )
+                cos, sin = cos * a - sin * b, cos * b + sin * a
+            public = amplitude * 2.0 ** (act.scale - 3 * fx.unit_scale)
+            a, b = (np.rint(f(angle * (c - shift)) * public).astype(np.int64) for f in (np.cos, np.sin))
+            y += cos * a + sin * b
+        return y
 
     def forward(self, ids: Sequence[int], tap: Tap | None = None, pad: int = 0) -> Floats:
         """Logits (rows, vocab) of every id, appended to the cache."""

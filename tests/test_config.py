@@ -129,7 +129,6 @@ BAD = {
     "client keys no list": (put("clients", "ab" * 32), "clients"),
     "buckets fall": (put("scheduler.prompt_buckets", [32, 16]), "rising lengths"),
     "buckets empty": (put("scheduler.output_buckets", []), "rising lengths"),
-    "bins no power of two": (put("cheby.bins", 200), "cheby.bins: must be a power of two"),
     "context too small": (put("scheduler.max_context", 20), "scheduler.max_context: smaller than"),
     "same operator twice": (
         put("peers.1.identity", "d75a980182b10ab7d54bfed3c964073a0ee172f3daa62325af021a68f707511a"),
@@ -225,7 +224,7 @@ OWN = {  # one's own business: the digest stays
     "tunnel.rotate_seconds": 60,
 }  # fmt: skip
 SAME = {  # common: the digest changes
-    "fixed_point.scale_bits": 12, "cheby.deg": 2, "cheby.bins": 256, "scheduler.max_context": 512,
+    "fixed_point.scale_bits": 12, "cheby.deg": 2, "scheduler.max_context": 512,
     "scheduler.prompt_buckets": [16], "scheduler.output_buckets": [16], "triple_pool.min_size": 1,
     "topk": 8, "tunnel.rotate_seconds": 0, "peers.1.identity": "cd" * 32,
 }  # fmt: skip

@@ -12,12 +12,13 @@ from functools import lru_cache
 from typing import Any, Final, Protocol, TypeVar
 
 import numpy as np
+import numpy.typing as npt
 
 from mimir import kernels
 from mimir.errors import LocalError
-from mimir.mpc import prep
+from mimir.mpc import prep, waves
 from mimir.mpc.branches import ask, side_by_side
-from mimir.mpc.domain import RING_BITS, Ring, words
+from mimir.mpc.domain import RING_BITS, Ring, constant, words
 from mimir.mpc.doors import Masked
 from mimir.mpc.offload import offload
 from mimir.mpc.prep import Kind, Weights
@@ -390,6 +391,20 @@ async def are_below(
     ]
 
 
+async def is_below(ctx: Context, step: str, x: Share, low: int, rest: int, bits: int, threshold: int) -> Bits:
+    """[x < t * 2^(low + rest)], x (n) in 0 .. 2^(low + rest + bits) - 3 * 2^low, as words, where x is not
+    within 2^(low + rest) + 3 * 2^low below that: there, either. One round, rest + bits bits.
+
+    The opened value's upper bits, less the mask's, are those of x or one more, as the lower ones carry.
+    """
+    c = ctx.take(prep.Digits((bits,), rest), x.shape[0])
+    (o,) = await ctx.doors.open_low(step, rest + bits, drop(x, low, rest + bits) + c["r"])
+    upper = o >> np.uint64(rest)
+    below = (upper - np.uint64(threshold)) & np.uint64((1 << bits) - 1)
+    first, other = await _at_most(ctx, step, c["planes"].v, (bits,), [upper, below])
+    return first ^ other ^ kernels.ring_lsb((upper < np.uint64(threshold)).astype(np.uint64))
+
+
 async def is_negative(ctx: Context, step: str, x: Share, low: int, width: int) -> Bits:
     """[x < 0] for x (n), as words; -3 * 2^low < x < 0 may be taken for zero, x >= 0 never for negative.
 
@@ -491,10 +506,77 @@ async def evaluate(ctx: Context, step: str, read: Read) -> Share:
     return ctx.share(kernels.poly(coefs.v, poly.v, ctx.bk.one, delta, rest))
 
 
-async def piecewise(ctx: Context, step: str, x: Share, piece: Piecewise) -> Share:
-    """The piecewise polynomial of x, at the scale of the piece. Two rounds."""
-    value = await evaluate(ctx, f"{step}/evaluate", await read_index(ctx, f"{step}/index", x.flat(), piece))
-    return value.reshape(*x.shape)
+@dataclass(frozen=True, slots=True)
+class Wave:
+    """A sum of cosines: constant + sum of amplitude * cos(2 pi turns x / 2^(low + bits)), with `scale`
+    fraction bits.
+    """
+
+    low: int  # bits that are dropped of what is read
+    bits: int
+    turns: tuple[int, ...]
+    amplitudes: tuple[float, ...]
+    constant: float
+    scale: int
+
+    @property
+    def public_scale(self) -> int:
+        """Fraction bits of the public factors."""
+        return self.scale - 3 * prep.UNIT_SCALE
+
+
+async def wave(ctx: Context, step: str, x: Share, w: Wave) -> Share:
+    """The sum of cosines of x (n). One round, `bits` bits; what is read is 0 to 3 units of 2^low above x, 1.5
+    in the mean, for which the phase makes up.
+
+    cos(c - r) = cos c cos r + sin c sin r: of the opened value c everybody knows cos and sin, and of the mask
+    r shares were prepared.
+    """
+    c = ctx.take(prep.Wave(w.bits, w.turns), x.size)
+    (o,) = await ctx.doors.open_low(step, w.bits, drop(x.flat(), w.low, w.bits) + c["r"])
+    cos, sin = waves.circle(waves.fractions(o, w.turns, w.bits))
+    shift, amplitude = _phase(w)
+    turned = np.concatenate(
+        [
+            (cos * shift.real - sin * shift.imag) * amplitude,
+            (cos * shift.imag + sin * shift.real) * amplitude,
+        ],
+        axis=1,
+    )
+    y = (c["waves"] * waves.integers(turned, w.public_scale)).sum(1)
+    return (y + constant(round(w.constant * 2.0**w.scale))).reshape(*x.shape)
+
+
+@lru_cache(maxsize=16)
+def _phase(w: Wave) -> tuple[npt.NDArray[np.complex128], npt.NDArray[np.float64]]:
+    """Of each cosine the turn back by the mean excess of what is read, as a complex number; its amplitude."""
+    excess = 1.5 * (1 - 2.0**-w.low)
+    back = np.array([(-k * excess * 2.0**-w.bits) % 1.0 for k in w.turns])
+    cos, sin = waves.circle(back)
+    return cos + 1j * sin, np.array(w.amplitudes)
+
+
+async def decay(
+    ctx: Context, step: str, x: Share, low: int, kind: prep.Decay, start: float, scale: int
+) -> Share:
+    """e^(start + w x / 2^(low + rest)) at `scale`, w the `width` of `kind`, for x (n) in 0 .. (2^bits - 3)
+    2^(low + rest); elsewhere something else. One round, rest + bits bits. What is read is 0 to 3 units of
+    2^low above x, for which `start` must make up.
+
+    With c = x + r opened, r = 2^rest u + v, the upper bits of c, less u, and the lower ones, less v, give x
+    whatever carries: where u points, e^-v was prepared, and what it lacks is public for every place.
+    """
+    c = ctx.take(kind, x.size)
+    (o,) = await ctx.doors.open_low(
+        step, kind.rest + kind.bits, drop(x.flat(), low, kind.rest + kind.bits) + c["r"]
+    )
+    size = 1 << kind.bits
+    rest = (o & np.uint64((1 << kind.rest) - 1)).astype(np.float64)
+    within = waves.exponential(rest * (kind.width * 2.0**-kind.rest) - kind.width / 2)
+    bins = np.array([waves.power(start + kind.width * (j - 1)) for j in range(size)])
+    away = ((o >> np.uint64(kind.rest)).astype(np.int64)[:, None] - np.arange(size)) % size
+    public = waves.integers(within[:, None] * bins[away], scale - 3 * prep.FACTOR_SCALE)
+    return (c["e"] * public).sum(1).reshape(*x.shape)
 
 
 def one_hot(ctx: Context, c: dict[str, Share], opened: Ring, bits: int) -> Share:

@@ -9,6 +9,8 @@ A *kind* names one sort of correlation, with everything that fixes its shape:
     Trunc(f)             truncation pair for ops.truncate: r, r / 2^f rounded down, top bit of r
     TruncIf(f)           the same, a random bit, and its products with the latter two
     Lookup(b, k, d)      one-hot of k bits, remainder of b bits, what a polynomial of degree d in it takes
+    Wave(b, ks)          cos and sin of k / 2^b turns of a mask, for each k
+    Decay(b, k, ..)      e^-v for a remainder v of b bits, where index bits point, and 0 elsewhere
     Digits(k_0, ..)      one-hots of bits of the digits of a value: zero, threshold and sign tests
     Ands(m_0, ..)        random bits and the products that opening bits under them needs for these monomials
     DaBit()              a random bit in both domains
@@ -40,6 +42,8 @@ from mimir.mpc.branches import ask, side_by_side
 from mimir.mpc.domain import Ring, words
 from mimir.mpc.doors import Doors
 from mimir.mpc.offload import offload
+from mimir.mpc.replicated import Replicated
+from mimir.mpc.waves import circle, exponential, fractions, integers
 from mimir.mpc.weights import Matrix, product
 
 ADDER_LANES: Final = 1 << 15  # elements handled by one pass of the adder (bounds memory)
@@ -67,12 +71,26 @@ class Lookup:
 
 
 @dataclass(frozen=True, slots=True)
+class Wave:
+    bits: int  # of the mask: one turn is 2^bits
+    turns: tuple[int, ...]  # the frequencies
+
+
+@dataclass(frozen=True, slots=True)
+class Decay:
+    rest: int  # bits of a component of the remainder
+    bits: int  # bits of the index
+    width: float  # what 2^rest of the remainder are worth in the exponent, at most 2.6
+
+
+@dataclass(frozen=True, slots=True)
 class Digits:
     sizes: tuple[int, ...]  # bits of each digit, the lowest first
+    rest: int = 0  # bits below them of which there are no planes
 
     @property
     def width(self) -> int:
-        return sum(self.sizes)
+        return self.rest + sum(self.sizes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,7 +170,22 @@ class Values(Keys):
     pass
 
 
-Kind = Trunc | TruncIf | Lookup | Digits | Ands | DaBit | Pick | Mul | Scale | Norm | Weight | Keys
+Kind = (
+    Trunc
+    | TruncIf
+    | Lookup
+    | Wave
+    | Decay
+    | Digits
+    | Ands
+    | DaBit
+    | Pick
+    | Mul
+    | Scale
+    | Norm
+    | Weight
+    | Keys
+)
 Demand = Mapping[Kind, int]
 Made = dict[Kind, dict[str, Ring]]
 
@@ -405,17 +438,24 @@ class Batch:
             mask[-1] = (1 << (n % 64)) - 1
         self.zero_bits.append((low ^ bits) & mask)
 
-    async def one_hot(self, step: str, b: Ring, narrow: bool = False) -> npt.NDArray[Any]:
+    async def one_hot(
+        self, step: str, b: Ring, narrow: bool = False, of: Ring | None = None
+    ) -> npt.NDArray[Any]:
         """From what shall be bits (2, k, n) as ring elements, one-hots (2, n, 2^k) by doubling; bit j weighs
         2^j. The relations say that the bits are bits, and the one-hots theirs. k - 1 rounds.
+
+        Or, of bits that are bits, vectors that hold a value of (2, n) at their place instead of 1; k rounds.
         """
         bk = self.doors.bk
         k, n = b.shape[1:]
         e: npt.NDArray[Any] = np.empty((2, n, 1 << k), np.uint16 if narrow else np.uint64)
         shift = np.uint64(48 if narrow else 0)
-        e[:, :, 0] = bk.add_public(np.zeros(1, np.uint64) - b[:, 0], np.ones(n, np.uint64)).astype(e.dtype)
-        e[:, :, 1] = b[:, 0].astype(e.dtype)
-        for j in range(1, k):
+        if of is None:
+            one = bk.add_public(np.zeros((2, n), np.uint64), np.ones(n, np.uint64))
+            e[:, :, 0], e[:, :, 1] = (one - b[:, 0]).astype(e.dtype), b[:, 0].astype(e.dtype)
+        else:
+            one = e[:, :, 0] = of
+        for j in range(1 if of is None else 0, k):
             bit = np.ascontiguousarray(b[:, j])
             if narrow:
                 await self._double_narrow(f"{step}/double {j}", e, bit.astype(np.uint16), 1 << j)
@@ -426,8 +466,7 @@ class Batch:
             for i in range(2):
                 await offload(part.size, partial(kernels.double, e[i], high[i]))
         self.relations.append(check.OneHot(*self._in_parts(e, b), int(shift)))
-        minus_one = np.full(n, 2**64 - 1, np.uint64)
-        self.zeros.append(bk.add_public(e.sum(axis=2, dtype=np.uint64), minus_one) << shift)
+        self.zeros.append((e.sum(axis=2, dtype=np.uint64) - one) << shift)
         return e
 
     def _in_parts(self, e: npt.NDArray[Any], b: Ring) -> tuple[npt.NDArray[Any], Ring]:
@@ -550,6 +589,102 @@ async def _lookup(b: Batch, kind: Lookup, n: int) -> dict[str, Ring]:
     return out
 
 
+UNIT_SCALE: Final = 14  # of a component's cos and sin; a mask's have three times as much
+FACTOR_SCALE: Final = 12  # of a component's e^-v; as above
+
+
+def _blocks(bk: Replicated, v: Ring) -> list[tuple[check.Sparse, check.Sparse, check.Sparse]]:
+    """Of components (2, 3 m, ..) of a value, in three blocks: for block k the shares that have component k,
+    k + 1 and k + 2 alone, flat.
+    """
+    parts = v.reshape(2, 3, -1)
+
+    def known(component: int, block: int) -> check.Sparse:
+        own, other = (
+            parts[slot, block] if (bk.party + slot - component) % 3 == 0 else None for slot in range(2)
+        )
+        return own, other
+
+    return [(known(k, k), known(k + 1, k), known(k + 2, k)) for k in range(3)]
+
+
+async def _wave(b: Batch, kind: Wave, n: int) -> dict[str, Ring]:
+    """cos and sin of the mask are those of a sum of three: the product of three complex numbers of length 1.
+
+    The first product is of two components that one party knows, and dealt by it, for a third of the masks
+    each. Two rounds, 64 / 3 bytes a frequency.
+    """
+    bk, name, m = b.doors.bk, f"wave {kind.bits}", len(kind.turns)
+    r = bk.random(n)
+    third = -(-n // 3)
+    padded = np.pad(r, [(0, 0), (0, 3 * third - n)])
+    work = 100 * padded.size * m
+
+    def units() -> tuple[Ring, Ring]:
+        both = [circle(fractions(v, kind.turns, kind.bits)) for v in padded]
+        cos, sin = (np.stack([integers(v, UNIT_SCALE) for v in part]) for part in zip(*both, strict=True))
+        return cos, sin  # (2, 3 third, m)
+
+    cos, sin = await offload(work, units)
+    own_c, own_s = (v.reshape(2, 3, third, m)[:, bk.party] for v in (cos, sin))
+    dealt = np.stack([own_c[0] * own_c[1] - own_s[0] * own_s[1], own_c[0] * own_s[1] + own_s[0] * own_c[1]])
+    both = await b.deal(f"{name}/first", dealt)  # (2, 3, 2, third, m)
+    part = bk.zero(3, 2, third, m)
+    for slot in range(2):
+        block = (bk.party + slot + 1) % 3  # whose third component this is
+        p, q = both[0, block] + both[1, block] if slot == 0 else both[0, block]
+        c, s = (v[slot].reshape(3, third, m)[block] for v in (cos, sin))
+        part[block, 0] += p * c - q * s
+        part[block, 1] += p * s + q * c
+    (z,) = await b.doors.reshare(f"{name}/second", part)
+    minus = np.zeros(1, np.uint64) - sin
+    for k, (c, s, less) in enumerate(
+        zip(_blocks(bk, cos), _blocks(bk, sin), _blocks(bk, minus), strict=True)
+    ):
+        re, im = (both[:, k, i].reshape(2, -1) for i in range(2))
+        z_re, z_im = (z[:, k, i].reshape(2, -1) for i in range(2))
+        p, q = (re[0], re[1]), (im[0], im[1])
+        b.relations.append(check.Dot((c[0], less[0]), (c[1], s[1]), re))
+        b.relations.append(check.Dot((c[0], s[0]), (s[1], c[1]), im))
+        b.relations.append(check.Dot((p, q), (c[2], less[2]), z_re))
+        b.relations.append(check.Dot((p, q), (s[2], c[2]), z_im))
+    waves = np.ascontiguousarray(np.moveaxis(z, 2, 3)).reshape(2, 3 * third, 2 * m)[:, :n]
+    return {"r": r, "waves": waves}
+
+
+async def _decay(b: Batch, kind: Decay, n: int) -> dict[str, Ring]:
+    """e^(3 w / 2 - v), w the width of a bin, where index bits point, 0 elsewhere: v is the sum of its three
+    components over the integers, so this is the product of three factors; then doubling. The index is random
+    by itself, so that the sum may carry into it.
+    """
+    bk, name = b.doors.bk, f"decay {kind.rest}.{kind.bits}"
+    third = -(-n // 3)
+    low = bk.random(n) & np.uint64((1 << kind.rest) - 1)
+    padded = np.pad(low, [(0, 0), (0, 3 * third - n)])
+    unit = kind.width * 2.0**-kind.rest
+
+    def factors() -> Ring:
+        return integers(exponential(kind.width / 2 - padded.astype(np.float64) * unit), FACTOR_SCALE)
+
+    f = await offload(40 * padded.size, factors)  # (2, 3 third)
+    own = f.reshape(2, 3, third)[:, bk.party]
+    both = await b.deal(f"{name}/first", own[0] * own[1])  # (2, 3, third)
+    part = bk.zero(3, third)
+    for slot in range(2):
+        block = (bk.party + slot + 1) % 3
+        known = f[slot].reshape(3, third)[block]
+        part[block] += (both[0, block] + both[1, block] if slot == 0 else both[0, block]) * known
+    (z,) = await b.doors.reshare(f"{name}/second", part)
+    for k, (first, second, last) in enumerate(_blocks(bk, f)):
+        p = np.ascontiguousarray(both[:, k])
+        b.relations.append(check.Dot((first,), (second,), p))
+        b.relations.append(check.Dot(((p[0], p[1]),), (last,), np.ascontiguousarray(z[:, k])))
+    bits = await b.inject(f"{name}/inject", bk.random(kind.bits, words(n)), n)
+    e = await b.one_hot(name, bits, of=np.ascontiguousarray(z.reshape(2, -1)[:, :n]))
+    weights = np.uint64(1) << np.arange(kind.rest, kind.rest + kind.bits, dtype=np.uint64)
+    return {"r": low + (bits * weights[:, None]).sum(axis=1, dtype=np.uint64), "e": e}
+
+
 async def _powers(b: Batch, step: str, v: Ring, degree: int) -> Ring:
     """Of v (2, n), side by side (2, n, ..): powers v^t for t = 1 .. degree; masks m_i for i = 1 .. degree;
     then for each t, m_i v^t for i = t .. degree. degree rounds.
@@ -571,8 +706,8 @@ async def _digits(b: Batch, kind: Digits, n: int) -> dict[str, Ring]:
     """One-hots over GF(2) of the digits of r, as bit planes: opening c = x + r, x = j iff r = c - j."""
     bk = b.doors.bk
     r = bk.random(n) & np.uint64((1 << kind.width) - 1)
-    name = f"digits {'.'.join(map(str, kind.sizes))}"
-    bits = (await b.add3(name, r, kind.width, low=0, last=False))["sum"]
+    name = f"digits {'.'.join(map(str, kind.sizes))}{f' over {kind.rest}' if kind.rest else ''}"
+    bits = (await b.add3(name, r, kind.width, low=0, last=False))["sum"][:, kind.rest :]
     ones = np.full(bits.shape[2], 2**64 - 1, np.uint64)
     hot, at = [], 0
     for size in kind.sizes:
@@ -700,6 +835,8 @@ async def _values(b: Batch, kind: Values, n: int) -> dict[str, Ring]:
 
 _MAKERS: Final[dict[type, Any]] = {
     Lookup: _lookup,
+    Wave: _wave,
+    Decay: _decay,
     Digits: _digits,
     DaBit: _dabit,
     Pick: _pick,
@@ -725,6 +862,10 @@ def shapes(kind: Kind, n: int, weight_shape: tuple[int, int] | None = None) -> d
             if kind.steps:
                 read["poly"] = (n, kind.steps * (kind.steps + 5) // 2)
             return read
+        case Wave():
+            return {"r": (n,), "waves": (n, 2 * len(kind.turns))}
+        case Decay():
+            return {"r": (n,), "e": (n, 1 << kind.bits)}
         case Digits():
             return {"r": (n,), "planes": (sum(1 << size for size in kind.sizes), words(n))}
         case Ands():
