@@ -190,6 +190,11 @@ static void half_rotate(void)
     mk_half_rotate((uint16_t *)out, (uint16_t *)secret, public, 11, SIZE);
 }
 
+static void byte_rotate(void)
+{
+    mk_byte_rotate((uint8_t *)out, (uint8_t *)secret, public, 11, SIZE);
+}
+
 static void bits_pick(void)
 {
     static uint64_t rows[N];
@@ -288,6 +293,11 @@ static void gr_half_hot(void)
     mk_gr_half_hot(out, out + 19 * GR, out + 38 * GR, (uint16_t *)secret, more, public, public + 64, 19, 35, 5);
 }
 
+static void gr_byte_hot(void)
+{
+    mk_gr_byte_hot(out, out + 19 * GR, out + 38 * GR, (uint8_t *)secret, more, public, public + 64, 19, 35, 5);
+}
+
 static void gr_combine_cols(void)
 {
     mk_gr_combine_cols(out, secret, public, 9, 35);
@@ -333,6 +343,7 @@ static void bytes_equal(void)
     X(ring_lookup)                                                                                                     \
     X(ring_rotate)                                                                                                     \
     X(half_rotate)                                                                                                     \
+    X(byte_rotate)                                                                                                     \
     X(bits_pick)                                                                                                       \
     X(ring_trunc_mask)                                                                                                 \
     X(ring_trunc)                                                                                                      \
@@ -364,6 +375,7 @@ static void bytes_equal(void)
     X(gr_combine)                                                                                                      \
     X(gr_hot)                                                                                                          \
     X(gr_half_hot)                                                                                                     \
+    X(gr_byte_hot)                                                                                                     \
     X(gr_combine_cols)                                                                                                 \
     X(gr_cross)                                                                                                        \
     X(gr_halves)                                                                                                       \

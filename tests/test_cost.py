@@ -230,8 +230,9 @@ def test_what_was_replaced_is_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_kernel_rules_agree_with_the_kernels() -> None:
     examples = cost._examples()
     assert set(examples) == {*dryrun.RULES, dryrun.ONE_ROW}
-    narrow = (np.ones((8, 16), np.uint16), np.zeros(8, np.uint64))
-    assert dryrun._Kernels().rotate(*narrow).dtype == kernels.rotate(*narrow).dtype == np.uint16
+    for kind in (np.uint16, np.uint8):
+        narrow = (np.ones((8, 16), kind), np.zeros(8, np.uint64))
+        assert dryrun._Kernels().rotate(*narrow).dtype == kernels.rotate(*narrow).dtype == kind
     for name, arguments in examples.items():
         name = "matmul" if name == dryrun.ONE_ROW else name
         shape, units = dryrun.RULES[name](*arguments)

@@ -386,7 +386,7 @@ def _made(kind: prep.Kind, n: int, first: int, shape: tuple[int, int] | None = N
 
 
 @pytest.mark.parametrize(
-    "kind", [prep.Trunc(16), prep.Digits((5, 4)), prep.Ands(((0, 1),)), prep.Lookup(4, 3, 0, narrow=True)]
+    "kind", [prep.Trunc(16), prep.Digits((5, 4)), prep.Ands(((0, 1),)), prep.Lookup(4, 3, 0, 8)]
 )
 def test_joint_stores_give_everything_once_and_in_order(kind: prep.Kind) -> None:
     sizes = (64, 128, 64)
@@ -413,7 +413,10 @@ def test_joint_stores_give_each_cache_its_own_masks() -> None:
 
 @pytest.mark.parametrize("spec", [LLAMA, GPT2], ids=["llama", "gpt2"])
 def test_a_pass_takes_no_more_than_its_sessions_have(spec: PlanSpec) -> None:
-    """Caches of all lengths, two and three at once: of no kind more than the sum of what each was given."""
+    """Caches of all lengths, two and three at once, and such as count their keys in 8 and in 16 bits: of no
+    kind more than the sum of what each was given.
+    """
+    spec = replace(spec, context=512)
     shapes = transformer.weight_shapes(spec)
     shapes |= {f"{k}_b": (1, v[1]) for k, v in shapes.items() if k not in ("embed", "pos")}
 
@@ -431,7 +434,7 @@ def test_a_pass_takes_no_more_than_its_sessions_have(spec: PlanSpec) -> None:
         await transformer.logits(ctx, "plan", spec, hidden, SETTINGS)
         return cost
 
-    for firsts in [(1, 1), (3, 12), (6, 7), (7, 7, 8), (2, 9, 13)]:
+    for firsts in [(1, 1), (3, 12), (6, 7), (7, 7, 8), (2, 9, 13), (254, 255), (254, 9, 300)]:
         have: dict[prep.Kind, int] = {}
         for first in firsts:
             prep.add_demand(have, alone(first))
@@ -441,11 +444,13 @@ def test_a_pass_takes_no_more_than_its_sessions_have(spec: PlanSpec) -> None:
 
 
 def test_weights_of_several_caches_are_those_of_each() -> None:
-    """Blocks of 3, 8 and 20 keys, some of them not valid: each as if it were alone, to a rounding."""
+    """Blocks of 3, 8, 256, which takes 16 bits to count, and 20 keys, some of them not valid: each as if it
+    were alone, to a rounding.
+    """
     rng = np.random.default_rng(7)
-    sizes = [(2, 1, 3), (2, 1, 8), (2, 2, 20)]
+    sizes = [(2, 1, 3), (2, 1, 8), (1, 1, 256), (2, 2, 20)]
     scores = [rng.uniform(-8, 8, shape) for shape in sizes]
-    valid = [None, np.arange(8) != 2, np.arange(20) % 3 != 1]
+    valid = [None, np.arange(8) != 2, None, np.arange(20) % 3 != 1]
     scores = [np.where(v, s, 0) if v is not None else s for s, v in zip(scores, valid, strict=True)]
 
     async def party(p: Party) -> list[Any]:

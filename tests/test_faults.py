@@ -344,7 +344,8 @@ DEMANDS: dict[prep.Kind, int] = {
     prep.TruncIf(35): 3,
     prep.Lookup(4, 3, 2): 3,
     prep.Lookup(0, 4, 0): 3,
-    prep.Lookup(2, 3, 0, narrow=True): 4,  # four lanes fill a word: an error in a lane of padding is none
+    prep.Lookup(2, 3, 0, 16): 4,  # four lanes fill a word: an error in a lane of padding is none
+    prep.Lookup(2, 3, 0, 8): 8,
     prep.Digits((3, 2)): 3,
     ANDS: 2,
     prep.DaBit(): 3,
@@ -974,6 +975,7 @@ def spoiling(
 
 LOOKUP = prep.Lookup(4, 3, 2)
 DEALT = "self.relations.extend((check.Dot((stated(0, j),), (stated(1, j),), both[:, j]) for j in range(3)))"
+FILLING = "mpc.prep:Batch._unpacked", "self.zeros.append(rest << np.uint64(RING_BITS - lane))"
 ONE_HOTS = "self.relations.append(check.OneHot(*self._in_parts(e, b), int(shift)))"
 
 
@@ -1087,15 +1089,20 @@ def cheat_two_entries(seed: int) -> bool:
     return not caught(ends, cheater) and not sound(kind, [end and end[kind] for end in ends], cheater)
 
 
-def cheat_narrow_entries(seed: int) -> bool:
-    """The top bit of 16 is wrong in two entries of a one-hot that is shared modulo 2^16."""
-    cheater, kind = seed % PARTIES, prep.Lookup(2, 3, 0, narrow=True)
+def cheat_lanes(lane: int) -> Callable[[int], bool]:
+    """The top bit is wrong in two entries of a one-hot that is shared modulo 2^lane."""
+    kind = prep.Lookup(2, 3, 0, lane)
 
     def lie(v: list[Ring]) -> None:
-        v[0].view(np.uint16)[:2] ^= np.uint16(1 << 15)
+        entries = v[0].view(prep.LANES[lane])
+        entries[:2] ^= entries.dtype.type(1 << (lane - 1))
 
-    ends = make({kind: 4}, {"lookup 2.3.0.narrow/double 2": lie}, cheater, seed)
-    return not caught(ends, cheater) and not sound(kind, [end and end[kind] for end in ends], cheater)
+    def cheat(seed: int) -> bool:
+        cheater = seed % PARTIES
+        ends = make({kind: DEMANDS[kind]}, {f"lookup 2.3.0.lane{lane}/double 2": lie}, cheater, seed)
+        return not caught(ends, cheater) and not sound(kind, [end and end[kind] for end in ends], cheater)
+
+    return cheat
 
 
 def cheat_long(seed: int) -> bool:
@@ -1110,16 +1117,21 @@ def cheat_long(seed: int) -> bool:
     return not caught(ends, cheater) and not sound(kind, [end and end[kind] for end in ends], cheater)
 
 
-def cheat_filling(seed: int) -> bool:
-    """An error in what fills the last word of a message of 16-bit numbers. It does no harm, but nothing of a
-    message shall be free to be wrong."""
-    cheater, kind = seed % PARTIES, prep.Lookup(4, 2, 0, narrow=True)
+def cheat_filling(lane: int) -> Callable[[int], bool]:
+    """An error in what fills the last word of a message of numbers of so many bits. It does no harm, but
+    nothing of a message shall be free to be wrong.
+    """
+    kind = prep.Lookup(4, 2, 0, lane)
 
     def lie(v: list[Ring]) -> None:
         v[0][-1] += np.uint64(1 << 63)
 
-    ends = make({kind: 1}, {"lookup 4.2.0.narrow/inject/xor 1": lie}, cheater, seed)
-    return not caught(ends, cheater)
+    def cheat(seed: int) -> bool:
+        cheater = seed % PARTIES
+        ends = make({kind: 1}, {f"lookup 4.2.0.lane{lane}/inject/xor 1": lie}, cheater, seed)
+        return not caught(ends, cheater)
+
+    return cheat
 
 
 def cheat_other_entry(seed: int) -> bool:
@@ -1377,9 +1389,8 @@ CHECKS: dict[str, Check] = {
     "injection: the first product, where the result is a bit": Check(
         "mpc.prep:Batch.inject", DEALT, cheat_cancelling, 20
     ),
-    "16-bit messages: what fills the last word": Check(
-        "mpc.prep:Batch._nothing_beyond", "self.zeros.append(rest << np.uint64(48))", cheat_filling
-    ),
+    "16-bit messages: what fills the last word": Check(*FILLING, cheat_filling(16)),
+    "8-bit messages: what fills the last word": Check(*FILLING, cheat_filling(8)),
     "injection: the second product": Check(
         "mpc.prep:Batch.inject",
         "self.relations.extend((check.Dot(((x[0, j, :end], x[1, j, :end]),), (stated(2, j, end),), "
@@ -1391,7 +1402,8 @@ CHECKS: dict[str, Check] = {
     "one-hots: by bits that are 0 or 1": Check(
         "mpc.prep:Batch.one_hot", ONE_HOTS, spoiling(LOOKUP, "lookup 4.3.2/inject/xor 2", at=(0, 0))
     ),
-    "one-hots modulo 2^16": Check("mpc.prep:Batch.one_hot", ONE_HOTS, cheat_narrow_entries),
+    "one-hots modulo 2^16": Check("mpc.prep:Batch.one_hot", ONE_HOTS, cheat_lanes(16)),
+    "one-hots modulo 2^8": Check("mpc.prep:Batch.one_hot", ONE_HOTS, cheat_lanes(8)),
     "one-hots of several rows": Check("mpc.prep:Batch.one_hot", ONE_HOTS, cheat_long, 6),
     "lookups: carries are 0 or 1": Check(
         "mpc.prep:_lookup",

@@ -467,9 +467,10 @@ def test_rotate(level: str, rng: np.random.Generator, size: int) -> None:
     want = [[int(e[i, (int(c[i]) - j) % size]) for j in range(size)] for i in range(len(c))]
     same(k.rotate(e, c), want)
     same(k.rotate(np.stack([e, e + e]), c), [k.rotate(e, c), k.rotate(e + e, c)])
-    half = k.rotate(e.astype(np.uint16), c)
-    assert half.dtype == np.uint16
-    same(half.astype(np.uint64), u64(want) % np.uint64(1 << 16))
+    for kind in (np.uint16, np.uint8):
+        narrow = k.rotate(e.astype(kind), c)
+        assert narrow.dtype == kind
+        same(narrow.astype(np.uint64), u64(want) % np.uint64(1 << np.iinfo(kind).bits))
 
 
 def turned(tables: np.ndarray) -> np.ndarray:
@@ -883,15 +884,15 @@ def _hot(e: Any, b: U64, q: U64, r: U64) -> list[U64]:
     return out
 
 
-@pytest.mark.parametrize("half", [False, True])
+@pytest.mark.parametrize("kind", [np.uint64, np.uint16, np.uint8])
 @pytest.mark.parametrize(
     ("n", "size", "bits"),
     [(0, 4, 2), (1, 1, 1), (5, 8, 3), (17, 2, 9), (67, 16, 4), (130, 33, 18), (66, 128, 48), (19, 512, 0)],
 )
-def test_gr_hot(level: str, rng: np.random.Generator, n: int, size: int, bits: int, half: bool) -> None:
+def test_gr_hot(level: str, rng: np.random.Generator, n: int, size: int, bits: int, kind: Any) -> None:
     """As `gr_mul01`, `gr_combine` and `gr_combine_cols` have it, which are tested above."""
     e, b, q, r = words(rng, n, size), words(rng, bits, n), words(rng, size), words(rng, n)
-    e = e.astype(np.uint16) if half else e
+    e = e.astype(kind)
     wide, index = e.astype(np.uint64), np.zeros((n, 48), np.uint64)
     index[:, :bits] = b.T
     want = [k.gr_mul01(index, r), k.gr_combine(wide, q), k.gr_combine_cols(wide, r)]
@@ -1233,6 +1234,7 @@ def walk_fences() -> None:
                 k.lookup(w(2, 2, n, size), w(2, n), w(2, 5, 2 * size))
                 k.rotate(w(n, size), w(n))
                 k.rotate(fence.empty((n, size), np.uint16), w(n))
+                k.rotate(fence.empty((n, size), np.uint8), w(n))
                 k.bit_pick(w(size, packed), w(n) % np.uint64(size))
             k.trunc_mask(w(2, n), w(2, n), w(2), [(n, 20, 4)])
             k.trunc(w(2, n), w(2, n), w(2), w(n), [(n, 20, 4)])
@@ -1269,7 +1271,8 @@ def walk_fences() -> None:
             k.gr_combine(w(n, 5), w(5))
             k.gr_combine_cols(w(n, 5), w(n))
             k.gr_combine_cols(w(5, n), w(5))
-            for e in (w(n, 5), w(5, n), fence.empty((n, 5), np.uint16), fence.empty((5, n), np.uint16)):
+            narrow = [fence.empty(s, kind) for s in ((n, 5), (5, n)) for kind in (np.uint16, np.uint8)]
+            for e in (w(n, 5), w(5, n), *narrow):
                 out = [fence.empty((rows, 48), np.uint64) for rows in (len(e), len(e), e.shape[1])]
                 k.gr_hot(*out, e, w(3, len(e)), w(e.shape[1]), w(len(e)))
             module["np"] = numpy

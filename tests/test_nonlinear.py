@@ -346,6 +346,15 @@ def test_softmax_of_hard_rows() -> None:
         close(Soft(*(getattr(got, k)[:, cut] for k in Soft.__dataclass_fields__)), Settings(), name)
 
 
+@pytest.mark.parametrize("keys", [255, 256])
+def test_softmax_counts_every_key(keys: int) -> None:
+    """Rows of equal scores at the last number of keys that 8 bits count and the first that they do not: were
+    256 counted modulo 2^8, no score would be seen above any threshold below them all.
+    """
+    scores = np.broadcast_to(np.array([-60.0, 0.0, 60.0])[:, None], (1, 3, keys))
+    close(softmax(scores, np.ones((3, keys), bool), None, Settings()), Settings())
+
+
 @pytest.mark.parametrize("above", [0.0, 3.0, 20.0, 227.0, 245.0, -245.0])
 def test_softmax_ignores_padding(above: float) -> None:
     """Padded slots, whose scores are next to 0, lie up to 245 above every valid one, or as far below: they

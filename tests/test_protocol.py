@@ -789,7 +789,8 @@ def test_one_hot_of_an_opened_index(backend: Replicated, bits: int) -> None:
 @pytest.mark.parametrize(
     ("low", "rest", "bits"), [(0, 1, 3), (0, 4, 6), (3, 4, 2), (30, 4, 6), (20, 8, 4), (50, 4, 6)]
 )
-def test_coarse_index(backend: Replicated, low: int, rest: int, bits: int) -> None:
+@pytest.mark.parametrize("lane", list(prep.LANES))
+def test_coarse_index(backend: Replicated, low: int, rest: int, bits: int, lane: int) -> None:
     """One-hot of j with x / 2^(low + rest) strictly within (j - 1 - 3 / 2^rest, j + 1)."""
     unit = 1 << (low + rest)
     end = (1 << (low + rest + bits)) - unit - (3 << low)
@@ -798,15 +799,35 @@ def test_coarse_index(backend: Replicated, low: int, rest: int, bits: int) -> No
     x = [max(0, min(v, end - 1)) for v in x] + [int(v * end) for v in rng.random(246)]
 
     async def op(ctx: Context, s: Share) -> Share:
-        return await ops.coarse_index(ctx, "coarse", s, low, rest, bits)
+        return await ops.coarse_index(ctx, "coarse", s, low, rest, bits, lane)
 
     (hot,) = execute(backend, op, ring(x).reshape(2, -1))
     assert hot.shape == (2, 128, 1 << bits)
-    hot = hot.reshape(256, -1) % np.uint64(1 << 16)
+    hot = hot.reshape(256, -1) & np.uint64(2**lane - 1)
     assert np.array_equal(np.sort(hot, axis=1)[:, ::-1][:, :1], np.ones((256, 1), np.uint64))
     assert np.array_equal(hot.sum(axis=1), np.ones(256, np.uint64))
     for v, j in zip(x, hot.argmax(axis=1).tolist(), strict=True):
         assert (j - 1) * unit - (3 << low) < v < (j + 1) * unit, (v, j)
+
+
+@pytest.mark.parametrize("most", [1, 255, 256, 65_535, 65_536])
+def test_lanes_hold_what_is_counted(most: int) -> None:
+    """The fewest bits of 8, 16 and 64 in which `most` and every smaller number are told from 0."""
+    lane = ops.counting_lane(most)
+    assert most % (1 << lane) == most
+    assert all(narrower >= lane or most >= 1 << narrower for narrower in (8, 16, 64))
+
+
+@pytest.mark.parametrize("lane", [8, 16])
+def test_counts_in_lanes_wrap_beyond_what_they_hold(backend: Replicated, lane: int) -> None:
+    """255 values are counted in lanes of 8 bits; 256 are none in these, and counted in those of 16."""
+
+    async def op(ctx: Context, s: Share) -> list[Share]:
+        hot = await ops.coarse_index(ctx, "coarse", s, 0, 4, 3, lane)
+        return [hot[:255].sum(0), hot.sum(0)]
+
+    for counts, n in zip(execute(backend, op, np.full(256, 40, np.uint64)), (255, 256), strict=True):
+        assert int(counts.sum()) % (1 << lane) == n % (1 << lane)  # they may be in two bins
 
 
 def power_piece(low: int, rest: int, bits: int, degree: int) -> Piecewise:
@@ -1056,8 +1077,10 @@ KINDS: list[tuple[prep.Kind, int]] = [
     (prep.Lookup(0, 1, 0), 5),
     (prep.Lookup(0, 5, 0), 70),
     (prep.Lookup(3, 4, 0), 64),
-    (prep.Lookup(3, 4, 0, narrow=True), 61),
-    (prep.Lookup(4, 7, 0, narrow=True), 20),
+    (prep.Lookup(3, 4, 0, 16), 61),
+    (prep.Lookup(3, 4, 0, 8), 61),
+    (prep.Lookup(4, 7, 0, 16), 20),
+    (prep.Lookup(4, 7, 0, 8), 19),
     (prep.Lookup(12, 6, 3), 40),
     (prep.Lookup(14, 3, 2), 100),
     (prep.Lookup(58, 6, 1), 10),

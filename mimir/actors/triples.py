@@ -215,7 +215,7 @@ def bytes_of(demand: Demand, weights: Mapping[str, tuple[int, int]]) -> int:
     for kind, n in demand.items():
         shape = weights[kind.name] if isinstance(kind, prep.Weight) else None
         for name, dims in prep.shapes(kind, n, shape).items():
-            size = 4 if name == "e" and isinstance(kind, prep.Lookup) and kind.narrow else 16
+            size = 16 if name != "e" or not isinstance(kind, prep.Lookup) else 2 * kind.lane // 8
             for d in dims:
                 size *= d
             total += size

@@ -116,7 +116,7 @@ def alone() -> None:
 
 # ---- checks ----
 
-_DTYPES = {kind: np.dtype(kind) for kind in (np.uint64, np.uint16)}
+_DTYPES = {kind: np.dtype(kind) for kind in (np.uint64, np.uint16, np.uint8)}
 
 
 def _array(
@@ -173,6 +173,14 @@ def _count(name: str, value: int, low: int, high: int | None = None) -> int:
 
 def _words(n: int) -> int:
     return (n + WORD_BITS - 1) // WORD_BITS
+
+
+def _entries(e: Any) -> tuple[type[np.unsignedinteger[Any]], str]:
+    """What entries of one-hots shall be, in NumPy and in C: words, unless they have 16 or 8 bits."""
+    for kind in (np.uint16, np.uint8):
+        if isinstance(e, np.ndarray) and e.dtype == kind:
+            return kind, f"{kind.__name__}_t[]"
+    return np.uint64, "uint64_t[]"
 
 
 def _in(value: npt.NDArray[Any]) -> Any:
@@ -379,20 +387,19 @@ def lookup(e: U64, c: U64, turned: U64) -> U64:
 
 
 def rotate(e: npt.NDArray[Any], c: U64) -> npt.NDArray[Any]:
-    """out[.., i, j] = e[.., i, (c[i] - j) mod K]: e (.., n, K) of 64 or 16 bits, c (n,) public. K is a power
-    of two.
+    """out[.., i, j] = e[.., i, (c[i] - j) mod K]: e (.., n, K) of 64, 16 or 8 bits, c (n,) public. K is a
+    power of two.
     """
-    half = isinstance(e, np.ndarray) and e.dtype == np.uint16
+    kind, words = _entries(e)
+    kernels = {np.uint64: _lib.mk_ring_rotate, np.uint16: _lib.mk_half_rotate, np.uint8: _lib.mk_byte_rotate}
     lead = _leading("e", e)[:-1]
-    kind, kernel = (np.uint16, _lib.mk_half_rotate) if half else (np.uint64, _lib.mk_ring_rotate)
     n, size = _array("e", e, (*lead, None, None), kind)[-2:]
     _power_of_two("the last dimension of e", size)
     _array("c", c, (n,))
     out = np.empty(e.shape, e.dtype)
-    words = "uint16_t[]" if half else "uint64_t[]"
     flat = (math.prod(lead), n, size)
     for each, to in zip(e.reshape(flat), out.reshape(flat), strict=True):
-        kernel(_from_buffer(words, to, True), _from_buffer(words, each), _in(c), n, size)
+        kernels[kind](_from_buffer(words, to, True), _from_buffer(words, each), _in(c), n, size)
     return out
 
 
@@ -910,12 +917,12 @@ def gr_cross(x: Sequence[U64], y: Sequence[U64], r: U64) -> U64:
 
 
 def gr_hot(a: U64, w: U64, columns: U64, e: npt.NDArray[Any], b: U64, q: U64, r: U64) -> None:
-    """Of one component of one-hots e (n, K), of 64 or 16 bits, and of their bits b (k, n), with 01 elements q
-    (K,) and r (n,): a_i = r_i sum_t b[t, i] X^t and w_i = sum_j e[i, j] q_j, both (n, 48), and columns_j =
-    sum_i e[i, j] r_i (K, 48). K is at most MAX_ENTRIES, k at most 48.
+    """Of one component of one-hots e (n, K), of 64, 16 or 8 bits, and of their bits b (k, n), with 01
+    elements q (K,) and r (n,): a_i = r_i sum_t b[t, i] X^t and w_i = sum_j e[i, j] q_j, both (n, 48), and
+    columns_j = sum_i e[i, j] r_i (K, 48). K is at most MAX_ENTRIES, k at most 48.
     """
-    half = isinstance(e, np.ndarray) and e.dtype == np.uint16
-    n, size = _array("e", e, (None, None), np.uint16 if half else np.uint64)
+    kind, words = _entries(e)
+    n, size = _array("e", e, (None, None), kind)
     bits, _ = _array("b", b, (None, n))
     _count("the second dimension of e", size, 0, MAX_ENTRIES)
     _count("the first dimension of b", bits, 0, GR_DEGREE)
@@ -923,9 +930,9 @@ def gr_hot(a: U64, w: U64, columns: U64, e: npt.NDArray[Any], b: U64, q: U64, r:
         _array(name, value, (length,))
     for rows, out in ((n, a), (n, w), (size, columns)):
         _room(out, (rows, GR_DEGREE), e, b, q, r)
-    kernel = _lib.mk_gr_half_hot if half else _lib.mk_gr_hot
-    entries = _ffi.from_buffer("uint16_t[]" if half else "uint64_t[]", e)
-    kernel(_out(a), _out(w), _out(columns), entries, _in(b), _in(q), _in(r), n, size, bits)
+    kernels = {np.uint64: _lib.mk_gr_hot, np.uint16: _lib.mk_gr_half_hot, np.uint8: _lib.mk_gr_byte_hot}
+    entries = _from_buffer(words, e)
+    kernels[kind](_out(a), _out(w), _out(columns), entries, _in(b), _in(q), _in(r), n, size, bits)
 
 
 # ---- bytes ----

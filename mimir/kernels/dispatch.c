@@ -153,6 +153,8 @@ MK_THUNK(mk_ring_rotate, (uint64_t *out, const uint64_t *e, const uint64_t *c, s
          (out, e, c, n, size))
 MK_THUNK(mk_half_rotate, (uint16_t *out, const uint16_t *e, const uint64_t *c, size_t n, size_t size),
          (out, e, c, n, size))
+MK_THUNK(mk_byte_rotate, (uint8_t *out, const uint8_t *e, const uint64_t *c, size_t n, size_t size),
+         (out, e, c, n, size))
 MK_THUNK(mk_gf_mul, (uint64_t *out, const uint64_t *a, const uint64_t *b, size_t n), (out, a, b, n))
 MK_THUNK(mk_gf_scale, (uint64_t *out, const uint64_t *a, uint64_t s, size_t n), (out, a, s, n))
 MK_THUNK(mk_gf_inner, (uint64_t *out, const uint64_t *a, const uint64_t *b, size_t n), (out, a, b, n))
@@ -184,6 +186,9 @@ MK_THUNK(mk_gr_hot,
          (a, w, columns, e, b, q, r, n, size, bits))
 MK_THUNK(mk_gr_half_hot,
          (uint64_t *a, uint64_t *w, uint64_t *columns, const uint16_t *e, const uint64_t *b, const uint64_t *q, const uint64_t *r, size_t n, size_t size, size_t bits),
+         (a, w, columns, e, b, q, r, n, size, bits))
+MK_THUNK(mk_gr_byte_hot,
+         (uint64_t *a, uint64_t *w, uint64_t *columns, const uint8_t *e, const uint64_t *b, const uint64_t *q, const uint64_t *r, size_t n, size_t size, size_t bits),
          (a, w, columns, e, b, q, r, n, size, bits))
 
 /* ---- long kernels, which are split over threads ---- */

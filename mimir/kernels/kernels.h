@@ -78,12 +78,13 @@ void mk_ring_double(uint64_t *e, const uint64_t *high, size_t n, size_t size, si
  * lookup: of `parts` components e (groups n, size), `apart` words apart, each group of rows with tables of its own:
  * out (parts, depth, groups n), out[p, d, i] = sum_j table[i / n, d, (c_i - j) mod size] e[p, i, j].
  * rotate: out (n, size), out[i, j] = e[i, (c_i - j) mod size].
- * half_rotate: the same as rotate for entries of 16 bits.
+ * half_rotate, byte_rotate: the same as rotate for entries of 16 and of 8 bits.
  * Public: c, turned. */
 void mk_ring_lookup(uint64_t *out, const uint64_t *e, size_t apart, const uint64_t *c, const uint64_t *turned,
                     size_t parts, size_t groups, size_t depth, size_t n, size_t size);
 void mk_ring_rotate(uint64_t *out, const uint64_t *e, const uint64_t *c, size_t n, size_t size);
 void mk_half_rotate(uint16_t *out, const uint16_t *e, const uint64_t *c, size_t n, size_t size);
+void mk_byte_rotate(uint8_t *out, const uint8_t *e, const uint64_t *c, size_t n, size_t size);
 
 /* The local halves of online operations (ops.py says why they are right). An array of shares has `parts` components,
  * each dense; those of inputs lie `_apart` words apart, those of outputs are adjacent. one (parts) holds the components
@@ -182,7 +183,7 @@ void mk_gf_blend(uint64_t *out, const uint64_t *x, const uint64_t *w, size_t row
  * cross: as over GF(2^64), of ring words: x0, x1, y0, y1 (n, rows), out_t = sum_g r_g (x0 y0 + x0 y1 + x1 y0)[t, g].
  * hot: what the claims of one-hots are made of (see check.py), for one component e (n, size), size at most MK_ENTRIES, and
  * b (bits, n), bits at most 48: a_i = r_i sum_t b[t, i] X^t, w_i = sum_j e[i, j] q_j, columns_j = sum_i e[i, j] r_i.
- * half_hot: the same for entries of 16 bits.
+ * half_hot, byte_hot: the same for entries of 16 and of 8 bits.
  * Public: xi, q and all r. */
 #define MK_ENTRIES 512
 void mk_gr_mul(uint64_t *out, const uint64_t *a, const uint64_t *b, size_t n);
@@ -200,6 +201,7 @@ void mk_gr_cross(uint64_t *out, const uint64_t *x0, const uint64_t *x1, const ui
 
 void mk_gr_hot(uint64_t *a, uint64_t *w, uint64_t *columns, const uint64_t *e, const uint64_t *b, const uint64_t *q, const uint64_t *r, size_t n, size_t size, size_t bits);
 void mk_gr_half_hot(uint64_t *a, uint64_t *w, uint64_t *columns, const uint16_t *e, const uint64_t *b, const uint64_t *q, const uint64_t *r, size_t n, size_t size, size_t bits);
+void mk_gr_byte_hot(uint64_t *a, uint64_t *w, uint64_t *columns, const uint8_t *e, const uint64_t *b, const uint64_t *q, const uint64_t *r, size_t n, size_t size, size_t bits);
 
 /* Zero n bytes in a way no compiler drops. equal: 0 if all n bytes agree, else -1; the result alone is public.
  * One level only: both are bound by memory. */

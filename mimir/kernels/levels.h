@@ -41,6 +41,7 @@ void mk_ring_product_nt(uint64_t *c, const uint64_t *a, const uint64_t *b, size_
     X(mk_bits_products)                                                                                                \
     X(mk_ring_rotate)                                                                                                  \
     X(mk_half_rotate)                                                                                                  \
+    X(mk_byte_rotate)                                                                                                  \
     X(mk_gf_mul)                                                                                                       \
     X(mk_gf_scale)                                                                                                     \
     X(mk_gf_inner)                                                                                                     \
@@ -59,7 +60,8 @@ void mk_ring_product_nt(uint64_t *c, const uint64_t *a, const uint64_t *b, size_
     X(mk_gr_combine_cols)                                                                                              \
     X(mk_gr_cross)                                                                                                     \
     X(mk_gr_hot)                                                                                                       \
-    X(mk_gr_half_hot)
+    X(mk_gr_half_hot)                                                                                                  \
+    X(mk_gr_byte_hot)
 
 #define MK_DECLARE(name)                                                                                               \
     __typeof__(name) name##_ref;                                                                                       \

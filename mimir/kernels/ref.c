@@ -287,17 +287,16 @@ void mk_ring_lookup_ref(uint64_t *restrict out, const uint64_t *e, size_t apart,
                 }
 }
 
-void mk_ring_rotate_ref(uint64_t *restrict out, const uint64_t *e, const uint64_t *c, size_t n, size_t size)
-{
-    for (size_t i = 0; i < n; i++)
-        for (size_t j = 0; j < size; j++) out[i * size + j] = e[i * size + (c[i] - j) % size];
-}
-
-void mk_half_rotate_ref(uint16_t *restrict out, const uint16_t *e, const uint64_t *c, size_t n, size_t size)
-{
-    for (size_t i = 0; i < n; i++)
-        for (size_t j = 0; j < size; j++) out[i * size + j] = e[i * size + (c[i] - j) % size];
-}
+#define ROTATE(name, entry)                                                                                            \
+    void name(entry *restrict out, const entry *e, const uint64_t *c, size_t n, size_t size)                           \
+    {                                                                                                                  \
+        for (size_t i = 0; i < n; i++)                                                                                 \
+            for (size_t j = 0; j < size; j++) out[i * size + j] = e[i * size + (c[i] - j) % size];                     \
+    }
+ROTATE(mk_ring_rotate_ref, uint64_t)
+ROTATE(mk_half_rotate_ref, uint16_t)
+ROTATE(mk_byte_rotate_ref, uint8_t)
+#undef ROTATE
 
 /* ---- GF(2^64) ---- */
 
@@ -592,26 +591,21 @@ static void hot_row(uint64_t *a, uint64_t *w, uint64_t *columns, const uint64_t 
         for (unsigned t = 0; t < MK_GR; t++) columns[MK_GR * j + t] += e[j] & ct_mask(r, t, one);
 }
 
-void mk_gr_hot_ref(uint64_t *restrict a, uint64_t *restrict w, uint64_t *restrict columns, const uint64_t *e,
-                   const uint64_t *b, const uint64_t *q, const uint64_t *r, size_t n, size_t size,
-                   size_t bits)
-{
-    memset(columns, 0, size * MK_GR * sizeof *columns);
-    for (size_t i = 0; i < n; i++)
-        hot_row(a + MK_GR * i, w + MK_GR * i, columns, e + size * i, b + i, q, r[i], n, size, bits);
-}
-
-void mk_gr_half_hot_ref(uint64_t *restrict a, uint64_t *restrict w, uint64_t *restrict columns, const uint16_t *e,
-                        const uint64_t *b, const uint64_t *q, const uint64_t *r, size_t n,
-                        size_t size, size_t bits)
-{
-    memset(columns, 0, size * MK_GR * sizeof *columns);
-    for (size_t i = 0; i < n; i++) {
-        uint64_t row[MK_ENTRIES];
-        for (size_t j = 0; j < size; j++) row[j] = e[size * i + j];
-        hot_row(a + MK_GR * i, w + MK_GR * i, columns, row, b + i, q, r[i], n, size, bits);
+#define HOT(name, entry)                                                                                               \
+    void name(uint64_t *restrict a, uint64_t *restrict w, uint64_t *restrict columns, const entry *e,                  \
+              const uint64_t *b, const uint64_t *q, const uint64_t *r, size_t n, size_t size, size_t bits)             \
+    {                                                                                                                  \
+        memset(columns, 0, size * MK_GR * sizeof *columns);                                                            \
+        for (size_t i = 0; i < n; i++) {                                                                               \
+            uint64_t row[MK_ENTRIES];                                                                                  \
+            for (size_t j = 0; j < size; j++) row[j] = e[size * i + j];                                                \
+            hot_row(a + MK_GR * i, w + MK_GR * i, columns, row, b + i, q, r[i], n, size, bits);                        \
+        }                                                                                                              \
     }
-}
+HOT(mk_gr_hot_ref, uint64_t)
+HOT(mk_gr_half_hot_ref, uint16_t)
+HOT(mk_gr_byte_hot_ref, uint8_t)
+#undef HOT
 
 /* ---- the local halves of online operations ---- */
 

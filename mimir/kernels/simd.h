@@ -405,23 +405,19 @@ void MK(mk_ring_lookup)(uint64_t *restrict out, const uint64_t *e, size_t apart,
         }
 }
 
-void MK(mk_ring_rotate)(uint64_t *restrict out, const uint64_t *e, const uint64_t *c, size_t n, size_t size)
-{
-    for (size_t i = 0; i < n; i++, out += size, e += size) {
-        size_t turn = c[i] % size;
-        for (size_t j = 0; j <= turn; j++) out[j] = e[turn - j];
-        for (size_t j = turn + 1; j < size; j++) out[j] = e[size + turn - j];
+#define ROTATE(name, entry)                                                                                            \
+    void MK(name)(entry *restrict out, const entry *e, const uint64_t *c, size_t n, size_t size)                       \
+    {                                                                                                                  \
+        for (size_t i = 0; i < n; i++, out += size, e += size) {                                                       \
+            size_t turn = c[i] % size;                                                                                 \
+            for (size_t j = 0; j <= turn; j++) out[j] = e[turn - j];                                                   \
+            for (size_t j = turn + 1; j < size; j++) out[j] = e[size + turn - j];                                      \
+        }                                                                                                              \
     }
-}
-
-void MK(mk_half_rotate)(uint16_t *restrict out, const uint16_t *e, const uint64_t *c, size_t n, size_t size)
-{
-    for (size_t i = 0; i < n; i++, out += size, e += size) {
-        size_t turn = c[i] % size;
-        for (size_t j = 0; j <= turn; j++) out[j] = e[turn - j];
-        for (size_t j = turn + 1; j < size; j++) out[j] = e[size + turn - j];
-    }
-}
+ROTATE(mk_ring_rotate, uint64_t)
+ROTATE(mk_half_rotate, uint16_t)
+ROTATE(mk_byte_rotate, uint8_t)
+#undef ROTATE
 
 /* ---- GF(2^64) ---- */
 
@@ -1121,18 +1117,20 @@ INLINE void mul_short(uint64_t *out, const uint64_t *b, size_t down, size_t bits
 /* Few rows of one-hots at a time, so that all that is made of them lies in the first-level cache. */
 enum { HOT_ROWS = 64, HOT_WORDS = 1 << 13 };
 
-INLINE void hot(uint64_t *a, uint64_t *w, uint64_t *columns, const uint64_t *e, const uint16_t *half,
-                const uint64_t *b, const uint64_t *q, const uint64_t *r, size_t n, size_t size,
-                size_t bits)
+INLINE void hot(uint64_t *a, uint64_t *w, uint64_t *columns, const void *e, const size_t width, const uint64_t *b,
+                const uint64_t *q, const uint64_t *r, size_t n, size_t size, size_t bits)
 {
+    const uint64_t *whole = e; /* or entries of `width` bytes, which are widened as they come */
+    const uint16_t *half = e;
+    const uint8_t *byte = e;
     uint64_t room[HOT_WORDS] __attribute__((aligned(64)));
     size_t strips = size / STRIP * STRIP, step = size ? least(HOT_ROWS, HOT_WORDS / size) : HOT_ROWS;
     memset(columns, 0, size * MK_GR * sizeof *columns);
     for (size_t i = 0; i < n; i += step) {
         size_t rows = least(n - i, step);
-        if (half)
-            for (size_t j = 0; j < rows * size; j++) room[j] = half[size * i + j];
-        const uint64_t *block = half ? room : e + size * i;
+        if (width < sizeof *room)
+            for (size_t j = 0; j < rows * size; j++) room[j] = width == 1 ? byte[size * i + j] : half[size * i + j];
+        const uint64_t *block = width < sizeof *room ? room : whole + size * i;
         combine(w + MK_GR * i, block, q, size, 1, rows, size);
         combine_some(columns, block, r + i, 1, size, strips, size, rows, 1);
         for (size_t j = 0; j < rows; j++) mul_short(a + MK_GR * (i + j), b + i + j, n, bits, r[i + j]);
@@ -1144,14 +1142,21 @@ void MK(mk_gr_hot)(uint64_t *restrict a, uint64_t *restrict w, uint64_t *restric
                    const uint64_t *b, const uint64_t *q, const uint64_t *r, size_t n, size_t size,
                    size_t bits)
 {
-    hot(a, w, columns, e, NULL, b, q, r, n, size, bits);
+    hot(a, w, columns, e, sizeof *e, b, q, r, n, size, bits);
 }
 
 void MK(mk_gr_half_hot)(uint64_t *restrict a, uint64_t *restrict w, uint64_t *restrict columns, const uint16_t *e,
                         const uint64_t *b, const uint64_t *q, const uint64_t *r, size_t n,
                         size_t size, size_t bits)
 {
-    hot(a, w, columns, NULL, e, b, q, r, n, size, bits);
+    hot(a, w, columns, e, sizeof *e, b, q, r, n, size, bits);
+}
+
+void MK(mk_gr_byte_hot)(uint64_t *restrict a, uint64_t *restrict w, uint64_t *restrict columns, const uint8_t *e,
+                        const uint64_t *b, const uint64_t *q, const uint64_t *r, size_t n,
+                        size_t size, size_t bits)
+{
+    hot(a, w, columns, e, sizeof *e, b, q, r, n, size, bits);
 }
 
 /* Results of a cross, which come one by one: STRIP of them wait in `terms`, CROSS words each, to be added together. */

@@ -325,9 +325,13 @@ class Scores:
     valid: Share | None
 
     @property
+    def keys(self) -> int:
+        return self.values.shape[2]
+
+    @property
     def count_bits(self) -> int:
         """Of a number of keys."""
-        return self.values.shape[2].bit_length()
+        return self.keys.bit_length()
 
 
 async def exponentials(
@@ -348,10 +352,8 @@ async def exponentials(
     shown = raised
     if invalid is not None:  # from the middle down to the lowest bin
         shown = raised - invalid * ((half - 2) << scale)
-    one_hot = await ops.coarse_index(
-        ctx, f"{step}/coarse", shown, scale + COARSE_BIN - COARSE_REST, COARSE_REST, COARSE_BITS
-    )  # (scores, bins)
-    top = await _highest_bins(ctx, step, blocks, one_hot)
+    one_hots = await _coarse_bins(ctx, step, blocks, shown, scale)
+    top = await _highest_bins(ctx, step, blocks, one_hots)
     # maximum < (top + 1) bins: below = score - that, negative
     limit = (top + 1) * (1 << (scale + COARSE_BIN))
     below = shown - concat([_spread(b, part) for b, part in zip(blocks, _by_row(blocks, limit), strict=True)])
@@ -424,18 +426,50 @@ def _invalid(blocks: Sequence[Scores]) -> Share | None:
     return concat(parts)
 
 
-async def _highest_bins(ctx: Context, step: str, blocks: Sequence[Scores], one_hot: Share) -> Share:
+def _places(alike: Sequence[int]) -> dict[int, list[int]]:
+    """Where each number stands."""
+    out: dict[int, list[int]] = {}
+    for i, value in enumerate(alike):
+        out.setdefault(value, []).append(i)
+    return out
+
+
+async def _coarse_bins(
+    ctx: Context, step: str, blocks: Sequence[Scores], shown: Share, scale: int
+) -> list[Share]:
+    """For each block one-hots (scores, bins) of its scores. One round.
+
+    How many bits their numbers have follows from the block's own keys: its session has made what is taken for
+    it, and knew of no other. Blocks of one lane are read together.
+    """
+    parts = _by_score(blocks, shown)
+    groups = _places([ops.counting_lane(b.keys) for b in blocks])
+
+    def read(lane: int, group: list[int]) -> Callable[[Context], Coroutine[Any, Any, Share]]:
+        x, low = concat([parts[i] for i in group]), scale + COARSE_BIN - COARSE_REST
+        return lambda ctx: ops.coarse_index(ctx, f"{step}/coarse", x, low, COARSE_REST, COARSE_BITS, lane)
+
+    out = list(parts)
+    read_at_once = await ops.together(ctx, *(read(*group) for group in groups.items()))
+    for group, hot in zip(groups.values(), read_at_once, strict=True):
+        for i, part in zip(group, _by_score([blocks[i] for i in group], hot), strict=True):
+            out[i] = part
+    return out
+
+
+async def _highest_bins(
+    ctx: Context, step: str, blocks: Sequence[Scores], one_hots: Sequence[Share]
+) -> Share:
     """For every row of every head the highest bin that one of its allowed scores lies in. Two rounds."""
     per_row = []
-    for b, hot in zip(blocks, _by_score(blocks, one_hot), strict=True):
-        hot = hot.reshape(*b.values.shape, -1) * b.allowed.astype(np.uint16)[None, :, :, None]
-        per_row.append(hot.sum(2).reshape(-1, one_hot.shape[1]))  # how many scores in each bin, modulo 2^16
+    for b, hot in zip(blocks, one_hots, strict=True):
+        hot = hot.reshape(*b.values.shape, -1) * b.allowed.astype(hot.v.dtype)[None, :, :, None]
+        # How many scores lie in each bin, modulo 2^lane, which is more than there are.
+        per_row.append(hot.sum(2).reshape(-1, 1 << COARSE_BITS))
     counts = concat(per_row).v
     at_least = ctx.share(np.cumsum(counts[..., ::-1], axis=-1, dtype=np.uint64)[..., ::-1])[:, 1:]
     # Counts of blocks of about as many keys are tested together.
-    tests: dict[int, list[int]] = {}
-    for i, b in enumerate(blocks):
-        tests.setdefault(b.count_bits, []).append(i)
+    tests = _places([b.count_bits for b in blocks])
     parts = _by_row(blocks, at_least)
     flat = [concat([parts[i] for i in group]).flat() for group in tests.values()]
     padded = [_whole_words(x) for x in flat]

@@ -587,12 +587,19 @@ def one_hot(ctx: Context, c: dict[str, Share], opened: Ring, bits: int) -> Share
     return ctx.share(kernels.rotate(np.ascontiguousarray(c["e"].v), index))
 
 
-async def coarse_index(ctx: Context, step: str, x: Share, low: int, rest: int, bits: int) -> Share:
+def counting_lane(most: int) -> int:
+    """The fewest bits for the numbers that one-hots are made of, if sums of up to `most` of them shall count:
+    8 up to 255, 16 up to 65,535, else 64.
+    """
+    return next(lane for lane in prep.LANES if most < 1 << lane)
+
+
+async def coarse_index(ctx: Context, step: str, x: Share, low: int, rest: int, bits: int, lane: int) -> Share:
     """One-hot (*shape, 2^bits) of j, x / 2^(low + rest) within (j - 1 - 3 / 2^rest, j + 1), for x >= 0.
 
-    Its components are meant modulo 2^16: sums of up to 2^16 - 1 of them count. One round.
+    Its components are meant modulo 2^lane: sums of up to 2^lane - 1 of them count. One round.
     """
-    c = ctx.take(prep.Lookup(rest, bits, 0, narrow=True), x.size)
+    c = ctx.take(prep.Lookup(rest, bits, 0, lane), x.size)
     (o,) = await ctx.doors.open_low(step, rest + bits, drop(x.flat(), low, rest + bits) + c["r"])
     return one_hot(ctx, c, o >> np.uint64(rest), bits).reshape(*x.shape, 1 << bits)
 

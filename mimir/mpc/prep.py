@@ -8,7 +8,8 @@ A *kind* names one sort of correlation, with everything that fixes its shape:
 
     Trunc(f)             truncation pair for ops.truncate: r, r / 2^f rounded down, top bit of r
     TruncIf(f)           the same, a random bit, and its products with the latter two
-    Lookup(b, k, d)      one-hot of k bits, remainder of b bits, what a polynomial of degree d in it takes
+    Lookup(b, k, d, l)   one-hot of k bits, shared modulo 2^l; remainder of b bits, and what a polynomial of
+                         degree d in it takes
     Wave(b, ks)          cos and sin of k / 2^b turns of a mask, for each k
     Decay(b, k, ..)      e^-v for a remainder v of b bits, where index bits point, and 0 elsewhere
     Digits(k_0, ..)      one-hots of bits of the digits of a value: zero, threshold and sign tests
@@ -39,7 +40,7 @@ from mimir import kernels
 from mimir.errors import LocalError
 from mimir.mpc import check
 from mimir.mpc.branches import ask, side_by_side
-from mimir.mpc.domain import Ring, words
+from mimir.mpc.domain import RING_BITS, Ring, words
 from mimir.mpc.doors import Doors
 from mimir.mpc.offload import offload
 from mimir.mpc.replicated import Replicated
@@ -47,6 +48,11 @@ from mimir.mpc.waves import circle, exponential, fractions, integers
 from mimir.mpc.weights import Matrix, product
 
 ADDER_LANES: Final = 1 << 15  # elements handled by one pass of the adder (bounds memory)
+LANES: Final[dict[int, Any]] = {
+    8: np.uint8,
+    16: np.uint16,
+    RING_BITS: np.uint64,
+}  # numbers of one-hots, by bits
 
 
 # --- kinds -----------------------------------------------------------------------------------------
@@ -67,7 +73,9 @@ class Lookup:
     rest: int  # bits of the remainder
     bits: int  # bits of the index
     steps: int  # degree of the polynomial in the remainder that follows
-    narrow: bool = False  # the one-hot is shared modulo 2^16 only, in a quarter of the bytes: enough to count
+    lane: int = (
+        RING_BITS  # the one-hot is shared modulo 2^lane: 16 or 8 bits, and so much less, where it counts
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -329,25 +337,25 @@ class Batch:
             span *= 2
         return g
 
-    async def deal(self, step: str, own: Ring, narrow: bool = False) -> Ring:
+    async def deal(self, step: str, own: Ring, lane: int = RING_BITS) -> Ring:
         """Shares (2, 3, ..) of what each party knows of its own block: block j is the `own` (..) of party j,
-        modulo 2^16 if narrow. That party draws one summand with the next one and sends the other to the one
+        modulo 2^lane. That party draws one summand with the next one and sends the other to the one
         before, to which it is masked by a key that this party lacks. A cheater may deal anything.
 
-        One round; 8/3 bytes a shared value in the mean, a quarter of it if narrow.
+        One round; 8/3 bytes a shared value in the mean, or as much less as a lane is.
         """
         bk = self.doors.bk
         me, before, after = bk.party, bk.previous, bk.following
         out = np.zeros((2, 3, *own.shape), np.uint64)
         out[0, before], out[1, me] = bk.random(*own.shape)
-        (told,) = await self._exchange(step, own - out[1, me], narrow)
+        (told,) = await self._exchange(step, own - out[1, me], lane)
         out[0, me], out[1, after] = told
         return out
 
     async def inject(
-        self, step: str, bits: Ring, n: int, *, prove: bool = True, narrow: bool = False
+        self, step: str, bits: Ring, n: int, *, prove: bool = True, lane: int = RING_BITS
     ) -> Ring:
-        """Words of bits (2, j, w) as ring elements (2, j, n); modulo 2^16 if narrow.
+        """Words of bits (2, j, w) as ring elements (2, j, n), right modulo 2^lane.
 
         XOR of the three components as ring products, two rounds. The first product is of two components that
         one party knows, so that party deals it, a third of the bits each; the second is with the component
@@ -366,24 +374,24 @@ class Batch:
 
         # In block j the factors are components j, j + 1, and then j + 2: of each factor, (slot, block).
         mine = [[(slot, (bk.party + slot - k) % 3) for slot in range(2)] for k in range(3)]
+        up = np.uint64(RING_BITS - lane)
 
         def stated(k: int, block: int, end: int | None = None) -> check.Sparse:
-            """Factor k as a share; if narrow, shifted up so that its product with the second, or with the
-            first product, counts modulo 2^16.
+            """Factor k as a share; shifted up so that its product with the second, or with the first
+            product, counts modulo 2^lane.
             """
             have = (ring[slot, block, :end] if (slot, block) in mine[k] else None for slot in range(2))
-            a, b = (v if v is None or k == 1 or not narrow else v << np.uint64(48) for v in have)
+            a, b = (v if v is None or k == 1 or not up else v << up for v in have)
             return a, b
 
-        both = await self.deal(f"{step}/xor 1", ring[0, bk.party] * ring[1, bk.party], narrow)
+        both = await self.deal(f"{step}/xor 1", ring[0, bk.party] * ring[1, bk.party], lane)
         x = ring.copy()
         for where in mine[2]:
             x[where] = 0
         x -= both
         x -= both
         # Stated with what fills the last block, so that nothing of a message is free to be wrong.
-        if narrow:
-            both <<= np.uint64(48)
+        both <<= up
         self.relations.extend(check.Dot((stated(0, j),), (stated(1, j),), both[:, j]) for j in range(3))
 
         part = bk.zero(3 * third)[:size]
@@ -392,9 +400,9 @@ class Batch:
         k, m = len(blocks[a]), len(blocks[b])
         blocks[a] += (x[0, a, :k] + x[1, a, :k]) * ring[0, a, :k]
         blocks[b] += x[0, b, :m] * ring[1, b, :m]
-        (told,) = await self._exchange(f"{step}/xor 2", part.reshape(-1, n), narrow)
+        (told,) = await self._exchange(f"{step}/xor 2", part.reshape(-1, n), lane)
         if prove:
-            z = told.reshape(2, -1) << np.uint64(48) if narrow else told.reshape(2, -1)
+            z = told.reshape(2, -1) << up
             ends = [(j, len(v), slice(j * third, j * third + len(v))) for j, v in enumerate(blocks)]
             self.relations.extend(
                 check.Dot(((x[0, j, :end], x[1, j, :end]),), (stated(2, j, end),), z[:, span])
@@ -409,22 +417,25 @@ class Batch:
         self.same_bits(x, flat, n)
         return x.reshape(*bits.shape[:-1], n)
 
-    async def _exchange(self, step: str, summand: Ring, narrow: bool) -> list[Ring]:
-        """`reshare`, of which only the lowest 16 bits travel, four to a word, if narrow."""
-        if not narrow:
+    async def _exchange(self, step: str, summand: Ring, lane: int) -> list[Ring]:
+        """`reshare`, of which the lowest `lane` bits travel, as many lanes to a word as it has room for."""
+        if lane == RING_BITS:
             return await self.doors.reshare(step, summand)
         size = summand.size
-        lanes16 = np.zeros(-(-size // 4) * 4, np.uint16)
-        lanes16[:size] = summand.reshape(-1)
-        (told,) = await self.doors.reshare(step, lanes16.view(np.uint64))
-        self._nothing_beyond(told, size)
-        return [told.view(np.uint16)[:, :size].astype(np.uint64).reshape(2, *summand.shape)]
+        packed = np.zeros(_lane_words(size, lane) * RING_BITS // lane, LANES[lane])
+        packed[:size] = summand.reshape(-1)
+        (told,) = await self.doors.reshare(step, packed.view(np.uint64))
+        return [self._unpacked(told, size, lane).astype(np.uint64).reshape(2, *summand.shape)]
 
-    def _nothing_beyond(self, told: Ring, size: int) -> None:
-        """State that the 16-bit lanes that fill the last word share zeros: no part of a message is free."""
-        rest = told.view(np.uint16)[:, size:].astype(np.uint64)
+    def _unpacked(self, told: Ring, size: int, lane: int) -> npt.NDArray[Any]:
+        """The first `size` lanes of words (2, w). States that the others, which fill the last word, share
+        zeros: no part of a message is free.
+        """
+        found = told.view(LANES[lane])
+        rest = found[:, size:].astype(np.uint64)
         if rest.size:
-            self.zeros.append(rest << np.uint64(48))
+            self.zeros.append(rest << np.uint64(RING_BITS - lane))
+        return found[:, :size]
 
     def same_bits(self, x: Ring, bits: Ring, n: int) -> None:
         """State that ring elements (2, j, n), known to be 0 or 1, are the bits (2, j, w).
@@ -439,17 +450,17 @@ class Batch:
         self.zero_bits.append((low ^ bits) & mask)
 
     async def one_hot(
-        self, step: str, b: Ring, narrow: bool = False, of: Ring | None = None
+        self, step: str, b: Ring, lane: int = RING_BITS, of: Ring | None = None
     ) -> npt.NDArray[Any]:
-        """From what shall be bits (2, k, n) as ring elements, one-hots (2, n, 2^k) by doubling; bit j weighs
-        2^j. The relations say that the bits are bits, and the one-hots theirs. k - 1 rounds.
+        """From what shall be bits (2, k, n) as ring elements, one-hots (2, n, 2^k) modulo 2^lane by doubling;
+        bit j weighs 2^j. The relations say that the bits are bits, and the one-hots theirs. k - 1 rounds.
 
         Or, of bits that are bits, vectors that hold a value of (2, n) at their place instead of 1; k rounds.
         """
         bk = self.doors.bk
         k, n = b.shape[1:]
-        e: npt.NDArray[Any] = np.empty((2, n, 1 << k), np.uint16 if narrow else np.uint64)
-        shift = np.uint64(48 if narrow else 0)
+        e: npt.NDArray[Any] = np.empty((2, n, 1 << k), LANES[lane])
+        shift = np.uint64(RING_BITS - lane)
         if of is None:
             one = bk.add_public(np.zeros((2, n), np.uint64), np.ones(n, np.uint64))
             e[:, :, 0], e[:, :, 1] = (one - b[:, 0]).astype(e.dtype), b[:, 0].astype(e.dtype)
@@ -457,8 +468,8 @@ class Batch:
             one = e[:, :, 0] = of
         for j in range(1 if of is None else 0, k):
             bit = np.ascontiguousarray(b[:, j])
-            if narrow:
-                await self._double_narrow(f"{step}/double {j}", e, bit.astype(np.uint16), 1 << j)
+            if lane < RING_BITS:
+                await self._double_lanes(f"{step}/double {j}", e, bit.astype(e.dtype), 1 << j)
                 continue
             part = bk.zero(n, 1 << j)
             await offload(4 * part.size, partial(kernels.double_part, part, e, bit))
@@ -484,10 +495,10 @@ class Batch:
         b[:, low:] = self.doors.bk.add_public(b[:, low:], np.zeros(1, np.uint64) - above)
         return e.reshape(2, n * parts, check.ENTRIES), b
 
-    async def _double_narrow(self, step: str, e: npt.NDArray[Any], bit: npt.NDArray[Any], have: int) -> None:
-        """Double the first entries of one-hots of 16-bit words: four lanes travel in one word."""
-        n = e.shape[1]
-        both = self.doors.bk.random((n * have + 3) // 4).view(np.uint16)
+    async def _double_lanes(self, step: str, e: npt.NDArray[Any], bit: npt.NDArray[Any], have: int) -> None:
+        """Double the first entries of one-hots of fewer bits than a word has, in which several travel."""
+        n, lane = e.shape[1], 8 * e.itemsize
+        both = self.doors.bk.random(_lane_words(n * have, lane)).view(e.dtype)
         part = both[0] - both[1]  # a share of zero, lane by lane
 
         def local() -> None:
@@ -496,8 +507,7 @@ class Batch:
 
         await offload(4 * n * have, local)
         (high,) = await self.doors.reshare(step, part.view(np.uint64))
-        self._nothing_beyond(high, n * have)
-        product = high.view(np.uint16)[:, : n * have].reshape(2, n, have)
+        product = self._unpacked(high, n * have, lane).reshape(2, n, have)
         e[:, :, have : 2 * have] = product
         e[:, :, :have] -= product
 
@@ -508,6 +518,11 @@ class Batch:
         (z,) = await self.doors.reshare(step, part)
         self.relations.append(check.ScalarProduct(v, x, z))
         return z
+
+
+def _lane_words(count: int, lane: int) -> int:
+    """Words that so many lanes travel in."""
+    return -(-count * lane // RING_BITS)
 
 
 TRUNCATED_BITS: Final = 16  # of the bits to be dropped so many are masked
@@ -568,7 +583,7 @@ async def _truncs(b: Batch, kinds: Mapping[Kind, int]) -> Made:
 async def _lookup(b: Batch, kind: Lookup, n: int) -> dict[str, Ring]:
     rest, index_bits, steps = kind.rest, kind.bits, kind.steps
     bk = b.doors.bk
-    name = f"lookup {rest}.{index_bits}.{steps}{'.narrow' if kind.narrow else ''}"
+    name = f"lookup {rest}.{index_bits}.{steps}{f'.lane{kind.lane}' if kind.lane < RING_BITS else ''}"
     width = rest + index_bits
     r = bk.random(n) & np.uint64((1 << width) - 1)
     bits = await b.add3(name, r, width, low=rest, last=False)
@@ -576,8 +591,8 @@ async def _lookup(b: Batch, kind: Lookup, n: int) -> dict[str, Ring]:
     if steps:  # the remainder is wanted as well
         stack = np.concatenate([stack, bits["carry_a"][:, None], bits["carry_b"][:, None]], axis=1)
     # The relation of the one-hot says that the index bits are 0 or 1; their low bits are those shared.
-    got = await b.inject(f"{name}/inject", stack, n, prove=False, narrow=kind.narrow)
-    e = await b.one_hot(name, got[:, :index_bits], kind.narrow)
+    got = await b.inject(f"{name}/inject", stack, n, prove=False, lane=kind.lane)
+    e = await b.one_hot(name, got[:, :index_bits], kind.lane)
     out = {"r": r, "e": e}
     if steps:
         carries = np.ascontiguousarray(got[:, index_bits:])
