@@ -499,18 +499,17 @@ class FixedModel:
             masks = self.rng.integers(0, 1 << (fx.wave_unit + fx.wave_period), (3, *x.shape))
             c = c + masks.sum(axis=0)
         y = np.full(x.shape, round(act.constant * 2.0**act.scale), np.int64)
-        for k, amplitude in zip(act.turns, act.amplitudes, strict=True):
+        for i, (k, amplitude) in enumerate(zip(act.turns, act.amplitudes, strict=True)):
+            unit_scale = fx.unit_scale + (i == 0)
             angle = 2 * math.pi * k * 2.0 ** -(fx.wave_unit + fx.wave_period)
             if self.rng is None:
                 y += np.rint(amplitude * np.cos(angle * (c - shift)) * 2.0**act.scale).astype(np.int64)
                 continue
             cos, sin = np.ones(x.shape, np.int64), np.zeros(x.shape, np.int64)
             for mask in masks:
-                a, b = (
-                    np.rint(f(angle * mask) * 2.0**fx.unit_scale).astype(np.int64) for f in (np.cos, np.sin)
-                )
+                a, b = (np.rint(f(angle * mask) * 2.0**unit_scale).astype(np.int64) for f in (np.cos, np.sin))
                 cos, sin = cos * a - sin * b, cos * b + sin * a
-            public = amplitude * 2.0 ** (act.scale - 3 * fx.unit_scale)
+            public = amplitude * 2.0 ** (act.scale - 3 * unit_scale)
             a, b = (np.rint(f(angle * (c - shift)) * public).astype(np.int64) for f in (np.cos, np.sin))
             y += cos * a + sin * b
         return y

@@ -124,7 +124,7 @@ def test_three_parties_are_the_twin_to_its_own_rounding(read: Any) -> None:
 @pytest.mark.models
 @pytest.mark.parametrize(
     "wrong",
-    [{"scale_bits": 14}, {"degree": 2}, {"rotary_scale": 9}, {"bins": 16}],
+    [{"scale_bits": 14}, {"degree": 1}, {"rotary_scale": 9}, {"wave_unit": 7}, {"exp_rest": 5}],
     ids=lambda w: next(iter(w)),
 )
 def test_an_engine_of_other_scales_or_tables_would_show(read: Any, wrong: dict[str, int]) -> None:

@@ -520,9 +520,8 @@ class Wave:
     scale: int
 
     @property
-    def public_scale(self) -> int:
-        """Fraction bits of the public factors."""
-        return self.scale - 3 * prep.UNIT_SCALE
+    def kind(self) -> prep.Wave:
+        return prep.Wave(self.bits, self.turns)
 
 
 async def wave(ctx: Context, step: str, x: Share, w: Wave) -> Share:
@@ -532,7 +531,7 @@ async def wave(ctx: Context, step: str, x: Share, w: Wave) -> Share:
     cos(c - r) = cos c cos r + sin c sin r: of the opened value c everybody knows cos and sin, and of the mask
     r shares were prepared.
     """
-    c = ctx.take(prep.Wave(w.bits, w.turns), x.size)
+    c = ctx.take(w.kind, x.size)
     (o,) = await ctx.doors.open_low(step, w.bits, drop(x.flat(), w.low, w.bits) + c["r"])
     cos, sin = waves.circle(waves.fractions(o, w.turns, w.bits))
     shift, amplitude = _phase(w)
@@ -543,7 +542,7 @@ async def wave(ctx: Context, step: str, x: Share, w: Wave) -> Share:
         ],
         axis=1,
     )
-    y = (c["waves"] * waves.integers(turned, w.public_scale)).sum(1)
+    y = (c["waves"] * waves.integers(turned, w.scale - 3 * np.tile(w.kind.scales, 2))).sum(1)
     return (y + constant(round(w.constant * 2.0**w.scale))).reshape(*x.shape)
 
 

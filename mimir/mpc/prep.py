@@ -83,6 +83,11 @@ class Wave:
     bits: int  # of the mask: one turn is 2^bits
     turns: tuple[int, ...]  # the frequencies
 
+    @property
+    def scales(self) -> npt.NDArray[np.int64]:
+        """Fraction bits of a component's cos and sin, by frequency; a mask's have three times as much."""
+        return UNIT_SCALE + (np.arange(len(self.turns)) == 0)
+
 
 @dataclass(frozen=True, slots=True)
 class Decay:
@@ -604,7 +609,9 @@ async def _lookup(b: Batch, kind: Lookup, n: int) -> dict[str, Ring]:
     return out
 
 
-UNIT_SCALE: Final = 14  # of a component's cos and sin; a mask's have three times as much
+UNIT_SCALE: Final = (
+    14  # of a component's cos and sin, 15 for the first frequency: its amplitude is the largest
+)
 FACTOR_SCALE: Final = 12  # of a component's e^-v; as above
 
 
@@ -637,7 +644,7 @@ async def _wave(b: Batch, kind: Wave, n: int) -> dict[str, Ring]:
 
     def units() -> tuple[Ring, Ring]:
         both = [circle(fractions(v, kind.turns, kind.bits)) for v in padded]
-        cos, sin = (np.stack([integers(v, UNIT_SCALE) for v in part]) for part in zip(*both, strict=True))
+        cos, sin = (np.stack([integers(v, kind.scales) for v in part]) for part in zip(*both, strict=True))
         return cos, sin  # (2, 3 third, m)
 
     cos, sin = await offload(work, units)
