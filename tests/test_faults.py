@@ -70,7 +70,7 @@ from mimir.actors.session import SessionActor
 from mimir.client import session as client
 from mimir.errors import ClientError, MimirError, PeerError
 from mimir.manifest import seed_commitment
-from mimir.mpc import check, doors, prep
+from mimir.mpc import check, doors, prep, waves
 from mimir.mpc.domain import Ring
 from mimir.mpc.doors import Doors
 from mimir.mpc.replicated import Replicated
@@ -339,6 +339,8 @@ W = np.arange(12, dtype=np.uint64).reshape(4, 3)
 HEADS = {"layer": 0, "first": 0, "rows": 2, "heads": 2, "kv_heads": 1, "head_dim": 3}
 AND = prep.Ands(((0, 1),))
 ANDS = prep.Ands(((0, 1), (0, 1, 2)))
+WAVE = prep.Wave(20, (3, 7))
+DECAY = prep.Decay(4, 2, 2.0)
 DEMANDS: dict[prep.Kind, int] = {
     prep.Trunc(16): 3,
     prep.TruncIf(35): 3,
@@ -346,7 +348,10 @@ DEMANDS: dict[prep.Kind, int] = {
     prep.Lookup(0, 4, 0): 3,
     prep.Lookup(2, 3, 0, 16): 4,  # four lanes fill a word: an error in a lane of padding is none
     prep.Lookup(2, 3, 0, 8): 8,
+    WAVE: 4,  # of six, which are stated with those that fill the last block
+    DECAY: 4,
     prep.Digits((3, 2)): 3,
+    prep.Digits((3,), 2): 3,
     ANDS: 2,
     prep.DaBit(): 3,
     prep.Pick(2): 3,
@@ -470,8 +475,24 @@ def sound(kind: prep.Kind, parts: Sequence[Made], cheater: int) -> bool:
                 want += [masks[:, i] * low**t for t in range(1, steps + 1) for i in range(t - 1, steps)]
                 right &= np.array_equal(v["poly"], np.stack(want, axis=1))
             return bool(right)
-        case prep.Digits(sizes):
-            h, hot = whole(), []
+        case prep.Wave(width, turns):
+            cos, sin = np.ones((n, len(turns)), np.uint64), np.zeros((n, len(turns)), np.uint64)
+            for r in c["r"]:
+                turned = waves.circle(waves.fractions(r, turns, width))
+                x, y = (waves.integers(part, prep.UNIT_SCALE) for part in turned)
+                cos, sin = cos * x - sin * y, cos * y + sin * x
+            return np.array_equal(v["waves"], np.concatenate([cos, sin], axis=1))
+        case prep.Decay(rest, width, worth):
+            low = [r & np.uint64((1 << rest) - 1) for r in c["r"]]
+            value = np.ones(n, np.uint64)
+            for part in low:
+                y = worth / 2 - part.astype(np.float64) * (worth * 2.0**-rest)
+                value *= waves.integers(waves.exponential(y), prep.FACTOR_SCALE)
+            index = v["r"] - sum(low, start=np.uint64(0)) >> np.uint64(rest)
+            at = index[:, None] == np.arange(1 << width, dtype=np.uint64)
+            return np.array_equal(v["e"], value[:, None] * at)
+        case prep.Digits(sizes, below):
+            h, hot = whole() >> below, []
             for size in sizes:
                 hot.append(np.arange(1 << size)[:, None] == (h % (1 << size)).astype(np.int64))
                 h = h >> size
@@ -567,10 +588,11 @@ def cancelling(summands: Mapping[str, int]) -> dict[str, Lie]:
     return {step: lie(number) for step, number in summands.items()}
 
 
-# What injects three bits: once with both products stated, once with the result as a one-hot's index.
+# What injects three bits: with both products stated, or with the result as a one-hot's index.
 INJECTIONS: dict[str, tuple[prep.Kind, int]] = {
     "dabit": (prep.DaBit(), 3),
     "lookup 0.3.0/inject": (prep.Lookup(0, 3, 0), 1),
+    "decay 2.3/inject": (prep.Decay(2, 3, 2.0), 1),
 }
 
 
@@ -1405,6 +1427,39 @@ CHECKS: dict[str, Check] = {
     "one-hots modulo 2^16": Check("mpc.prep:Batch.one_hot", ONE_HOTS, cheat_lanes(16)),
     "one-hots modulo 2^8": Check("mpc.prep:Batch.one_hot", ONE_HOTS, cheat_lanes(8)),
     "one-hots of several rows": Check("mpc.prep:Batch.one_hot", ONE_HOTS, cheat_long, 6),
+    "one-hots of a value: nothing elsewhere": Check(
+        "mpc.prep:Batch.one_hot", ONE_HOTS, spoiling(DECAY, "decay 4.2/double 1")
+    ),
+    "waves: the dealt product's real part": Check(
+        "mpc.prep:_wave",
+        "b.relations.append(check.Dot((c[0], less[0]), (c[1], s[1]), re))",
+        spoiling(WAVE, "wave 20/first", at=(0, 0, 0)),
+    ),
+    "waves: the dealt product's imaginary part": Check(
+        "mpc.prep:_wave",
+        "b.relations.append(check.Dot((c[0], s[0]), (s[1], c[1]), im))",
+        spoiling(WAVE, "wave 20/first", at=(1, 0, 0)),
+    ),
+    "waves: cosines": Check(
+        "mpc.prep:_wave",
+        "b.relations.append(check.Dot((p, q), (c[2], less[2]), z_re))",
+        spoiling(WAVE, "wave 20/second", at=(0, 0, 0, 0)),
+    ),
+    "waves: sines": Check(
+        "mpc.prep:_wave",
+        "b.relations.append(check.Dot((p, q), (s[2], c[2]), z_im))",
+        spoiling(WAVE, "wave 20/second", at=(0, 1, 0, 0)),
+    ),
+    "decays: the dealt product": Check(
+        "mpc.prep:_decay",
+        "b.relations.append(check.Dot((first,), (second,), p))",
+        spoiling(DECAY, "decay 4.2/first"),
+    ),
+    "decays: the product of all three": Check(
+        "mpc.prep:_decay",
+        "b.relations.append(check.Dot(((p[0], p[1]),), (last,), np.ascontiguousarray(z[:, k])))",
+        spoiling(DECAY, "decay 4.2/second"),
+    ),
     "lookups: carries are 0 or 1": Check(
         "mpc.prep:_lookup",
         "b.relations.append(check.Product(flat, flat, flat))",
@@ -1531,9 +1586,9 @@ REDUNDANT: dict[str, Check] = {
         "self.zero_bits.append((low ^ bits) & mask)",
         spoiling(prep.DaBit(), "dabit/xor 2"),
     ),
-    "one-hots: the sum is 1": Check(
+    "one-hots: the sum is what was doubled": Check(
         "mpc.prep:Batch.one_hot",
-        "self.zeros.append(bk.add_public(e.sum(axis=2, dtype=np.uint64), minus_one) << shift)",
+        "self.zeros.append(e.sum(axis=2, dtype=np.uint64) - one << shift)",
         cheat_other_entry,
     ),
 }
@@ -1605,8 +1660,8 @@ def test_redundant_statements(seed: int) -> None:
     """Why REDUNDANT is not in CHECKS, shown while a party lies in every product that the statements speak of.
 
     The low bits of an injected bit's components are those of the bit's own: what the products add is even.
-    Doubling a one-hot moves values between entries, and their sum stays the public 1 it began with, component
-    by component. So both residues are zero before anybody has sent anything, and stay so.
+    Doubling a one-hot moves values between entries, and their sum stays what it began with, component by
+    component. So both residues are zero before anybody has sent anything, and stay so.
     """
     for name, it in REDUNDANT.items():
         with it.removed():
@@ -1618,7 +1673,7 @@ def test_redundant_statements(seed: int) -> None:
         for v in summands:
             v += rng.integers(1, 2**63, v.shape, np.uint64)
 
-    for kind in (LOOKUP, prep.DaBit(), prep.Trunc(16)):
+    for kind in (LOOKUP, DECAY, prep.DaBit(), prep.Trunc(16)):
         for number, step in enumerate(steps_of(kind)):
             stated: dict[int, tuple[Sequence[Ring], Sequence[Ring]]] = {}
 

@@ -409,6 +409,41 @@ def test_injection_by_both_products(k: int) -> None:
         assert left[False, True] - {a ^ b ^ c} and left[True, False] - {a ^ b ^ c}
 
 
+def test_doubling_errors_of_a_value_never_cancel() -> None:
+    """Any value over Z_8 put at its place by two doublings, errors added to each product: (b_t - j_t) e_j = 0
+    leaves the honest outcome alone, also where the value is even or 0, since b are bits by a relation of
+    their own.
+
+    So they must be: where a value is even or 0 other b pass as well, which no odd value, such as 1, allows.
+    """
+    ring = 8
+    errors = np.array(list(itertools.product(range(ring), repeat=3)), np.int64)
+    honest = ~errors.any(axis=1)
+    weights = np.arange(4)
+
+    def stated(e: Array, b: tuple[int, ...]) -> npt.NDArray[np.bool_]:
+        terms = np.stack([(b[t] - (weights >> t & 1)) * e for t in range(2)]) % ring
+        return np.asarray((terms == 0).all(axis=(0, 2)))
+
+    for value in range(ring):
+        for b in itertools.product((0, 1), repeat=2):
+            e = np.full((len(errors), 1), value)
+            for bit, error in zip(b, (errors[:, :1], errors[:, 1:]), strict=True):
+                high = e * bit + error
+                e = np.concatenate([e - high, high], axis=1) % ring
+            assert (e.sum(axis=1) % ring == value).all(), "the sum tells nothing"
+            assert np.array_equal(stated(e, b), honest)
+            assert np.array_equal(e[honest][0], value * (weights == b[0] + 2 * b[1]))
+        # Whatever stands at one place, and 0 elsewhere: with which b does it pass?
+        passing = {
+            b
+            for b in itertools.product(range(ring), repeat=2)
+            if stated(value * (weights == (b[0] & 1) + 2 * (b[1] & 1))[None], b)[0]
+        }
+        bits = set(itertools.product((0, 1), repeat=2))
+        assert (passing == bits) is (value % 2 == 1) and passing >= bits
+
+
 def test_doubling_errors_never_cancel() -> None:
     """One-hot of three bits by two doublings over Z_4, errors added to each product: only no error is right.
 

@@ -65,6 +65,7 @@ FORBIDDEN = {
     "mimir/mpc/domain": ("mimir.mpc",),
     "mimir/mpc/drbg": ("mimir.mpc", "mimir.net"),
     "mimir/mpc/branches": ("mimir.mpc", "mimir.net"),
+    "mimir/mpc/waves": ("mimir.mpc.share", "mimir.mpc.doors", "mimir.mpc.prep", "mimir.mpc.ops", "mimir.net"),
     "mimir/mpc/share": ("mimir.mpc.doors", "mimir.mpc.prep", "mimir.mpc.ops", "mimir.mpc.replicated"),
     "mimir/mpc/replicated": ("mimir.mpc.doors", "mimir.mpc.prep", "mimir.mpc.ops", "mimir.net"),
     "mimir/mpc/doors": ("mimir.mpc.check", "mimir.mpc.prep", "mimir.mpc.ops"),
@@ -91,7 +92,9 @@ DOORS: Counter[str] = Counter(
         "mimir/mpc/check:verify open_extension": 1,
         "mimir/mpc/ops:are_below open_low": 1,
         "mimir/mpc/ops:coarse_index open_low": 1,
+        "mimir/mpc/ops:decay open_low": 1,
         "mimir/mpc/ops:evaluate open": 1,
+        "mimir/mpc/ops:is_below open_low": 1,
         "mimir/mpc/ops:is_negative open_low": 1,
         "mimir/mpc/ops:is_zero open_low": 1,
         "mimir/mpc/ops:matmul open": 1,
@@ -104,6 +107,7 @@ DOORS: Counter[str] = Counter(
         "mimir/mpc/ops:read_index open_low": 1,
         "mimir/mpc/ops:scale open": 2,  # also of rows
         "mimir/mpc/ops:to_ring open_bits": 1,
+        "mimir/mpc/ops:wave open_low": 1,
         "mimir/mpc/ops:opened open_all": 1,  # within `together`
         "mimir/mpc/ops:truncate open_all": 1,
         "mimir/mpc/ops:truncate_if open_all": 1,
@@ -160,6 +164,7 @@ ORDER = (
     ("mimir/admission/bootstrap",),
     ("mimir/keys",),
     ("mimir/mpc/__init__", "mimir/mpc/domain", "mimir/mpc/drbg", "mimir/mpc/offload", "mimir/mpc/branches"),
+    ("mimir/mpc/waves",),
     ("mimir/mpc/share", "mimir/mpc/replicated"),
     ("mimir/mpc/doors",),
     ("mimir/mpc/check",),

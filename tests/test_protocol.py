@@ -36,7 +36,7 @@ from mimir.model import sampling, transformer
 from mimir.model.checkpoint import PlanSpec
 from mimir.model.sampling import Sampler
 from mimir.model.transformer import Cache, LayerCache
-from mimir.mpc import check, ops, prep
+from mimir.mpc import check, ops, prep, waves
 from mimir.mpc.domain import Ring, encode, words
 from mimir.mpc.doors import Masked
 from mimir.mpc.nonlinear import Settings
@@ -683,6 +683,46 @@ def test_are_below(backend: Replicated, low: int, bits: int) -> None:
                 assert below == (floor < t), (v, t)
 
 
+@pytest.mark.parametrize(
+    ("low", "rest", "bits", "threshold"),
+    [(0, 1, 1, 1), (0, 4, 3, 5), (0, 3, 8, 255), (5, 2, 4, 1), (28, 4, 7, 124), (40, 8, 5, 16), (3, 1, 2, 2)],
+)
+def test_is_below(backend: Replicated, low: int, rest: int, bits: int, threshold: int) -> None:
+    """Never from the threshold on, always a bin and three units below it; between them rarely or often, as a
+    value lies near the one or the other.
+    """
+    unit, size = 1 << low, 1 << (low + rest)
+    end = (1 << (low + rest + bits)) - size - (3 << low) + 1
+    limit = threshold * size
+    sure = limit - size - (3 << low if low else 0)  # and below
+    rng = np.random.default_rng([low, rest, bits])
+    near = [at + e for at in (0, sure, limit - size, limit, end) for e in (-unit, -2, -1, 0, 1, 2, unit)]
+    near += [j * size + e for j in range(1 << bits) for e in (-1, 0)]
+    x = [v for v in near if 0 <= v < end] * 4 + [int(v * end) for v in rng.random(301)]
+
+    async def op(ctx: Context, s: Share) -> Bits:
+        return await ops.is_below(ctx, "below", s, low, rest, bits, threshold)
+
+    (got,) = execute(backend, op, ring(x))
+    for v, below in zip(x, bits_of(got, len(x)), strict=True):
+        if v >= limit or v <= sure - (0 if low else 1):
+            assert below == (v < limit), v
+
+
+def test_is_below_near_the_threshold_errs_only_below(backend: Replicated) -> None:
+    """Within the bin below it both answers occur, less often below the nearer the threshold."""
+    low, rest, n = 10, 8, 2048
+    size = 1 << (low + rest)
+    limit = 5 * size
+    xs = [limit - 1, limit - size // 4, limit - size // 2, limit - 3 * size // 4, limit - size - (3 << low)]
+
+    async def op(ctx: Context, *shares: Share) -> list[Bits]:
+        return [await ops.is_below(ctx, "below", s, low, rest, 4, 5) for s in shares]
+
+    rates = [bits_of(g, n).mean() for g in execute(backend, op, *(ring([v] * n) for v in xs))]
+    assert rates[0] < 0.05 < rates[1] < rates[2] < rates[3] < rates[4] == 1
+
+
 def sign_edges(low: int, width: int) -> list[int]:
     unit, bound = 1 << low, 1 << (low + width - 1)
     top, bottom = bound - 3 * unit, -bound  # -bound is below what is promised and still right
@@ -868,15 +908,12 @@ def test_piecewise_reads_what_it_evaluates(
     async def op(ctx: Context, s: Share) -> list[Share]:
         read = await ops.read_index(ctx, "index", s.flat(), piece)
         value = await ops.evaluate(ctx, "value", read)
-        return [value, read.flags[0, 0], await ops.piecewise(ctx, "again", s, piece)]
+        return [value, read.flags[0, 0]]
 
-    value, flag, again = execute(backend, op, ring(x).reshape(4, 64))
-    for v, got, j, other in zip(
-        x, value.ravel().tolist(), flag.ravel().tolist(), again.ravel().tolist(), strict=True
-    ):
+    value, flag = execute(backend, op, ring(x).reshape(4, 64))
+    for v, got, j in zip(x, value.tolist(), flag.tolist(), strict=True):
         floor = v >> low
         candidates = [(floor + e) ** degree % RING for e in range(4)]
-        assert other in candidates
         near = [y for y, c in zip(range(floor, floor + 4), candidates, strict=True) if c == got]
         assert near and any(abs(y - (j << rest)) < 1 << rest for y in near)
 
@@ -900,6 +937,77 @@ def test_several_pieces_in_one_reading(backend: Replicated) -> None:
     assert np.array_equal(roots**2, b) and (roots - (x >> np.uint64(3)) <= 3).all()
     index = x >> np.uint64(6)
     assert (low - index <= 1).all() and (high - 100 - index <= 1).all()
+
+
+WAVES = [
+    ops.Wave(38, 26, (334, 937, 1521, 2153), (-1.3238219, -0.1498599, -0.0226748, -0.0015749), 1.4979144, 59),
+    ops.Wave(0, 16, (1, 5), (0.75, -1.0), -0.25, 58),
+    ops.Wave(7, 20, (3,), (3.0,), 0.0, 60),
+    ops.Wave(50, 14, (1, 2, 9), (1.0, 1.0, 1.0), -4.0, 60),
+]
+
+
+@pytest.mark.parametrize("w", WAVES, ids=lambda w: f"{w.low}.{w.bits}")
+def test_wave(backend: Replicated, w: ops.Wave) -> None:
+    """Of any ring element, as signed: a reading off its mean by 1.5 units at most, and rounded factors."""
+    turn = 1 << (w.low + w.bits)
+    near = [0, 1, 1 << w.low, turn // 4, turn // 2, turn - 1, turn, turn + 1, (1 << 63) - 1, 1 << 62]
+    x = [s * v + e for v in near for s in (1, -1) for e in (0, 1)] + [-(1 << 63)]
+    x = [min(v, (1 << 63) - 1) for v in x]
+    x += magnitudes(np.random.default_rng(w.bits), 400 - len(x), (1 << 63) - 1)
+
+    async def op(ctx: Context, s: Share) -> Share:
+        return await ops.wave(ctx, "wave", s, w)
+
+    (got,) = execute(backend, op, ring(x).reshape(4, 100))
+    assert got.shape == (4, 100)
+    turned = np.array(x, object)[:, None] * np.array(w.turns, object) % turn
+    want = w.constant + np.cos(2 * np.pi * (turned.astype(float) / turn)) @ np.array(w.amplitudes)
+    read = 2 * np.pi * np.array(w.turns) * (1.5 if w.low else 0) * 2.0**-w.bits
+    mask, public = 1.5 * 2.0**-prep.UNIT_SCALE * 2**0.5, 2.0**-w.public_scale
+    bound = (np.abs(w.amplitudes) * (read + mask + 1e-7)).sum() + len(w.turns) * public + 1e-9
+    assert np.abs(signed(got).ravel().astype(float) * 2.0**-w.scale - want).max() < bound
+
+
+@pytest.mark.parametrize("low", [1, 2, 30])
+def test_a_wave_makes_up_for_the_mean_of_its_reading(backend: Replicated, low: int) -> None:
+    """Where the cosine is steepest, in both directions; a unit is a 256th of a turn."""
+    w, n = ops.Wave(low, 8, (1,), (1.0,), 0.0, 60), 6000
+
+    async def op(ctx: Context, *shares: Share) -> list[Share]:
+        return [await ops.wave(ctx, "wave", s, w) for s in shares]
+
+    for got in execute(backend, op, *(ring([v << (low + 6)] * n) for v in (1, 3))):
+        y = signed(got).astype(float) * 2.0**-w.scale
+        assert 0 < y.std() < 0.05 and abs(y.mean()) < 5 * y.std() / n**0.5
+
+
+DECAYS = [(24, prep.Decay(13, 4, 2.56)), (0, prep.Decay(6, 3, 2.6)), (0, prep.Decay(1, 3, 0.5))]
+DECAYS += [(3, prep.Decay(1, 2, 2.0)), (20, prep.Decay(2, 4, 1.0)), (30, prep.Decay(16, 6, 0.25))]
+
+
+@pytest.mark.parametrize(("low", "kind"), DECAYS, ids=str)
+def test_decay(backend: Replicated, low: int, kind: prep.Decay) -> None:
+    """To both ends and at every edge of a bin; where the remainder has few bits all carries occur."""
+    size, scale = 1 << (low + kind.rest), 61
+    top = ((1 << kind.bits) - 3) * size
+    start = -kind.width * ((1 << kind.bits) - 3) - kind.width * 3 * 2.0**-kind.rest
+    edges = [j * size + e for j in range((1 << kind.bits) - 2) for e in (-1, 0, 1, -(3 << low), size // 2)]
+    x = [v for v in [0, top] * 40 + edges * 4 if 0 <= v <= top]
+    x += [round(v * top) for v in np.random.default_rng(low).random(300 + len(x) % 2)]
+
+    async def op(ctx: Context, s: Share) -> Share:
+        return await ops.decay(ctx, "decay", s, low, kind, start, scale)
+
+    (got,) = execute(backend, op, ring(x).reshape(2, -1))
+    assert got.shape == (2, len(x) // 2)
+    value = signed(got).ravel().astype(float) * 2.0**-scale
+    least = np.exp(start + kind.width * (np.array(x, float) / size))
+    most = least * np.exp(kind.width * (3 * 2.0**-kind.rest if low else 0))
+    error = decay_error(kind.width) + 1e-8
+    # The public factor is rounded as well, and multiplied by at most e^(3 width / 2).
+    public = 2.0 ** -(scale - 3 * prep.FACTOR_SCALE) * np.exp(1.5 * kind.width)
+    assert (value > least * (1 - error) - public).all() and (value < most * (1 + error) + public).all()
 
 
 # --- argmax -------------------------------------------------------------------------------------------------
@@ -987,7 +1095,8 @@ async def _branch_sign(ctx: Context, x: Share) -> Share:
 
 async def _branch_table(ctx: Context, x: Share) -> list[Share]:
     async def one(inner: Context) -> Share:
-        return await ops.piecewise(inner, "table", x.flat(), power_piece(0, 6, 4, 2))
+        read = await ops.read_index(inner, "table", x.flat(), power_piece(0, 6, 4, 2))
+        return await ops.evaluate(inner, "value", read)
 
     async def two(inner: Context) -> Share:
         return (await ops.mul(inner, "double", (x, x)))[0]
@@ -1084,7 +1193,16 @@ KINDS: list[tuple[prep.Kind, int]] = [
     (prep.Lookup(12, 6, 3), 40),
     (prep.Lookup(14, 3, 2), 100),
     (prep.Lookup(58, 6, 1), 10),
+    (prep.Wave(1, (1,)), 1),
+    (prep.Wave(26, (144, 416, 2158)), 70),
+    (prep.Wave(40, (1, (1 << 39) + 1)), 5),
+    (prep.Decay(13, 4, 2.56), 100),
+    (prep.Decay(1, 1, 2.6), 66),
+    (prep.Decay(20, 5, 0.1), 4),
     (prep.Digits((1,)), 64),
+    (prep.Digits((7,), 4), 128),
+    (prep.Digits((1,), 9), 64),
+    (prep.Digits((3, 4), 5), 64),
     (prep.Digits((5,)), 192),
     (prep.Digits((9,)), 64),
     (prep.Digits((5, 4)), 128),
@@ -1121,6 +1239,12 @@ def pair(f: int, got: Mapping[str, Ring], parts: Mapping[str, list[Ring]]) -> No
     assert np.array_equal(exact(got["top"]), total % RING >> 63)
 
 
+def decay_error(width: float) -> float:
+    """The largest relative error of e^-v: three factors, each rounded."""
+    one: float = 0.5 * 2.0**-prep.FACTOR_SCALE * np.exp(width / 2) + 1e-8
+    return (1 + one) ** 3 - 1
+
+
 def relation(
     kind: prep.Kind, n: int, got: Mapping[str, Ring], parts: Mapping[str, list[Ring]], w: Ring
 ) -> None:
@@ -1148,8 +1272,34 @@ def relation(
             ]
             want = [*powers[1:], *masks.T, *products]
             assert np.array_equal(exact(got["poly"]), np.stack(want, axis=1))
-        case prep.Digits(sizes):
-            rest, planes = sum(map(exact, parts["r"])) % (1 << kind.width), list(got["planes"])
+        case prep.Wave(bits, turns):
+            cos, sin = np.ones((n, len(turns)), np.uint64), np.zeros((n, len(turns)), np.uint64)
+            for r in parts["r"]:
+                both = waves.circle(waves.fractions(r, turns, bits))
+                x, y = (waves.integers(v, prep.UNIT_SCALE) for v in both)
+                cos, sin = cos * x - sin * y, cos * y + sin * x
+            assert np.array_equal(got["waves"], np.concatenate([cos, sin], axis=1))
+            turned = exact(got["r"])[:, None] * np.array(turns, object) % (1 << bits)
+            angle = 2 * np.pi * (turned.astype(float) / 2.0**bits)
+            want = np.concatenate([np.cos(angle), np.sin(angle)], axis=1)
+            off = np.abs(signed(got["waves"]).astype(float) * 2.0 ** (-3 * prep.UNIT_SCALE) - want)
+            assert (
+                off.max() < 1.5 * 2.0**-prep.UNIT_SCALE * 2**0.5 + 1e-7
+            )  # three times half a unit's diagonal
+        case prep.Decay(rest, bits, width):
+            low = [exact(r) % (1 << rest) for r in parts["r"]]
+            index = (exact(got["r"]) - sum(low)) % RING >> rest
+            at = np.eye(1 << bits, dtype=np.uint64)[index.astype(int)]  # also: the index has so many bits
+            value = np.ones(n, np.uint64)
+            for v in low:
+                y = width / 2 - v.astype(float) * (width * 2.0**-rest)
+                value *= waves.integers(waves.exponential(y), prep.FACTOR_SCALE)
+            assert np.array_equal(got["e"], value[:, None] * at)
+            want = np.exp(1.5 * width - sum(low).astype(float) * (width * 2.0**-rest))
+            off = signed(value).astype(float) * 2.0 ** (-3 * prep.FACTOR_SCALE) / want - 1
+            assert np.abs(off).max() < decay_error(width)
+        case prep.Digits(sizes, below):
+            rest, planes = sum(map(exact, parts["r"])) % (1 << kind.width) >> below, list(got["planes"])
             assert all((exact(r) < 1 << kind.width).all() for r in parts["r"])
             for size in sizes:
                 hot = np.stack([bits_of(p, n) for p in planes[: 1 << size]], axis=1)

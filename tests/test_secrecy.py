@@ -207,6 +207,10 @@ def mask_width(kind: prep.Kind, name: str) -> int | None:
             return {"r": 64, "s": 64}.get(name)
         case prep.Lookup(rest, bits, _, _):
             return {"r": rest + bits, "mask": 64}.get(name)
+        case prep.Wave(bits, _):
+            return bits if name == "r" else None
+        case prep.Decay(rest, bits, _):
+            return rest + bits if name == "r" else None
         case prep.Digits():
             return kind.width if name == "r" else None
         case prep.Ands():
@@ -313,6 +317,21 @@ async def _are_below(ctx: Context, x: Share) -> Any:
     return await ops.are_below(ctx, "below", x, 20, 6, [1, 40])
 
 
+async def _is_below(ctx: Context, x: Share) -> Any:
+    return await ops.is_below(ctx, "rough", x, 20, 5, 4, 7)
+
+
+COSINES = ops.Wave(20, 13, (3, 11, 40), (1.0, -0.5, 0.25), 1.0, 59)
+
+
+async def _wave(ctx: Context, x: Share) -> Any:
+    return await ops.wave(ctx, "wave", x, COSINES)
+
+
+async def _decay(ctx: Context, x: Share) -> Any:
+    return await ops.decay(ctx, "decay", x, 20, prep.Decay(9, 4, 2.0), -26.0, 61)
+
+
 async def _is_negative(ctx: Context, x: Share) -> Any:
     return await ops.is_negative(ctx, "sign", x, 16, 28)
 
@@ -363,6 +382,9 @@ CASES: dict[str, Case] = {
     "softmax": Case(_softmax, ((1, 32, 32), (32,)), ((0, 0), (249 << 32, 1), (-(249 << 32), 1))),
     "is_zero": Case(_is_zero, ((4096,),), ((0,), (15,), (7,))),
     "are_below": Case(_are_below, ((2048,),), ((0,), (60 << 20,), (39 << 20,))),
+    "is_below": Case(_is_below, ((2048,),), ((0,), (14 << 25,), (6 << 25,))),
+    "wave": Case(_wave, ((2048,),), ((0,), ((1 << 63) - 1,), (-(1 << 63),), (-1,))),
+    "decay": Case(_decay, ((2048,),), ((0,), (13 << 29,), (1 << 20,), ((5 << 29) - 1,))),
     "is_negative": Case(_is_negative, ((2048,),), ((0,), (1 << 42,), (-(1 << 42),), (-1,))),
     "to_ring": Case(_to_ring, ((1024,),), ((0,), (-1,), (0x5555555555555555,)), bits=(0,)),
     "monomials": Case(_monomials, ((4, 1500),), ((0,), (-1,)), bits=(0,)),
@@ -434,7 +456,7 @@ def test_masks_used_twice_are_caught(name: str) -> None:
 
 
 SINGLE = ["truncate", "mul", "scale", "matmul", "is_zero", "to_ring", "monomials", "pick"]
-SINGLE += ["truncate_if"]
+SINGLE += ["truncate_if", "is_below", "wave", "decay"]
 
 
 @pytest.mark.parametrize("how", ["short", "known"])
@@ -466,7 +488,10 @@ KINDS: dict[str, tuple[prep.Kind, int]] = {
     "trunc": (prep.Trunc(16), 1024),
     "trunc if": (prep.TruncIf(20), 1024),
     "lookup": (prep.Lookup(12, 3, 2), 1024),
+    "wave": (prep.Wave(20, (3, 7)), 900),
+    "decay": (prep.Decay(6, 3, 2.0), 1024),
     "digits": (prep.Digits((4, 5, 3)), 4096),
+    "digits over others": (prep.Digits((4,), 6), 4096),
     "dabit": (prep.DaBit(), 2048),
     "ands": (prep.Ands(((0, 1), (1, 2, 3))), 1500),
     "pick": (prep.Pick(2), 1024),
