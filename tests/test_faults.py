@@ -217,7 +217,11 @@ def test_lies_stood_by(story: str, seed: int) -> None:
         for event in events if WAYS != "1" else rng.sample(events, 1):
             faults += chosen(rng, ways, event)
     for t in examine(story, faults, seed):
-        assert t.aborted, f"nobody noticed: {t.fault}"
+        # The second product of an injection, which may share its round, is doubled: its topmost bit leaves
+        # the ring (test_wrong_material).
+        step = t.fault.at.step
+        lost = t.fault.how == "top bit" and (step.endswith("/xor 2") or " more" in step)
+        assert t.aborted or lost, f"nobody noticed: {t.fault}"
         accused(t)
 
 
