@@ -43,7 +43,6 @@ from mimir.mpc.branches import ask, side_by_side
 from mimir.mpc.domain import RING_BITS, Ring, words
 from mimir.mpc.doors import Doors
 from mimir.mpc.offload import offload
-from mimir.mpc.replicated import Replicated
 from mimir.mpc.waves import circle, exponential, fractions, integers
 from mimir.mpc.weights import Matrix, product
 
@@ -615,7 +614,7 @@ UNIT_SCALE: Final = (
 FACTOR_SCALE: Final = 12  # of a component's e^-v; as above
 
 
-def _blocks(bk: Replicated, v: Ring) -> list[tuple[check.Sparse, check.Sparse, check.Sparse]]:
+def _blocks(party: int, v: Ring) -> list[tuple[check.Sparse, check.Sparse, check.Sparse]]:
     """Of components (2, 3 m, ..) of a value, in three blocks: for block k the shares that have component k,
     k + 1 and k + 2 alone, flat.
     """
@@ -623,7 +622,7 @@ def _blocks(bk: Replicated, v: Ring) -> list[tuple[check.Sparse, check.Sparse, c
 
     def known(component: int, block: int) -> check.Sparse:
         own, other = (
-            parts[slot, block] if (bk.party + slot - component) % 3 == 0 else None for slot in range(2)
+            parts[slot, block] if (party + slot - component) % 3 == 0 else None for slot in range(2)
         )
         return own, other
 
@@ -661,7 +660,7 @@ async def _wave(b: Batch, kind: Wave, n: int) -> dict[str, Ring]:
     (z,) = await b.doors.reshare(f"{name}/second", part)
     minus = np.zeros(1, np.uint64) - sin
     for k, (c, s, less) in enumerate(
-        zip(_blocks(bk, cos), _blocks(bk, sin), _blocks(bk, minus), strict=True)
+        zip(_blocks(bk.party, cos), _blocks(bk.party, sin), _blocks(bk.party, minus), strict=True)
     ):
         re, im = (both[:, k, i].reshape(2, -1) for i in range(2))
         z_re, z_im = (z[:, k, i].reshape(2, -1) for i in range(2))
@@ -697,7 +696,7 @@ async def _decay(b: Batch, kind: Decay, n: int) -> dict[str, Ring]:
         known = f[slot].reshape(3, third)[block]
         part[block] += (both[0, block] + both[1, block] if slot == 0 else both[0, block]) * known
     (z,) = await b.doors.reshare(f"{name}/second", part)
-    for k, (first, second, last) in enumerate(_blocks(bk, f)):
+    for k, (first, second, last) in enumerate(_blocks(bk.party, f)):
         p = np.ascontiguousarray(both[:, k])
         b.relations.append(check.Dot((first,), (second,), p))
         b.relations.append(check.Dot(((p[0], p[1]),), (last,), np.ascontiguousarray(z[:, k])))
