@@ -613,7 +613,7 @@ class Mesh:
 
     async def _prove(self, hand: Handshake, sock: socket.socket) -> _Link:
         """Run a handshake on a new connection and install it. The socket is closed on failure."""
-        decoder = wire.Decoder("handshake")
+        decoder = wire.Decoder("handshake", self.board.headers)
         try:
             for frame in hand.first():
                 await _send(sock, wire.encode(frame))
