@@ -327,6 +327,31 @@ def test_both_peers_silent_are_both_named(world: Worlds) -> None:
     in_world(world, test)
 
 
+def test_deadlines_ring_for_each_round_in_its_turn(world: Worlds) -> None:
+    """One that comes after a later one, one that outlasts it, and one after both have rung."""
+
+    async def test(w: World) -> None:
+        names = [bytes([n]) * 16 for n in range(4)]
+        await all_ok(w.channels(names[0]), 0)  # of the usual deadline, and in time
+        ended: list[float] = []
+
+        async def alone(name: bytes, seconds: float) -> None:
+            channel = w.party(1).channel(name, "online")
+            channel.timeout = seconds
+            with pytest.raises(PeerError, match=f"silent for {seconds:g} s"):
+                await one_round(channel, 1)()
+            ended.append(seconds)
+
+        with trio.fail_after(PATIENCE):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(alone, names[1], 2 * SOON)
+                nursery.start_soon(alone, names[2], SOON)
+            await alone(names[3], SOON / 2)
+        assert ended == [SOON, 2 * SOON, SOON / 2]
+
+    in_world(world, test)
+
+
 def test_a_peer_that_dies_in_a_round_is_named_at_once(world: Worlds) -> None:
     async def test(w: World) -> None:
         a, b, c = w.channels(b"s" * 16)
@@ -861,6 +886,33 @@ def test_handshake_frames_survive_and_belong_to_the_handshake(frame: wire.Frame)
     for lane in LANES:
         with pytest.raises(wire.WireError, match="state"):
             decode(lane, [raw])
+
+
+def test_a_header_known_from_our_own_round_is_no_pass_to_other_links() -> None:
+    board = wire.Board(0, (1, 2))
+    book = board.open(b"s" * 16, "online:x")
+    sends = dict.fromkeys((1, 2), b"abc")
+    (_, head, _), _ = book.begin("x", sends, dict.fromkeys((1, 2), 3))
+    header = head[wire.PREFIX_BYTES :]
+    assert list(board.headers) == [header]
+
+    def heard(state: str, size: int = 3) -> Iterator[wire.Frame]:
+        raw = wire._PREFIX.pack(wire.MAGIC, len(header), size) + header + b"abc"
+        return wire.Decoder(state, board.headers).feed(raw)
+
+    assert list(heard("online")) == [wire.Data(b"s" * 16, "online:x", 0, "x", bytearray(b"abc"))]
+    for state, why in (("handshake", "state"), ("prep", "lane"), ("control", "lane")):
+        with pytest.raises(wire.WireError, match=why):
+            list(heard(state))
+    with pytest.raises(wire.WireError, match="limit"):
+        list(heard("online", wire.MAX_PAYLOAD + 1))
+    for peer in (1, 2):
+        board.deliver(peer, next(heard("online")))
+    book.finish()
+    assert not board.headers
+    book.begin("y", sends, dict.fromkeys((1, 2), 3))
+    book.broken_off()
+    assert not board.headers
 
 
 @settings(max_examples=150, deadline=None)

@@ -43,7 +43,7 @@ _CONFIRM: Final = b"every check passed"
 
 
 def _pack(arrays: Sequence[Ring]) -> list[memoryview]:
-    return [memoryview(np.ascontiguousarray(a).reshape(-1).view(np.uint8).data) for a in arrays if a.size]
+    return [np.ascontiguousarray(a).data.cast("B") for a in arrays if a.size]
 
 
 def _digest(step: str, parts: Sequence[memoryview | bytes | bytearray]) -> bytes:
@@ -62,7 +62,10 @@ def _joined(values: Sequence[Ring]) -> Ring:
 
 
 def _split(raw: bytearray, shapes: Sequence[tuple[int, ...]]) -> list[Ring]:
+    """Arrays of these shapes, one after another, in the memory of `raw`."""
     flat = np.frombuffer(raw, np.uint64)
+    if len(shapes) == 1:
+        return [flat.reshape(shapes[0])]
     out, at = [], 0
     for shape in shapes:
         n = math.prod(shape)
@@ -98,17 +101,26 @@ class Masked:
         return self.width * words(s.size) if _sliced(self.width, s.size) else _plain_words(self.width, s.size)
 
     def value(self, s: Share, sent: Ring, lacked: Ring) -> Ring:
-        """The public value, given the components as they were sent, and the one this party lacks (words)."""
+        """The public value, given the components as they were sent, and the one this party lacks (words),
+        whose memory it takes.
+        """
         if isinstance(s, Bits):
-            return (sent[0] ^ sent[1] ^ lacked).reshape(s.shape)
-        if self.width == 64:
-            return (sent[0] + sent[1] + lacked).reshape(s.shape)
-        if _sliced(self.width, s.size):
+            lacked ^= sent[0]
+            lacked ^= sent[1]
+            return lacked.reshape(s.shape)
+        if self.width < 64 and _sliced(self.width, s.size):
             third = kernels.bit_unslice(lacked.reshape(self.width, -1), s.size).reshape(s.shape)
-            return (s.v[0] + s.v[1] + third) & np.uint64((1 << self.width) - 1)
+            third += s.v[0]
+            third += s.v[1]
+            third &= np.uint64((1 << self.width) - 1)
+            return third
         if self.width <= 32:
             return _widen(sent, lacked, self.width, s.size).reshape(s.shape)
-        return ((sent[0] + sent[1] + lacked) >> np.uint64(64 - self.width)).reshape(s.shape)
+        lacked += sent[0]
+        lacked += sent[1]
+        if self.width < 64:
+            lacked >>= np.uint64(64 - self.width)
+        return lacked.reshape(s.shape)
 
 
 class Coins:

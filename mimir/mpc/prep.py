@@ -1039,6 +1039,8 @@ class Joint:
         """The next n of a kind, of one store after another; masks of a cache from store `of`. Once only."""
         if isinstance(kind, Keys):
             return self.stores[of].take(kind, n)
+        if len(self.stores) == 1:
+            return self.stores[0].take(kind, n)
         pieces: list[dict[str, Ring]] = []
         while n:
             at = self._at.setdefault(kind, 0)

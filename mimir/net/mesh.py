@@ -18,6 +18,7 @@ peer sends ahead stays in its socket. The control connection always has a reader
 
 from __future__ import annotations
 
+import math
 import random
 import socket
 from collections import deque
@@ -472,6 +473,8 @@ class Mesh:
         self._generations: dict[int, _Generation] = {}
         self._handshakes = 0
         self._change = trio.Event()
+        self._rounds: set[MeshChannel] = set()  # that wait for something
+        self._alarm = trio.CancelScope()  # its deadline is no later than theirs
         self._refused: dict[int, str] = {}  # why a peer is not up, for `wait_up`
         self._jitter = random.Random()  # spreads calls in time; guards nothing
 
@@ -548,6 +551,30 @@ class Mesh:
             if generation.alive and "control" in generation.links:
                 generation.links["control"].send_small(wire.Abort(session, why))
 
+    def began(self, channel: MeshChannel) -> None:
+        """A round waits from now on: it is told once it is `due`."""
+        self._rounds.add(channel)
+        if channel.due < self._alarm.deadline:
+            self._alarm.deadline = channel.due
+
+    def ended(self, channel: MeshChannel) -> None:
+        self._rounds.discard(channel)
+
+    async def watch(self) -> None:
+        """Keep the deadlines of all rounds, for the life of the mesh.
+
+        Rounds come by the thousand and end in time: the alarm stays where the first of them put it, and is
+        moved when it rings. A scope of Trio's for each would cost as much as reading its frames.
+        """
+        while True:
+            first = min((channel.due for channel in self._rounds), default=math.inf)
+            with trio.CancelScope(deadline=first) as self._alarm:
+                await trio.sleep_forever()
+            now = trio.current_time()
+            for channel in [c for c in self._rounds if c.due <= now]:
+                channel.overdue()
+                self.ended(channel)
+
     def changed(self) -> None:
         """Let everybody who waits look again; also to be called once a peer is admitted."""
         self._change.set()
@@ -586,7 +613,7 @@ class Mesh:
 
     async def _prove(self, hand: Handshake, sock: socket.socket) -> _Link:
         """Run a handshake on a new connection and install it. The socket is closed on failure."""
-        decoder = wire.Decoder("handshake")
+        decoder = wire.Decoder("handshake", self.board.headers)
         try:
             for frame in hand.first():
                 await _send(sock, wire.encode(frame))
@@ -688,6 +715,7 @@ class MeshChannel:
 
     def __init__(self, mesh: Mesh, book: wire.Lockstep) -> None:
         self.timeout = ROUND_TIMEOUT
+        self.due = math.inf  # when the round that waits must have ended
         self.party = book.party
         self.session = book.session
         self.lane = book.lane
@@ -738,35 +766,38 @@ class MeshChannel:
             missing = book.missing()
             if missing or waiting:
                 blocked = True
-                with trio.move_on_after(self.timeout):
-                    if len(missing) > 1 and sum(expect.values()) >= LARGE_ROUND:
-                        async with trio.open_nursery() as nursery:
-                            for peer in missing:
-                                nursery.start_soon(links[peer].receive, book)
-                    else:
+                self.due = trio.current_time() + self.timeout
+                self._mesh.began(self)
+                if len(missing) > 1 and sum(expect.values()) >= LARGE_ROUND:
+                    async with trio.open_nursery() as nursery:
                         for peer in missing:
-                            await links[peer].receive(book)
-                    for _link, item in waiting:
-                        if book.failure is None:
-                            await item.done.wait()
-                if book.failure is None:
-                    if missing := book.missing():
-                        book.fail(wire.silence(missing, self.timeout))
-                    for link, item in waiting:
-                        if not item.finished:
-                            book.fail(
-                                wire.blame(link.peer, f"has not taken our frame within {self.timeout:g} s")
-                            )
+                            nursery.start_soon(links[peer].receive, book)
+                else:
+                    for peer in missing:
+                        await links[peer].receive(book)
+                for _link, item in waiting:
+                    if book.failure is None:
+                        await item.done.wait()
             result = book.finish()
             if not blocked:
                 await trio.lowlevel.checkpoint()
             return result
         finally:
+            self._mesh.ended(self)
             if book.in_round:
                 book.broken_off()
             for link, item in waiting:
                 link.let_go(item)
             waiting.clear()
+
+    def overdue(self) -> None:
+        """The time of the round is over: whoever it waits for is to blame."""
+        book = self._book
+        if missing := book.missing():
+            book.fail(wire.silence(missing, self.timeout))
+        for link, item in self._waiting:
+            if not item.finished:
+                book.fail(wire.blame(link.peer, f"has not taken our frame within {self.timeout:g} s"))
 
     async def abort(self, reason_public: str = "abort") -> None:
         """Kill the session here and at every peer."""
@@ -897,6 +928,7 @@ async def open_mesh(
             mesh = Mesh(
                 party, identity, peers, config_digest, handshake_deadline, nursery, bind, dead_after, admitted
             )
+            nursery.start_soon(mesh.watch)
             listeners: Sequence[trio.SocketListener] = ()
             try:
                 if any(peer.party < party for peer in peers):  # nobody calls the lowest number

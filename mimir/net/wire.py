@@ -364,16 +364,32 @@ def _unpack(raw: Any, most: int, maps: bool = True) -> Any:
         raise WireError(f"not msgpack: {type(exc).__name__}") from None
 
 
+Headers: TypeAlias = dict[bytes, tuple[Any, ...]]  # well-formed ones, by how they are packed
+
+
 class Decoder:
     """Bytes of one link in, frames out. Holds one read and at most one payload.
 
     Fill some of `buffer()`, tell `wrote(n)`, call `next()` until it gives None. Any `WireError` is final.
     """
 
-    __slots__ = ("_broken", "_end", "_filled", "_header", "_payload", "_stage", "_start", "_view", "state")
+    __slots__ = (
+        "_broken",
+        "_end",
+        "_filled",
+        "_header",
+        "_headers",
+        "_payload",
+        "_stage",
+        "_start",
+        "_view",
+        "state",
+    )
 
-    def __init__(self, state: str) -> None:
+    def __init__(self, state: str, headers: Headers | None = None) -> None:
+        """`headers` are taken as read: see `Board`."""
         self.state = state  # a key of STATES; the owner changes it when the handshake is over
+        self._headers: Headers = {} if headers is None else headers
         self._stage = bytearray(STAGE_BYTES)
         self._view = memoryview(self._stage)
         self._start = self._end = 0
@@ -428,9 +444,9 @@ class Decoder:
             body = self._start + PREFIX_BYTES + header_size
             if body > self._end:
                 return None
-            header = self._checked(
-                _unpack(self._view[body - header_size : body], MAX_HEADER, maps=False), size
-            )
+            raw = bytes(self._view[body - header_size : body])
+            header = self._headers.get(raw) or _well_formed(_unpack(raw, MAX_HEADER, maps=False))
+            self._admit(header, size)
             have = self._end - body
             if have >= size:
                 self._start = body + size
@@ -445,25 +461,16 @@ class Decoder:
         self._header, self._payload = None, bytearray()
         return _frame(header, payload)
 
-    def _checked(self, header: Any, size: int) -> tuple[Any, ...]:
-        if type(header) is not tuple or not header or type(header[0]) is not int:
-            raise WireError("header is not an array that begins with a kind")
+    def _admit(self, header: tuple[Any, ...], size: int) -> None:
+        """Refuse a frame that may not arrive now, or not here."""
         kind = header[0]
-        if kind not in _KINDS:
-            raise WireError(f"unknown frame kind {kind}")
+        cls, _, most = _KINDS[kind]
         if kind not in STATES[self.state]:
-            raise WireError(f"{_KINDS[kind][0].__name__} frame on a link in state {self.state!r}")
-        cls, checks, most = _KINDS[kind]
-        if len(header) != len(checks) + 1:
-            raise WireError(f"{cls.__name__} header has {len(header) - 1} fields, not {len(checks)}")
-        for place, check in enumerate(checks, 1):
-            if not check(header[place]):
-                raise WireError(f"{cls.__name__} field {place} is malformed")
+            raise WireError(f"{cls.__name__} frame on a link in state {self.state!r}")
         if size > most:
             raise WireError(f"{cls.__name__} payload of {size} bytes; the limit is {most}")
         if kind == Data.KIND and not header[2].startswith(self.state):
             raise WireError(f"frame of lane {header[2]!r} on the {self.state} link")
-        return header
 
     def feed(self, data: bytes | bytearray | memoryview) -> Iterator[Frame]:
         """All frames that `data` completes: for callers that already hold bytes."""
@@ -476,6 +483,22 @@ class Decoder:
             self.wrote(n)
             while (frame := self.next()) is not None:
                 yield frame
+
+
+def _well_formed(header: Any) -> tuple[Any, ...]:
+    """The header, whose kind is known and each of whose fields has passed its check."""
+    if type(header) is not tuple or not header or type(header[0]) is not int:
+        raise WireError("header is not an array that begins with a kind")
+    kind = header[0]
+    if kind not in _KINDS:
+        raise WireError(f"unknown frame kind {kind}")
+    cls, checks, _ = _KINDS[kind]
+    if len(header) != len(checks) + 1:
+        raise WireError(f"{cls.__name__} header has {len(header) - 1} fields, not {len(checks)}")
+    for place, check in enumerate(checks, 1):
+        if not check(header[place]):
+            raise WireError(f"{cls.__name__} field {place} is malformed")
+    return header
 
 
 def _frame(header: tuple[Any, ...], payload: bytearray) -> Frame:
@@ -510,6 +533,8 @@ class Lockstep:
         "_due",
         "_expect",
         "_framing",
+        "_header",
+        "_headers",
         "_inbox",
         "_step",
         "failure",
@@ -525,7 +550,9 @@ class Lockstep:
         "wake",
     )
 
-    def __init__(self, party: int, peers: tuple[int, ...], session: bytes, lane: str) -> None:
+    def __init__(
+        self, party: int, peers: tuple[int, ...], session: bytes, lane: str, headers: Headers
+    ) -> None:
         self.party = party
         self.peers = peers
         self.session = session
@@ -537,6 +564,8 @@ class Lockstep:
         self.in_round = False
         self._step = "start"
         self._framing = 0
+        self._header = b""  # of the frames of this round, ours and theirs
+        self._headers = headers
         self._expect: Mapping[int, int] = {}
         self._inbox: dict[int, deque[Data]] = {peer: deque() for peer in peers}
         self._due = dict.fromkeys(peers, 0)
@@ -554,9 +583,8 @@ class Lockstep:
                 raise LocalError(f"step {step!r} expects {size} bytes; the limit is {MAX_PAYLOAD}")
         if not is_step(step):
             raise LocalError(f"step {step!r}: 1 to {MAX_STEP} printable ASCII characters")
-        header = _pack(
-            (Data.KIND, self.session, self.lane, self.seq, step)
-        )  # what `head` makes, once for all
+        fields = (Data.KIND, self.session, self.lane, self.seq, step)
+        header = _pack(fields)  # what `head` makes, once for all
         out = []
         total = len(send) * (PREFIX_BYTES + len(header))
         for peer, payload in send.items():
@@ -571,6 +599,8 @@ class Lockstep:
         self._step = step
         self.raise_failure()
         self.in_round = True
+        self._header = header
+        self._headers[header] = fields
         self._expect = expect
         self._framing = PREFIX_BYTES + len(header)
         self.sent += total
@@ -622,12 +652,16 @@ class Lockstep:
             out[peer] = frame.payload
         self.seq += 1
         self.rounds += 1
-        self.in_round = False
+        self._end_round()
         return out
+
+    def _end_round(self) -> None:
+        self.in_round = False
+        self._headers.pop(self._header, None)
 
     def broken_off(self) -> None:
         """The round ended without `finish`: peers are out of step with us, so the channel is dead."""
-        self.in_round = False
+        self._end_round()
         self.fail(lambda at: AbortError(f"a round was broken off; nothing can follow at step {at}"))
 
     def fail(self, failure: Failure) -> None:
@@ -655,11 +689,16 @@ class _Session:
 
 
 class Board:
-    """The book of one party: every channel, every early frame, every session that has ended."""
+    """The book of one party: every channel, every early frame, every session that has ended.
+
+    `headers` are those of the rounds that run. An honest peer's frame for a round has the very header of
+    ours, so links know it without unpacking and checking it again; any other is unpacked and checked.
+    """
 
     def __init__(self, party: int, peers: tuple[int, ...]) -> None:
         self.party = party
         self.peers = peers
+        self.headers: Headers = {}
         self._sessions: OrderedDict[bytes, _Session] = OrderedDict()
         # per peer, frame 0 of conversations whose end here is not open yet, oldest first
         self._early: dict[int, OrderedDict[tuple[bytes, str], Data]] = {p: OrderedDict() for p in peers}
@@ -691,7 +730,7 @@ class Board:
             raise LocalError(f"lane {lane!r} of this session has been opened before")
         if len(self._sessions) > MAX_SESSIONS:
             raise LocalError(f"{MAX_SESSIONS} sessions are open at once")
-        book = record.books[lane] = Lockstep(self.party, self.peers, session, lane)
+        book = record.books[lane] = Lockstep(self.party, self.peers, session, lane, self.headers)
         if record.failure is not None:
             book.fail(record.failure)
         for peer in self.peers:
