@@ -483,7 +483,7 @@ def sound(kind: prep.Kind, parts: Sequence[Made], cheater: int) -> bool:
             cos, sin = np.ones((n, len(turns)), np.uint64), np.zeros((n, len(turns)), np.uint64)
             for r in c["r"]:
                 turned = waves.circle(waves.fractions(r, turns, width))
-                x, y = (waves.integers(part, prep.UNIT_SCALE) for part in turned)
+                x, y = (waves.integers(part, kind.scales) for part in turned)
                 cos, sin = cos * x - sin * y, cos * y + sin * x
             return np.array_equal(v["waves"], np.concatenate([cos, sin], axis=1))
         case prep.Decay(rest, width, worth):

@@ -964,8 +964,8 @@ def test_wave(backend: Replicated, w: ops.Wave) -> None:
     turned = np.array(x, object)[:, None] * np.array(w.turns, object) % turn
     want = w.constant + np.cos(2 * np.pi * (turned.astype(float) / turn)) @ np.array(w.amplitudes)
     read = 2 * np.pi * np.array(w.turns) * (1.5 if w.low else 0) * 2.0**-w.bits
-    mask, public = 1.5 * 2.0**-prep.UNIT_SCALE * 2**0.5, 2.0**-w.public_scale
-    bound = (np.abs(w.amplitudes) * (read + mask + 1e-7)).sum() + len(w.turns) * public + 1e-9
+    public = 2.0 ** (3 * w.kind.scales - w.scale)  # that factor is rounded as well
+    bound = (np.abs(w.amplitudes) * (read + unit_error(w.kind)) + public).sum() + 1e-9
     assert np.abs(signed(got).ravel().astype(float) * 2.0**-w.scale - want).max() < bound
 
 
@@ -1239,6 +1239,11 @@ def pair(f: int, got: Mapping[str, Ring], parts: Mapping[str, list[Ring]]) -> No
     assert np.array_equal(exact(got["top"]), total % RING >> 63)
 
 
+def unit_error(kind: prep.Wave) -> npt.NDArray[np.float64]:
+    """The largest error of a cosine or sine, by frequency: of three factors, each off by half a diagonal."""
+    return np.asarray(1.5 * 2.0**-kind.scales * 2**0.5 + 1e-7)
+
+
 def decay_error(width: float) -> float:
     """The largest relative error of e^-v: three factors, each rounded."""
     one: float = 0.5 * 2.0**-prep.FACTOR_SCALE * np.exp(width / 2) + 1e-8
@@ -1276,16 +1281,14 @@ def relation(
             cos, sin = np.ones((n, len(turns)), np.uint64), np.zeros((n, len(turns)), np.uint64)
             for r in parts["r"]:
                 both = waves.circle(waves.fractions(r, turns, bits))
-                x, y = (waves.integers(v, prep.UNIT_SCALE) for v in both)
+                x, y = (waves.integers(v, kind.scales) for v in both)
                 cos, sin = cos * x - sin * y, cos * y + sin * x
             assert np.array_equal(got["waves"], np.concatenate([cos, sin], axis=1))
             turned = exact(got["r"])[:, None] * np.array(turns, object) % (1 << bits)
             angle = 2 * np.pi * (turned.astype(float) / 2.0**bits)
             want = np.concatenate([np.cos(angle), np.sin(angle)], axis=1)
-            off = np.abs(signed(got["waves"]).astype(float) * 2.0 ** (-3 * prep.UNIT_SCALE) - want)
-            assert (
-                off.max() < 1.5 * 2.0**-prep.UNIT_SCALE * 2**0.5 + 1e-7
-            )  # three times half a unit's diagonal
+            off = np.abs(signed(got["waves"]).astype(float) * 2.0 ** (-3 * np.tile(kind.scales, 2)) - want)
+            assert (off < np.tile(unit_error(kind), 2)).all()
         case prep.Decay(rest, bits, width):
             low = [exact(r) % (1 << rest) for r in parts["r"]]
             index = (exact(got["r"]) - sum(low)) % RING >> rest
