@@ -392,8 +392,9 @@ async def are_below(
 
 
 async def is_below(ctx: Context, step: str, x: Share, low: int, rest: int, bits: int, threshold: int) -> Bits:
-    """[x < t * 2^(low + rest)], for x (n) in 0 .. 2^(low + rest + bits) - 2^(low + rest) - 3 * 2^low, as words,
-    where x is not within 2^(low + rest) + 3 * 2^low below that: there, either. One round, rest + bits bits.
+    """[x < t * 2^(low + rest)], for x (n) in 0 .. 2^(low + rest + bits) - 2^(low + rest) - 3 * 2^low, as
+    words, where x is not within 2^(low + rest) + 3 * 2^low below that: there, either. One round, rest + bits
+    bits.
 
     The opened value's upper bits, less the mask's, are those of x or one more, as the lower ones carry.
     """
