@@ -46,7 +46,6 @@ from mimir.mpc.offload import offload
 from mimir.mpc.waves import circle, exponential, fractions, integers
 from mimir.mpc.weights import Matrix, product
 
-ADDER_LANES: Final = 1 << 15  # elements handled by one pass of the adder (bounds memory)
 LANES: Final[dict[int, Any]] = {
     8: np.uint8,
     16: np.uint16,
@@ -72,9 +71,7 @@ class Lookup:
     rest: int  # bits of the remainder
     bits: int  # bits of the index
     steps: int  # degree of the polynomial in the remainder that follows
-    lane: int = (
-        RING_BITS  # the one-hot is shared modulo 2^lane: 16 or 8 bits, and so much less, where it counts
-    )
+    lane: int = RING_BITS  # the one-hot is shared modulo 2^lane: 16 or 8 bits where it only counts
 
 
 @dataclass(frozen=True, slots=True)
@@ -608,9 +605,7 @@ async def _lookup(b: Batch, kind: Lookup, n: int) -> dict[str, Ring]:
     return out
 
 
-UNIT_SCALE: Final = (
-    14  # of a component's cos and sin, 15 for the first frequency: its amplitude is the largest
-)
+UNIT_SCALE: Final = 14  # of a component's cos and sin; one more for the first frequency, the largest
 FACTOR_SCALE: Final = 12  # of a component's e^-v; as above
 
 
