@@ -399,7 +399,7 @@ RULES: Final[dict[str, Callable[..., tuple[tuple[Any, ...] | None, float]]]] = {
     "bit_pick": lambda planes, rows: ((_words(len(rows)),), len(rows)),
     "lookup": lambda e, c, turned: ((len(e), turned.shape[1], *c.shape), turned.shape[1] * e.size),
     "trunc_mask": lambda x, r, one, items: (x.shape, x.size),
-    "trunc": lambda base, top, one, opened, items: (base.shape, base.size),
+    "trunc": lambda base, over, one, opened, items: (base.shape, base.size),
     "trunc_if": lambda material, one, bits, opened, items: (material[0].shape, material[0].size),
     "norm": lambda material, *public: ((material[0].shape, material[3].shape), material[0].size),
     "norm_scale": lambda x, s, z, delta, opened, f, bare: (x.shape, x.size),

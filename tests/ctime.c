@@ -113,7 +113,7 @@ static void ring_lookup(void)
     mk_ring_lookup(out, secret, 7 * SIZE, public, public + N, 2, 1, DEPTH, 7, SIZE);
 }
 
-static const uint64_t items[] = {9, 16, 0, N - 9, 20, 4};
+static const uint64_t items[] = {9, 16, 0, 61, N - 9, 20, 4, 60};
 
 static void ring_trunc_mask(void)
 {
@@ -122,24 +122,24 @@ static void ring_trunc_mask(void)
 
 static void ring_trunc(void)
 {
-    mk_ring_trunc(out, secret, N, more, N, public, public + 2, items, 2, 2);
+    mk_ring_trunc(out, secret, N, more, 3 * N, public, public + 2, items, 2, 2);
 }
 
 static void ring_trunc_if(void)
 {
-    mk_ring_trunc_if(out, secret, N, secret + 2 * N, N, more, N, more + 2 * N, 2 * N, public, public + 2, public + 9,
+    mk_ring_trunc_if(out, secret, N, secret + 2 * N, N, more, 3 * N, more + 6 * N, 4 * N, public, public + 2, public + 9,
                      items, 2, 2);
 }
 
 static void ring_norm(void)
 {
-    mk_ring_norm(out, out + 4 * N, secret, 2 * N, secret + 4 * N, 2 * N, more, 2 * N, more + 4 * N, 2, public,
+    mk_ring_norm(out, out + 4 * N, secret, 2 * N, secret + 4 * N, 6 * N, more, 6 * N, more + 12 * N, 2, public,
                  public + 2, 2, 2, N, 20, 4);
 }
 
 static void ring_norm_scale(void)
 {
-    mk_ring_norm_scale(out, secret, 2 * N, secret + 4 * N, 2, more, 4 * N, public, public + 2, 2, 2, N, 20, 4);
+    mk_ring_norm_scale(out, secret, 2 * N, secret + 4 * N, 2, more, 8 * N, public, public + 2, 2, 2, N, 20, 4);
 }
 
 static void ring_drop(void)

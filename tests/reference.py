@@ -25,7 +25,7 @@ from mimir.mpc import nonlinear, prep
 Ints = npt.NDArray[np.int64]
 Tap = Callable[[str, Floats], None]  # receives (name of an intermediate value, the value as float)
 
-SAFE_BITS = 62  # a value must keep |z| < 2^62 before its scale is dropped
+SAFE_BITS = 61  # a value must keep |z| < 2^61 before its scale is dropped
 EXACT_FLOAT_BITS = 53
 
 

@@ -453,21 +453,25 @@ def sound(kind: prep.Kind, parts: Sequence[Made], cheater: int) -> bool:
         return sum(x.astype(object) for x in c["r"])
 
     def pair(f: int) -> bool:
-        r = whole()
-        base = sum(x.astype(object) >> f for x in c["r"]) - (r >> 64 << (64 - f))
-        return np.array_equal(v["base"], (base % 2**64).astype(np.uint64)) and np.array_equal(
-            v["top"], (r >> 63 & 1).astype(np.uint64)
+        low = [x.astype(object) % (1 << 62) for x in c["r"]]
+        u = v["over"].sum(axis=-1, dtype=np.uint64)
+        r, base = sum(low) + u * (1 << 62), sum(x >> f for x in low) + u * (1 << 62 - f)
+        return (
+            np.array_equal(v["over"], u[..., None] > np.arange(3))
+            and np.array_equal(v["r"], (r % 2**64).astype(np.uint64))
+            and np.array_equal(v["base"], base.astype(np.uint64))
         )
+
+    def masked() -> Ring:
+        return np.concatenate([v["base"][..., None], v["over"]], axis=-1)
 
     match kind:
         case prep.Trunc(f):
             return pair(f)
         case prep.TruncIf(f):
             bit = v["ring"]
-            both = np.stack([v["base"], v["top"]], axis=1)
-            return (
-                pair(f) and bool(np.isin(bit, (0, 1)).all()) and np.array_equal(v["z"], bit[:, None] * both)
-            )
+            chosen = np.array_equal(v["z"], bit[:, None] * masked())
+            return pair(f) and bool(np.isin(bit, (0, 1)).all()) and chosen
         case prep.Lookup(rest, width, steps, _):
             h = whole()
             index = (h >> rest) % (1 << width)
@@ -518,9 +522,9 @@ def sound(kind: prep.Kind, parts: Sequence[Made], cheater: int) -> bool:
             return np.array_equal(v["z"], v["s"][:, None] * v["x"])
         case prep.Norm(_, f):
             square = np.array_equal(v["q"], (v["base"] * v["base"]).sum(axis=1, dtype=np.uint64))
-            both = np.concatenate([v["base"], v["top"]], axis=1)
-            scaled = np.array_equal(v["z"], v["s"][:, None] * both)
-            return pair(f) and square and scaled and np.array_equal(v["both"], v["base"] * v["top"])
+            both = np.array_equal(v["both"], v["base"][..., None] * v["over"])
+            scaled = np.array_equal(v["z"], v["s"][:, None, None] * masked())
+            return pair(f) and square and scaled and both
         case prep.Weight():
             return np.array_equal(v["z"], v["x"] @ W)
         case prep.Values():
@@ -597,6 +601,7 @@ INJECTIONS: dict[str, tuple[prep.Kind, int]] = {
     "dabit": (prep.DaBit(), 3),
     "lookup 0.3.0/inject": (prep.Lookup(0, 3, 0), 1),
     "decay 2.3/inject": (prep.Decay(2, 3, 2.0), 1),
+    "trunc/inject": (prep.TruncIf(35), 1),
 }
 
 
@@ -1477,6 +1482,16 @@ CHECKS: dict[str, Check] = {
     "triples": Check(
         "mpc.prep:Batch.mul", "self.relations.append(check.Product(x, y, z))", spoiling(prep.Mul(), "mul")
     ),
+    "truncations: both bits of a mask": Check(
+        "mpc.prep:Batch.mul",
+        "self.relations.append(check.Product(x, y, z))",
+        spoiling(prep.Trunc(16), "trunc/both"),
+    ),
+    "truncations: products with a bit": Check(
+        "mpc.prep:Batch.times",
+        "self.relations.append(check.ScalarProduct(v, x, z))",
+        spoiling(prep.TruncIf(35), "trunc/if"),
+    ),
     "norms: scaled rows": Check(
         "mpc.prep:_norm",
         "b.relations.append(check.ScalarProduct(s, factor, z))",
@@ -1492,9 +1507,9 @@ CHECKS: dict[str, Check] = {
         "residues[RING].append(f.residue(v))",
         spoiling(prep.Norm(3, 16), "norm 3.16", number=1),
     ),
-    "norms: base times top": Check(
+    "norms: base times over": Check(
         "mpc.prep:_norm",
-        "b.relations.append(check.Product(*(v.reshape(2, -1) for v in (base, top, both))))",
+        "b.relations.append(check.Product(thrice, over.reshape(2, -1), both))",
         spoiling(prep.Norm(3, 16), "norm 3.16", number=2),
     ),
     "frames come in sequence": Check(

@@ -506,7 +506,8 @@ def test_lookup_misuse(rng: np.random.Generator) -> None:
 # ---- local halves of online operations ----
 
 SOME = (1, 5, 8, 63, 64, 65, 130)
-DROPS = [(1, 0), (16, 0), (20, 4), (32, 16), (61, 45), (62, 0)]  # bits dropped, and of these not masked
+# Bits dropped, of these not masked, and how far values are raised.
+DROPS = [(1, 0, 61), (16, 0, 60), (20, 4, 61), (32, 16, 60), (60, 44, 60), (61, 0, 61)]
 
 
 def apart(rng: np.random.Generator, parts: int, n: int, *more: int) -> U64:
@@ -514,31 +515,34 @@ def apart(rng: np.random.Generator, parts: int, n: int, *more: int) -> U64:
     return words(rng, parts, n + 3, *more)[:, 1 : n + 1]
 
 
-def o_public(opened: U64, f: int, bare: int) -> list[tuple[int, int]]:
-    """a and b of truncations, of Python integers."""
+def o_public(opened: U64, f: int, bare: int, up: int = 61) -> list[tuple[int, int, int]]:
+    """a and b of truncations, of Python integers, and which `over` counts; any where b is 0."""
     whole = [(int(o) << bare) % M for o in opened.reshape(-1)]
-    return [((c >> f) - (1 << (62 - f)), (1 - (c >> 63)) << (64 - f)) for c in whole]
+    return [
+        ((c >> f) - (1 << (up - f)), 0 if c >> 62 == 3 else 1 << (64 - f), min(c >> 62, 2)) for c in whole
+    ]
 
 
 @pytest.mark.parametrize("n", SOME)
 def test_truncations(level: str, rng: np.random.Generator, n: int) -> None:
     """Several at once, each with its own f."""
-    items = [(n, f, bare) for f, bare in DROPS]
-    of = [(f, bare) for size, f, bare in items for _ in range(size)]
+    items = [(n, *drop) for drop in DROPS]
+    of = [drop for drop in DROPS for _ in range(n)]
     n = len(of)
     one, opened, x = words(rng, 3), words(rng, n), apart(rng, 3, n)
-    r, base, top, z, ring = (apart(rng, 3, n, *more) for more in ((), (), (), (2,), ()))
+    r, base, over, z, ring = (apart(rng, 3, n, *more) for more in ((), (), (3,), (4,), ()))
     packed = words(rng, (n + 63) // 64)
-    masked, plain = k.trunc_mask(x, r, one, items), k.trunc(base, top, one, opened, items)
-    chosen = k.trunc_if((ring, base, top, z), one, packed, opened, items)
-    for c, (j, (f, bare)) in itertools.product(range(3), enumerate(of)):
+    masked, plain = k.trunc_mask(x, r, one, items), k.trunc(base, over, one, opened, items)
+    chosen = k.trunc_if((ring, base, over, z), one, packed, opened, items)
+    for c, (j, (f, bare, high)) in itertools.product(range(3), enumerate(of)):
         o = bit(packed, j)
         k1, sign = int(one[c]), 1 - 2 * o
-        up = (1 << 62) - (1 << f) + (1 << bare) + (3 * ((1 << bare) - 1) >> 1)
+        up = (1 << high) - (1 << f) + (1 << bare) + (3 * ((1 << bare) - 1) >> 1)
         assert int(masked[c, j]) == (((int(x[c, j]) + k1 * up) % M >> bare) + (int(r[c, j]) >> bare)) % M
-        ((a, b),) = o_public(opened[j : j + 1], f, bare)
-        assert int(plain[c, j]) == (k1 * a + b * int(top[c, j]) - int(base[c, j])) % M
-        y = (int(ring[c, j]) * sign + k1 * o) * a + (int(top[c, j]) * o + int(z[c, j, 1]) * sign) * b
+        ((a, b, at),) = o_public(opened[j : j + 1], f, bare, high)
+        g = int(over[c, j, at])
+        assert int(plain[c, j]) == (k1 * a + b * g - int(base[c, j])) % M
+        y = (int(ring[c, j]) * sign + k1 * o) * a + (g * o + int(z[c, j, 1 + at]) * sign) * b
         assert int(chosen[c, j]) == (y - int(base[c, j]) * o - int(z[c, j, 0]) * sign) % M
 
 
@@ -547,16 +551,18 @@ def test_truncations(level: str, rng: np.random.Generator, n: int) -> None:
 def test_norms(level: str, rng: np.random.Generator, width: int, f: int, bare: int) -> None:
     n = 3
     one, opened, delta = words(rng, 2), words(rng, n, width), words(rng, n)
-    base, top, both, x = (apart(rng, 2, n, width) for _ in range(4))
-    q, s, z = apart(rng, 2, n), apart(rng, 2, n), apart(rng, 2, n, 2 * width)
-    public = u64([[v % M for v in pair] for pair in o_public(opened, f, bare)]).reshape(n, width, 2)
-    a, b = public[..., 0], public[..., 1]
-    rows, squares = k.norm((base, top, both, q), one, opened, f, bare)
+    base, over, both, x = (apart(rng, 2, n, width, *more) for more in ((), (3,), (3,), ()))
+    q, s, z = apart(rng, 2, n), apart(rng, 2, n), apart(rng, 2, n, width, 4)
+    public = u64([[v % M for v in told] for told in o_public(opened, f, bare)]).reshape(n, width, 3)
+    a, b, at = public[..., 0], public[..., 1], public[None, :, :, 2:].astype(np.int64)
+    g, product, z_over = (np.take_along_axis(v, at, axis=3)[..., 0] for v in (over, both, z[..., 1:]))
+    rows, squares = k.norm((base, over, both, q), one, opened, f, bare)
     k1 = one[:, None, None]
-    same(rows, k1 * a + b * top - base)
+    same(rows, k1 * a + b * g - base)
     two = np.uint64(2)
-    same(squares, q + (two * b * (a * top - both) - two * a * base + k1 * a * a).sum(axis=2, dtype=np.uint64))
-    times_s = s[:, :, None] * a - z[:, :, :width] + z[:, :, width:] * b
+    terms = two * b * (a * g - product) - two * a * base + k1 * a * a
+    same(squares, q + terms.sum(axis=2, dtype=np.uint64))
+    times_s = s[:, :, None] * a - z[..., 0] + z_over * b
     same(k.norm_scale(x, s, z, delta, opened, f, bare), x * delta[:, None] - times_s)
 
 
@@ -657,20 +663,22 @@ def test_bits_products(level: str, rng: np.random.Generator, n: int) -> None:
 
 def test_online_misuse(rng: np.random.Generator) -> None:
     x, one, bits = words(rng, 2, 70), words(rng, 2), words(rng, 2)
-    products = k.Products([((0, 1), (0, 1, 2))])
+    over, products = words(rng, 2, 70, 3), k.Products([((0, 1), (0, 1, 2))])
     refuses(
-        lambda: k.trunc_mask(x, x[:, :69], one, [(70, 20, 4)]),
-        lambda: k.trunc_mask(x, x, one[:1], [(70, 20, 4)]),
-        lambda: k.trunc_mask(x, x, one, [(70, 20, 4), (1, 20, 4)]),
-        lambda: k.trunc_mask(x.astype(np.int64), x, one, [(70, 20, 4)]),
-        lambda: k.trunc(x, x, one, x[0], [(70, 0, 0)]),
-        lambda: k.trunc(x, x, one, x[0], [(70, 63, 0)]),
-        lambda: k.trunc(x, x, one, x[0], [(70, 20, 20)]),
-        lambda: k.trunc(x, x, one, x[0, :69], [(70, 20, 4)]),
-        lambda: k.trunc_if((x, x, x, words(rng, 2, 70, 2)), one, bits[:1], x[0], [(70, 20, 4)]),
-        lambda: k.trunc_if((x, x, x, words(rng, 2, 70, 3)), one, bits, x[0], [(70, 20, 4)]),
-        lambda: k.norm((x[:, None], x[:, None], x[:, None], x[:, :1]), one, x[:1], 33, 0),
-        lambda: k.norm_scale(x[:, None], x[:, :1], x[:, None], x[0, :1], x[:1], 20, 4),
+        lambda: k.trunc_mask(x, x[:, :69], one, [(70, 20, 4, 61)]),
+        lambda: k.trunc_mask(x, x, one[:1], [(70, 20, 4, 61)]),
+        lambda: k.trunc_mask(x, x, one, [(70, 20, 4, 61), (1, 20, 4, 61)]),
+        lambda: k.trunc_mask(x.astype(np.int64), x, one, [(70, 20, 4, 61)]),
+        lambda: k.trunc(x, over, one, x[0], [(70, 0, 0, 61)]),
+        lambda: k.trunc(x, over, one, x[0], [(70, 62, 0, 62)]),
+        lambda: k.trunc(x, over, one, x[0], [(70, 61, 0, 60)]),
+        lambda: k.trunc(x, over, one, x[0], [(70, 20, 20, 61)]),
+        lambda: k.trunc(x, over, one, x[0, :69], [(70, 20, 4, 61)]),
+        lambda: k.trunc(x, x, one, x[0], [(70, 20, 4, 61)]),
+        lambda: k.trunc_if((x, x, over, words(rng, 2, 70, 4)), one, bits[:1], x[0], [(70, 20, 4, 61)]),
+        lambda: k.trunc_if((x, x, over, over), one, bits, x[0], [(70, 20, 4, 61)]),
+        lambda: k.norm((x[:, None], over[:, None], over[:, None], x[:, :1]), one, x[:1], 33, 0),
+        lambda: k.norm_scale(x[:, None], x[:, :1], over[:, None], x[0, :1], x[:1], 20, 4),
         lambda: k.drop(x, one, (50,), 15),
         lambda: k.drop(x, one, (0,), 0),
         lambda: k.poly(words(rng, 2, 4, 70), words(rng, 2, 70, 11), one, words(rng, 70, 3), x[0]),
@@ -1002,11 +1010,11 @@ WIDE: dict[str, Callable[[np.random.Generator], Any]] = {
     "matmul_nt": lambda g: k.matmul_nt(words(g, 3, 211), words(g, 97, 211)),
     "lookup": lambda g: k.lookup(words(g, 2, 1, 301, 256), words(g, 1, 301), words(g, 1, 5, 512)),
     "trunc_if": lambda g: k.trunc_if(
-        (words(g, 2, 4099), words(g, 2, 4099), words(g, 2, 4099), words(g, 2, 4099, 2)),
+        (words(g, 2, 4099), words(g, 2, 4099), words(g, 2, 4099, 3), words(g, 2, 4099, 4)),
         words(g, 2),
         words(g, 65),
         words(g, 4099),
-        [(99, 16, 0), (4000, 27, 11)],
+        [(99, 16, 0, 61), (4000, 27, 11, 60)],
     ),
     "drop": lambda g: k.drop(words(g, 2, 4099), words(g, 2), (0, 5, 40), 21),
     "poly": lambda g: k.poly(
@@ -1236,11 +1244,11 @@ def walk_fences() -> None:
                 k.rotate(fence.empty((n, size), np.uint16), w(n))
                 k.rotate(fence.empty((n, size), np.uint8), w(n))
                 k.bit_pick(w(size, packed), w(n) % np.uint64(size))
-            k.trunc_mask(w(2, n), w(2, n), w(2), [(n, 20, 4)])
-            k.trunc(w(2, n), w(2, n), w(2), w(n), [(n, 20, 4)])
-            k.trunc_if((w(2, n), w(2, n), w(2, n), w(2, n, 2)), w(2), w(packed), w(n), [(n, 20, 4)])
-            k.norm((w(2, 3, n), w(2, 3, n), w(2, 3, n), w(2, 3)), w(2), w(3, n), 20, 4)
-            k.norm_scale(w(2, 3, n), w(2, 3), w(2, 3, 2 * n), w(3), w(3, n), 20, 4)
+            k.trunc_mask(w(2, n), w(2, n), w(2), [(n, 20, 4, 61)])
+            k.trunc(w(2, n), w(2, n, 3), w(2), w(n), [(n, 20, 4, 61)])
+            k.trunc_if((w(2, n), w(2, n), w(2, n, 3), w(2, n, 4)), w(2), w(packed), w(n), [(n, 20, 4, 61)])
+            k.norm((w(2, 3, n), w(2, 3, n, 3), w(2, 3, n, 3), w(2, 3)), w(2), w(3, n), 20, 4)
+            k.norm_scale(w(2, 3, n), w(2, 3), w(2, 3, n, 4), w(3), w(3, n), 20, 4)
             k.drop(w(2, n), w(2), (3, 5), 20)
             k.poly(w(2, 4, n), w(2, n, 12), w(2), w(n, 3), w(n))
             k.bits_mask(w(2, packed), w(2, n))

@@ -399,12 +399,12 @@ def test_open_low_hides_the_high_bits(backend: Replicated, width: int, n: int) -
 
 # --- truncation ---------------------------------------------------------------------------------------------
 
-TRUNCATIONS = range(1, 62)  # every f the domain allows; the model uses 1..56
+TRUNCATIONS = range(1, 61)  # every f of which something is left; the model uses 1..56
 
 
 def largest(f: int) -> int:
     """The largest |x| that truncation by f takes."""
-    return (1 << 62) - (1 << f) - (2 << prep.unmasked_bits(f)) - 1
+    return (1 << 61) - (1 << f) - (2 << prep.unmasked_bits(f)) - 1
 
 
 def most(f: int) -> int:
@@ -422,7 +422,7 @@ def truncation_edges(f: int) -> list[int]:
 @examples(2)
 @given(drawn=integers, seed=seeds)
 def test_truncate(backend: Replicated, drawn: list[int], seed: int) -> None:
-    """Proven: |result - x / 2^f| <= 2 - 2^(1 - f), for every |x| < 2^62 - 2^f; more by 3 units of 2^(f - 16)
+    """Proven: |result - x / 2^f| <= 2 - 2^(1 - f), for every |x| < 2^61 - 2^f; more by 3 units of 2^(f - 16)
     where bits below are dropped at once.
     """
     rng = np.random.default_rng(seed)
@@ -439,6 +439,31 @@ def test_truncate(backend: Replicated, drawn: list[int], seed: int) -> None:
     for f, x, got in zip(TRUNCATIONS, xs, execute(backend, op, *map(ring, xs), seed=seed), strict=True):
         error = signed(got) * (1 << f) - np.array(x, object)  # in units of 2^-f
         assert abs(error).max() <= most(f), f"f = {f}: off by {abs(error).max() / 2**f} units"
+
+
+@pytest.mark.parametrize("up", [60, 59])
+def test_truncate_what_is_mostly_above(backend: Replicated, up: int) -> None:
+    """Raised by 2^up instead of 2^61: from -2^up to 2^62 - 2^up, less a margin, also with a bit."""
+    shifts = (1, 16, 43, up)
+    ends = {f: (1 << f) + (2 << prep.unmasked_bits(f)) + 1 for f in shifts}
+    xs = [
+        [
+            v
+            for e in (0, 1, 1 << f, 1 << 40)
+            for v in (-(1 << up) + ends[f] + e, (1 << 62) - (1 << up) - ends[f] - e)
+        ]
+        + [0, 1, -1, 1 << f]
+        for f in shifts
+    ]
+
+    async def op(ctx: Context, b: Bits, *shares: Share) -> list[Share]:
+        items = [(s, f, up) for s, f in zip(shares, shifts, strict=True)]
+        return await ops.truncate(ctx, "all", *items) + await ops.truncate_if(ctx, "some", b, *items)
+
+    bits = np.full(words(12 * len(shifts)), (1 << 64) - 1, np.uint64)
+    got = execute(backend, op, BitWords(bits), *map(ring, xs))
+    for f, x, y in zip(shifts * 2, xs * 2, got, strict=True):
+        assert abs(signed(y) * (1 << f) - np.array(x, object)).max() <= most(f)
 
 
 def test_truncation_error_is_centred(backend: Replicated) -> None:
@@ -547,7 +572,7 @@ def test_rows_of_too_coarse_a_truncation_are_refused(backend: Replicated) -> Non
 @given(drawn=integers, seed=seeds)
 def test_truncate_if(backend: Replicated, drawn: list[int], seed: int) -> None:
     """Truncated where the bit is set; exactly 0 elsewhere, also out of range."""
-    shifts, n = (1, 16, 44, 61), 50
+    shifts, n = (1, 16, 44, 60), 50
     xs, packed = [], vector([], seed, words(n * len(shifts)))
     bits = bits_of(packed, n * len(shifts)).reshape(-1, n)
     for f, set_ in zip(shifts, bits, strict=True):
@@ -1050,7 +1075,7 @@ def test_argmax_with_dropped_bits(backend: Replicated, n: int) -> None:
     """
     low, width = 16, 28
     rng = np.random.default_rng(n)
-    top = (1 << (low + width - 2)) - (2 << low)
+    top = (1 << (low + width - 3)) - (6 << low)
     rows = [rng.integers(-top, top + 1, n), -(1 << 30) + rng.integers(0, 8 << low, n)]
 
     async def op(ctx: Context, *shares: Share) -> list[Share]:
@@ -1180,7 +1205,7 @@ WEIGHT = (6, 5)
 KINDS: list[tuple[prep.Kind, int]] = [
     (prep.Trunc(1), 130),
     (prep.Trunc(16), 65),
-    (prep.Trunc(61), 1),
+    (prep.Trunc(60), 1),
     (prep.TruncIf(1), 3),
     (prep.TruncIf(35), 70),
     (prep.Lookup(0, 1, 0), 5),
@@ -1231,12 +1256,20 @@ def _lane(planes: Ring, n: int) -> Exact:
 
 
 def pair(f: int, got: Mapping[str, Ring], parts: Mapping[str, list[Ring]]) -> None:
-    """A truncation pair: base is r / 2^f, as the sum of its components tells it to within two units."""
-    total = sum(map(exact, parts["r"]))
-    assert all(not (r & np.uint64((1 << prep.unmasked_bits(f)) - 1)).any() for r in parts["r"])
-    base = sum(exact(r) >> f for r in parts["r"]) - (total // RING << (64 - f))
-    assert np.array_equal(exact(got["base"]), base % RING)
-    assert np.array_equal(exact(got["top"]), total % RING >> 63)
+    """A mask: u of two bits, as `over` tells it, above components below 2^62, and the sum of their
+    quotients.
+    """
+    low = [exact(r) % (1 << 62) for r in parts["r"]]
+    assert all(not (v % (1 << prep.unmasked_bits(f))).any() for v in low)
+    u = exact(got["over"]).sum(axis=-1)
+    assert np.array_equal(got["over"], u[..., None] > np.arange(3))
+    assert np.array_equal(exact(got["r"]), (sum(low) + (u << 62)) % RING)
+    assert np.array_equal(exact(got["base"]), sum(v >> f for v in low) + u * (1 << 62 - f))
+
+
+def masked(got: Mapping[str, Ring]) -> Ring:
+    """Base and over of truncations' masks, side by side."""
+    return np.concatenate([got["base"][..., None], got["over"]], axis=-1)
 
 
 def unit_error(kind: prep.Wave) -> npt.NDArray[np.float64]:
@@ -1260,7 +1293,7 @@ def relation(
         case prep.TruncIf(f):
             pair(f, got, parts)
             assert np.isin(got["ring"], (0, 1)).all()
-            assert np.array_equal(got["z"], np.stack([got["base"], got["top"]], 1) * got["ring"][:, None])
+            assert np.array_equal(got["z"], masked(got) * got["ring"][:, None])
         case prep.Lookup(rest, bits, steps, _):
             heights = sum(map(exact, parts["r"]))
             assert all((exact(r) < 1 << (rest + bits)).all() for r in parts["r"])
@@ -1327,9 +1360,8 @@ def relation(
             assert np.array_equal(got["z"], got["x"] * got["s"][:, None])
         case prep.Norm(_, f):
             pair(f, got, parts)
-            both = np.concatenate([got["base"], got["top"]], axis=1)
-            assert np.array_equal(got["z"], both * got["s"][:, None])
-            assert np.array_equal(got["both"], got["base"] * got["top"])
+            assert np.array_equal(got["z"], masked(got) * got["s"][:, None, None])
+            assert np.array_equal(got["both"], got["base"][..., None] * got["over"])
             assert np.array_equal(got["q"], (got["base"] ** 2).sum(axis=1, dtype=np.uint64))
         case prep.Weight():
             assert np.array_equal(got["z"], kernels.matmul(got["x"], w))

@@ -19,7 +19,7 @@ import pytest
 z3 = pytest.importorskip("z3", reason="pip install z3-solver")
 
 N = 64
-TOP = 1 << (N - 1)
+LARGEST = 1 << (N - 2)  # of what a truncation masks
 MODULUS = 1 << N
 SOLVER_LIMIT_MS = 30_000
 SHIFTS = range(1, 62)
@@ -49,50 +49,78 @@ def possible(*facts: Any) -> None:
 
 
 class Masked:
-    """z and three mask components as integers below 2^n, c = z + r mod 2^n, and what the parties compute."""
+    """z and three mask components as integers below 2^n, and c = z + r mod 2^n."""
 
-    def __init__(self, f: int, n: int = N) -> None:
-        self.unit = unit = 1 << f
+    def __init__(self, n: int) -> None:
         self.z, *self.r = z3.Ints("z r0 r1 r2")
         self.words = [z3.And(0 <= x, x < 1 << n) for x in (self.z, *self.r)]
-        total = sum(self.r)
-        self.c = (self.z + total) % (1 << n)
-        self.wraps = total / (1 << n)  # for integers, z3 writes floor division as /
-        self.top = (total / (1 << (n - 1))) % 2
-        self.c_top = self.c / (1 << (n - 1))
-        self.high = sum(x / unit for x in self.r)
-        self.dither = sum(x % unit for x in self.r)
+        self.c = (self.z + sum(self.r)) % (1 << n)
+
+
+class Truncated:
+    """A mask r = 2^62 u + v, u two bits and v a sum of three components, z under it, and what the parties
+    compute.
+    """
+
+    def __init__(self, f: int) -> None:
+        self.unit = unit = 1 << f
+        self.z, self.high, self.low, *self.v = z3.Ints("z t1 t0 v0 v1 v2")
+        bits = (self.high, self.low)
+        self.mask = [*(z3.And(0 <= x, x < LARGEST) for x in self.v), *(z3.And(0 <= t, t <= 1) for t in bits)]
+        self.inside = z3.And(0 <= self.z, self.z <= LARGEST)
+        self.u = 2 * self.high + self.low
+        self.below = self.z + sum(self.v)  # the sum without u, over the integers
+        self.c = (self.below + LARGEST * self.u) % MODULUS
+        self.told = self.c / LARGEST  # for integers, z3 writes floor division as /
+        both = z3.If(self.high + self.low == 2, 1, 0)
+        self.over = (self.high + self.low - both, self.high, both)
+        self.carry = z3.If(self.told == 3, 0, pick(self.told, self.over))
+        self.base = sum(x / unit for x in self.v) + (LARGEST >> f) * self.u
+        self.dither = sum(x % unit for x in self.v)
         self.floor = (self.z + self.dither) / unit  # what truncation must return
-        self.corrected = (
-            self.c / unit
-            + (1 << (n - f)) * (self.wraps + z3.If(z3.And(self.top == 1, self.c_top == 0), 1, 0))
-            - self.high
-        )
+        self.result = self.c / unit - self.base + (MODULUS >> f) * self.carry
+
+
+def pick(at: Any, values: Sequence[Any]) -> Any:
+    """Of several values that at which `at` points; the last one for what is beyond."""
+    first, *others = values
+    return z3.If(at == 0, first, pick(at - 1, others)) if others else first
 
 
 @pytest.mark.parametrize("f", SHIFTS)
-def test_top_bit_correction(f: int) -> None:
-    """T2 at 64 bits, all shifts: for 0 <= z < 2^63 the corrected quotient is exact over the integers.
+def test_truncation(f: int) -> None:
+    """At 64 bits, all shifts: for 0 <= z <= 2^62 the quotient is exact over the integers, which implies that
+    it is so modulo 2^64, where the parties compute.
 
-    floor((z + sum(r_i mod 2^f)) / 2^f) = (c >> f) + 2^(64-f) (W + top(r) (1 - top(c))) - sum(r_i >> f), with
-    W = floor((r_0 + r_1 + r_2) / 2^64). Equality over the integers implies it modulo 2^64, where the parties
-    compute.
+    floor((z + sum(v_i mod 2^f)) / 2^f) = (c >> f) - base + 2^(64-f) over[c >> 62].
     """
-    m = Masked(f)
-    prove(m.corrected == m.floor, *m.words, m.z < TOP)
-    prove(z3.And(0 <= m.wraps, m.wraps <= 2), *m.words)
+    m = Truncated(f)
+    prove(m.result == m.floor, *m.mask, m.inside)
 
 
-def test_top_bit_correction_needs_its_range() -> None:
-    """T2 is wrong for some z >= 2^63, and wrong without either half of the correction: no part is idle."""
-    m = Masked(16)
-    possible(*m.words, m.z >= TOP, m.corrected != m.floor)
-    unit, scale = m.unit, 1 << (N - 16)
-    possible(*m.words, m.z < TOP, m.c / unit + scale * m.wraps - m.high != m.floor)
-    possible(*m.words, m.z < TOP, m.c / unit + scale * m.top - m.high != m.floor)
-    prove(m.corrected == m.floor, *m.words, m.wraps + m.top == 0, m.z < TOP)
-    for wraps in range(3):
-        possible(*m.words, m.z < TOP, m.wraps == wraps, m.top == 1, m.c_top == 0)
+def test_whether_the_mask_carries() -> None:
+    """z + r passes 2^64 once or not at all, and [u > c >> 62] tells which: that is in u's thermometer."""
+    m = Truncated(1)
+    passes = (m.below + LARGEST * m.u) / MODULUS
+    prove(passes == z3.If(m.u > m.told, 1, 0), *m.mask, m.inside)
+    prove(passes == m.carry, *m.mask, m.inside)
+    for k, over in enumerate(m.over):
+        prove(over == z3.If(m.u > k, 1, 0), *m.mask)
+        possible(*m.mask, m.inside, m.told == k, over == 1, passes == 1)
+        possible(*m.mask, m.inside, m.told == k, over == 0, passes == 0)
+    prove(passes == 0, *m.mask, m.inside, m.told == 3)
+
+
+def test_truncation_needs_its_range_and_all_of_the_correction() -> None:
+    """Beyond 2^62 + 2 a wrong result exists, and without any of the three bits, or u in the base: no part is
+    idle.
+    """
+    m = Truncated(16)
+    prove(m.result == m.floor, *m.mask, 0 <= m.z, m.z <= LARGEST + 2)
+    possible(*m.mask, m.z == LARGEST + 3, m.result != m.floor)
+    possible(*m.mask, m.inside, m.result + (LARGEST >> 16) * m.u != m.floor)
+    for k in range(3):
+        possible(*m.mask, m.inside, m.told == k, m.c / m.unit - m.base != m.floor)
 
 
 @pytest.mark.parametrize("f", SHIFTS)
@@ -101,57 +129,72 @@ def test_truncation_bound(f: int) -> None:
 
     Against the real quotient: -(1 - 2^-f) <= y - z / 2^f <= 3 (1 - 2^-f), both ends attained.
     """
-    m = Masked(f)
+    m = Truncated(f)
     extra = m.floor - m.z / m.unit
     most = 3 if f > 1 else 2
-    prove(z3.And(0 <= extra, extra <= most), *m.words)
+    prove(z3.And(0 <= extra, extra <= most), *m.mask)
     for value in range(most + 1):
-        possible(*m.words, m.z < TOP, extra == value)
+        possible(*m.mask, m.inside, extra == value)
     error = m.unit * m.floor - m.z  # in units of 2^-f
-    prove(z3.And(-(m.unit - 1) <= error, error <= 3 * (m.unit - 1)), *m.words)
-    possible(*m.words, m.z < TOP, error == -(m.unit - 1))
-    possible(*m.words, m.z < TOP, error == 3 * (m.unit - 1))
+    prove(z3.And(-(m.unit - 1) <= error, error <= 3 * (m.unit - 1)), *m.mask)
+    possible(*m.mask, m.inside, error == -(m.unit - 1))
+    possible(*m.mask, m.inside, error == 3 * (m.unit - 1))
 
 
 @pytest.mark.parametrize("f", SHIFTS)
 def test_signed_truncation(f: int) -> None:
-    """ops.truncate: for -2^62 <= x < 2^62 the result is within 2 units of x / 2^f, and never wraps.
+    """For -2^61 <= x <= 2^61 the result is within 2 units of x / 2^f, and never wraps.
 
-    x enters as x + 2^62 and one unit is taken off afterwards: the result y has floor(x / 2^f) - 1 <= y <=
+    x enters as x + 2^61 and one unit is taken off afterwards: the result y has floor(x / 2^f) - 1 <= y <=
     floor(x / 2^f) + 2, and -(2 - 2^-f) <= y - x / 2^f <= 2 - 3 * 2^-f. The bounds are tight. Outside that
     range of x a wrong result exists, so the bound on |x| is needed.
     """
-    m = Masked(f)
+    m = Truncated(f)
     x = z3.Int("x")
-    offset = 1 << (N - 2)
+    offset = LARGEST // 2
     enter = m.z == x + offset
-    inside = z3.And(-offset <= x, x < offset)
-    y = m.corrected - (offset >> f) - 1
-    prove(z3.And(x / m.unit - 1 <= y, y <= x / m.unit + 2), *m.words, enter, inside)
+    inside = z3.And(-offset <= x, x <= offset)
+    y = m.result - (offset >> f) - 1
+    prove(z3.And(x / m.unit - 1 <= y, y <= x / m.unit + 2), *m.mask, enter, inside)
     error = m.unit * y - x
     low, high = -(2 * m.unit - 1), 2 * m.unit - 3
-    prove(z3.And(low <= error, error <= high), *m.words, enter, inside)
-    possible(*m.words, enter, inside, error == low)
-    possible(*m.words, enter, inside, error == high)
-    possible(*m.words, m.z == (x + offset) % MODULUS, -TOP <= x, x < TOP, z3.Or(error < low, error > high))
+    prove(z3.And(low <= error, error <= high), *m.mask, enter, inside)
+    possible(*m.mask, enter, inside, error == low)
+    possible(*m.mask, enter, inside, error == high)
+    wrong = z3.Or(error < low, error > high)
+    possible(*m.mask, m.z == (x + offset) % MODULUS, -MODULUS <= 2 * x, 2 * x < MODULUS, wrong)
 
 
 @pytest.mark.parametrize("f", SHIFTS)
 def test_unbiased_offset(f: int) -> None:
-    """Entering x as x + 2^62 - (2^f - 1) instead, nothing taken off afterwards, makes the error symmetric.
+    """ops.truncate: entering x as x + 2^up - (2^f - 1) instead, nothing taken off afterwards, makes the error
+    symmetric, for -2^up + 2^f <= x <= 2^62 - 2^up.
 
     Then |y - x / 2^f| <= 2 - 2^(1-f), attained on both sides; its mean is exactly 0 (test_identities).
     """
-    m = Masked(f)
+    m = Truncated(f)
     x = z3.Int("x")
-    offset = 1 << (N - 2)
-    enter = m.z == x + offset - (m.unit - 1)
-    inside = z3.And(-offset + m.unit - 1 <= x, x < offset)
-    error = m.unit * (m.corrected - (offset >> f)) - x
     most = 2 * (m.unit - 1)
-    prove(z3.And(-most <= error, error <= most), *m.words, enter, inside)
-    possible(*m.words, enter, inside, error == most)
-    possible(*m.words, enter, inside, error == -most)
+    for up in {max(f, 60), 61}:
+        offset = 1 << up
+        enter = m.z == x + offset - (m.unit - 1)
+        inside = z3.And(-offset + m.unit - 1 <= x, x <= LARGEST - offset)
+        error = m.unit * (m.result - (offset >> f)) - x
+        prove(z3.And(-most <= error, error <= most), *m.mask, enter, inside)
+        possible(*m.mask, enter, inside, error == most)
+        possible(*m.mask, enter, inside, error == -most)
+
+
+def test_square_of_a_truncated_value() -> None:
+    """ops.truncate_rows: (a - base + b g)^2 = a^2 - 2 a base + base^2 + 2 b (a g - base g) modulo 2^64, for
+    b = 2^(64-f) up to f = 32 and not beyond.
+    """
+    a, base, g = z3.Ints("a base g")
+    for f in SHIFTS:
+        b = MODULUS >> f
+        off = (a - base + b * g) ** 2 - (a**2 - 2 * a * base + base**2 + 2 * b * (a * g - base * g))
+        prove(off == b**2 * g**2)
+        assert (b**2 % MODULUS == 0) == (2 * f <= N)
 
 
 class Dropped:
@@ -205,7 +248,7 @@ def test_lookup_index(rest: int, bits: int) -> None:
     j is the piece of y, or one more with d negative. Below 2^(rest + bits) - 2^rest the index does not wrap
     around; from there on piece 0 may be read.
     """
-    m = Masked(0, rest + bits)
+    m = Masked(rest + bits)
     window, pieces = 1 << rest, 1 << bits
     mask = sum(m.r) % (window * pieces)
     u, v = mask / window, mask % window
@@ -217,16 +260,6 @@ def test_lookup_index(rest: int, bits: int) -> None:
     prove(window * j + d == m.z, *m.words, reads, m.z < edge)
     prove(z3.And(m.z / window <= j, j <= m.z / window + 1), *m.words, reads, m.z < edge)
     possible(*m.words, reads, m.z >= edge, j == 0)
-
-
-@pytest.mark.parametrize("f", SHIFTS)
-def test_base_and_top(f: int) -> None:
-    """What truncation adds up is a - base + b top, with b = 0 or 2^(64 - f), b^2 = 0 up to f = 32."""
-    m = Masked(f)
-    base = m.high - (1 << (N - f)) * m.wraps
-    b = z3.If(m.c_top == 0, 1 << (N - f), 0)
-    prove(m.corrected == m.c / m.unit - base + z3.If(m.top == 1, b, 0), *m.words)
-    assert ((1 << (N - f)) ** 2 % (1 << N) == 0) == (2 * f <= N)
 
 
 # --- words ---------------------------------------------------------------------------------------------
@@ -261,14 +294,12 @@ class CarrySave:
 
 @pytest.mark.parametrize("n", [64, 48, 17, 3, 2])
 def test_carry_save(n: int) -> None:
-    """R = s + 2m exactly; the wraps of R are the top majority bit plus the carry of s + (2m mod 2^n)."""
+    """R = s + 2m exactly."""
     c = CarrySave(n)
     prove(c.exact == wide(c.sums, n + 2) + 2 * wide(c.majority, n + 2))
     pair = wide(c.sums, n + 1) + wide(c.shifted, n + 1)
-    prove(z3.LShR(c.exact, n) == wide(bit(c.majority, n - 1), n + 2) + wide(bit(pair, n), n + 2))
-    prove(bit(c.exact, n - 1) == bit(pair, n - 1))
     prove(low_bits(c.exact, n) == low_bits(pair, n))
-    possible(bit(c.majority, n - 1) == 1, bit(pair, n) == 1)  # two wraps do happen
+    possible(bit(c.majority, n - 1) == 1, bit(pair, n) == 1)  # what passes 2^n may do so twice
 
 
 @pytest.mark.parametrize(("n", "low"), [(64, 16), (24, 12), (18, 8), (12, 1)])
@@ -284,17 +315,6 @@ def test_carry_into_index(n: int, low: int) -> None:
 def _ports(a: Any, b: Any) -> tuple[list[Any], list[Any]]:
     """Propagate and generate bits of an addition."""
     return ([bit(a ^ b, i) for i in range(a.size())], [bit(a & b, i) for i in range(a.size())])
-
-
-def _tree_carry(p: Sequence[Any], g: Sequence[Any]) -> Any:
-    """Carry out of the last bit, joining neighbours from the top; an odd one out waits at the bottom."""
-    p, g = list(p), list(g)
-    while len(p) > 1:
-        odd = len(p) % 2
-        pairs = [(i, i + 1) for i in range(odd, len(p), 2)]
-        g = g[:odd] + [g[hi] ^ (p[hi] & g[lo]) for lo, hi in pairs]
-        p = p[:odd] + [p[hi] & p[lo] for lo, hi in pairs]
-    return g[0]
 
 
 def _prefix_carries(p: Sequence[Any], g: Sequence[Any]) -> list[Any]:
@@ -313,8 +333,8 @@ def _prefix_carries(p: Sequence[Any], g: Sequence[Any]) -> list[Any]:
 
 
 @pytest.mark.parametrize("n", [64, 63, 40, 18, 7, 2])
-def test_adders(n: int) -> None:
-    """Both adders of prep add: every carry of the prefix network, and the carry out of the tree.
+def test_adder(n: int) -> None:
+    """The adder of prep adds: every carry of the prefix network.
 
     XOR replaces OR in joining two spans because a span never both generates and propagates.
     """
@@ -325,34 +345,31 @@ def test_adders(n: int) -> None:
     into = [z3.BitVecVal(0, 1), *carries[:-1]]
     prove(z3.Concat(*[p[i] ^ into[i] for i in reversed(range(n))]) == a + b)
     prove(carries[-1] == bit(total, n))
-    prove(_tree_carry(p, g) == bit(total, n))
-    carry = _tree_carry(p[: n - 1], g[: n - 1])
-    prove(p[n - 1] ^ carry == bit(a + b, n - 1))
-    prove(g[n - 1] ^ (p[n - 1] & carry) == bit(total, n))
 
 
 @pytest.mark.parametrize("f", [1, 12, 16, 20, 32, 61])
-def test_top_bit_correction_on_words(f: int) -> None:
-    """T2 as words, in two lemmas: the correction counts the wraps of x + R; quotients take masks one by one.
+def test_truncation_on_words(f: int) -> None:
+    """Truncation as words, in two lemmas: the sum without u is c - 2^62 u + 2^64 [u > c >> 62], also shifted
+    by f; and quotients take components one by one.
 
-    x + R = c + 2^64 (W + top(r) (1 - top(c))) for x < 2^63; and for any X, floor((X + r) / 2^f) =
-    floor((X + (r mod 2^f)) / 2^f) + (r >> f). The second, used for each component in turn on x + R, gives
-    the formula.
+    For any X, floor((X + v) / 2^f) = floor((X + (v mod 2^f)) / 2^f) + (v >> f). Used for each component in
+    turn on x and those before, it gives the formula.
     """
     room = N + 2
-    x, (r0, r1, r2) = word("x"), [word(f"r{i}") for i in range(3)]
-    exact = wide(r0, room) + wide(r1, room) + wide(r2, room)
-    c = x + r0 + r1 + r2
-    not_top = 1 - z3.LShR(c, N - 1)
-    wraps = wide(z3.Extract(room - 1, N, exact), N)
-    wrapped = wraps + wide(bit(exact, N - 1), N) * not_top
-    prove(wide(x, room) + exact == wide(c, room) + (wide(wrapped, room) << N), z3.ULT(x, TOP))
+    x, u, v = word("x"), word("u", 2), [word(f"v{i}", N - 2) for i in range(3)]
+    below = wide(x, room) + sum((wide(each, room) for each in v), z3.BitVecVal(0, room))
+    whole = low_bits(below, N)
+    c = whole + (wide(u, N) << (N - 2))
+    carry = z3.If(z3.UGT(u, z3.Extract(N - 1, N - 2, c)), z3.BitVecVal(1, N), z3.BitVecVal(0, N))
+    inside = z3.ULE(x, LARGEST)
+    prove(below == wide(whole, room), inside)
+    prove(below == wide(c, room) - (wide(u, room) << (N - 2)) + (wide(carry, room) << N), inside)
+    prove(z3.LShR(whole, f) == z3.LShR(c, f) - (wide(u, N) << (N - 2 - f)) + (carry << (N - f)), inside)
 
-    any_value = word("X", room)
+    any_value, one = word("X", room), wide(v[0], room)
+    rest = one & ((1 << f) - 1)
     fits = z3.ULT(any_value, 3 << N)
-    r = wide(r0, room)
-    rest = r & ((1 << f) - 1)
-    prove(z3.LShR(any_value + r, f) == z3.LShR(any_value + rest, f) + z3.LShR(r, f), fits)
+    prove(z3.LShR(any_value + one, f) == z3.LShR(any_value + rest, f) + z3.LShR(one, f), fits)
 
 
 @pytest.mark.parametrize("n", [64, 48, 32, 17, 2])

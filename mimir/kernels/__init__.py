@@ -409,8 +409,8 @@ def rotate(e: npt.NDArray[Any], c: U64) -> npt.NDArray[Any]:
 
 
 Items: TypeAlias = Sequence[
-    tuple[int, int, int]
-]  # so many elements lose f bits, of which some are not opened
+    tuple[int, int, int, int]
+]  # so many elements lose f bits, of which some are not opened, having been raised by 2^up
 
 
 def trunc_mask(x: U64, r: U64, one: U64, items: Items) -> U64:
@@ -423,8 +423,8 @@ def trunc_mask(x: U64, r: U64, one: U64, items: Items) -> U64:
     return out
 
 
-def trunc(base: U64, top: U64, one: U64, opened: U64, items: Items) -> U64:
-    """a - base + b top, truncated values of what was opened (n,): (parts, n)."""
+def trunc(base: U64, over: U64, one: U64, opened: U64, items: Items) -> U64:
+    """a - base + b over, truncated values of what was opened (n,): (parts, n). over: (parts, n, 3)."""
     parts, n = _dims("base", base, 2)
     _array("opened", opened, (n,))
     first, *rest = _items(one, items, parts, n)
@@ -432,7 +432,7 @@ def trunc(base: U64, top: U64, one: U64, opened: U64, items: Items) -> U64:
     _lib.mk_ring_trunc(
         _out(out),
         *_apart("base", base, (parts, n)),
-        *_apart("top", top, (parts, n)),
+        *_apart("over", over, (parts, n, 3)),
         first,
         _in(opened),
         *rest,
@@ -441,10 +441,10 @@ def trunc(base: U64, top: U64, one: U64, opened: U64, items: Items) -> U64:
 
 
 def trunc_if(material: tuple[U64, U64, U64, U64], one: U64, bits: U64, opened: U64, items: Items) -> U64:
-    """The same where a bit is set, 0 elsewhere: (parts, n). Material: ring, base, top (parts, n) and z
-    (parts, n, 2); bits: opened words.
+    """The same where a bit is set, 0 elsewhere: (parts, n). Material: ring and base (parts, n), over (parts,
+    n, 3) and z (parts, n, 4); bits: opened words.
     """
-    ring, base, top, z = material
+    ring, base, over, z = material
     parts, n = _dims("ring", ring, 2)
     _array("bits", bits, (_words(n),))
     _array("opened", opened, (n,))
@@ -454,8 +454,8 @@ def trunc_if(material: tuple[U64, U64, U64, U64], one: U64, bits: U64, opened: U
         _out(out),
         *_apart("ring", ring, (parts, n)),
         *_apart("base", base, (parts, n)),
-        *_apart("top", top, (parts, n)),
-        *_apart("z", z, (parts, n, 2)),
+        *_apart("over", over, (parts, n, 3)),
+        *_apart("z", z, (parts, n, 4)),
         first,
         _in(bits),
         _in(opened),
@@ -466,8 +466,8 @@ def trunc_if(material: tuple[U64, U64, U64, U64], one: U64, bits: U64, opened: U
 
 def _items(one: U64, items: Items, parts: int, n: int) -> tuple[Any, Any, int, int]:
     total = 0
-    for size, f, bare in items:
-        _dropped(f, bare)
+    for size, f, bare, up in items:
+        _dropped(f, bare, _count("up", up, 1, WORD_BITS - 3))
         total += _count("an item", size, 0)
     if total != n:
         raise LocalError(f"items are {total} elements, not {n}")
@@ -475,10 +475,10 @@ def _items(one: U64, items: Items, parts: int, n: int) -> tuple[Any, Any, int, i
 
 
 def norm(material: tuple[U64, U64, U64, U64], one: U64, opened: U64, f: int, bare: int) -> tuple[U64, U64]:
-    """Truncated rows (parts, n, width) and the sums of their squares (parts, n). Material: base, top and both
-    (parts, n, width) and q (parts, n); opened (n, width). f <= 32.
+    """Truncated rows (parts, n, width) and the sums of their squares (parts, n). Material: base (parts, n,
+    width), over and both (parts, n, width, 3) and q (parts, n); opened (n, width). f <= 32.
     """
-    base, top, both, q = material
+    base, over, both, q = material
     parts, n, width = _dims("base", base, 3)
     _array("opened", opened, (n, width))
     _dropped(_count("f", f, 1, WORD_BITS // 2), bare)
@@ -487,8 +487,8 @@ def norm(material: tuple[U64, U64, U64, U64], one: U64, opened: U64, f: int, bar
         _out(rows),
         _out(squares),
         *_apart("base", base, (parts, n, width)),
-        *_apart("top", top, (parts, n, width)),
-        *_apart("both", both, (parts, n, width)),
+        *_apart("over", over, (parts, n, width, 3)),
+        *_apart("both", both, (parts, n, width, 3)),
         *_apart("q", q, (parts, n)),
         _one(one, parts),
         _in(opened),
@@ -502,7 +502,7 @@ def norm(material: tuple[U64, U64, U64, U64], one: U64, opened: U64, f: int, bar
 
 
 def norm_scale(x: U64, s: U64, z: U64, delta: U64, opened: U64, f: int, bare: int) -> U64:
-    """delta x - s a + z_base - b z_top: x (parts, n, width), s (parts, n), z (parts, n, 2 width), public
+    """delta x - s a + z_base - b z_over: x (parts, n, width), s (parts, n), z (parts, n, width, 4), public
     delta (n,) and opened (n, width) -> (parts, n, width).
     """
     parts, n, width = _dims("x", x, 3)
@@ -514,7 +514,7 @@ def norm_scale(x: U64, s: U64, z: U64, delta: U64, opened: U64, f: int, bare: in
         _out(out),
         *_apart("x", x, (parts, n, width)),
         *_apart("s", s, (parts, n)),
-        *_apart("z", z, (parts, n, 2 * width)),
+        *_apart("z", z, (parts, n, width, 4)),
         _in(delta),
         _in(opened),
         parts,
@@ -712,8 +712,8 @@ def _one(value: Any, parts: int) -> Any:
     return _in(value)
 
 
-def _dropped(f: int, bare: int) -> None:
-    _count("bare", bare, 0, _count("f", f, 1, WORD_BITS - 2) - 1)
+def _dropped(f: int, bare: int, up: int = WORD_BITS - 3) -> None:
+    _count("bare", bare, 0, _count("f", f, 1, up) - 1)
 
 
 # ---- GF(2^64) = GF(2)[x] / (x^64 + x^4 + x^3 + x + 1) ----

@@ -102,19 +102,19 @@ MK_THUNK(mk_ring_trunc_mask,
           const uint64_t *items, size_t parts, size_t count),
          (out, x, x_apart, r, r_apart, one, items, parts, count))
 MK_THUNK(mk_ring_trunc,
-         (uint64_t *out, const uint64_t *base, size_t base_apart, const uint64_t *top, size_t top_apart, const uint64_t
+         (uint64_t *out, const uint64_t *base, size_t base_apart, const uint64_t *over, size_t over_apart, const uint64_t
           *one, const uint64_t *opened, const uint64_t *items, size_t parts, size_t count),
-         (out, base, base_apart, top, top_apart, one, opened, items, parts, count))
+         (out, base, base_apart, over, over_apart, one, opened, items, parts, count))
 MK_THUNK(mk_ring_trunc_if,
          (uint64_t *out, const uint64_t *ring, size_t ring_apart, const uint64_t *base, size_t base_apart, const
-          uint64_t *top, size_t top_apart, const uint64_t *z, size_t z_apart, const uint64_t *one, const uint64_t
+          uint64_t *over, size_t over_apart, const uint64_t *z, size_t z_apart, const uint64_t *one, const uint64_t
           *bits, const uint64_t *opened, const uint64_t *items, size_t parts, size_t count),
-         (out, ring, ring_apart, base, base_apart, top, top_apart, z, z_apart, one, bits, opened, items, parts, count))
+         (out, ring, ring_apart, base, base_apart, over, over_apart, z, z_apart, one, bits, opened, items, parts, count))
 MK_THUNK(mk_ring_norm,
-         (uint64_t *rows, uint64_t *squares, const uint64_t *base, size_t base_apart, const uint64_t *top, size_t
-          top_apart, const uint64_t *both, size_t both_apart, const uint64_t *q, size_t q_apart, const uint64_t *one,
+         (uint64_t *rows, uint64_t *squares, const uint64_t *base, size_t base_apart, const uint64_t *over, size_t
+          over_apart, const uint64_t *both, size_t both_apart, const uint64_t *q, size_t q_apart, const uint64_t *one,
           const uint64_t *opened, size_t parts, size_t n, size_t width, unsigned f, unsigned bare),
-         (rows, squares, base, base_apart, top, top_apart, both, both_apart, q, q_apart, one, opened, parts, n, width,
+         (rows, squares, base, base_apart, over, over_apart, both, both_apart, q, q_apart, one, opened, parts, n, width,
           f, bare))
 MK_THUNK(mk_ring_norm_scale,
          (uint64_t *out, const uint64_t *x, size_t x_apart, const uint64_t *s, size_t s_apart, const uint64_t *z,

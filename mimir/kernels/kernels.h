@@ -91,24 +91,27 @@ void mk_byte_rotate(uint8_t *out, const uint8_t *e, const uint64_t *c, size_t n,
  * of the public number 1, so that one[c] k adds the public k to a share. Public: one, opened, delta, rest, told, plan,
  * and in trunc_if, unmask and pick also bits: words of lanes that were opened.
  *
- * Truncation: items (count, 3) tell how many elements lose how many bits f, 0 < f < 63, of which `bare` lie below what
- * is opened; a and b are public functions of what was. Public: items.
- * trunc_mask: out = (x + raise >> bare) + (r >> bare), raise = 2^62 - 2^f + 2^bare + floor(3 (2^bare - 1) / 2).
- * trunc: out = a - base + b top.
- * trunc_if: with o the bits, sign = 1 - 2 o, of z (n, 2): out = (ring sign + o) a + (top o + z_1 sign) b - (base o +
- * z_0 sign).
- * norm: of base, top, both (n, width) and q (n): rows as trunc, squares (parts, n) the sums of their squares.
- * norm_scale: out = delta_i x_i - s_i a + z_base - b z_top, z (n, 2 width): first z_base, then z_top of each row. */
+ * Truncation: items (count, 4) tell how many elements lose how many bits f, of which `bare` lie below what is opened, and
+ * how far they are raised, 2^up; 0 < f <= up < 62, of norms up = 61. With w = opened << bare, a = (w >> f) - 2^(up - f) is
+ * public; of three `over` an element, w's upper two bits tell which is meant, and b = 2^(64 - f), or b = 0 where they are
+ * 3. Public: items.
+ * trunc_mask: out = (x + raise >> bare) + (r >> bare), raise = 2^up - 2^f + 2^bare + floor(3 (2^bare - 1) / 2).
+ * trunc: out = a - base + b over; over (n, 3).
+ * trunc_if: with o the bits, sign = 1 - 2 o, of z (n, 4), first z_base, then z_over: out = (ring sign + o) a + (over o +
+ * z_over sign) b - (base o + z_base sign).
+ * norm: of base (n, width), over and both (n, width, 3), and q (n): rows as trunc, squares (parts, n) the sums of their
+ * squares, which are q + sum of a^2 - 2 a base + 2 b (a over - both).
+ * norm_scale: out = delta_i x_i - s_i a + z_base - b z_over, z (n, width, 4). */
 void mk_ring_trunc_mask(uint64_t *out, const uint64_t *x, size_t x_apart, const uint64_t *r, size_t r_apart,
                         const uint64_t *one, const uint64_t *items, size_t parts, size_t count);
-void mk_ring_trunc(uint64_t *out, const uint64_t *base, size_t base_apart, const uint64_t *top, size_t top_apart,
+void mk_ring_trunc(uint64_t *out, const uint64_t *base, size_t base_apart, const uint64_t *over, size_t over_apart,
                    const uint64_t *one, const uint64_t *opened, const uint64_t *items, size_t parts, size_t count);
 void mk_ring_trunc_if(uint64_t *out, const uint64_t *ring, size_t ring_apart, const uint64_t *base, size_t base_apart,
-                      const uint64_t *top, size_t top_apart, const uint64_t *z, size_t z_apart, const uint64_t *one,
+                      const uint64_t *over, size_t over_apart, const uint64_t *z, size_t z_apart, const uint64_t *one,
                       const uint64_t *bits, const uint64_t *opened, const uint64_t *items, size_t parts,
                       size_t count);
-void mk_ring_norm(uint64_t *rows, uint64_t *squares, const uint64_t *base, size_t base_apart, const uint64_t *top,
-                  size_t top_apart, const uint64_t *both, size_t both_apart, const uint64_t *q, size_t q_apart,
+void mk_ring_norm(uint64_t *rows, uint64_t *squares, const uint64_t *base, size_t base_apart, const uint64_t *over,
+                  size_t over_apart, const uint64_t *both, size_t both_apart, const uint64_t *q, size_t q_apart,
                   const uint64_t *one, const uint64_t *opened, size_t parts, size_t n, size_t width, unsigned f,
                   unsigned bare);
 void mk_ring_norm_scale(uint64_t *out, const uint64_t *x, size_t x_apart, const uint64_t *s, size_t s_apart,

@@ -12,64 +12,73 @@ void MK(mk_ring_trunc_mask)(uint64_t *restrict out, const uint64_t *x, size_t x_
 {
     for (size_t c = 0; c < parts; c++, x += x_apart, r += r_apart)
         for (size_t i = 0, j = 0; i < count; i++) {
-            uint64_t f = items[3 * i + 1], bare = items[3 * i + 2], lost = ((uint64_t)1 << bare) - 1;
-            uint64_t up = one[c] * (((uint64_t)1 << 62) - ((uint64_t)1 << f) + lost + 1 + (3 * lost >> 1));
-            for (size_t end = j + items[3 * i]; j < end; j++) *out++ = ((x[j] + up) >> bare) + (r[j] >> bare);
+            uint64_t f = items[4 * i + 1], bare = items[4 * i + 2], lost = ((uint64_t)1 << bare) - 1;
+            uint64_t most = (uint64_t)1 << items[4 * i + 3];
+            uint64_t up = one[c] * (most - ((uint64_t)1 << f) + lost + 1 + (3 * lost >> 1));
+            for (size_t end = j + items[4 * i]; j < end; j++) *out++ = ((x[j] + up) >> bare) + (r[j] >> bare);
         }
 }
 
-/* The public a and b of an opened value, such that a - base + b top is truncated (ops.truncate). */
-static inline uint64_t trunc_a(uint64_t opened, unsigned f, unsigned bare)
+/* What an opened value says in public: a and b such that a - base + b over_at is truncated (ops.truncate). Its upper two
+ * bits tell which of three `over` counts; where they are 3 none does. */
+typedef struct {
+    uint64_t a, b;
+    size_t at;
+} trunc_told;
+
+static inline trunc_told trunc_tell(uint64_t opened, unsigned f, unsigned bare, unsigned up)
 {
-    return (opened << bare >> f) - ((uint64_t)1 << (62 - f));
+    uint64_t whole = opened << bare, high = whole >> 62, none = high & high >> 1;
+    return (trunc_told){(whole >> f) - ((uint64_t)1 << (up - f)), (1 - none) << (64 - f), high - none};
 }
 
-static inline uint64_t trunc_b(uint64_t opened, unsigned f, unsigned bare)
-{
-    return (1 - (opened << bare >> 63)) << (64 - f);
-}
-
-void MK(mk_ring_trunc)(uint64_t *restrict out, const uint64_t *base, size_t base_apart, const uint64_t *top,
-                       size_t top_apart, const uint64_t *one, const uint64_t *opened, const uint64_t *items,
+void MK(mk_ring_trunc)(uint64_t *restrict out, const uint64_t *base, size_t base_apart, const uint64_t *over,
+                       size_t over_apart, const uint64_t *one, const uint64_t *opened, const uint64_t *items,
                        size_t parts, size_t count)
 {
-    for (size_t c = 0; c < parts; c++, base += base_apart, top += top_apart)
+    for (size_t c = 0; c < parts; c++, base += base_apart, over += over_apart)
         for (size_t i = 0, j = 0; i < count; i++) {
-            unsigned f = (unsigned)items[3 * i + 1], bare = (unsigned)items[3 * i + 2];
-            for (size_t end = j + items[3 * i]; j < end; j++)
-                *out++ = one[c] * trunc_a(opened[j], f, bare) + trunc_b(opened[j], f, bare) * top[j] - base[j];
+            unsigned f = (unsigned)items[4 * i + 1], bare = (unsigned)items[4 * i + 2];
+            unsigned up = (unsigned)items[4 * i + 3];
+            for (size_t end = j + items[4 * i]; j < end; j++) {
+                trunc_told told = trunc_tell(opened[j], f, bare, up);
+                *out++ = one[c] * told.a + told.b * over[3 * j + told.at] - base[j];
+            }
         }
 }
 
 void MK(mk_ring_trunc_if)(uint64_t *restrict out, const uint64_t *ring, size_t ring_apart, const uint64_t *base,
-                          size_t base_apart, const uint64_t *top, size_t top_apart, const uint64_t *z, size_t z_apart,
-                          const uint64_t *one, const uint64_t *bits, const uint64_t *opened, const uint64_t *items,
-                          size_t parts, size_t count)
+                          size_t base_apart, const uint64_t *over, size_t over_apart, const uint64_t *z,
+                          size_t z_apart, const uint64_t *one, const uint64_t *bits, const uint64_t *opened,
+                          const uint64_t *items, size_t parts, size_t count)
 {
-    for (size_t c = 0; c < parts; c++, ring += ring_apart, base += base_apart, top += top_apart, z += z_apart)
+    for (size_t c = 0; c < parts; c++, ring += ring_apart, base += base_apart, over += over_apart, z += z_apart)
         for (size_t i = 0, j = 0; i < count; i++) {
-            unsigned f = (unsigned)items[3 * i + 1], bare = (unsigned)items[3 * i + 2];
-            for (size_t end = j + items[3 * i]; j < end; j++) {
+            unsigned f = (unsigned)items[4 * i + 1], bare = (unsigned)items[4 * i + 2];
+            unsigned up = (unsigned)items[4 * i + 3];
+            for (size_t end = j + items[4 * i]; j < end; j++) {
                 uint64_t o = bits[j / 64] >> (j % 64) & 1, sign = 1 - 2 * o;
-                uint64_t a = trunc_a(opened[j], f, bare), b = trunc_b(opened[j], f, bare);
-                *out++ = (ring[j] * sign + one[c] * o) * a + (top[j] * o + z[2 * j + 1] * sign) * b -
-                         (base[j] * o + z[2 * j] * sign);
+                trunc_told told = trunc_tell(opened[j], f, bare, up);
+                *out++ = (ring[j] * sign + one[c] * o) * told.a +
+                         (over[3 * j + told.at] * o + z[4 * j + 1 + told.at] * sign) * told.b -
+                         (base[j] * o + z[4 * j] * sign);
             }
         }
 }
 
 void MK(mk_ring_norm)(uint64_t *restrict rows, uint64_t *restrict squares, const uint64_t *base, size_t base_apart,
-                      const uint64_t *top, size_t top_apart, const uint64_t *both, size_t both_apart,
+                      const uint64_t *over, size_t over_apart, const uint64_t *both, size_t both_apart,
                       const uint64_t *q, size_t q_apart, const uint64_t *one, const uint64_t *opened, size_t parts,
                       size_t n, size_t width, unsigned f, unsigned bare)
 {
-    for (size_t c = 0; c < parts; c++, base += base_apart, top += top_apart, both += both_apart, q += q_apart)
+    for (size_t c = 0; c < parts; c++, base += base_apart, over += over_apart, both += both_apart, q += q_apart)
         for (size_t i = 0; i < n; i++, rows += width, squares++) {
             uint64_t sum = q[i];
             for (size_t j = i * width, k = 0; k < width; j++, k++) {
-                uint64_t a = trunc_a(opened[j], f, bare), b = trunc_b(opened[j], f, bare);
-                rows[k] = one[c] * a + b * top[j] - base[j];
-                sum += 2 * (b * (a * top[j] - both[j]) - a * base[j]) + one[c] * a * a;
+                trunc_told told = trunc_tell(opened[j], f, bare, 61);
+                uint64_t g = over[3 * j + told.at], product = both[3 * j + told.at];
+                rows[k] = one[c] * told.a + told.b * g - base[j];
+                sum += 2 * (told.b * (told.a * g - product) - told.a * base[j]) + one[c] * told.a * told.a;
             }
             *squares = sum;
         }
@@ -80,12 +89,11 @@ void MK(mk_ring_norm_scale)(uint64_t *restrict out, const uint64_t *x, size_t x_
                             const uint64_t *opened, size_t parts, size_t n, size_t width, unsigned f, unsigned bare)
 {
     for (size_t c = 0; c < parts; c++, x += x_apart, s += s_apart, z += z_apart)
-        for (size_t i = 0; i < n; i++, out += width) {
-            const uint64_t *base = z + 2 * i * width, *top = base + width;
-            for (size_t j = i * width, k = 0; k < width; j++, k++)
-                out[k] = x[j] * delta[i] - s[i] * trunc_a(opened[j], f, bare) + base[k] -
-                         top[k] * trunc_b(opened[j], f, bare);
-        }
+        for (size_t i = 0; i < n; i++, out += width)
+            for (size_t j = i * width, k = 0; k < width; j++, k++) {
+                trunc_told told = trunc_tell(opened[j], f, bare, 61);
+                out[k] = x[j] * delta[i] - s[i] * told.a + z[4 * j] - z[4 * j + 1 + told.at] * told.b;
+            }
 }
 
 /* ---- values that are read or compared ---- */

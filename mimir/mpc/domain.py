@@ -16,8 +16,8 @@ from mimir.errors import LocalError
 Ring = npt.NDArray[np.uint64]
 U64 = np.uint64
 RING_BITS = 64
-# A truncated value z must satisfy |z| < 2^TRUNCATION_BITS before its scale is dropped (see ops.truncate).
-TRUNCATION_BITS = 62
+# A value z must satisfy |z| < 2^TRUNCATION_BITS before its scale is dropped (ops.truncate has exceptions).
+TRUNCATION_BITS = 61
 
 
 def encode(x: Any, scale: int) -> Ring:

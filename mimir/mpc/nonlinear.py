@@ -53,6 +53,7 @@ WINDOW_BITS: Final = 6
 WINDOW_STEP: Final = 3  # octaves between windows
 WINDOW_FIRST: Final = 7  # smallest index that counts as not empty
 HEADROOM: Final = 60  # a value before truncation stays below 2^60
+MOSTLY_ABOVE: Final = 60  # or, if it is hardly ever negative, above -2^60 and below 3 * 2^60
 
 
 def dither(low: int) -> float:
@@ -60,7 +61,7 @@ def dither(low: int) -> float:
     return 1.5 * (1 - 2.0**-low)
 
 
-WIDEST: Final = 52  # largest scale of an untruncated product, which may reach 2^9
+WIDEST: Final = 52  # largest scale of an untruncated product, which stays below 2^9
 
 
 def norm_extra(scale_bits: int) -> int:
@@ -110,7 +111,8 @@ class Cosines:
     to within 4e-5, of SiLU 7e-5. Beyond edge it is x or 0 to within 1.6e-5, of SiLU 1.3e-4.
 
     Frequencies and amplitudes were sought for the least largest error; few are needed since frequencies need
-    not be multiples of one another. At `scale` the function stays below 2^62.
+    not be multiples of one another. At `scale` the function lies above -2^MOSTLY_ABOVE and
+    below 3 * 2^MOSTLY_ABOVE.
     """
 
     edge: float
@@ -176,7 +178,9 @@ async def activation(ctx: Context, step: str, x: Share, name: str, s: Settings, 
     y, (left, not_right) = await ops.together(ctx, near, sides)
     # near zero y, right of it x, left of it 0
     bits = ops.joined(Bits(np.stack([(left ^ not_right).v, (~not_right).v], axis=1), ctx.bk), n)
-    y, line = await ops.truncate_if(ctx, f"{step}/truncate", bits, (y, a.scale - to), (flat, scale - to))
+    y, line = await ops.truncate_if(
+        ctx, f"{step}/truncate", bits, (y, a.scale - to, MOSTLY_ABOVE), (flat, scale - to)
+    )
     return (y + line).reshape(*x.shape)
 
 
@@ -386,7 +390,7 @@ async def exponentials(
 
     y, keep = await ops.together(ctx, value, counts)
     # Beyond the range this is garbage.
-    (e,) = await ops.truncate_if(ctx, f"{step}/truncate", keep, (y, EXP_ROOM - EXP_SCALE))
+    (e,) = await ops.truncate_if(ctx, f"{step}/truncate", keep, (y, EXP_ROOM - EXP_SCALE, MOSTLY_ABOVE))
     weights = [
         part.reshape(*b.values.shape) * b.allowed[None]
         for b, part in zip(blocks, _by_score(blocks, e), strict=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any, Final, Protocol, TypeVar
+from typing import Any, Final, Protocol, TypeAlias, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -18,7 +18,7 @@ from mimir import kernels
 from mimir.errors import LocalError
 from mimir.mpc import prep, waves
 from mimir.mpc.branches import ask, side_by_side
-from mimir.mpc.domain import RING_BITS, Ring, constant, words
+from mimir.mpc.domain import RING_BITS, TRUNCATION_BITS, Ring, constant, words
 from mimir.mpc.doors import Masked
 from mimir.mpc.offload import offload
 from mimir.mpc.prep import Kind, Weights
@@ -110,34 +110,40 @@ async def together(ctx: Context, *branches: Callable[[Context], Coroutine[Any, A
     return await side_by_side([branch(inner) for branch in branches], opened)
 
 
-async def truncate(ctx: Context, step: str, *items: tuple[Share, int]) -> list[Share]:
-    """Drop f bits of each (x, f), for |x| < 2^62 - 2^f - 2^(f - 15): x / 2^f with an error below 2 units (2 +
-    2^-14 for f > 16), mean 0. One round; 8 bytes, or 80 - f bits for f > 16.
+# What is truncated: x, how many bits f it loses, and `up` where its range is other than with up = 61.
+Item: TypeAlias = tuple[Share, int] | tuple[Share, int, int]
 
-    Top-bit correction: c = open(x' + r), x' = x + 2^62 - 2^f + 1. With R = r_0 + r_1 + r_2 over the integers,
-    U the sum of the r_i >> f, v < 3 * 2^f that of their low bits, and W the number of times R passes 2^64,
-    floor((x' + v) / 2^f) = (c >> f) - U + 2^(64-f) (W + top(r) (1 - top(c))) exactly: no wrong value exists
-    to be unlucky with. v is a public dither that centres the rounding. U - 2^(64-f) W is the pair's `base`.
+
+async def truncate(ctx: Context, step: str, *items: Item) -> list[Share]:
+    """Drop f < 62 bits of each (x, f), for |x| < 2^61 - 2^f - 2^(f - 15): x / 2^f with an error below 2 units
+    (2 + 2^-14 for f > 16), mean 0. Of (x, f, up), f <= up < 62, x lies above -2^up and below 2^62 - 2^up by
+    as much. One round; 8 bytes, or 80 - f bits for f > 16.
+
+    c = open(x' + r), x' = x + 2^up - 2^f + 1, so that 0 <= x' <= 2^62. The mask is r = 2^62 u + v, u of two
+    bits, v the sum of v_i < 2^62 over the integers: x' + v < 2^64 is c - 2^62 u + 2^64 k, where k can be
+    nothing but [u > c >> 62]. With d < 3 * 2^f the sum of the low bits of the v_i, floor((x' + d) / 2^f) =
+    (c >> f) - base + 2^(64-f) [u > c >> 62] exactly, `base` being the sum of the v_i >> f and 2^(62-f) u: no
+    wrong value exists to be unlucky with. d is a public dither that centres the rounding.
     Of more than 16 bits the lowest are dropped from each component without a mask, and do not travel.
     """
-    taken = [ctx.take(prep.Trunc(f), x.size) for x, f in items]
+    taken = [ctx.take(prep.Trunc(f), x.size) for x, f, *_ in items]
     c = _opened(await ctx.doors.open_all(step, _raised(items, taken)))
-    base, top = (concat([p[name] for p in taken]).v for name in ("base", "top"))
-    return _split(ctx.share(kernels.trunc(base, top, ctx.bk.one, c, _items(items))), items)
+    base, over = (concat([p[name] for p in taken]).v for name in ("base", "over"))
+    return _split(ctx.share(kernels.trunc(base, over, ctx.bk.one, c, _items(items))), items)
 
 
-async def truncate_if(ctx: Context, step: str, bits: Bits, *items: tuple[Share, int]) -> list[Share]:
-    """`truncate` of each (x, f) where its bit is set, 0 elsewhere, also where x is out of range. The bits are
+async def truncate_if(ctx: Context, step: str, bits: Bits, *items: Item) -> list[Share]:
+    """`truncate` of each item where its bit is set, 0 elsewhere, also where x is out of range. The bits are
     words of lanes, those of the first x first. One round, 8 bytes and a bit an element.
 
-    A truncated value is linear in `base` and `top` of its pair, and their products with a random bit are
+    A truncated value is linear in `base` and `over` of its mask, and their products with a random bit are
     prepared; so bit and value are opened side by side.
     """
-    taken = [ctx.take(prep.TruncIf(f), x.size) for x, f in items]
-    ring, base, top, z = (concat([p[name] for p in taken]).v for name in ("ring", "base", "top", "z"))
+    taken = [ctx.take(prep.TruncIf(f), x.size) for x, f, *_ in items]
+    ring, base, over, z = (concat([p[name] for p in taken]).v for name in ("ring", "base", "over", "z"))
     masked = Masked([Bits(kernels.bits_mask(bits.v, ring), ctx.bk)])
     *opened, (o,) = await ctx.doors.open_all(step, [*_raised(items, taken), masked])
-    y = kernels.trunc_if((ring, base, top, z), ctx.bk.one, o, _opened(opened), _items(items))
+    y = kernels.trunc_if((ring, base, over, z), ctx.bk.one, o, _opened(opened), _items(items))
     return _split(ctx.share(y), items)
 
 
@@ -155,7 +161,7 @@ class TruncatedRows:
         """r (n) times each row: (n, d). One round, 8 bytes a row. Once only."""
         s, z = self._material["s"], self._material["z"]
         (delta,) = await ctx.doors.open(step, r + s)
-        # r x = delta x - s x, s x = s a - s base + b s top
+        # r x = delta x - s x, s x = s a - s base + b s g, g as below
         return ctx.share(kernels.norm_scale(self._x.v, s.v, z.v, delta, self._opened, *self._dropped))
 
 
@@ -163,45 +169,46 @@ async def truncate_rows(ctx: Context, step: str, x: Share, f: int) -> TruncatedR
     """`truncate` x (n, d) for its squares and for scaling, f <= 32: one round and 8 bytes an element for all
     uses, which is exact, since all are sums of products with what was prepared, element by element.
 
-    (a - base + b top)^2 = a^2 - 2 a base + base^2 + 2 b (a top - base top), as top^2 = top and b^2 = 0.
+    With g that one of `over` which counts, (a - base + b g)^2 = a^2 - 2 a base + base^2 + 2 b (a g - base g),
+    as b^2 = 0 where b = 2^(64-f) and f <= 32.
     """
     if f > RING_BITS // 2:
         raise LocalError("rows can be squared when at most 32 bits are dropped")
     c = ctx.take(prep.Norm(x.shape[1], f), x.shape[0])
     ((o,),) = await ctx.doors.open_all(step, _raised([(x, f)], [{"r": c["r"].flat()}]))
     o = o.reshape(x.shape)
-    material = (c["base"].v, c["top"].v, c["both"].v, c["q"].v)
+    material = (c["base"].v, c["over"].v, c["both"].v, c["q"].v)
     dropped = f, prep.unmasked_bits(f)
     rows, squares = kernels.norm(material, ctx.bk.one, o, *dropped)
     return TruncatedRows(ctx.share(squares), ctx.share(rows), dropped, o, c)
 
 
-def _raised(items: Sequence[tuple[Share, int]], taken: Sequence[dict[str, Share]]) -> list[Masked]:
+def _raised(items: Sequence[Item], taken: Sequence[dict[str, Share]]) -> list[Masked]:
     """What truncations open: x, raised to be positive, under its mask, without the bits that are not masked.
 
     Components lose those bits, which is made up for in the mean.
     """
-    x, r = concat([x.flat() for x, _ in items]), concat([p["r"] for p in taken])
+    x, r = concat([x.flat() for x, *_ in items]), concat([p["r"] for p in taken])
     v = Share(kernels.trunc_mask(x.v, r.v, x.bk.one, _items(items)), x.bk)
     out, at = [], 0
-    for x, f in items:
+    for x, f, *_ in items:
         out.append(Masked([v[at : at + x.size]], RING_BITS - prep.unmasked_bits(f)))
         at += x.size
     return out
 
 
-def _items(items: Sequence[tuple[Share, int]]) -> list[tuple[int, int, int]]:
-    """What kernels ask of truncations: how many elements, bits to drop, and of these not masked."""
-    return [(x.size, f, prep.unmasked_bits(f)) for x, f in items]
+def _items(items: Sequence[Item]) -> list[tuple[int, int, int, int]]:
+    """What kernels ask of truncations: how many elements, bits to drop, of these not masked, and `up`."""
+    return [(x.size, f, prep.unmasked_bits(f), up[0] if up else TRUNCATION_BITS) for x, f, *up in items]
 
 
 def _opened(values: Sequence[Sequence[Ring]]) -> Ring:
     return values[0][0] if len(values) == 1 else np.concatenate([c for (c,) in values])
 
 
-def _split(y: Share, items: Sequence[tuple[Share, int]]) -> list[Share]:
+def _split(y: Share, items: Sequence[Item]) -> list[Share]:
     out, at = [], 0
-    for x, _ in items:
+    for x, *_ in items:
         out.append(y[at : at + x.size].reshape(*x.shape))
         at += x.size
     return out
@@ -652,7 +659,7 @@ def _evens(count: int, apart: int) -> Ring:
 
 
 async def lift(ctx: Context, step: str, x: Share, width: int) -> Share:
-    """x, meant modulo 2^width and signed, |x| < 2^(width - 2), as a ring element to within 2 units. One
+    """x, meant modulo 2^width and signed, |x| < 2^(width - 3) - 2, as a ring element to within 2 units. One
     round.
     """
     up = RING_BITS - width

@@ -1,13 +1,15 @@
 """Correlations: made by all three parties together, verified, stored, taken once.
 
 There is no dealer. Masks are expanded from pairwise keys; their bits are free because each component is
-known to two parties; carries come from an adder over GF(2); products are made by resharing and verified by
-`check` before anything of the batch can be taken. A batch that fails is dropped whole and ends the session.
+known to two parties; carries, where any are needed, come from an adder over GF(2); products are made by
+resharing and verified by `check` before anything of the batch can be taken. A batch that fails is dropped
+whole and ends the session.
 
 A *kind* names one sort of correlation, with everything that fixes its shape:
 
-    Trunc(f)             truncation pair for ops.truncate: r, r / 2^f rounded down, top bit of r
-    TruncIf(f)           the same, a random bit, and its products with the latter two
+    Trunc(f)             for ops.truncate: a mask r = 2^62 u + v, v the sum of components over the integers;
+                         base, about r / 2^f; and over (3), whether u is above 0, 1 and 2
+    TruncIf(f)           the same, a random bit, and its products with base and over
     Lookup(b, k, d, l)   one-hot of k bits, shared modulo 2^l; remainder of b bits, and what a polynomial of
                          degree d in it takes
     Wave(b, ks)          cos and sin of k / 2^b turns of a mask, for each k
@@ -18,7 +20,7 @@ A *kind* names one sort of correlation, with everything that fixes its shape:
     Pick(m)              a random bit, x (m), bit x
     Mul()                a, b, ab
     Scale(m)             s, x (m), s x
-    Norm(m, f)           m truncation pairs, sum of base^2, base top, s, and s times base and top
+    Norm(m, f)           m of Trunc(f), sum of base^2, base times over, s, and s times base and over
     Weight(name)         a mask row and its product with a shared weight matrix
     Keys(layer, ...)     masks of new keys and queries and the products with all cached key masks
     Values(layer, ...)   the same for attention weights and values
@@ -276,13 +278,12 @@ class Batch:
 
     # -- bits of masks --
 
-    async def add3(self, step: str, r: Ring, width: int, *, low: int, last: bool) -> dict[str, Ring]:
+    async def add3(self, step: str, r: Ring, width: int, *, low: int) -> dict[str, Ring]:
         """Bits of r_0 + r_1 + r_2 for components (2, n) below 2^width.
 
         Carry-save: the sum bits of the three are their shares, the majority costs one AND a bit; then a
-        prefix adder. Returns, as words of bits (2, ..., w): "sum" (width) unless `last`; for carry out of bit
-        low-1 "carry_a" + "carry_b"; for `last` also "top" (bit width-1), "over_a" + "over_b" (bit width).
-        Rounds: 2 + log2(width) (+1).
+        prefix adder. Returns, as words of bits (2, ..., w): "sum" (width); for carry out of bit low-1, if low
+        is not 0, "carry_a" + "carry_b". Rounds: 2 + log2(width).
         """
         n = r.shape[1]
         planes = np.stack([kernels.bit_slice(np.ascontiguousarray(r[i]), width) for i in range(2)])
@@ -295,34 +296,14 @@ class Batch:
         p = s ^ m
         (g,) = await self.conj(f"{step}/generate", (s[:, 1:], m[:, 1:]))
         g = np.concatenate([np.zeros_like(s[:, :1]), g], axis=1)
-        out: dict[str, Ring] = {}
-        if last:
-            carry = await self._carry_out(f"{step}/carry", p[:, : width - 1], g[:, : width - 1])
-            (over,) = await self.conj(f"{step}/top", (p[:, width - 1], carry))
-            out["top"] = p[:, width - 1] ^ carry
-            out["over_a"] = maj[:, width - 1]
-            out["over_b"] = g[:, width - 1] ^ over
-        else:
-            carries = await self._prefix(f"{step}/prefix", p, g)  # carry out of each bit
-            into = np.concatenate([np.zeros_like(carries[:, :1]), carries[:, :-1]], axis=1)
-            out["sum"] = p ^ into
-            if low:
-                out["carry_a"] = maj[:, low - 1]
-                out["carry_b"] = carries[:, low - 1]
+        carries = await self._prefix(f"{step}/prefix", p, g)  # carry out of each bit
+        into = np.concatenate([np.zeros_like(carries[:, :1]), carries[:, :-1]], axis=1)
+        out = {"sum": p ^ into}
+        if low:
+            out["carry_a"] = maj[:, low - 1]
+            out["carry_b"] = carries[:, low - 1]
         assert words(n) == planes.shape[2]
         return out
-
-    async def _carry_out(self, step: str, p: Ring, g: Ring) -> Ring:
-        """Carry out of the last bit: a tree that joins neighbours. log2 rounds, two ANDs a join."""
-        level = 0
-        while p.shape[1] > 1:
-            odd = p.shape[1] % 2
-            lo, hi = slice(odd, None, 2), slice(odd + 1, None, 2)
-            a, b = await self.conj(f"{step} {level}", (p[:, hi], g[:, lo]), (p[:, hi], p[:, lo]))
-            p = np.concatenate([p[:, :odd], b], axis=1)
-            g = np.concatenate([g[:, :odd], g[:, hi] ^ a], axis=1)
-            level += 1
-        return g[:, 0]
 
     async def _prefix(self, step: str, p: Ring, g: Ring) -> Ring:
         """Carries out of every bit (Sklansky): log2 rounds, at most width ANDs each."""
@@ -527,7 +508,7 @@ def _lane_words(count: int, lane: int) -> int:
 
 
 TRUNCATED_BITS: Final = 16  # of the bits to be dropped so many are masked
-ZEROS: Final = 8  # truncations are made apart where their masks' lowest zeros differ by so many
+MASK_BITS: Final = 62  # of a component of a truncation's mask; two more are random by themselves
 
 
 def unmasked_bits(f: int) -> int:
@@ -546,36 +527,37 @@ def _cut(kinds: Mapping[Kind, int], material: dict[str, Ring]) -> Made:
 
 
 async def _truncs(b: Batch, kinds: Mapping[Kind, int]) -> Made:
-    """Truncation pairs of several shifts together: the shift does not matter until the end.
+    """What truncations of several shifts take, made together: the shift does not matter until the end.
 
-    With R the sum of r's components over the integers and W how often it passes 2^64, r / 2^f rounded down is
-    (R - 2^64 W) / 2^f, of which the components, each shifted, give all but 0 to 2 units. Where all components
-    end in zeros the adder leaves these out.
+    A mask is r = 2^62 u + v. v is the sum of components below 2^62 over the integers, which nobody has to
+    reduce, so nothing carries; u are two bits, random by themselves. Whatever is below 2^62 and masked by r
+    is uniform for every party: it lacks a component of v, uniform below 2^62, and does not know u. Since a
+    sum with v does not reach 2^64, whether one with r does is told by u and what is opened (ops.truncate).
+    Three rounds; one more for products with bits, and one for each width of norms.
     """
     pairs = {k: n * (k.width if isinstance(k, Norm) else 1) for k, n in kinds.items()}
-    n = sum(pairs.values())
-    shift = np.repeat(
-        np.array([k.f for k in kinds if isinstance(k, Trunc | TruncIf | Norm)], np.uint64),
-        list(pairs.values()),
+    n, chosen = sum(pairs.values()), [k for k in kinds if isinstance(k, TruncIf)]
+    shift, bare = (
+        np.repeat(np.array(each, np.uint64), list(pairs.values()))
+        for each in zip(
+            *((k.f, unmasked_bits(k.f)) for k in kinds if isinstance(k, Trunc | TruncIf | Norm)), strict=True
+        )
     )
-    ends = [unmasked_bits(k.f) for k in kinds if isinstance(k, Trunc | TruncIf | Norm)]
-    bare, least = np.repeat(np.array(ends, np.uint64), list(pairs.values())), min(ends)
-    name = f"trunc {least}"
-    r = b.doors.bk.random(n) >> bare << bare
-    bits = await b.add3(name, r >> np.uint64(least), 64 - least, low=0, last=True)
-    stack = np.stack([bits["top"], bits["over_a"], bits["over_b"]], axis=1)
-    got = await b.inject(f"{name}/inject", stack, n)
-    over = (got[:, 1] + got[:, 2]) * (np.uint64(1) << (np.uint64(64) - shift))
-    out = _cut(pairs, {"r": r, "base": (r >> shift) - over, "top": got[:, 0]})
-    chosen = {k: m for k, m in out.items() if isinstance(k, TruncIf)}
+    size = 2 * n + sum(kinds[k] for k in chosen)
+    bits = (await b.inject("trunc/inject", b.doors.bk.random(1, words(size)), size))[:, 0]
+    high, low, ring = (np.ascontiguousarray(v) for v in np.split(bits, [n, 2 * n], axis=1))
+    both = await b.mul("trunc/both", high, low)
+    u = high + high + low
+    v = b.doors.bk.random(n) & np.uint64((1 << MASK_BITS) - 1)
+    v = v >> bare << bare
+    r = v + (u << np.uint64(MASK_BITS))
+    base = (v >> shift) + (u << np.uint64(MASK_BITS) - shift)
+    out = _cut(pairs, {"r": r, "base": base, "over": np.stack([high + low - both, high, both], axis=2)})
     if chosen:
-        n = sum(kinds[k] for k in chosen)
-        ring = await b.inject(f"{name}/if", b.doors.bk.random(1, words(n)), n)
-        both = np.concatenate([np.stack([m["base"], m["top"]], axis=2) for m in chosen.values()], axis=1)
-        z = await b.times(f"{name}/if", np.ascontiguousarray(ring[:, 0]), both)
-        parts = _cut({k: kinds[k] for k in chosen}, {"ring": ring[:, 0], "z": z})
-        for kind, m in chosen.items():
-            m |= parts[kind]
+        factors = [np.concatenate([out[k]["base"][..., None], out[k]["over"]], axis=2) for k in chosen]
+        z = await b.times("trunc/if", ring, np.concatenate(factors, axis=1))
+        for kind, more in _cut({k: kinds[k] for k in chosen}, {"ring": ring, "z": z}).items():
+            out[kind] |= more
     for norm in [k for k in kinds if isinstance(k, Norm)]:
         out[norm] = await _norm(b, norm, kinds[norm], out[norm])
     return out
@@ -587,7 +569,7 @@ async def _lookup(b: Batch, kind: Lookup, n: int) -> dict[str, Ring]:
     name = f"lookup {rest}.{index_bits}.{steps}{f'.lane{kind.lane}' if kind.lane < RING_BITS else ''}"
     width = rest + index_bits
     r = bk.random(n) & np.uint64((1 << width) - 1)
-    bits = await b.add3(name, r, width, low=rest, last=False)
+    bits = await b.add3(name, r, width, low=rest)
     stack = bits["sum"][:, rest:]
     if steps:  # the remainder is wanted as well
         stack = np.concatenate([stack, bits["carry_a"][:, None], bits["carry_b"][:, None]], axis=1)
@@ -723,7 +705,7 @@ async def _digits(b: Batch, kind: Digits, n: int) -> dict[str, Ring]:
     bk = b.doors.bk
     r = bk.random(n) & np.uint64((1 << kind.width) - 1)
     name = f"digits {'.'.join(map(str, kind.sizes))}{f' over {kind.rest}' if kind.rest else ''}"
-    bits = (await b.add3(name, r, kind.width, low=0, last=False))["sum"][:, kind.rest :]
+    bits = (await b.add3(name, r, kind.width, low=0))["sum"][:, kind.rest :]
     ones = np.full(bits.shape[2], 2**64 - 1, np.uint64)
     hot, at = [], 0
     for size in kind.sizes:
@@ -789,21 +771,24 @@ async def _scale(b: Batch, kind: Scale, n: int) -> dict[str, Ring]:
 
 async def _norm(b: Batch, kind: Norm, n: int, pairs: Mapping[str, Ring]) -> dict[str, Ring]:
     bk = b.doors.bk
-    r, base, top = (np.ascontiguousarray(pairs[k]).reshape(2, n, kind.width) for k in ("r", "base", "top"))
-    s, factor = bk.random(n), np.concatenate([base, top], axis=2)
-    scaled = bk.zero(n, 2 * kind.width)
+    r, base = (np.ascontiguousarray(pairs[k]).reshape(2, n, kind.width) for k in ("r", "base"))
+    over = np.ascontiguousarray(pairs["over"]).reshape(2, n, kind.width, 3)
+    s, factor = bk.random(n), np.concatenate([base[..., None], over], axis=3).reshape(2, n, -1)
+    scaled = bk.zero(n, 4 * kind.width)
     kernels.double_part(scaled, factor, s)
+    thrice = np.repeat(base.reshape(2, -1), 3, axis=1)
     square = ((base[0] + base[1]) * base[0] + base[0] * base[1]).sum(axis=1, dtype=np.uint64) + bk.zero(n)
     z, q, both = await b.doors.reshare(
         f"norm {kind.width}.{kind.f}",
         scaled,
         square,
-        kernels.rss_mul(base, top, bk.zero(n, kind.width)),
+        kernels.rss_mul(thrice, over.reshape(2, -1), bk.zero(thrice.shape[1])),
     )
     b.relations.append(check.ScalarProduct(s, factor, z))
     b.relations.append(check.SquareSum(base, q))
-    b.relations.append(check.Product(*(v.reshape(2, -1) for v in (base, top, both))))
-    return {"r": r, "base": base, "top": top, "both": both, "s": s, "z": z, "q": q}
+    b.relations.append(check.Product(thrice, over.reshape(2, -1), both))
+    z, both = z.reshape(2, n, kind.width, 4), both.reshape(over.shape)
+    return {"r": r, "base": base, "over": over, "both": both, "s": s, "z": z, "q": q}
 
 
 async def _weight(b: Batch, kind: Weight, n: int) -> dict[str, Ring]:
@@ -870,9 +855,9 @@ def shapes(kind: Kind, n: int, weight_shape: tuple[int, int] | None = None) -> d
     """
     match kind:
         case Trunc():
-            return {"r": (n,), "base": (n,), "top": (n,)}
+            return {"r": (n,), "base": (n,), "over": (n, 3)}
         case TruncIf():
-            return {"r": (n,), "base": (n,), "top": (n,), "ring": (n,), "z": (n, 2)}
+            return {"r": (n,), "base": (n,), "over": (n, 3), "ring": (n,), "z": (n, 4)}
         case Lookup():
             read: dict[str, tuple[int, ...]] = {"r": (n,), "e": (n, 1 << kind.bits)}
             if kind.steps:
@@ -895,8 +880,9 @@ def shapes(kind: Kind, n: int, weight_shape: tuple[int, int] | None = None) -> d
         case Scale():
             return {"s": (n,), "x": (n, kind.width), "z": (n, kind.width)}
         case Norm():
-            pair: dict[str, tuple[int, ...]] = dict.fromkeys(("r", "base", "top", "both"), (n, kind.width))
-            return pair | {"s": (n,), "z": (n, 2 * kind.width), "q": (n,)}
+            row, thrice = (n, kind.width), (n, kind.width, 3)
+            pairs: dict[str, tuple[int, ...]] = {"r": row, "base": row, "over": thrice, "both": thrice}
+            return pairs | {"s": (n,), "z": (n, kind.width, 4), "q": (n,)}
         case Weight():
             assert weight_shape is not None
             return {"x": (n, weight_shape[0]), "z": (n, weight_shape[1])}
@@ -953,9 +939,9 @@ async def _reshared(doors: Doors, asks: Mapping[int, tuple[str, Sequence[Ring]]]
 
 
 def _group(kind: Kind) -> tuple[Any, ...]:
-    """Kinds of one group are made together; truncations whose masks end in about as many zeros."""
+    """Kinds of one group are made together."""
     if isinstance(kind, Trunc | TruncIf | Norm):
-        return Trunc, unmasked_bits(kind.f) // ZEROS
+        return (Trunc,)
     if isinstance(kind, Ands):
         return (Ands,)
     return (kind,)
