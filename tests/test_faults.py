@@ -454,24 +454,28 @@ def sound(kind: prep.Kind, parts: Sequence[Made], cheater: int) -> bool:
 
     def pair(f: int) -> bool:
         low = [x.astype(object) % (1 << 62) for x in c["r"]]
-        u = v["over"].sum(axis=-1, dtype=np.uint64)
+        over = counted(f, v["over"])
+        u = over.sum(axis=-1, dtype=np.uint64)
         r, base = sum(low) + u * (1 << 62), sum(x >> f for x in low) + u * (1 << 62 - f)
         return (
-            np.array_equal(v["over"], u[..., None] > np.arange(3))
+            np.array_equal(over, u[..., None] > np.arange(3))
             and np.array_equal(v["r"], (r % 2**64).astype(np.uint64))
             and np.array_equal(v["base"], base.astype(np.uint64))
         )
 
-    def masked() -> Ring:
-        return np.concatenate([v["base"][..., None], v["over"]], axis=-1)
+    def counted(f: int, x: Ring) -> Any:
+        return x % np.uint64(1 << prep.truncation_lane(f))  # of the kinds here less than a word
+
+    def scaled_masks(f: int, s: Ring) -> bool:
+        over = np.array_equal(counted(f, v["z"][..., 1:]), counted(f, v["over"] * s[..., None]))
+        return over and np.array_equal(v["z"][..., 0], v["base"] * s)
 
     match kind:
         case prep.Trunc(f):
             return pair(f)
         case prep.TruncIf(f):
             bit = v["ring"]
-            chosen = np.array_equal(v["z"], bit[:, None] * masked())
-            return pair(f) and bool(np.isin(bit, (0, 1)).all()) and chosen
+            return pair(f) and bool(np.isin(bit, (0, 1)).all()) and scaled_masks(f, bit)
         case prep.Lookup(rest, width, steps, _):
             h = whole()
             index = (h >> rest) % (1 << width)
@@ -522,9 +526,8 @@ def sound(kind: prep.Kind, parts: Sequence[Made], cheater: int) -> bool:
             return np.array_equal(v["z"], v["s"][:, None] * v["x"])
         case prep.Norm(_, f):
             square = np.array_equal(v["q"], (v["base"] * v["base"]).sum(axis=1, dtype=np.uint64))
-            both = np.array_equal(v["both"], v["base"][..., None] * v["over"])
-            scaled = np.array_equal(v["z"], v["s"][:, None, None] * masked())
-            return pair(f) and square and scaled and both
+            both = np.array_equal(counted(f, v["both"]), counted(f, v["base"][..., None] * v["over"]))
+            return pair(f) and square and scaled_masks(f, v["s"][:, None]) and both
         case prep.Weight():
             return np.array_equal(v["z"], v["x"] @ W)
         case prep.Values():
@@ -601,7 +604,7 @@ INJECTIONS: dict[str, tuple[prep.Kind, int]] = {
     "dabit": (prep.DaBit(), 3),
     "lookup 0.3.0/inject": (prep.Lookup(0, 3, 0), 1),
     "decay 2.3/inject": (prep.Decay(2, 3, 2.0), 1),
-    "trunc/inject": (prep.TruncIf(35), 1),
+    "trunc 40/if": (prep.TruncIf(35), 3),
 }
 
 
@@ -1006,7 +1009,10 @@ def spoiling(
 
 LOOKUP = prep.Lookup(4, 3, 2)
 DEALT = "self.relations.extend((check.Dot((stated(0, j),), (stated(1, j),), both[:, j]) for j in range(3)))"
-FILLING = "mpc.prep:Batch._unpacked", "self.zeros.append(rest << np.uint64(RING_BITS - lane))"
+FILLING = "mpc.prep:Batch._filled", "self.zeros.append(rest << np.uint64(RING_BITS - 8))"
+PRODUCT = "self.relations.append(check.Product(_up(x, lane), y, _up(z, lane)))"
+SCALED = "self.relations.append(check.ScalarProduct(_up(v, lane), x, _up(z, lane)))"
+CHOSEN = "b.state_scaled(ring, x, y, count)"
 ONE_HOTS = "self.relations.append(check.OneHot(*self._in_parts(e, b), int(shift)))"
 
 
@@ -1148,18 +1154,17 @@ def cheat_long(seed: int) -> bool:
     return not caught(ends, cheater) and not sound(kind, [end and end[kind] for end in ends], cheater)
 
 
-def cheat_filling(lane: int) -> Callable[[int], bool]:
-    """An error in what fills the last word of a message of numbers of so many bits. It does no harm, but
+def cheat_filling(kind: prep.Kind, step: str) -> Callable[[int], bool]:
+    """An error in what fills the last word of a message of numbers of fewer bits. It does no harm, but
     nothing of a message shall be free to be wrong.
     """
-    kind = prep.Lookup(4, 2, 0, lane)
 
     def lie(v: list[Ring]) -> None:
         v[0][-1] += np.uint64(1 << 63)
 
     def cheat(seed: int) -> bool:
         cheater = seed % PARTIES
-        ends = make({kind: 1}, {f"lookup 4.2.0.lane{lane}/inject/xor 1": lie}, cheater, seed)
+        ends = make({kind: 1}, {f"{step}/inject/xor 1": lie}, cheater, seed)
         return not caught(ends, cheater)
 
     return cheat
@@ -1420,8 +1425,13 @@ CHECKS: dict[str, Check] = {
     "injection: the first product, where the result is a bit": Check(
         "mpc.prep:Batch.inject", DEALT, cheat_cancelling, 20
     ),
-    "16-bit messages: what fills the last word": Check(*FILLING, cheat_filling(16)),
-    "8-bit messages: what fills the last word": Check(*FILLING, cheat_filling(8)),
+    "16-bit messages: what fills the last word": Check(
+        *FILLING, cheat_filling(prep.Lookup(4, 2, 0, 16), "lookup 4.2.0.lane16")
+    ),
+    "truncations: what fills the last word": Check(*FILLING, cheat_filling(prep.Trunc(16), "trunc 24")),
+    "8-bit messages: what fills the last word": Check(
+        *FILLING, cheat_filling(prep.Lookup(4, 2, 0, 8), "lookup 4.2.0.lane8")
+    ),
     "injection: the second product": Check(
         "mpc.prep:Batch.inject",
         "self.relations.extend((check.Dot(((x[0, j, :end], x[1, j, :end]),), (stated(2, j, end),), "
@@ -1476,41 +1486,44 @@ CHECKS: dict[str, Check] = {
     ),
     "lookups: products with the remainder": Check(
         "mpc.prep:Batch.times",
-        "self.relations.append(check.ScalarProduct(v, x, z))",
+        "self.state_scaled(v, x, z, RING_BITS)",
         spoiling(LOOKUP, "lookup 4.3.2/power 1"),
     ),
-    "triples": Check(
-        "mpc.prep:Batch.mul", "self.relations.append(check.Product(x, y, z))", spoiling(prep.Mul(), "mul")
-    ),
+    "triples": Check("mpc.prep:Batch.mul", "self.state_product(x, y, z, lane)", spoiling(prep.Mul(), "mul")),
     "truncations: both bits of a mask": Check(
-        "mpc.prep:Batch.mul",
-        "self.relations.append(check.Product(x, y, z))",
-        spoiling(prep.Trunc(16), "trunc/both"),
+        "mpc.prep:Batch.state_product", PRODUCT, spoiling(prep.Trunc(16), "trunc 24/both")
     ),
-    "truncations: products with a bit": Check(
-        "mpc.prep:Batch.times",
-        "self.relations.append(check.ScalarProduct(v, x, z))",
-        spoiling(prep.TruncIf(35), "trunc/if"),
+    "truncations: base, times a bit": Check(
+        "mpc.prep:_truncs", CHOSEN, spoiling(prep.TruncIf(35), "trunc 40/if")
+    ),
+    "truncations: over, times a bit": Check(
+        "mpc.prep:_truncs", CHOSEN, spoiling(prep.TruncIf(35), "trunc 40/if", number=1)
     ),
     "norms: scaled rows": Check(
         "mpc.prep:_norm",
-        "b.relations.append(check.ScalarProduct(s, factor, z))",
+        "b.state_scaled(s, base, first, RING_BITS)",
         spoiling(prep.Norm(3, 16), "norm 3.16"),
     ),
+    "norms: over, scaled": Check(
+        "mpc.prep:_norm",
+        "b.state_scaled(s, over, others, lane)",
+        spoiling(prep.Norm(3, 16), "norm 3.16", number=1),
+    ),
+    "scaled rows": Check("mpc.prep:Batch.state_scaled", SCALED, spoiling(prep.Scale(3), "scale 3")),
     "norms: sums of squares": Check(
         "mpc.prep:_norm",
         "b.relations.append(check.SquareSum(base, q))",
-        spoiling(prep.Norm(3, 16), "norm 3.16", number=1),
+        spoiling(prep.Norm(3, 16), "norm 3.16", number=2),
     ),
     "norms: what stands at corners adds up to the sums": Check(
         "mpc.check:verify",
         "residues[RING].append(f.residue(v))",
-        spoiling(prep.Norm(3, 16), "norm 3.16", number=1),
+        spoiling(prep.Norm(3, 16), "norm 3.16", number=2),
     ),
     "norms: base times over": Check(
         "mpc.prep:_norm",
-        "b.relations.append(check.Product(thrice, over.reshape(2, -1), both))",
-        spoiling(prep.Norm(3, 16), "norm 3.16", number=2),
+        "b.state_product(flat, thrice, both, lane)",
+        spoiling(prep.Norm(3, 16), "norm 3.16", number=3),
     ),
     "frames come in sequence": Check(
         "net.wire:Lockstep.accept",
@@ -1646,7 +1659,7 @@ CHECKED: dict[str, tuple[str, ...]] = {
 }
 ACCUSING = ("PeerError", "ClientError", "ComponentsDiffer", "WrongShare", "blame")
 STATING = re.compile(
-    r"(\.(relations|gates|zeros|zero_bits)\.(append|extend)|same_bits|residues\[.*\]\.(append|extend)"
+    r"(\.(relations|gates|zeros|zero_bits)\.(append|extend)|same_bits|state_product|state_scaled|residues\[.*\]\.(append|extend)"
     r"|yield from \w+\.claims|assert_zero|\.agree)\("
 )
 
@@ -1692,7 +1705,7 @@ def test_redundant_statements(seed: int) -> None:
         for v in summands:
             v += rng.integers(1, 2**63, v.shape, np.uint64)
 
-    for kind in (LOOKUP, DECAY, prep.DaBit(), prep.Trunc(16)):
+    for kind in (LOOKUP, DECAY, prep.DaBit()):
         for number, step in enumerate(steps_of(kind)):
             stated: dict[int, tuple[Sequence[Ring], Sequence[Ring]]] = {}
 

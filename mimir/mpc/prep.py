@@ -8,7 +8,7 @@ whole and ends the session.
 A *kind* names one sort of correlation, with everything that fixes its shape:
 
     Trunc(f)             for ops.truncate: a mask r = 2^62 u + v, v the sum of components over the integers;
-                         base, about r / 2^f; and over (3), whether u is above 0, 1 and 2
+                         base, about r / 2^f; and over (3), whether u is above 0, 1 and 2, modulo 2^f
     TruncIf(f)           the same, a random bit, and its products with base and over
     Lookup(b, k, d, l)   one-hot of k bits, shared modulo 2^l; remainder of b bits, and what a polynomial of
                          degree d in it takes
@@ -236,14 +236,17 @@ class Batch:
     zeros: list[Ring] = field(default_factory=list)
     zero_bits: list[Ring] = field(default_factory=list)
 
-    async def mul(self, step: str, x: Ring, y: Ring) -> Ring:
-        """The product of shares (2, n), element by element, with its relation. One round."""
+    async def mul(self, step: str, x: Ring, y: Ring, lane: int = RING_BITS) -> Ring:
+        """The product of shares (2, n), element by element, modulo 2^lane, with its relation. One round."""
         mask = self.doors.bk.zero(*x.shape[1:])
-        (z,) = await self.doors.reshare(
-            step, await offload(8 * mask.size, partial(kernels.rss_mul, x, y, mask))
-        )
-        self.relations.append(check.Product(x, y, z))
+        part = await offload(8 * mask.size, partial(kernels.rss_mul, x, y, mask))
+        (z,) = await self.exchange(step, (part, lane))
+        self.state_product(x, y, z, lane)
         return z
+
+    def state_product(self, x: Ring, y: Ring, z: Ring, lane: int) -> None:
+        """State that z is x y modulo 2^lane, element by element."""
+        self.relations.append(check.Product(_up(x, lane), y, _up(z, lane)))
 
     async def conj(self, step: str, *pairs: tuple[Ring, Ring]) -> list[Ring]:
         """ANDs of words of bits (2, ...), with their relations. One round."""
@@ -330,7 +333,7 @@ class Batch:
         me, before, after = bk.party, bk.previous, bk.following
         out = np.zeros((2, 3, *own.shape), np.uint64)
         out[0, before], out[1, me] = bk.random(*own.shape)
-        (told,) = await self._exchange(step, own - out[1, me], lane)
+        (told,) = await self.exchange(step, (own - out[1, me], lane))
         out[0, me], out[1, after] = told
         return out
 
@@ -382,7 +385,7 @@ class Batch:
         k, m = len(blocks[a]), len(blocks[b])
         blocks[a] += (x[0, a, :k] + x[1, a, :k]) * ring[0, a, :k]
         blocks[b] += x[0, b, :m] * ring[1, b, :m]
-        (told,) = await self._exchange(f"{step}/xor 2", part.reshape(-1, n), lane)
+        (told,) = await self.exchange(f"{step}/xor 2", (part.reshape(-1, n), lane))
         if prove:
             z = told.reshape(2, -1) << up
             ends = [(j, len(v), slice(j * third, j * third + len(v))) for j, v in enumerate(blocks)]
@@ -399,25 +402,26 @@ class Batch:
         self.same_bits(x, flat, n)
         return x.reshape(*bits.shape[:-1], n)
 
-    async def _exchange(self, step: str, summand: Ring, lane: int) -> list[Ring]:
-        """`reshare`, of which the lowest `lane` bits travel, as many lanes to a word as it has room for."""
-        if lane == RING_BITS:
-            return await self.doors.reshare(step, summand)
-        size = summand.size
-        packed = np.zeros(_lane_words(size, lane) * RING_BITS // lane, LANES[lane])
-        packed[:size] = summand.reshape(-1)
-        (told,) = await self.doors.reshare(step, packed.view(np.uint64))
-        return [self._unpacked(told, size, lane).astype(np.uint64).reshape(2, *summand.shape)]
-
-    def _unpacked(self, told: Ring, size: int, lane: int) -> npt.NDArray[Any]:
-        """The first `size` lanes of words (2, w). States that the others, which fill the last word, share
-        zeros: no part of a message is free.
+    async def exchange(self, step: str, *summands: tuple[Ring, int]) -> list[Ring]:
+        """`reshare` in one round, of which the lowest bits travel, so many as stand beside each summand, in
+        whole bytes.
         """
-        found = told.view(LANES[lane])
-        rest = found[:, size:].astype(np.uint64)
+        told = await self.doors.reshare(step, *(_packed(v, lane) for v, lane in summands))
+        return [
+            t if lane == RING_BITS else _widened(self._filled(t, v.size, lane), lane).reshape(2, *v.shape)
+            for t, (v, lane) in zip(told, summands, strict=True)
+        ]
+
+    def _filled(self, told: Ring, size: int, lane: int) -> npt.NDArray[np.uint8]:
+        """The bytes of the first `size` lanes of words (2, w). States that the others, which fill the last
+        word, share zeros: no part of a message is free.
+        """
+        found = told.view(np.uint8)
+        used = size * lane // 8
+        rest = found[:, used:].astype(np.uint64)
         if rest.size:
-            self.zeros.append(rest << np.uint64(RING_BITS - lane))
-        return found[:, :size]
+            self.zeros.append(rest << np.uint64(RING_BITS - 8))
+        return found[:, :used]
 
     def same_bits(self, x: Ring, bits: Ring, n: int) -> None:
         """State that ring elements (2, j, n), known to be 0 or 1, are the bits (2, j, w).
@@ -482,6 +486,7 @@ class Batch:
         n, lane = e.shape[1], 8 * e.itemsize
         both = self.doors.bk.random(_lane_words(n * have, lane)).view(e.dtype)
         part = both[0] - both[1]  # a share of zero, lane by lane
+        part[n * have :] = 0
 
         def local() -> None:
             product = e[0, :, :have] * (bit[0] + bit[1])[:, None] + e[1, :, :have] * bit[0][:, None]
@@ -489,22 +494,52 @@ class Batch:
 
         await offload(4 * n * have, local)
         (high,) = await self.doors.reshare(step, part.view(np.uint64))
-        product = self._unpacked(high, n * have, lane).reshape(2, n, have)
+        product = self._filled(high, n * have, lane).view(e.dtype).reshape(2, n, have)
         e[:, :, have : 2 * have] = product
         e[:, :, :have] -= product
 
     async def times(self, step: str, v: Ring, x: Ring) -> Ring:
         """v (2, n) times each row of x (2, n, m), with its relation. One round."""
+        (z,) = await self.doors.reshare(step, await self.scaled(v, x))
+        self.state_scaled(v, x, z, RING_BITS)
+        return z
+
+    async def scaled(self, v: Ring, x: Ring) -> Ring:
+        """A party's term of v (2, n) times each row of x (2, n, m)."""
         part = self.doors.bk.zero(*x.shape[1:])
         await offload(4 * part.size, partial(kernels.double_part, part, x, v))
-        (z,) = await self.doors.reshare(step, part)
-        self.relations.append(check.ScalarProduct(v, x, z))
-        return z
+        return part
+
+    def state_scaled(self, v: Ring, x: Ring, z: Ring, lane: int) -> None:
+        """State that z is v times each row of x, modulo 2^lane."""
+        self.relations.append(check.ScalarProduct(_up(v, lane), x, _up(z, lane)))
 
 
 def _lane_words(count: int, lane: int) -> int:
     """Words that so many lanes travel in."""
     return -(-count * lane // RING_BITS)
+
+
+def _up(v: Ring, lane: int) -> Ring:
+    """v shifted up, so that what is stated of it counts modulo 2^lane."""
+    return v << np.uint64(RING_BITS - lane) if lane < RING_BITS else v
+
+
+def _packed(v: Ring, lane: int) -> Ring:
+    """The lowest `lane` bits of each, byte after byte, as words; or all of v as it is."""
+    if lane == RING_BITS:
+        return v
+    out, size = np.zeros(_lane_words(v.size, lane), np.uint64), lane // 8
+    low = np.ascontiguousarray(v).reshape(-1, 1).view(np.uint8)[:, :size]  # the lowest byte is the first
+    out.view(np.uint8)[: v.size * size].reshape(-1, size)[...] = low
+    return out
+
+
+def _widened(found: npt.NDArray[np.uint8], lane: int) -> Ring:
+    """Numbers of so many bits, of which the bytes are (2, ..), as words (2, n)."""
+    out = np.zeros((2, found.shape[1] * 8 // lane, 8), np.uint8)
+    out[:, :, : lane // 8] = found.reshape(2, -1, lane // 8)
+    return out.view(np.uint64)[:, :, 0]
 
 
 TRUNCATED_BITS: Final = 16  # of the bits to be dropped so many are masked
@@ -514,6 +549,13 @@ MASK_BITS: Final = 62  # of a component of a truncation's mask; two more are ran
 def unmasked_bits(f: int) -> int:
     """Low bits that a truncation by f drops from each component by itself, so that their mask is 0."""
     return max(0, f - TRUNCATED_BITS)
+
+
+def truncation_lane(f: int) -> int:
+    """Modulo which power of 2, in whole bytes, the bits of a mask for a truncation by f count: they are
+    multiplied by 2^(62-f) or more.
+    """
+    return -(-(f + RING_BITS - MASK_BITS) // 8) * 8
 
 
 def _cut(kinds: Mapping[Kind, int], material: dict[str, Ring]) -> Made:
@@ -526,37 +568,41 @@ def _cut(kinds: Mapping[Kind, int], material: dict[str, Ring]) -> Made:
     return out
 
 
-async def _truncs(b: Batch, kinds: Mapping[Kind, int]) -> Made:
-    """What truncations of several shifts take, made together: the shift does not matter until the end.
+async def _truncs(b: Batch, kinds: Mapping[Kind, int], lane: int) -> Made:
+    """What truncations take whose bits count modulo the same 2^lane, made together: otherwise the shift does
+    not matter until the end.
 
     A mask is r = 2^62 u + v. v is the sum of components below 2^62 over the integers, which nobody has to
     reduce, so nothing carries; u are two bits, random by themselves. Whatever is below 2^62 and masked by r
     is uniform for every party: it lacks a component of v, uniform below 2^62, and does not know u. Since a
     sum with v does not reach 2^64, whether one with r does is told by u and what is opened (ops.truncate).
-    Three rounds; one more for products with bits, and one for each width of norms.
+    Three rounds; three more for products with bits, and one for each width of norms.
     """
+    bk, name = b.doors.bk, f"trunc {lane}"
     pairs = {k: n * (k.width if isinstance(k, Norm) else 1) for k, n in kinds.items()}
-    n, chosen = sum(pairs.values()), [k for k in kinds if isinstance(k, TruncIf)]
-    shift, bare = (
-        np.repeat(np.array(each, np.uint64), list(pairs.values()))
-        for each in zip(
-            *((k.f, unmasked_bits(k.f)) for k in kinds if isinstance(k, Trunc | TruncIf | Norm)), strict=True
-        )
-    )
-    size = 2 * n + sum(kinds[k] for k in chosen)
-    bits = (await b.inject("trunc/inject", b.doors.bk.random(1, words(size)), size))[:, 0]
-    high, low, ring = (np.ascontiguousarray(v) for v in np.split(bits, [n, 2 * n], axis=1))
-    both = await b.mul("trunc/both", high, low)
+    n, many = sum(pairs.values()), list(pairs.values())
+    shifts = [k.f for k in kinds if isinstance(k, Trunc | TruncIf | Norm)]
+    shift = np.repeat(np.array(shifts, np.uint64), many)
+    bare = np.repeat(np.array([unmasked_bits(f) for f in shifts], np.uint64), many)
+    bits = (await b.inject(f"{name}/inject", bk.random(1, words(2 * n)), 2 * n, lane=lane))[:, 0]
+    high, low = np.ascontiguousarray(bits[:, :n]), np.ascontiguousarray(bits[:, n:])
+    both = await b.mul(f"{name}/both", high, low, lane)
     u = high + high + low
-    v = b.doors.bk.random(n) & np.uint64((1 << MASK_BITS) - 1)
+    v = bk.random(n) & np.uint64((1 << MASK_BITS) - 1)
     v = v >> bare << bare
     r = v + (u << np.uint64(MASK_BITS))
     base = (v >> shift) + (u << np.uint64(MASK_BITS) - shift)
     out = _cut(pairs, {"r": r, "base": base, "over": np.stack([high + low - both, high, both], axis=2)})
+    chosen: dict[Kind, int] = {k: m for k, m in kinds.items() if isinstance(k, TruncIf)}
     if chosen:
-        factors = [np.concatenate([out[k]["base"][..., None], out[k]["over"]], axis=2) for k in chosen]
-        z = await b.times("trunc/if", ring, np.concatenate(factors, axis=1))
-        for kind, more in _cut({k: kinds[k] for k in chosen}, {"ring": ring, "z": z}).items():
+        n = sum(chosen.values())
+        ring = np.ascontiguousarray((await b.inject(f"{name}/if", bk.random(1, words(n)), n))[:, 0])
+        base, over = (np.concatenate([out[k][part] for k in chosen], axis=1) for part in ("base", "over"))
+        factors = [(base[:, :, None], RING_BITS), (over, lane)]
+        z = await b.exchange(f"{name}/if", *[(await b.scaled(ring, x), count) for x, count in factors])
+        for (x, count), y in zip(factors, z, strict=True):
+            b.state_scaled(ring, x, y, count)
+        for kind, more in _cut(chosen, {"ring": ring, "z": np.concatenate(z, axis=2)}).items():
             out[kind] |= more
     for norm in [k for k in kinds if isinstance(k, Norm)]:
         out[norm] = await _norm(b, norm, kinds[norm], out[norm])
@@ -770,24 +816,25 @@ async def _scale(b: Batch, kind: Scale, n: int) -> dict[str, Ring]:
 
 
 async def _norm(b: Batch, kind: Norm, n: int, pairs: Mapping[str, Ring]) -> dict[str, Ring]:
-    bk = b.doors.bk
+    bk, lane = b.doors.bk, truncation_lane(kind.f)
     r, base = (np.ascontiguousarray(pairs[k]).reshape(2, n, kind.width) for k in ("r", "base"))
-    over = np.ascontiguousarray(pairs["over"]).reshape(2, n, kind.width, 3)
-    s, factor = bk.random(n), np.concatenate([base[..., None], over], axis=3).reshape(2, n, -1)
-    scaled = bk.zero(n, 4 * kind.width)
-    kernels.double_part(scaled, factor, s)
-    thrice = np.repeat(base.reshape(2, -1), 3, axis=1)
+    over = np.ascontiguousarray(pairs["over"]).reshape(2, n, 3 * kind.width)
+    s, flat, thrice = bk.random(n), over.reshape(2, -1), np.repeat(base.reshape(2, -1), 3, axis=1)
     square = ((base[0] + base[1]) * base[0] + base[0] * base[1]).sum(axis=1, dtype=np.uint64) + bk.zero(n)
-    z, q, both = await b.doors.reshare(
+    first, others, q, both = await b.exchange(
         f"norm {kind.width}.{kind.f}",
-        scaled,
-        square,
-        kernels.rss_mul(thrice, over.reshape(2, -1), bk.zero(thrice.shape[1])),
+        (await b.scaled(s, base), RING_BITS),
+        (await b.scaled(s, over), lane),
+        (square, RING_BITS),
+        (kernels.rss_mul(flat, thrice, bk.zero(flat.shape[1])), lane),
     )
-    b.relations.append(check.ScalarProduct(s, factor, z))
+    b.state_scaled(s, base, first, RING_BITS)
+    b.state_scaled(s, over, others, lane)
     b.relations.append(check.SquareSum(base, q))
-    b.relations.append(check.Product(thrice, over.reshape(2, -1), both))
-    z, both = z.reshape(2, n, kind.width, 4), both.reshape(over.shape)
+    b.state_product(flat, thrice, both, lane)
+    by_element = (2, n, kind.width, 3)
+    z = np.concatenate([first[..., None], others.reshape(by_element)], axis=3)
+    over, both = over.reshape(by_element), both.reshape(by_element)
     return {"r": r, "base": base, "over": over, "both": both, "s": s, "z": z, "q": q}
 
 
@@ -924,7 +971,7 @@ async def produce(batch: Batch, step: str, demand: Demand) -> Made:
 
 async def _make(batch: Batch, group: tuple[Any, ...], kinds: Mapping[Kind, int]) -> Made:
     if group[0] is Trunc:
-        return await _truncs(batch, kinds)
+        return await _truncs(batch, kinds, group[1])
     if group[0] is Ands:
         return await _ands(batch, kinds)
     return {kind: await _MAKERS[type(kind)](batch, kind, n) for kind, n in kinds.items()}
@@ -939,9 +986,9 @@ async def _reshared(doors: Doors, asks: Mapping[int, tuple[str, Sequence[Ring]]]
 
 
 def _group(kind: Kind) -> tuple[Any, ...]:
-    """Kinds of one group are made together."""
+    """Kinds of one group are made together: truncations whose bits count modulo the same power of 2."""
     if isinstance(kind, Trunc | TruncIf | Norm):
-        return (Trunc,)
+        return Trunc, truncation_lane(kind.f)
     if isinstance(kind, Ands):
         return (Ands,)
     return (kind,)
