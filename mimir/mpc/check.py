@@ -51,6 +51,7 @@ VECTOR_FOLDS: Final = 3  # vectors times matrices: so often halved before their 
 VECTOR_COLUMNS: Final = 32  # of these at once: 200 kB of elements
 NARROW: Final = 24  # a row of so many products is checked one by one
 WORK: Final = 64  # multiplications to fold one product, about
+LEAST_BLOCK: Final = 8  # rows of a claim that are this part of a block, or more, are one by themselves
 WHOLE: Final = 1 << 30  # making claims always goes to a thread
 LEVELS: Final = 28  # halvings of a recursion at most
 
@@ -81,10 +82,13 @@ Terms = list[tuple[Sparse, Sparse]]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Claim:
-    """Part of <a, w> = c: rows (n, 48) of both components, and c (2, 48), unless other rows bring it."""
+    """Part of <a, w> = c: rows (n, 48) of both components, None for one that is zero, and c (2, 48), unless
+    other rows bring it.
+    """
 
-    a: Pair
-    w: Pair
+    rows: int
+    a: Sparse
+    w: Sparse
     c: Ring | None = None
 
 
@@ -160,7 +164,7 @@ class ScalarProduct:
         across, down = draw.exceptional(m), draw.exceptional(n)
         # sum over rows first: sum_m across_m (sum_n down_n z_nm)
         z = _mixed(_each(lambda v: kernels.gr_combine_cols(v, down), self.z), across)
-        yield Claim(_scaled(self.s, down), _summed(self.x, across), _column_sum(z))
+        yield Claim(n, _scaled(self.s, down), _summed(self.x, across), _column_sum(z))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -194,7 +198,7 @@ class MatrixProduct:
             for i, j in itertools.product(range(2), range(some.stop - at)):
                 combine(self.b[i][at + j], cols[at + j], w[i, j])
             a, c = self._others(some, rows[some], cols[some])
-            yield Claim(a, (w[0].reshape(-1, DEGREE), w[1].reshape(-1, DEGREE)), c)
+            yield Claim(len(a[0]), a, (w[0].reshape(-1, DEGREE), w[1].reshape(-1, DEGREE)), c)
 
     def _others(self, some: slice, rows: Ring, cols: Ring) -> tuple[Pair, Ring]:
         """For some of the matrices, what their combined columns are multiplied by, and what that gives."""
@@ -242,7 +246,7 @@ class OneHot:
             columns += some
             done += a.shape[1]
             told = np.stack([kernels.gr_inner(v, jq) for v in columns]) << shift if done == n else None
-            yield Claim((a[0], a[1]), (w[0], w[1]), told)
+            yield Claim(a.shape[1], (a[0], a[1]), (w[0], w[1]), told)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -259,6 +263,7 @@ class _Galois:
 
     shape: tuple[int, ...] = (DEGREE,)
     block = 512  # rows at once: what is halved and folded by so many still lies in a cache
+    lanes = 1  # elements of a claim for a column
     work = DEGREE * DEGREE  # multiplications of one product
     unit = np.eye(1, DEGREE, dtype=np.uint64)
 
@@ -310,6 +315,7 @@ class _Binary:
 
     shape: tuple[int, ...] = ()
     block = 1 << 14
+    lanes = RING_BITS
     work = 8
     unit = np.ones(1, np.uint64)
 
@@ -529,37 +535,33 @@ class _Folding:
         at_corners = self._stated_corners(crossed)
         left = self.columns
 
-        def made(mine: Ring, x: Pair, y: Pair, *z: Pair) -> tuple[int, Pair, Pair, list[Ring]]:
-            a = _each(lambda v: ext.mix(ext.blend(v, corners), mine), x)
-            w = _each(lambda v: ext.blend(v, corners), y)
-            return len(x[0]), a, w, [ext.combine(v, mine) for pair in z for v in pair]
+        def made(mine: Ring, x: Pair, y: Pair, *z: Pair) -> tuple[int, Terms, list[Ring]]:
+            return len(x[0]), [claimed(mine, x, y)], [ext.combine(v, mine) for pair in z for v in pair]
 
-        def summed(mine: Ring, terms: Terms, z: Pair) -> tuple[int, Pair, Pair, list[Ring]]:
-            nothing = np.zeros((len(z[0]), *ext.shape), np.uint64)
+        def summed(mine: Ring, terms: Terms, z: Pair) -> tuple[int, Terms, list[Ring]]:
+            return len(z[0]), [claimed(mine, x, y) for x, y in terms], [ext.combine(v, mine) for v in z]
 
-            def blended(v: Ring | None) -> Ring:
-                return nothing if v is None else ext.blend(v, corners)
-
-            def mixed(v: Ring | None) -> Ring:
-                return nothing if v is None else ext.mix(ext.blend(v, corners), mine)
-
-            a = _joined([(mixed(x[0]), mixed(x[1])) for x, _ in terms])
-            w = _joined([(blended(y[0]), blended(y[1])) for _, y in terms])
-            return len(z[0]), a, w, [ext.combine(v, mine) for v in z]
+        def claimed(mine: Ring, x: Sparse, y: Sparse) -> tuple[Sparse, Sparse]:
+            a = _given(lambda v: ext.mix(ext.blend(v, corners), mine), x)
+            return a, _given(lambda v: ext.blend(v, corners), y)
 
         jobs = itertools.chain(
             (partial(made, mine, *pairs) for mine, pairs in self._blocks(CLAIMED, *self.claimed)),
             (partial(summed, *block) for block in self._dot_blocks(CLAIMED)),
         )
-        for columns, a, w, more in spread(jobs):
+        for columns, terms, more in spread(jobs):
             if more:
                 at_corners = [ext.add(sums, v) for sums, v in zip(at_corners, more, strict=True)]
             left -= columns
+            rows = columns * ext.lanes
+            for a, w in terms[:-1]:
+                yield Claim(rows, a, w)
+            a, w = terms[-1]
             if left:
-                yield Claim(a, w)
+                yield Claim(rows, a, w)
                 continue
             c = [ext.add(t, ext.inner(v, values[~inner])) for t, v in zip(told, at_corners, strict=True)]
-            yield Claim(a, w, np.stack(c))
+            yield Claim(rows, a, w, np.stack(c))
 
     claimed: tuple[int, ...] = (0, 1, 2)
 
@@ -624,8 +626,8 @@ class _Squares(_Folding):
     def claims(self, crossed: Ring, draw: Draw) -> Iterator[Claim]:
         gamma, ext = self.apart(draw), self.ext
         for part in super().claims(crossed, draw):
-            a = ext.times(part.a[0], gamma), ext.times(part.a[1], gamma)
-            yield Claim(a, part.w, None if part.c is None else ext.times(part.c, gamma))
+            a = _given(lambda v: ext.times(v, gamma), part.a)
+            yield Claim(part.rows, a, part.w, None if part.c is None else ext.times(part.c, gamma))
 
 
 class _Vectors:
@@ -713,7 +715,7 @@ class _Vectors:
             return _each(lambda v: ext.blend(v, corners), a), (halved[0], halved[1])
 
         for a, w in spread(partial(made, *block) for block in self._blocks):
-            yield Claim(a, w, told)
+            yield Claim(len(a[0]), a, w, told)
             told = None
         self._blocks.clear()
 
@@ -722,16 +724,11 @@ def _fold_rows(total: int) -> int:
     return next(rows for least, rows in FOLD_ROWS if total >= least)
 
 
-def _rows(v: Pair, start: int, stop: int | None = None) -> Pair:
-    return v[0][start:stop], v[1][start:stop]
-
-
-def _joined(parts: Sequence[Pair], zeros: int = 0) -> Pair:
-    """Rows one after another, and so many zeros after them."""
-    if len(parts) == 1 and not zeros:
+def _joined(parts: Sequence[Pair]) -> Pair:
+    """Rows one after another."""
+    if len(parts) == 1:
         return parts[0]
-    filling = [np.zeros((zeros, *parts[0][0].shape[1:]), np.uint64)]
-    a, b = (np.concatenate([p[i] for p in parts] + filling) for i in range(2))
+    a, b = (np.concatenate([p[i] for p in parts]) for i in range(2))
     return a, b
 
 
@@ -740,55 +737,108 @@ def _interleaved(*parts: Ring) -> Ring:
     return np.ascontiguousarray(np.stack(parts, axis=1).reshape(-1, *parts[0].shape[1:]))
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class _Block:
+    """Rows of a claim."""
+
+    rows: int
+    a: Sparse
+    w: Sparse
+
+    def cut(self, start: int, stop: int) -> _Block:
+        a, w = (_given(lambda v: v[start:stop], pair) for pair in (self.a, self.w))
+        return _Block(stop - start, a, w)
+
+    def halves(self, ext: Extension) -> Ring:
+        """As of `ext`; with a component that is zero all that a party computes is one product, or none."""
+        if all(v is not None for v in (*self.a, *self.w)):
+            return ext.halves(_solid(self.a), _solid(self.w))
+        out = np.zeros((2, *ext.shape), np.uint64)
+        for x, y in _factors([(self.a, self.w)]):
+            half = self.rows // 2
+            out[0] = ext.inner(x[:half], y[:half])
+            out[1] = ext.inner(ext.sub(x[half:], x[:half]), ext.sub(y[half:], y[:half]))
+        return out
+
+
+def _solid(v: Sparse) -> Pair:
+    assert v[0] is not None and v[1] is not None
+    return v[0], v[1]
+
+
 class _Recursion:
     """<a, w> = c, halved until at most OPEN_BELOW entries are left.
 
     Rows stand in blocks, and the entries of a block are halved by themselves, so that a block is made or
-    folded, and halved for the next level, while it lies in a cache.
+    folded, and halved for the next level, while it lies in a cache. What a block has no component for costs
+    nothing; how many rows it has depends on shapes alone, as all parties must pair the same.
     """
 
     def __init__(self, ext: Extension, claims: Iterable[Claim]) -> None:
         self.ext = ext
         self.c = np.zeros((2, *ext.shape), np.uint64)
         self._halves = np.zeros((2, *ext.shape), np.uint64)
-        self._blocks: list[tuple[Pair, Pair]] = []
-        for h in spread(partial(ext.halves, a, w) for a, w in self._laid(claims)):
+        self._blocks: list[_Block] = []
+        for h in spread(partial(block.halves, ext) for block in self._laid(claims)):
             self._halves = ext.add(self._halves, h)
 
-    def _laid(self, claims: Iterable[Claim]) -> Iterator[tuple[Pair, Pair]]:
+    def _laid(self, claims: Iterable[Claim]) -> Iterator[_Block]:
         """Lay claims out in blocks; gives those of which halves are wanted."""
         ext = self.ext
-        rest: list[tuple[Pair, Pair]] = []  # too few rows for a block
+        rest: list[_Block] = []  # too few rows for a block
         for claim in claims:
             if claim.c is not None:
                 self.c = ext.add(self.c, claim.c)
-            whole = len(claim.a[0]) // ext.block * ext.block
-            for at in range(0, whole, ext.block):
-                yield from self._take(_rows(claim.a, at, at + ext.block), _rows(claim.w, at, at + ext.block))
-            if whole < len(claim.a[0]):
-                rest.append((_rows(claim.a, whole), _rows(claim.w, whole)))
-            if sum(len(a[0]) for a, _ in rest) >= ext.block:
-                a, w = _joined([a for a, _ in rest]), _joined([w for _, w in rest])
-                yield from self._take(_rows(a, 0, ext.block), _rows(w, 0, ext.block))
-                rest = [(_rows(a, ext.block), _rows(w, ext.block))]
-        left = sum(len(a[0]) for a, _ in rest)
-        if left:
-            last = bool(not self._blocks and left <= OPEN_BELOW)
-            yield from self._take(*(_joined(v, 0 if last else left % 2) for v in zip(*rest, strict=True)))
+            whole = _Block(claim.rows, claim.a, claim.w)
+            at = 0
+            while (left := whole.rows - at) >= ext.block // LEAST_BLOCK:
+                size = min(left - left % 2, ext.block)
+                yield from self._take(whole.cut(at, at + size))
+                at += size
+            if left:
+                rest.append(whole.cut(at, whole.rows))
+            if sum(block.rows for block in rest) >= ext.block:
+                joined = self._together(rest)
+                yield from self._take(joined.cut(0, ext.block))
+                rest = [joined.cut(ext.block, joined.rows)]
+        if any(block.rows for block in rest):
+            joined = self._together(rest)
+            last = not self._blocks and joined.rows <= OPEN_BELOW
+            yield from self._take(joined if last else self._together([joined], joined.rows % 2))
 
-    def _take(self, a: Pair, w: Pair) -> Iterator[tuple[Pair, Pair]]:
+    def _together(self, blocks: Sequence[_Block], zeros: int = 0) -> _Block:
+        """One block of all rows, and so many zeros after them; what has no component has zeros."""
+        rows = sum(block.rows for block in blocks) + zeros
+        shape = (rows, *self.ext.shape)
+
+        def joined(parts: Sequence[tuple[int, Ring | None]]) -> Ring | None:
+            if all(v is None for _, v in parts):
+                return None
+            out, at = np.zeros(shape, np.uint64), 0
+            for count, v in parts:
+                if v is not None:
+                    out[at : at + count] = v
+                at += count
+            return out
+
+        a0, a1, w0, w1 = (
+            joined([(block.rows, (*block.a, *block.w)[k]) for block in blocks]) for k in range(4)
+        )
+        return _Block(rows, (a0, a1), (w0, w1))
+
+    def _take(self, block: _Block) -> Iterator[_Block]:
         """Append a block, whose rows are even in number unless no halving follows."""
-        self._blocks.append((a, w))
+        self._blocks.append(block)
         if not self.done:
-            yield a, w
+            yield block
 
     @property
     def length(self) -> int:
-        return sum(len(a[0]) for a, _ in self._blocks)
+        return sum(block.rows for block in self._blocks)
 
     @property
     def done(self) -> bool:
-        return len(self._blocks) == 1 and len(self._blocks[0][0][0]) <= OPEN_BELOW
+        return len(self._blocks) == 1 and self._blocks[0].rows <= OPEN_BELOW
 
     @property
     def cost(self) -> int:
@@ -810,39 +860,51 @@ class _Recursion:
         self.c = ext.add(h0, ext.times(ext.add(ext.sub(ext.sub(h1, h0), h2), ext.times(h2, xi)), xi))
         before, self._blocks = self._blocks, []
         before.reverse()
-        last = len(before) <= 2 and sum(len(a[0]) for a, _ in before) <= 2 * OPEN_BELOW
+        last = len(before) <= 2 and sum(block.rows for block in before) <= 2 * OPEN_BELOW
         self._halves = np.zeros_like(self._halves)
 
-        def folded(pair: Sequence[tuple[Pair, Pair]]) -> tuple[Pair, Pair, Ring | None]:
-            rows = sum(len(a[0]) // 2 for a, _ in pair)
+        def folded(pair: Sequence[_Block]) -> tuple[_Block, Ring | None]:
+            rows = sum(block.rows // 2 for block in pair)
             shape = (rows if last else rows + rows % 2, *ext.shape)
-            a, w = ((np.empty(shape, np.uint64), np.empty(shape, np.uint64)) for _ in range(2))
-            at = 0
-            for block in pair:
-                half = len(block[0][0]) // 2
-                for to, v in zip((*a, *w), (*block[0], *block[1]), strict=True):
-                    ext.fold(v, xi, to[at : at + half])
-                at += half
-            for v in (*a, *w):
-                v[at:] = 0
-            return a, w, None if last else ext.halves(a, w)
 
-        def jobs() -> Iterator[Callable[[], tuple[Pair, Pair, Ring | None]]]:
+            def one(parts: Sequence[Ring | None]) -> Ring | None:
+                if all(v is None for v in parts):
+                    return None
+                out, at = np.empty(shape, np.uint64), 0
+                for block, v in zip(pair, parts, strict=True):
+                    to = out[at : at + block.rows // 2]
+                    if v is None:
+                        to[:] = 0
+                    else:
+                        ext.fold(v, xi, to)
+                    at += len(to)
+                out[at:] = 0
+                return out
+
+            a0, a1, w0, w1 = (one([(*block.a, *block.w)[k] for block in pair]) for k in range(4))
+            block = _Block(shape[0], (a0, a1), (w0, w1))
+            return block, None if last else block.halves(ext)
+
+        def jobs() -> Iterator[Callable[[], tuple[_Block, Ring | None]]]:
             while before:  # so that a block that was folded is free
                 yield partial(folded, [before.pop() for _ in range(min(2, len(before)))])
 
-        for a, w, halves in spread(jobs()):
-            self._blocks.append((a, w))
+        for block, halves in spread(jobs()):
+            self._blocks.append(block)
             if halves is not None:
                 self._halves = ext.add(self._halves, halves)
 
     @property
     def a(self) -> Pair:
-        return self._blocks[0][0]
+        return self._left(self._blocks[0].a)
 
     @property
     def w(self) -> Pair:
-        return self._blocks[0][1]
+        return self._left(self._blocks[0].w)
+
+    def _left(self, v: Sparse) -> Pair:
+        nothing = np.zeros((self.length, *self.ext.shape), np.uint64)
+        return nothing if v[0] is None else v[0], nothing if v[1] is None else v[1]
 
     def mask(self, random: Ring) -> Ring:
         """Take a random share (2, n, ...) as the mask of a; this party's summand of <mask, w>."""
