@@ -129,6 +129,14 @@ MK_THUNK(mk_ring_poly,
          (uint64_t *out, const uint64_t *coefs, size_t coefs_apart, const uint64_t *poly, size_t poly_apart, const
           uint64_t *one, const uint64_t *delta, const uint64_t *rest, size_t parts, size_t n, size_t degree),
          (out, coefs, coefs_apart, poly, poly_apart, one, delta, rest, parts, n, degree))
+MK_THUNK(mk_ring_wave,
+         (uint64_t *out, const uint64_t *waves, size_t apart, const uint64_t *opened, const uint64_t *turns, const double
+          *terms, const double *polynomials, size_t degree, size_t parts, size_t n, size_t count, unsigned bits),
+         (out, waves, apart, opened, turns, terms, polynomials, degree, parts, n, count, bits))
+MK_THUNK(mk_ring_decay,
+         (uint64_t *out, const uint64_t *e, size_t apart, const uint64_t *opened, const double *turned, const double
+          *polynomial, size_t degree, double factor, double offset, size_t parts, size_t n, size_t size, unsigned rest),
+         (out, e, apart, opened, turned, polynomial, degree, factor, offset, parts, n, size, rest))
 MK_THUNK(mk_bits_mask,
          (uint64_t *out, const uint64_t *bits, size_t bits_apart, const uint64_t *ring, size_t ring_apart, size_t
           parts, size_t n),

@@ -128,6 +128,25 @@ void mk_ring_poly(uint64_t *out, const uint64_t *coefs, size_t coefs_apart, cons
                   const uint64_t *one, const uint64_t *delta, const uint64_t *rest, size_t parts, size_t n,
                   size_t degree);
 
+/* Sums of products of material with public functions of what was opened, which are doubles, rounded to the nearest
+ * integer: every party must get the same, so additions and multiplications are those of waves.py, in their order.
+ * wave: out = sum over k < count of waves_k a_k + waves_{count + k} b_k, waves (n, 2 count), where a_k + i b_k =
+ * (re_k + i im_k) e^{2 pi i t} amplitude_k, t = turns_k opened / 2^bits modulo 1; terms (3, count) are re, im and
+ * amplitude. bits <= MK_EXACT; count <= MK_TURNS.
+ * decay: out = sum over j of e_j bins[(opened >> rest) - j mod size] e^y, e (n, size), y = (opened mod 2^rest) factor -
+ * offset; turned (2 size) is bins turned as for lookup; size is a power of two, rest <= MK_EXACT.
+ * Polynomials come as waves.py has them, the highest power first: of wave that of cos(2 pi u), then that of
+ * sin(2 pi u) / u, in u^2, u = t - 1/2; of decay that of e^y. What is rounded must be below 2^MK_EXACT. All but waves
+ * and e is public. */
+#define MK_EXACT 50
+#define MK_TURNS 16
+void mk_ring_wave(uint64_t *out, const uint64_t *waves, size_t apart, const uint64_t *opened, const uint64_t *turns,
+                  const double *terms, const double *polynomials, size_t degree, size_t parts, size_t n, size_t count,
+                  unsigned bits);
+void mk_ring_decay(uint64_t *out, const uint64_t *e, size_t apart, const uint64_t *opened, const double *turned,
+                   const double *polynomial, size_t degree, double factor, double offset, size_t parts, size_t n,
+                   size_t size, unsigned rest);
+
 /* Bits, as words of lanes or as ring elements 0 or 1.
  * mask: out = bits ^ the lowest bits of ring (n), packed; padding is that of bits.
  * unmask: out = ring (1 - 2 o) + o, o the opened bits.  pick: of bit (parts, n), dense, x and z (n, width), and delta (n,
