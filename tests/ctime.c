@@ -55,27 +55,27 @@ static void prg(void)
 
 static void matmul_row(void)
 {
-    mk_ring_matmul(out, secret, more, 1, 1, 19, N, 0);
+    mk_ring_matmul(out, secret, more, 0, 1, 1, 19, N, 0);
 }
 
 static void matmul_few(void)
 {
-    mk_ring_matmul(out, secret, more, 1, 3, 19, N, 0);
+    mk_ring_matmul(out, secret, more, 0, 1, 3, 19, N, 0);
 }
 
 static void matmul_many(void)
 {
-    mk_ring_matmul(out, secret, more, 2, 11, 17, 29, 0);
+    mk_ring_matmul(out, secret, more, 17 * 29, 2, 11, 17, 29, 0);
 }
 
 static void matmul_nt(void)
 {
-    mk_ring_matmul_nt(out, secret, more, 2, 3, 17, 13, 0);
+    mk_ring_matmul_nt(out, secret, more, 17 * 13 + 5, 2, 3, 17, 13, 0);
 }
 
 static void matmul_nt_many(void)
 {
-    mk_ring_matmul_nt(out, secret, more, 1, 11, 17, 29, 0);
+    mk_ring_matmul_nt(out, secret, more, 0, 1, 11, 17, 29, 0);
 }
 
 static void rss_mul(void)

@@ -307,7 +307,13 @@ def test_matmul_batched(level: str, rng: np.random.Generator, shape: tuple[int, 
     a, b = words(rng, batch, m, n_in), words(rng, batch, n_in, n)
     want = u64([o_matmul(x, y) for x, y in zip(a, b, strict=True)]).reshape(batch, m, n)
     same(k.matmul(a, b), want)
-    same(k.matmul_nt(a, np.ascontiguousarray(b.transpose(0, 2, 1))), want)
+    turned = np.ascontiguousarray(b.transpose(0, 2, 1))
+    same(k.matmul_nt(a, turned), want)
+    for product, right in ((k.matmul, b), (k.matmul_nt, turned)):  # where more lies between matrices
+        wide = words(rng, batch, right.shape[1] + 3, right.shape[2])
+        wide[:, 1:-2] = right
+        same(product(a, wide[:, 1:-2]), want)
+        same(product(a, np.repeat(right, 2, axis=2)[:, :, ::2]), want)
 
 
 @pytest.mark.parametrize("m", [1, 2, 6, 7, 19])

@@ -249,21 +249,25 @@ def _product(kernel: str, a: U64, b: U64, out: U64 | None, add: bool) -> U64:
     batched = isinstance(a, np.ndarray) and a.ndim == 3
     lead: tuple[int, ...] = (a.shape[0],) if batched else ()
     m, k = _array("a", a, (*lead, None, None))[-2:]
-    if kernel == "mk_ring_matmul":
-        n = _array("b", b, (*lead, k, None))[-1]
+    turned = kernel != "mk_ring_matmul"
+    n = _dims("b", b, 3 if batched else 2)[-2 if turned else -1]
+    shape = (*lead, *((n, k) if turned else (k, n)))
+    if batched:
+        matrices, apart = _apart("b", b, shape)
     else:
-        n = _array("b", b, (*lead, None, k))[-2]
+        _array("b", b, shape)
+        matrices, apart = _in(b), 0
     if out is None and add:
         raise LocalError("add needs out")
     out = _room(out, (*lead, m, n), a, b)
-    getattr(_lib, kernel)(_out(out), _in(a), _in(b), lead[0] if batched else 1, m, k, n, int(add))
+    getattr(_lib, kernel)(_out(out), _in(a), matrices, apart, lead[0] if batched else 1, m, k, n, int(add))
     return out
 
 
 def matmul(a: U64, b: U64, out: U64 | None = None, add: bool = False) -> U64:
     """a (m, k) times b (k, n) -> (m, n) modulo 2^64, added to `out` if `add`.
 
-    Batched over a leading dimension if both have one.
+    Batched over a leading dimension if both have one; of b each matrix must be dense, or it is copied.
     With m = 1 the product streams b once, so it is bound by memory.
     """
     return _product("mk_ring_matmul", a, b, out, add)

@@ -40,11 +40,11 @@ void mk_threads_alone(void);
 void mk_prg_aes(uint8_t *out, size_t n, const uint8_t *key, uint64_t stream, uint64_t block);
 
 /* Matrix products, `batch` times over: c (m, n) = a (m, k) b (k, n), or with _nt the rows of b are its columns:
- * b (n, k). With add nonzero the product is added to c. Public: add. */
-void mk_ring_matmul(uint64_t *c, const uint64_t *a, const uint64_t *b, size_t batch, size_t m, size_t k, size_t n,
-                    int add);
-void mk_ring_matmul_nt(uint64_t *c, const uint64_t *a, const uint64_t *b, size_t batch, size_t m, size_t k, size_t n,
-                       int add);
+ * b (n, k). Each b begins b_apart words after the one before. With add nonzero the product is added to c. Public: add. */
+void mk_ring_matmul(uint64_t *c, const uint64_t *a, const uint64_t *b, size_t b_apart, size_t batch, size_t m, size_t k,
+                    size_t n, int add);
+void mk_ring_matmul_nt(uint64_t *c, const uint64_t *a, const uint64_t *b, size_t b_apart, size_t batch, size_t m,
+                       size_t k, size_t n, int add);
 
 /* A party's additive term of a product of replicated shares, x and y of shape (2, n):
  * out = x0 y0 + x0 y1 + x1 y0 + alpha, and over bits with & and ^. */
