@@ -174,6 +174,8 @@ def _examples() -> dict[str, tuple[Any, ...]]:
     degree = kernels.GR_DEGREE
     xi = 0x123456789ABC
     one = np.array([1, 0], np.uint64)
+    cosines = kernels.Cosines(w(4), 26, np.ones((3, 4)), np.ones((2, 10)))
+    bins = kernels.Bins(np.ones(16), 13, 2.0**-13, 0.5, np.ones(14))
     return {
         "matmul": (w(8, 512), w(512, 512)),
         dryrun.ONE_ROW: (w(1, 1024), w(1024, 4096)),
@@ -193,6 +195,8 @@ def _examples() -> dict[str, tuple[Any, ...]]:
         "norm_scale": (w(2, 2, m), w(2, 2), w(2, 2, m, 4), w(2), w(2, m), 16, 0),
         "drop": (w(2, m), one, (8, 11), 20),
         "poly": (w(2, 4, m), w(2, m, 12), one, w(m, 3), w(m)),
+        "wave": (w(2, m, 8), w(m), cosines),
+        "decay": (w(2, m, 16), w(m), bins),
         "bits_mask": (w(2, m // 64), w(2, m)),
         "ring_unmask": (w(2, m), one, w(m // 64)),
         "ring_pick": (w(2, m), w(2, m, 2), w(2, m, 2), w(m, 2), w(m // 64)),

@@ -55,27 +55,27 @@ static void prg(void)
 
 static void matmul_row(void)
 {
-    mk_ring_matmul(out, secret, more, 1, 1, 19, N, 0);
+    mk_ring_matmul(out, secret, more, 0, 1, 1, 19, N, 0);
 }
 
 static void matmul_few(void)
 {
-    mk_ring_matmul(out, secret, more, 1, 3, 19, N, 0);
+    mk_ring_matmul(out, secret, more, 0, 1, 3, 19, N, 0);
 }
 
 static void matmul_many(void)
 {
-    mk_ring_matmul(out, secret, more, 2, 11, 17, 29, 0);
+    mk_ring_matmul(out, secret, more, 17 * 29, 2, 11, 17, 29, 0);
 }
 
 static void matmul_nt(void)
 {
-    mk_ring_matmul_nt(out, secret, more, 2, 3, 17, 13, 0);
+    mk_ring_matmul_nt(out, secret, more, 17 * 13 + 5, 2, 3, 17, 13, 0);
 }
 
 static void matmul_nt_many(void)
 {
-    mk_ring_matmul_nt(out, secret, more, 1, 11, 17, 29, 0);
+    mk_ring_matmul_nt(out, secret, more, 0, 1, 11, 17, 29, 0);
 }
 
 static void rss_mul(void)
@@ -151,6 +151,18 @@ static void ring_drop(void)
 static void ring_poly(void)
 {
     mk_ring_poly(out, secret, N, more, 12 * (N / 4), public, public + 2, public + 4 * N, 2, N / 4, 3);
+}
+
+static void ring_wave(void)
+{
+    static const double terms[] = {1, 0.5, 0, 0.5, 3e5, 7e4}, circle[] = {-0.5, 0.25, 1, -1, 2, 3};
+    mk_ring_wave(out, secret, 4 * N, public, public + N, terms, circle, 2, 2, N, 2, 26);
+}
+
+static void ring_decay(void)
+{
+    static const double turned[] = {1e5, 7e4, 3e3, 1e6, 1e5, 7e4, 3e3, 1e6}, exponential[] = {0.5, 1, 1};
+    mk_ring_decay(out, secret, 4 * N, public, turned, exponential, 2, 0x1p-13, 0.5, 2, N, 4, 13);
 }
 
 static void bits_mask(void)
@@ -352,6 +364,8 @@ static void bytes_equal(void)
     X(ring_norm_scale)                                                                                                 \
     X(ring_drop)                                                                                                       \
     X(ring_poly)                                                                                                       \
+    X(ring_wave)                                                                                                       \
+    X(ring_decay)                                                                                                      \
     X(bits_mask)                                                                                                       \
     X(ring_unmask)                                                                                                     \
     X(ring_pick)                                                                                                       \

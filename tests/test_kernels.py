@@ -27,6 +27,7 @@ from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from mimir import kernels as k
 from mimir.errors import LocalError
 from mimir.kernels import build
+from mimir.mpc import waves
 
 U64 = npt.NDArray[np.uint64]
 M = 1 << 64
@@ -306,7 +307,13 @@ def test_matmul_batched(level: str, rng: np.random.Generator, shape: tuple[int, 
     a, b = words(rng, batch, m, n_in), words(rng, batch, n_in, n)
     want = u64([o_matmul(x, y) for x, y in zip(a, b, strict=True)]).reshape(batch, m, n)
     same(k.matmul(a, b), want)
-    same(k.matmul_nt(a, np.ascontiguousarray(b.transpose(0, 2, 1))), want)
+    turned = np.ascontiguousarray(b.transpose(0, 2, 1))
+    same(k.matmul_nt(a, turned), want)
+    for product, right in ((k.matmul, b), (k.matmul_nt, turned)):  # where more lies between matrices
+        wide = words(rng, batch, right.shape[1] + 3, right.shape[2])
+        wide[:, 1:-2] = right
+        same(product(a, wide[:, 1:-2]), want)
+        same(product(a, np.repeat(right, 2, axis=2)[:, :, ::2]), want)
 
 
 @pytest.mark.parametrize("m", [1, 2, 6, 7, 19])
@@ -398,6 +405,8 @@ def test_bit_slice(level: str, rng: np.random.Generator, n: int, nbits: int) -> 
     if n % 64:
         dirty[:, -1] |= np.uint64((ONES << (n % 64)) & ONES)  # input padding is ignored
     same(k.bit_unslice(dirty, n), [v & low for v in ints(x)])
+    rows = words(rng, 2, 3, n)
+    same(k.bit_slice(rows, nbits), [[k.bit_slice(row.copy(), nbits) for row in part] for part in rows])
 
 
 @pytest.mark.parametrize("n", LENGTHS)
@@ -424,7 +433,7 @@ def test_bit_misuse(rng: np.random.Generator) -> None:
     refuses(
         lambda: k.bit_slice(x, 0),
         lambda: k.bit_slice(x, 65),
-        lambda: k.bit_slice(x[None], 3),
+        lambda: k.bit_slice(x[::2], 3),
         lambda: k.bit_unslice(k.bit_slice(x, 3), 64),
         lambda: k.bit_unslice(words(rng, 65, 2), 70),
         lambda: k.bit_unslice(words(rng, 0, 2), 70),
@@ -595,6 +604,35 @@ def test_poly(level: str, rng: np.random.Generator, n: int, degree: int) -> None
 
 
 @pytest.mark.parametrize("n", SOME)
+@pytest.mark.parametrize("count", (1, 4, 16))
+def test_wave(level: str, rng: np.random.Generator, n: int, count: int) -> None:
+    """To the bit what waves.py makes of the same: multiplications and additions of doubles, none joined."""
+    for bits in (1, 26, 47):
+        material, opened = apart(rng, 2, n, 2 * count), words(rng, n)
+        turns = words(rng, count) >> np.uint64(50)
+        cos, sin = waves.circle(rng.random(count))
+        amplitude = rng.normal(size=count) * 2.0 ** rng.integers(0, 46, count)
+        got = k.wave(material, opened, k.Cosines(turns, bits, np.array([cos, sin, amplitude]), waves.CIRCLE))
+        c, s = waves.circle(waves.fractions(opened, ints(turns), bits))
+        turned = np.concatenate([(c * cos - s * sin) * amplitude, (c * sin + s * cos) * amplitude], axis=1)
+        same(got, (material * waves.integers(turned, 0)).sum(axis=2, dtype=np.uint64))
+
+
+@pytest.mark.parametrize("n", SOME)
+@pytest.mark.parametrize("size", (1, 2, 16))
+def test_decay(level: str, rng: np.random.Generator, n: int, size: int) -> None:
+    for rest, width in ((1, 2.56), (13, 2.56), (40, 0.7)):
+        e, opened = apart(rng, 2, n, size), words(rng, n)
+        bins = rng.random(size) * 2.0 ** rng.integers(0, 44, size)
+        got = k.decay(e, opened, k.Bins(bins, rest, width * 2.0**-rest, width / 2, waves.EXP))
+        low = (opened & np.uint64((1 << rest) - 1)).astype(np.float64)
+        within = waves.exponential(low * (width * 2.0**-rest) - width / 2)
+        away = ((opened >> np.uint64(rest)).astype(np.int64)[:, None] - np.arange(size)) % size
+        public = waves.integers(within[:, None] * bins[away], 0)
+        same(got, (e * public).sum(axis=2, dtype=np.uint64))
+
+
+@pytest.mark.parametrize("n", SOME)
 def test_masks_of_bits(level: str, rng: np.random.Generator, n: int) -> None:
     one, ring = words(rng, 2), apart(rng, 2, n)
     packed = apart(rng, 2, (n + 63) // 64)
@@ -664,6 +702,10 @@ def test_bits_products(level: str, rng: np.random.Generator, n: int) -> None:
 def test_online_misuse(rng: np.random.Generator) -> None:
     x, one, bits = words(rng, 2, 70), words(rng, 2), words(rng, 2)
     over, products = words(rng, 2, 70, 3), k.Products([((0, 1), (0, 1, 2))])
+    cosines, bins = (
+        k.Cosines(bits, 26, np.ones((3, 2)), waves.CIRCLE),
+        k.Bins(np.ones(4), 9, 1.0, 0.5, waves.EXP),
+    )
     refuses(
         lambda: k.trunc_mask(x, x[:, :69], one, [(70, 20, 4, 61)]),
         lambda: k.trunc_mask(x, x, one[:1], [(70, 20, 4, 61)]),
@@ -683,6 +725,17 @@ def test_online_misuse(rng: np.random.Generator) -> None:
         lambda: k.drop(x, one, (0,), 0),
         lambda: k.poly(words(rng, 2, 4, 70), words(rng, 2, 70, 11), one, words(rng, 70, 3), x[0]),
         lambda: k.poly(words(rng, 2, 4, 70), words(rng, 2, 70, 63), one, words(rng, 70, 9), x[0]),
+        lambda: k.Cosines(bits, 51, np.ones((3, 2)), waves.CIRCLE),
+        lambda: k.Cosines(bits, 26, np.ones((3, 1)), waves.CIRCLE),
+        lambda: k.Cosines(bits, 26, np.full((3, 2), 2.0**50), waves.CIRCLE),
+        lambda: k.Cosines(words(rng, 17), 26, np.ones((3, 17)), waves.CIRCLE),
+        lambda: k.wave(words(rng, 2, 70, 4), x[0, :69], cosines),
+        lambda: k.wave(words(rng, 2, 70, 3), x[0], cosines),
+        lambda: k.Bins(np.ones(3), 13, 1.0, 0.5, waves.EXP),
+        lambda: k.Bins(np.full(4, 2.0**50), 13, 1.0, 0.5, waves.EXP),
+        lambda: k.Bins(np.ones(4, np.float32), 13, 1.0, 0.5, waves.EXP),
+        lambda: k.decay(words(rng, 2, 70, 8), x[0], bins),
+        lambda: k.decay(words(rng, 2, 70, 4), x[0, :69], bins),
         lambda: k.bits_mask(words(rng, 2, 1), x),
         lambda: k.ring_unmask(x, one, bits[:1]),
         lambda: k.ring_pick(x, words(rng, 2, 70, 2), words(rng, 2, 70, 3), words(rng, 70, 2), bits),
@@ -1251,6 +1304,8 @@ def walk_fences() -> None:
             k.norm_scale(w(2, 3, n), w(2, 3), w(2, 3, n, 4), w(3), w(3, n), 20, 4)
             k.drop(w(2, n), w(2), (3, 5), 20)
             k.poly(w(2, 4, n), w(2, n, 12), w(2), w(n, 3), w(n))
+            k.wave(w(2, n, 4), w(n), k.Cosines(w(2), 26, np.ones((3, 2)), waves.CIRCLE))
+            k.decay(w(2, n, 4), w(n), k.Bins(np.ones(4), 9, 1.0, 0.5, waves.EXP))
             k.bits_mask(w(2, packed), w(2, n))
             k.ring_unmask(w(2, n), w(2), w(packed))
             k.ring_pick(w(2, n), w(2, n, 3), w(2, n, 3), w(n, 3), w(packed))

@@ -1640,6 +1640,19 @@ def test_cost_of_an_odd_packed_opening(backend: Replicated, n: int) -> None:
     execute(backend, op, ring(np.arange(n) % 16))
 
 
+def test_a_cache_that_grows_holds_what_was_put_in() -> None:
+    """Piece by piece, also past its room; what was returned before stays as it was."""
+    rng = np.random.default_rng(3)
+    cache, kept = LayerCache(), []
+    sizes = (2, 1, 1, transformer.CACHE_ROOM, 1, 7)
+    pieces = [rng.integers(0, 2**64, (3, 2, n, 5), np.uint64) for n in sizes]
+    for i, piece in enumerate(pieces):
+        delta, mask = cache.extend(piece[0], planning({})[0].share(piece[1:]))
+        kept.append((delta, mask.v, np.concatenate(pieces[: i + 1], axis=2)))
+    for delta, mask, whole in kept:
+        assert np.array_equal(delta, whole[0]) and np.array_equal(mask, whole[1:])
+
+
 @pytest.mark.parametrize(
     ("spec", "sampler"),
     [(LLAMA, None), (LLAMA, "greedy"), (GPT2, "sample")],

@@ -23,6 +23,7 @@ import numpy.typing as npt
 from mimir.errors import ConfigError, EnvironmentMissing, LocalError
 
 U64: TypeAlias = npt.NDArray[np.uint64]
+Real: TypeAlias = npt.NDArray[np.float64]
 Bytes: TypeAlias = bytes | bytearray | memoryview
 
 LEVELS = ("ref", "avx2", "avx512")
@@ -35,6 +36,8 @@ MAX_ROWS = 64  # MK_ROWS
 MAX_ENTRIES = 512  # MK_ENTRIES
 MAX_DEGREE = 8  # MK_DEGREE
 MAX_DIGIT = 10  # MK_DIGIT
+MAX_TURNS = 16  # MK_TURNS
+EXACT_BITS = 50  # MK_EXACT
 MAX_MONOMIAL = 16  # MK_MONOMIAL
 MAX_THREADS = 64  # MK_THREADS
 
@@ -59,6 +62,7 @@ def _load() -> tuple[Any, Any]:
 _ffi, _lib = _load()
 _from_buffer: Any = _ffi.from_buffer if not isinstance(_ffi, _Missing) else None
 _WORDS: Any = _ffi.typeof("uint64_t[]") if not isinstance(_ffi, _Missing) else None
+_DOUBLES: Any = _ffi.typeof("double[]") if not isinstance(_ffi, _Missing) else None
 
 
 # ---- levels ----
@@ -245,21 +249,25 @@ def _product(kernel: str, a: U64, b: U64, out: U64 | None, add: bool) -> U64:
     batched = isinstance(a, np.ndarray) and a.ndim == 3
     lead: tuple[int, ...] = (a.shape[0],) if batched else ()
     m, k = _array("a", a, (*lead, None, None))[-2:]
-    if kernel == "mk_ring_matmul":
-        n = _array("b", b, (*lead, k, None))[-1]
+    turned = kernel != "mk_ring_matmul"
+    n = _dims("b", b, 3 if batched else 2)[-2 if turned else -1]
+    shape = (*lead, *((n, k) if turned else (k, n)))
+    if batched:
+        matrices, apart = _apart("b", b, shape)
     else:
-        n = _array("b", b, (*lead, None, k))[-2]
+        _array("b", b, shape)
+        matrices, apart = _in(b), 0
     if out is None and add:
         raise LocalError("add needs out")
     out = _room(out, (*lead, m, n), a, b)
-    getattr(_lib, kernel)(_out(out), _in(a), _in(b), lead[0] if batched else 1, m, k, n, int(add))
+    getattr(_lib, kernel)(_out(out), _in(a), matrices, apart, lead[0] if batched else 1, m, k, n, int(add))
     return out
 
 
 def matmul(a: U64, b: U64, out: U64 | None = None, add: bool = False) -> U64:
     """a (m, k) times b (k, n) -> (m, n) modulo 2^64, added to `out` if `add`.
 
-    Batched over a leading dimension if both have one.
+    Batched over a leading dimension if both have one; of b each matrix must be dense, or it is copied.
     With m = 1 the product streams b once, so it is bound by memory.
     """
     return _product("mk_ring_matmul", a, b, out, add)
@@ -294,10 +302,14 @@ def rss_and(x: U64, y: U64, alpha: U64) -> U64:
 
 
 def bit_slice(x: U64, nbits: int) -> U64:
-    """(n,) -> (nbits, ceil(n/64)): bit l of plane b, word w is bit b of x[64 w + l]; padding is zero."""
-    (n,) = _array("x", x, (None,))
-    planes = np.empty((_count("nbits", nbits, 1, WORD_BITS), _words(n)), np.uint64)
-    _lib.mk_bits_slice(_out(planes), _in(x), n, planes.shape[0])
+    """(.., n) -> (.., nbits, ceil(n/64)): bit l of plane b, word w of a row is bit b of its x[64 w + l];
+    padding is zero.
+    """
+    *lead, n = _array("x", x, (*_leading("x", x), None))
+    rows, packed = math.prod(lead), (_count("nbits", nbits, 1, WORD_BITS), _words(n))
+    planes = np.empty((*lead, *packed), np.uint64)
+    for row, out in zip(x.reshape(rows, n), planes.reshape(rows, *packed), strict=True):
+        _lib.mk_bits_slice(_out(out), _in(row), n, nbits)
     return planes
 
 
@@ -562,6 +574,86 @@ def poly(coefs: U64, material: U64, one: U64, delta: U64, rest: U64) -> U64:
     return out
 
 
+class Cosines:
+    """Functions of an opened value o for `wave`: of each term k the real and the imaginary part of
+    (re + i im) e^(2 pi i turns o / 2^bits) amplitude, rounded.
+    """
+
+    def __init__(self, turns: U64, bits: int, terms: Real, polynomials: Real) -> None:
+        """terms (3, count): re, im, amplitude. polynomials (2, degree + 1): of cos(2 pi u) and of
+        sin(2 pi u) / u in u^2, the highest power first.
+        """
+        (self.count,) = _array("turns", turns, (None,))
+        _count("the number of turns", self.count, 1, MAX_TURNS)
+        _reals("terms", terms, (3, self.count))
+        self.degree = _reals("polynomials", polynomials, (2, None))[1] - 1
+        self.bits = _count("bits", bits, 1, EXACT_BITS)
+        _exact("amplitudes", terms[2])
+        self.turns, self.terms, self.polynomials = turns, terms, polynomials
+
+
+def wave(waves: U64, opened: U64, cosines: Cosines) -> U64:
+    """Sums of products with functions of opened (n,): waves (parts, n, 2 count), of which the first half are
+    multiplied by real parts -> (parts, n).
+    """
+    parts, n, _ = _dims("waves", waves, 3)
+    _array("opened", opened, (n,))
+    out = np.empty((parts, n), np.uint64)
+    _lib.mk_ring_wave(
+        _out(out),
+        *_apart("waves", waves, (parts, n, 2 * cosines.count)),
+        _in(opened),
+        _in(cosines.turns),
+        _from_buffer(_DOUBLES, cosines.terms),
+        _from_buffer(_DOUBLES, cosines.polynomials),
+        cosines.degree,
+        parts,
+        n,
+        cosines.count,
+        cosines.bits,
+    )
+    return out
+
+
+class Bins:
+    """Functions of an opened value for `decay`: at place j bins[u - j mod size] e^y, rounded, with u its bits
+    from `rest` on, and y the lower ones times `factor`, less `offset`.
+    """
+
+    def __init__(self, bins: Real, rest: int, factor: float, offset: float, polynomial: Real) -> None:
+        """bins (size,), a power of two; polynomial (degree + 1,), of e^y, the highest power first."""
+        (self.size,) = _reals("bins", bins, (None,))
+        _power_of_two("the number of bins", self.size)
+        self.degree = _reals("polynomial", polynomial, (None,))[0] - 1
+        self.rest = _count("rest", rest, 1, EXACT_BITS)
+        _exact("bins", bins * 2.0 ** (2 * abs(offset)))  # e^y < 4^|offset|, where y is within the offset
+        back = np.roll(bins[::-1], 1)
+        self.turned, self.polynomial = np.concatenate([back, back]), polynomial
+        self.factor, self.offset = factor, offset
+
+
+def decay(e: U64, opened: U64, bins: Bins) -> U64:
+    """Sums of products with functions of opened (n,): e (parts, n, size) -> (parts, n)."""
+    parts, n, _ = _dims("e", e, 3)
+    _array("opened", opened, (n,))
+    out = np.empty((parts, n), np.uint64)
+    _lib.mk_ring_decay(
+        _out(out),
+        *_apart("e", e, (parts, n, bins.size)),
+        _in(opened),
+        _from_buffer(_DOUBLES, bins.turned),
+        _from_buffer(_DOUBLES, bins.polynomial),
+        bins.degree,
+        bins.factor,
+        bins.offset,
+        parts,
+        n,
+        bins.size,
+        bins.rest,
+    )
+    return out
+
+
 def bits_mask(bits: U64, ring: U64) -> U64:
     """Words of bits (parts, ceil(n/64)) ^ the lowest bits of ring (parts, n)."""
     parts, n = _dims("ring", ring, 2)
@@ -705,6 +797,20 @@ def _dims(name: str, value: Any, count: int) -> tuple[int, ...]:
         raise LocalError(f"{name} must be a uint64 array of {count} dimensions")
     shape: tuple[int, ...] = value.shape
     return shape
+
+
+def _reals(name: str, value: Any, shape: Sequence[int | None]) -> tuple[int, ...]:
+    """Check that it is an array of doubles that kernels can read; return the shape."""
+    if not isinstance(value, np.ndarray) or value.dtype != np.float64 or not value.flags.c_contiguous:
+        raise LocalError(f"{name} must be a contiguous array of doubles")
+    if not _fits(value.shape, shape) or not value.size:
+        raise LocalError(f"{name} must not have shape {value.shape}")
+    return value.shape
+
+
+def _exact(name: str, value: Real) -> None:
+    if not np.all(np.abs(value) < 2.0 ** (EXACT_BITS - 1)):
+        raise LocalError(f"{name} are too large to be rounded to integers")
 
 
 def _one(value: Any, parts: int) -> Any:

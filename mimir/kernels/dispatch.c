@@ -129,6 +129,14 @@ MK_THUNK(mk_ring_poly,
          (uint64_t *out, const uint64_t *coefs, size_t coefs_apart, const uint64_t *poly, size_t poly_apart, const
           uint64_t *one, const uint64_t *delta, const uint64_t *rest, size_t parts, size_t n, size_t degree),
          (out, coefs, coefs_apart, poly, poly_apart, one, delta, rest, parts, n, degree))
+MK_THUNK(mk_ring_wave,
+         (uint64_t *out, const uint64_t *waves, size_t apart, const uint64_t *opened, const uint64_t *turns, const double
+          *terms, const double *polynomials, size_t degree, size_t parts, size_t n, size_t count, unsigned bits),
+         (out, waves, apart, opened, turns, terms, polynomials, degree, parts, n, count, bits))
+MK_THUNK(mk_ring_decay,
+         (uint64_t *out, const uint64_t *e, size_t apart, const uint64_t *opened, const double *turned, const double
+          *polynomial, size_t degree, double factor, double offset, size_t parts, size_t n, size_t size, unsigned rest),
+         (out, e, apart, opened, turned, polynomial, degree, factor, offset, parts, n, size, rest))
 MK_THUNK(mk_bits_mask,
          (uint64_t *out, const uint64_t *bits, size_t bits_apart, const uint64_t *ring, size_t ring_apart, size_t
           parts, size_t n),
@@ -258,7 +266,7 @@ struct row {
     __typeof__(mk_ring_product) *run;
     uint64_t *c;
     const uint64_t *a, *b;
-    size_t k, n, strips, depths; /* strips of BREADTH columns of one product, units of DEPTH rows of each */
+    size_t apart, k, n, strips, depths; /* strips of BREADTH columns of one product, units of DEPTH rows of each */
     pthread_mutex_t *adding;
 };
 
@@ -275,7 +283,7 @@ static void row_piece(const void *job, size_t first, size_t count)
         size_t unit = first % j->depths, some = least(count, j->depths - unit), from = DEPTH * unit;
         size_t depth = least(j->k - from, DEPTH * some), width = least(j->n - column, BREADTH);
         uint64_t *c = j->c + at * j->n + column;
-        const uint64_t *a = j->a + at * j->k + from, *b = j->b + (at * j->k + from) * j->n + column;
+        const uint64_t *a = j->a + at * j->k + from, *b = j->b + at * j->apart + from * j->n + column;
         if (depth == j->k) j->run(c, a, b, 1, depth, j->n, width, 1);
         else {
             uint64_t part[BREADTH];
@@ -305,7 +313,7 @@ struct products {
     __typeof__(mk_ring_product) *run;
     uint64_t *c;
     const uint64_t *a, *b;
-    size_t m, k, n, units; /* units of one product */
+    size_t apart, m, k, n, units; /* units of one product */
     int add, turned, by_rows;
 };
 
@@ -315,7 +323,7 @@ static void products_piece(const void *job, size_t first, size_t count)
     while (count > 0) {
         size_t at = first / j->units, unit = first % j->units, some = least(count, j->units - unit);
         uint64_t *c = j->c + at * j->m * j->n;
-        const uint64_t *a = j->a + at * j->m * j->k, *b = j->b + at * j->k * j->n;
+        const uint64_t *a = j->a + at * j->m * j->k, *b = j->b + at * j->apart;
         if (j->by_rows) {
             size_t from = ROWS * unit, rows = least(j->m - from, ROWS * some);
             j->run(c + from * j->n, a + from * j->k, b, rows, j->k, j->n, j->n, j->add);
@@ -334,17 +342,17 @@ static void products(struct products job, size_t batch)
     mk_split(batch * job.units, 1, batch * job.m * job.k * job.n / (job.m == 1 ? 2 : 4), products_piece, &job);
 }
 
-void mk_ring_matmul(uint64_t *c, const uint64_t *a, const uint64_t *b, size_t batch, size_t m, size_t k, size_t n,
-                    int add)
+void mk_ring_matmul(uint64_t *c, const uint64_t *a, const uint64_t *b, size_t b_apart, size_t batch, size_t m, size_t k,
+                    size_t n, int add)
 {
     const struct table *now = atomic_load_explicit(&active, memory_order_relaxed);
-    if (m == 1) rows_times((struct row){now->mk_ring_product, c, a, b, k, n, 0, 0, NULL}, batch, add);
-    else products((struct products){now->mk_ring_product, c, a, b, m, k, n, .add = add}, batch);
+    if (m == 1) rows_times((struct row){now->mk_ring_product, c, a, b, b_apart, k, n, 0, 0, NULL}, batch, add);
+    else products((struct products){now->mk_ring_product, c, a, b, b_apart, m, k, n, .add = add}, batch);
 }
 
-void mk_ring_matmul_nt(uint64_t *c, const uint64_t *a, const uint64_t *b, size_t batch, size_t m, size_t k, size_t n,
-                       int add)
+void mk_ring_matmul_nt(uint64_t *c, const uint64_t *a, const uint64_t *b, size_t b_apart, size_t batch, size_t m,
+                       size_t k, size_t n, int add)
 {
     const struct table *now = atomic_load_explicit(&active, memory_order_relaxed);
-    products((struct products){now->mk_ring_product_nt, c, a, b, m, k, n, .add = add, .turned = 1}, batch);
+    products((struct products){now->mk_ring_product_nt, c, a, b, b_apart, m, k, n, .add = add, .turned = 1}, batch);
 }

@@ -40,11 +40,11 @@ void mk_threads_alone(void);
 void mk_prg_aes(uint8_t *out, size_t n, const uint8_t *key, uint64_t stream, uint64_t block);
 
 /* Matrix products, `batch` times over: c (m, n) = a (m, k) b (k, n), or with _nt the rows of b are its columns:
- * b (n, k). With add nonzero the product is added to c. Public: add. */
-void mk_ring_matmul(uint64_t *c, const uint64_t *a, const uint64_t *b, size_t batch, size_t m, size_t k, size_t n,
-                    int add);
-void mk_ring_matmul_nt(uint64_t *c, const uint64_t *a, const uint64_t *b, size_t batch, size_t m, size_t k, size_t n,
-                       int add);
+ * b (n, k). Each b begins b_apart words after the one before. With add nonzero the product is added to c. Public: add. */
+void mk_ring_matmul(uint64_t *c, const uint64_t *a, const uint64_t *b, size_t b_apart, size_t batch, size_t m, size_t k,
+                    size_t n, int add);
+void mk_ring_matmul_nt(uint64_t *c, const uint64_t *a, const uint64_t *b, size_t b_apart, size_t batch, size_t m,
+                       size_t k, size_t n, int add);
 
 /* A party's additive term of a product of replicated shares, x and y of shape (2, n):
  * out = x0 y0 + x0 y1 + x1 y0 + alpha, and over bits with & and ^. */
@@ -130,6 +130,25 @@ void mk_ring_drop(uint64_t *out, const uint64_t *x, size_t x_apart, const uint64
 void mk_ring_poly(uint64_t *out, const uint64_t *coefs, size_t coefs_apart, const uint64_t *poly, size_t poly_apart,
                   const uint64_t *one, const uint64_t *delta, const uint64_t *rest, size_t parts, size_t n,
                   size_t degree);
+
+/* Sums of products of material with public functions of what was opened, which are doubles, rounded to the nearest
+ * integer: every party must get the same, so additions and multiplications are those of waves.py, in their order.
+ * wave: out = sum over k < count of waves_k a_k + waves_{count + k} b_k, waves (n, 2 count), where a_k + i b_k =
+ * (re_k + i im_k) e^{2 pi i t} amplitude_k, t = turns_k opened / 2^bits modulo 1; terms (3, count) are re, im and
+ * amplitude. bits <= MK_EXACT; count <= MK_TURNS.
+ * decay: out = sum over j of e_j bins[(opened >> rest) - j mod size] e^y, e (n, size), y = (opened mod 2^rest) factor -
+ * offset; turned (2 size) is bins turned as for lookup; size is a power of two, rest <= MK_EXACT.
+ * Polynomials come as waves.py has them, the highest power first: of wave that of cos(2 pi u), then that of
+ * sin(2 pi u) / u, in u^2, u = t - 1/2; of decay that of e^y. What is rounded must be below 2^MK_EXACT. All but waves
+ * and e is public. */
+#define MK_EXACT 50
+#define MK_TURNS 16
+void mk_ring_wave(uint64_t *out, const uint64_t *waves, size_t apart, const uint64_t *opened, const uint64_t *turns,
+                  const double *terms, const double *polynomials, size_t degree, size_t parts, size_t n, size_t count,
+                  unsigned bits);
+void mk_ring_decay(uint64_t *out, const uint64_t *e, size_t apart, const uint64_t *opened, const double *turned,
+                   const double *polynomial, size_t degree, double factor, double offset, size_t parts, size_t n,
+                   size_t size, unsigned rest);
 
 /* Bits, as words of lanes or as ring elements 0 or 1.
  * mask: out = bits ^ the lowest bits of ring (n), packed; padding is that of bits.

@@ -34,6 +34,8 @@ void mk_ring_product_nt(uint64_t *c, const uint64_t *a, const uint64_t *b, size_
     X(mk_ring_norm_scale)                                                                                              \
     X(mk_ring_drop)                                                                                                    \
     X(mk_ring_poly)                                                                                                    \
+    X(mk_ring_wave)                                                                                                    \
+    X(mk_ring_decay)                                                                                                   \
     X(mk_bits_mask)                                                                                                    \
     X(mk_ring_unmask)                                                                                                  \
     X(mk_ring_pick)                                                                                                    \

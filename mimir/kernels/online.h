@@ -144,6 +144,92 @@ void MK(mk_ring_poly)(uint64_t *restrict out, const uint64_t *coefs, size_t coef
     }
 }
 
+/* ---- public doubles ---- */
+
+#define EXACT 0x1.8p52 /* next to it doubles are integers: adding it rounds to the nearest, as processors do by default */
+
+/* A word below 2^52 as a double, and a double below 2^51 as a word, rounded: neither is a vector's conversion in AVX2. */
+static inline double double_of(uint64_t word)
+{
+    union { uint64_t word; double value; } u = {.word = word | 0x4330000000000000};
+    return u.value - 0x1p52;
+}
+
+static inline uint64_t rounded(double x)
+{
+    union { double value; uint64_t word; } u = {.value = x + EXACT}, zero = {.value = EXACT};
+    return u.word - zero.word;
+}
+
+enum { ABREAST = 16 }; /* elements side by side */
+
+void MK(mk_ring_wave)(uint64_t *restrict out, const uint64_t *waves, size_t apart, const uint64_t *opened,
+                      const uint64_t *turns, const double *terms, const double *polynomials, size_t degree,
+                      size_t parts, size_t n, size_t count, unsigned bits)
+{
+    const uint64_t mask = ((uint64_t)1 << bits) - 1;
+    const double unit = 1 / (double)((uint64_t)1 << bits);
+    uint64_t factors[2 * MK_TURNS][ABREAST];
+    for (size_t at = 0; at < n; at += ABREAST) {
+        size_t some = n - at < ABREAST ? n - at : ABREAST;
+        uint64_t told[ABREAST] = {0};
+        for (size_t i = 0; i < some; i++) told[i] = opened[at + i];
+        for (size_t k = 0; k < count; k++) {
+            double u[ABREAST], square[ABREAST], cos[ABREAST], sin[ABREAST];
+            for (size_t i = 0; i < ABREAST; i++) {
+                u[i] = double_of(told[i] * turns[k] & mask) * unit - 0.5;
+                square[i] = u[i] * u[i];
+                cos[i] = polynomials[0];
+                sin[i] = polynomials[degree + 1];
+            }
+            for (size_t d = 1; d <= degree; d++)
+                for (size_t i = 0; i < ABREAST; i++) {
+                    cos[i] = cos[i] * square[i] + polynomials[d];
+                    sin[i] = sin[i] * square[i] + polynomials[degree + 1 + d];
+                }
+            double re = terms[k], im = terms[count + k], amplitude = terms[2 * count + k];
+            for (size_t i = 0; i < ABREAST; i++) {
+                double c = -cos[i], s = -u[i] * sin[i];
+                factors[k][i] = rounded((c * re - s * im) * amplitude);
+                factors[count + k][i] = rounded((c * im + s * re) * amplitude);
+            }
+        }
+        for (size_t p = 0; p < parts; p++)
+            for (size_t i = 0; i < some; i++) {
+                const uint64_t *row = waves + p * apart + (at + i) * 2 * count;
+                uint64_t sum = 0;
+                for (size_t k = 0; k < 2 * count; k++) sum += row[k] * factors[k][i];
+                out[p * n + at + i] = sum;
+            }
+    }
+}
+
+void MK(mk_ring_decay)(uint64_t *restrict out, const uint64_t *e, size_t apart, const uint64_t *opened,
+                       const double *turned, const double *polynomial, size_t degree, double factor, double offset,
+                       size_t parts, size_t n, size_t size, unsigned rest)
+{
+    for (size_t at = 0; at < n; at += ABREAST) {
+        size_t some = n - at < ABREAST ? n - at : ABREAST;
+        double y[ABREAST] = {0}, within[ABREAST];
+        for (size_t i = 0; i < some; i++) y[i] = double_of(opened[at + i] & (((uint64_t)1 << rest) - 1));
+        for (size_t i = 0; i < ABREAST; i++) {
+            y[i] = y[i] * factor - offset;
+            within[i] = polynomial[0];
+        }
+        for (size_t d = 1; d <= degree; d++)
+            for (size_t i = 0; i < ABREAST; i++) within[i] = within[i] * y[i] + polynomial[d];
+        for (size_t i = 0; i < some; i++) {
+            const double *bins = turned + (-(opened[at + i] >> rest) & (size - 1));
+            for (size_t p = 0; p < parts; p++) {
+                const uint64_t *row = e + p * apart + (at + i) * size;
+                uint64_t sum = 0;
+                for (size_t j = 0; j < size; j++) sum += row[j] * rounded(within[i] * bins[j]);
+                out[p * n + at + i] = sum;
+            }
+        }
+    }
+}
+
 /* ---- bits ---- */
 
 void MK(mk_bits_mask)(uint64_t *restrict out, const uint64_t *bits, size_t bits_apart, const uint64_t *ring,

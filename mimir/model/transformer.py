@@ -27,6 +27,7 @@ from mimir.mpc.share import Backend, Share, concat
 from mimir.mpc.weights import array
 
 ROTARY_SCALE: Final = 14  # fraction bits of sines and cosines
+CACHE_ROOM: Final = 64  # positions for which a cache that is full gets room
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,18 +65,32 @@ def index_bits(count: int) -> int:
 
 @dataclass(slots=True)
 class LayerCache:
-    """Keys or values of one layer: deltas (kv_heads, positions, head_dim) are public, masks are shares."""
+    """Keys or values of one layer: deltas (kv_heads, positions, head_dim) are public, masks are shares.
+    Either is one array if there is any.
+
+    Both lie in `room`, (1 + components, kv_heads, positions and some more, head_dim), once there were two
+    pieces: a token is written behind the others, which need not be copied for it.
+    """
 
     delta: list[Ring] = field(default_factory=list)
     mask: list[Share] = field(default_factory=list)
+    room: Ring | None = None
 
     def extend(self, delta: Ring, mask: Share) -> tuple[Ring, Share]:
-        """Add rows; return everything, joined along the positions."""
-        self.delta.append(delta)
-        self.mask.append(mask)
-        if len(self.delta) > 1:
-            self.delta = [np.concatenate(self.delta, axis=1)]
-            self.mask = [concat(self.mask, axis=1)]
+        """Add rows; return everything, joined along the positions. Heads of it are dense."""
+        if not self.delta:
+            self.delta, self.mask = [delta], [mask]
+            return delta, mask
+        have = self.delta[0].shape[1]
+        end = have + delta.shape[1]
+        room = self.room
+        if room is None or room.shape[2] < end:
+            heads, _, width = delta.shape
+            room = np.empty((1 + len(mask.v), heads, end + CACHE_ROOM, width), np.uint64)
+            room[0, :, :have], room[1:, :, :have] = self.delta[0], self.mask[0].v
+            self.room = room
+        room[0, :, have:end], room[1:, :, have:end] = delta, mask.v
+        self.delta, self.mask = [room[0, :, :end]], [Share(room[1:, :, :end], mask.bk)]
         return self.delta[0], self.mask[0]
 
 
@@ -141,7 +156,7 @@ async def _per_head(
     m = right.shape[1 if turned else 2]
 
     def times(a: Ring, b: Ring) -> Ring:
-        a, b = np.ascontiguousarray(a), np.ascontiguousarray(b)
+        a = np.ascontiguousarray(a)
         return kernels.matmul_nt(a, b) if turned else kernels.matmul(a, b)
 
     def local() -> Ring:

@@ -89,9 +89,7 @@ class Masked:
         if isinstance(s, Bits) or self.width == 64:
             return flat
         if _sliced(self.width, flat.shape[1]):
-            return np.stack(
-                [kernels.bit_slice(np.ascontiguousarray(v), self.width).reshape(-1) for v in flat]
-            )
+            return kernels.bit_slice(np.ascontiguousarray(flat), self.width).reshape(len(flat), -1)
         return _narrow(flat, self.width) if self.width <= 32 else flat << np.uint64(64 - self.width)
 
     def words(self, s: Share) -> int:

@@ -332,6 +332,12 @@ class Scores:
     def keys(self) -> int:
         return self.values.shape[2]
 
+    def kept(self, x: Share, *more: int) -> Share:
+        """x (heads, rows, keys) and as many axes as there are `more` ones, 0 where not allowed."""
+        if self.allowed.all():  # as in the last row, the only one while decoding
+            return x
+        return x * self.allowed.astype(x.v.dtype, copy=False).reshape(1, *self.allowed.shape, *more)
+
     @property
     def count_bits(self) -> int:
         """Of a number of keys."""
@@ -392,8 +398,7 @@ async def exponentials(
     # Beyond the range this is garbage.
     (e,) = await ops.truncate_if(ctx, f"{step}/truncate", keep, (y, EXP_ROOM - EXP_SCALE, MOSTLY_ABOVE))
     weights = [
-        part.reshape(*b.values.shape) * b.allowed[None]
-        for b, part in zip(blocks, _by_score(blocks, e), strict=True)
+        b.kept(part.reshape(*b.values.shape)) for b, part in zip(blocks, _by_score(blocks, e), strict=True)
     ]
     return [(w, w.sum(2)) for w in weights]
 
@@ -467,10 +472,11 @@ async def _highest_bins(
     """For every row of every head the highest bin that one of its allowed scores lies in. Two rounds."""
     per_row = []
     for b, hot in zip(blocks, one_hots, strict=True):
-        hot = hot.reshape(*b.values.shape, -1) * b.allowed.astype(hot.v.dtype)[None, :, :, None]
+        hot = b.kept(hot.reshape(*b.values.shape, -1), 1)
         # How many scores lie in each bin, modulo 2^lane, which is more than there are.
-        per_row.append(hot.sum(2).reshape(-1, 1 << COARSE_BITS))
-    counts = concat(per_row).v
+        count = hot.v.sum(axis=3, dtype=hot.v.dtype)
+        per_row.append(count.reshape(len(count), -1, 1 << COARSE_BITS))
+    counts = per_row[0] if len(per_row) == 1 else np.concatenate(per_row, axis=1)
     at_least = ctx.share(np.cumsum(counts[..., ::-1], axis=-1, dtype=np.uint64)[..., ::-1])[:, 1:]
     # Counts of blocks of about as many keys are tested together.
     tests = _places([b.count_bits for b in blocks])

@@ -12,7 +12,6 @@ from functools import lru_cache
 from typing import Any, Final, Protocol, TypeAlias, TypeVar
 
 import numpy as np
-import numpy.typing as npt
 
 from mimir import kernels
 from mimir.errors import LocalError
@@ -541,26 +540,17 @@ async def wave(ctx: Context, step: str, x: Share, w: Wave) -> Share:
     """
     c = ctx.take(w.kind, x.size)
     (o,) = await ctx.doors.open_low(step, w.bits, drop(x.flat(), w.low, w.bits) + c["r"])
-    cos, sin = waves.circle(waves.fractions(o, w.turns, w.bits))
-    shift, amplitude = _phase(w)
-    turned = np.concatenate(
-        [
-            (cos * shift.real - sin * shift.imag) * amplitude,
-            (cos * shift.imag + sin * shift.real) * amplitude,
-        ],
-        axis=1,
-    )
-    y = (c["waves"] * waves.integers(turned, w.scale - 3 * np.tile(w.kind.scales, 2))).sum(1)
+    y = ctx.share(kernels.wave(c["waves"].v, o, _cosines(w)))
     return (y + constant(round(w.constant * 2.0**w.scale))).reshape(*x.shape)
 
 
 @lru_cache(maxsize=16)
-def _phase(w: Wave) -> tuple[npt.NDArray[np.complex128], npt.NDArray[np.float64]]:
-    """Of each cosine the turn back by the mean excess of what is read, as a complex number; its amplitude."""
+def _cosines(w: Wave) -> kernels.Cosines:
+    """Each cosine is turned back by the mean excess of what is read."""
     excess = 1.5 * (1 - 2.0**-w.low)
     back = np.array([(-k * excess * 2.0**-w.bits) % 1.0 for k in w.turns])
-    cos, sin = waves.circle(back)
-    return cos + 1j * sin, np.array(w.amplitudes)
+    terms = np.array([*waves.circle(back), np.ldexp(w.amplitudes, w.scale - 3 * w.kind.scales)])
+    return kernels.Cosines(np.array(w.turns, np.uint64), w.bits, terms, waves.CIRCLE)
 
 
 async def decay(
@@ -577,13 +567,15 @@ async def decay(
     (o,) = await ctx.doors.open_low(
         step, kind.rest + kind.bits, drop(x.flat(), low, kind.rest + kind.bits) + c["r"]
     )
-    size = 1 << kind.bits
-    rest = (o & np.uint64((1 << kind.rest) - 1)).astype(np.float64)
-    within = waves.exponential(rest * (kind.width * 2.0**-kind.rest) - kind.width / 2)
-    bins = np.array([waves.power(start + kind.width * (j - 1)) for j in range(size)])
-    away = ((o >> np.uint64(kind.rest)).astype(np.int64)[:, None] - np.arange(size)) % size
-    public = waves.integers(within[:, None] * bins[away], scale - 3 * prep.FACTOR_SCALE)
-    return (c["e"] * public).sum(1).reshape(*x.shape)
+    return ctx.share(kernels.decay(c["e"].v, o, _bins(kind, start, scale))).reshape(*x.shape)
+
+
+@lru_cache(maxsize=16)
+def _bins(kind: prep.Decay, start: float, scale: int) -> kernels.Bins:
+    """Of the middle of each bin the exponential; within it y goes from minus to plus half a bin."""
+    middles = [waves.power(start + kind.width * (j - 1)) for j in range(1 << kind.bits)]
+    bins = np.ldexp(middles, scale - 3 * prep.FACTOR_SCALE)
+    return kernels.Bins(bins, kind.rest, kind.width * 2.0**-kind.rest, kind.width / 2, waves.EXP)
 
 
 def one_hot(ctx: Context, c: dict[str, Share], opened: Ring, bits: int) -> Share:

@@ -1018,14 +1018,14 @@ class Store:
         if isinstance(kind, Keys):
             return self.material.pop(kind)
         at = self.taken.get(kind, 0)
-        out = {}
+        out, end = {}, at + n
+        # Of bit lanes 64 are a word of a plane; otherwise n counts words itself.
+        lo, hi = (at // 64, at // 64 + words(n)) if isinstance(kind, Digits) else (at, end)
         for name, v in have.items():
-            axis = _axis(name)
-            by_words = name == "planes" and isinstance(kind, Digits)  # otherwise n counts words itself
-            lo, hi = (at // 64, at // 64 + words(n)) if by_words else (at, at + n)
-            if hi > v.shape[axis]:
+            planes = name == "planes"
+            if (hi if planes else end) > v.shape[2 if planes else 1]:
                 raise LocalError(f"correlations of kind {kind} are used up; the demand was planned too small")
-            out[name] = v[(slice(None),) * axis + (slice(lo, hi),)]
+            out[name] = v[:, :, lo:hi] if planes else v[:, at:end]
         self.taken[kind] = at + lanes(kind, n)
         return out
 

@@ -7,7 +7,6 @@ leading axis of components.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -69,7 +68,7 @@ class Share:
 
     @property
     def size(self) -> int:
-        return math.prod(self.shape)
+        return self.v.size // len(self.v)
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.shape}>"

@@ -25,10 +25,11 @@ _TURN: Final = (2 * pi) ** 2
 # Of cos(2 pi u) and sin(2 pi u) / u in u^2, |u| <= 1/2, to within 4e-9: the highest power first.
 _COS: Final = [(-1) ** k * _TURN**k / factorial(2 * k) for k in range(9, -1, -1)]
 _SIN: Final = [(-1) ** k * 2 * pi * _TURN**k / factorial(2 * k + 1) for k in range(9, -1, -1)]
-_EXP: Final = [1 / factorial(k) for k in range(13, -1, -1)]  # of e^y, |y| <= 1.3, to within 1e-9
+CIRCLE: Final = np.array([_COS, _SIN])
+EXP: Final = np.array([1 / factorial(k) for k in range(13, -1, -1)])  # of e^y, |y| <= 1.3, to within 1e-9
 
 
-def _polynomial(coefficients: Sequence[float], x: Real) -> Real:
+def _polynomial(coefficients: Sequence[float] | Real, x: Real) -> Real:
     y = np.full_like(x, coefficients[0])
     for c in coefficients[1:]:
         y *= x
@@ -45,7 +46,7 @@ def circle(turns: Real) -> tuple[Real, Real]:
 
 def exponential(y: Real) -> Real:
     """e^y for |y| <= 1.3."""
-    return _polynomial(_EXP, y)
+    return _polynomial(EXP, y)
 
 
 def integers(x: Real, scale: int | npt.NDArray[np.int64]) -> Ring:
