@@ -751,19 +751,15 @@ class _Block:
 
     def halves(self, ext: Extension) -> Ring:
         """As of `ext`; with a component that is zero all that a party computes is one product, or none."""
-        if all(v is not None for v in (*self.a, *self.w)):
-            return ext.halves(_solid(self.a), _solid(self.w))
+        (a0, a1), (w0, w1) = self.a, self.w
+        if a0 is not None and a1 is not None and w0 is not None and w1 is not None:
+            return ext.halves((a0, a1), (w0, w1))
         out = np.zeros((2, *ext.shape), np.uint64)
         for x, y in _factors([(self.a, self.w)]):
             half = self.rows // 2
             out[0] = ext.inner(x[:half], y[:half])
             out[1] = ext.inner(ext.sub(x[half:], x[:half]), ext.sub(y[half:], y[:half]))
         return out
-
-
-def _solid(v: Sparse) -> Pair:
-    assert v[0] is not None and v[1] is not None
-    return v[0], v[1]
 
 
 class _Recursion:
