@@ -1434,7 +1434,7 @@ CHECKS: dict[str, Check] = {
     ),
     "injection: the second product": Check(
         "mpc.prep:Batch.inject",
-        "self.relations.extend((check.Dot(((x[0, j, :end], x[1, j, :end]),), (stated(2, j, end),), "
+        "self.relations.extend((check.Dot((stated(2, j, end),), ((x[0, j, :end], x[1, j, :end]),), "
         "z[:, span]) for j, end, span in ends))",
         spoiling(prep.DaBit(), "dabit/xor 2"),
     ),
@@ -1461,12 +1461,12 @@ CHECKS: dict[str, Check] = {
     ),
     "waves: cosines": Check(
         "mpc.prep:_wave",
-        "b.relations.append(check.Dot((p, q), (c[2], less[2]), z_re))",
+        "b.relations.append(check.Dot((c[2], less[2]), (p, q), z_re))",
         spoiling(WAVE, "wave 20/second", at=(0, 0, 0, 0)),
     ),
     "waves: sines": Check(
         "mpc.prep:_wave",
-        "b.relations.append(check.Dot((p, q), (s[2], c[2]), z_im))",
+        "b.relations.append(check.Dot((s[2], c[2]), (p, q), z_im))",
         spoiling(WAVE, "wave 20/second", at=(0, 1, 0, 0)),
     ),
     "decays: the dealt product": Check(
@@ -1476,7 +1476,7 @@ CHECKS: dict[str, Check] = {
     ),
     "decays: the product of all three": Check(
         "mpc.prep:_decay",
-        "b.relations.append(check.Dot(((p[0], p[1]),), (last,), np.ascontiguousarray(z[:, k])))",
+        "b.relations.append(check.Dot((last,), ((p[0], p[1]),), np.ascontiguousarray(z[:, k])))",
         spoiling(DECAY, "decay 4.2/second"),
     ),
     "lookups: carries are 0 or 1": Check(

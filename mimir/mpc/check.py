@@ -137,8 +137,8 @@ class Dot:
     """sum_t x_t y_t = z, element by element: tuples x and y of as many terms, z (2, n).
 
     For factors of which some components are zero by their nature, as where a value is one component. These
-    are None, and nothing is computed for them. How many terms there are, and n, is the same at all parties;
-    which components are None is not.
+    are None, and nothing is computed for them; x, which gets the coefficients, had better be the emptier one.
+    How many terms there are, and n, is the same at all parties; which components are None is not.
     """
 
     x: tuple[Sparse, ...]

@@ -390,7 +390,7 @@ class Batch:
             z = told.reshape(2, -1) << up
             ends = [(j, len(v), slice(j * third, j * third + len(v))) for j, v in enumerate(blocks)]
             self.relations.extend(
-                check.Dot(((x[0, j, :end], x[1, j, :end]),), (stated(2, j, end),), z[:, span])
+                check.Dot((stated(2, j, end),), ((x[0, j, :end], x[1, j, :end]),), z[:, span])
                 for j, end, span in ends
             )
             x = x.copy()
@@ -690,8 +690,8 @@ async def _wave(b: Batch, kind: Wave, n: int) -> dict[str, Ring]:
         p, q = (re[0], re[1]), (im[0], im[1])
         b.relations.append(check.Dot((c[0], less[0]), (c[1], s[1]), re))
         b.relations.append(check.Dot((c[0], s[0]), (s[1], c[1]), im))
-        b.relations.append(check.Dot((p, q), (c[2], less[2]), z_re))
-        b.relations.append(check.Dot((p, q), (s[2], c[2]), z_im))
+        b.relations.append(check.Dot((c[2], less[2]), (p, q), z_re))
+        b.relations.append(check.Dot((s[2], c[2]), (p, q), z_im))
     waves = np.ascontiguousarray(np.moveaxis(z, 2, 3)).reshape(2, 3 * third, 2 * m)[:, :n]
     return {"r": r, "waves": waves}
 
@@ -722,7 +722,7 @@ async def _decay(b: Batch, kind: Decay, n: int) -> dict[str, Ring]:
     for k, (first, second, last) in enumerate(_blocks(bk.party, f)):
         p = np.ascontiguousarray(both[:, k])
         b.relations.append(check.Dot((first,), (second,), p))
-        b.relations.append(check.Dot(((p[0], p[1]),), (last,), np.ascontiguousarray(z[:, k])))
+        b.relations.append(check.Dot((last,), ((p[0], p[1]),), np.ascontiguousarray(z[:, k])))
     bits = await b.inject(f"{name}/inject", bk.random(kind.bits, words(n)), n)
     e = await b.one_hot(name, bits, of=np.ascontiguousarray(z.reshape(2, -1)[:, :n]))
     weights = np.uint64(1) << np.arange(kind.rest, kind.rest + kind.bits, dtype=np.uint64)
