@@ -782,12 +782,13 @@ class _Recursion:
         """Lay claims out in blocks; gives those of which halves are wanted."""
         ext = self.ext
         rest: list[_Block] = []  # too few rows for a block
+        least = max(ext.block // LEAST_BLOCK, 2 * OPEN_BELOW)  # the first must not look like the end
         for claim in claims:
             if claim.c is not None:
                 self.c = ext.add(self.c, claim.c)
             whole = _Block(claim.rows, claim.a, claim.w)
             at = 0
-            while (left := whole.rows - at) >= ext.block // LEAST_BLOCK:
+            while (left := whole.rows - at) >= least:
                 size = min(left - left % 2, ext.block)
                 yield from self._take(whole.cut(at, at + size))
                 at += size
