@@ -15,12 +15,12 @@ Seconds are the cost model's, from rates of this machine: three parties on its c
 behind FAR, milliseconds there and back and Mbit/s each way. They are as good as the rates, so measure on an
 idle machine. With the round trip they are a line by construction: processor and link, and half of it a round.
 
-Sessions at once are not batched: each has its own lanes, keys, masks and actors, and reads all weights for
-its own row. A round of one waits for no other session, so what n sessions share is the processors and the
-links, and their delays pass side by side. For one token of each, with D the seconds of a session alone and
-M its part on the busiest resource, that takes at least max(D, n M); it bends at D / M sessions (operational
-analysis of closed queues, Denning and Buzen 1978). Queues and Python's lock come on top: bench/targets.py
-measures 8. Their memory adds up.
+Sessions at once decode as rows of one pass, whose rounds they share and which reads each weight once.
+Preprocessing is each session's own, on lanes of its own: a round of one waits for no other session, so what n
+sessions share is the processors and the links, and their delays pass side by side. With D the seconds of a
+session alone and M its part on the busiest resource, that takes at least max(D, n M) for a token of each; it
+bends at D / M sessions (operational analysis of closed queues, Denning and Buzen 1978). Queues and Python's
+lock come on top: bench/targets.py measures 8. Their memory adds up.
 
 `charts.py` draws the curves. Results go to bench/results/scaling/ as one JSON file a run.
 """
