@@ -1768,6 +1768,30 @@ def test_a_check_is_the_same_on_any_number_of_threads() -> None:
         kernels.use_threads(1)
 
 
+@pytest.mark.parametrize("sizes", [(30,), (64,), (513, 65, 3, 1, 1000)])
+def test_components_that_are_zero_are_left_out_of_a_recursion(
+    sizes: tuple[int, ...], rng: np.random.Generator
+) -> None:
+    """What a party says, and where it ends, is what it would be with zeros in their places."""
+    claims, filled = [], []
+    for rows in sizes:
+        given = [rng.integers(0, RING, (rows, check.DEGREE), np.uint64) for _ in range(4)]
+        some = [v if rng.integers(2) else None for v in given]
+        whole = [np.zeros((rows, check.DEGREE), np.uint64) if v is None else v for v in some]
+        claims.append(check.Claim(rows, (some[0], some[1]), (some[2], some[3])))
+        filled.append(check.Claim(rows, (whole[0], whole[1]), (whole[2], whole[3])))
+    sparse, dense = (check._Recursion(check.RING, c) for c in (claims, filled))
+    draws = check.Draw(bytes(32)), check.Draw(bytes(32))
+    while not sparse.done:
+        assert np.array_equal(sparse.halves(), dense.halves())
+        told = rng.integers(0, RING, (2, 2, check.DEGREE), np.uint64)
+        for recursion, draw in zip((sparse, dense), draws, strict=True):
+            recursion.fold(told, draw)
+    assert dense.done and np.array_equal(sparse.c, dense.c)
+    for got, want in zip((*sparse.a, *sparse.w), (*dense.a, *dense.w), strict=True):
+        assert np.array_equal(got, want)
+
+
 def test_what_a_job_raises_comes_where_its_result_would() -> None:
     def job(i: int) -> int:
         if i == 20:

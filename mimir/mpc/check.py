@@ -750,7 +750,9 @@ class _Block:
         return _Block(stop - start, a, w)
 
     def halves(self, ext: Extension) -> Ring:
-        """As of `ext`; with a component that is zero all that a party computes is one product, or none."""
+        """As of `ext`; with a component that is zero, which only claims over the ring have, all that a party
+        computes is one product, or none.
+        """
         (a0, a1), (w0, w1) = self.a, self.w
         if a0 is not None and a1 is not None and w0 is not None and w1 is not None:
             return ext.halves((a0, a1), (w0, w1))
