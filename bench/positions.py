@@ -128,7 +128,7 @@ def engine(plan: Plan, weights: Sequence[Any], ids: Sequence[int], bucket: int, 
         outcome = run_virtual(main)
     if outcome.tokens != forced:
         raise RuntimeError(f"the session did not go as it was led: {outcome.plain()}")
-    scale = transformer.logit_scale(SETTINGS.scale_bits)
+    scale = transformer.LOGIT_SCALE
     logits = [decode(reconstruct(list(parts)), scale) for parts in zip(*rows, strict=True)]
     chosen = [int(reconstruct(list(parts))[0]) for parts in zip(*choices, strict=True)]
     return Reading(np.stack(logits[bucket - prompt :]), chosen)

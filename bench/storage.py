@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
 import platform
 import shutil
@@ -22,6 +21,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -37,11 +37,10 @@ from mimir.keys.file import FileCounter  # noqa: E402
 from mimir.manifest import (  # noqa: E402
     COMPONENTS,
     Manifest,
-    Tensor,
     component_hash,
-    explicit_components,
     holds,
     seed_commitment,
+    tensors_of,
 )
 from mimir.model.checkpoint import PlanSpec  # noqa: E402
 from mimir.mpc.weights import KeyStream, Stored, array, product  # noqa: E402
@@ -102,14 +101,12 @@ def _ciphers(size: int) -> dict[str, int]:
 def share() -> tuple[Manifest, list[bytes], dict[str, bytes]]:
     """A sharing of the shape: manifest, the three seeds, and the explicit component of every tensor."""
     seeds = [bytes([number]) * 32 for number in range(COMPONENTS)]
-    shapes = SHAPE.shapes()
-    rule = explicit_components([math.prod(shape) for shape in shapes.values()])
     tensors, words = [], {}
-    for index, (name, shape) in enumerate(shapes.items()):
-        words[name] = np.random.default_rng(index).bytes(8 * math.prod(shape))
-        whole = component_hash(rule[index], index, ShareSeed(seeds[rule[index]]))
-        whole.update(words[name])
-        tensors.append(Tensor(name, shape, rule[index], whole.hexdigest()))
+    for index, tensor in enumerate(tensors_of(SHAPE)):
+        words[tensor.name] = np.random.default_rng(index).bytes(tensor.nbytes)
+        whole = component_hash(tensor.explicit, index, ShareSeed(seeds[tensor.explicit]))
+        whole.update(words[tensor.name])
+        tensors.append(replace(tensor, sha256=whole.hexdigest()))
     a, b, c = (seed_commitment(number, ShareSeed(seed)) for number, seed in enumerate(seeds))
     return Manifest("shape", SHAPE, 16, PARTIES, (a, b, c), tuple(tensors)), seeds, words
 
@@ -156,8 +153,7 @@ def memory() -> dict[str, int]:
 
 def stored_of(shape: PlanSpec) -> int:
     """Bytes of explicit components of party 0."""
-    sizes = [8 * math.prod(each) for each in shape.shapes().values()]
-    return sum(n for n, c in zip(sizes, explicit_components(sizes), strict=True) if holds(0, c))
+    return sum(tensor.nbytes for tensor in tensors_of(shape) if holds(0, tensor.explicit))
 
 
 KEEP = {"all kept": 4 << 30, "explicit kept": None, "nothing kept": 0}

@@ -74,6 +74,7 @@ from scaling import SMALL, one_pass  # noqa: E402
 from mimir import cost, dryrun, kernels  # noqa: E402
 from mimir.actors.decode import OPEN_LANE, DecodeActor  # noqa: E402
 from mimir.actors.session import Limits, SessionActor, Turn, plan_turn, sized  # noqa: E402
+from mimir.manifest import Tensor, tensors_of  # noqa: E402
 from mimir.model import sampling, transformer  # noqa: E402
 from mimir.model.checkpoint import PlanSpec  # noqa: E402
 from mimir.mpc import plan, prep  # noqa: E402
@@ -174,19 +175,19 @@ USUAL = tuple(name for name in NAMES if name != "billion")
 class Noise:
     """A party's two components of weights that are uniform; equal seeds give equal components."""
 
-    def __init__(self, shapes: Mapping[str, tuple[int, ...]], party: int) -> None:
+    def __init__(self, spec: PlanSpec | None, party: int) -> None:
         self._tensors = {
-            name: (_noise(name, party, shape), _noise(name, (party + 1) % PARTIES, shape))
-            for name, shape in shapes.items()
+            t.name: (_noise(t, party), _noise(t, (party + 1) % PARTIES))
+            for t in (tensors_of(spec) if spec else ())
         }
 
     def pair(self, name: str) -> tuple[Ring, Ring]:
         return self._tensors[name]
 
 
-def _noise(name: str, component: int, shape: tuple[int, ...]) -> Ring:
-    out = np.empty(shape, np.uint64)
-    kernels.prg(hashlib.sha256(f"{name} {component}".encode()).digest(), SEED, out)
+def _noise(tensor: Tensor, component: int) -> Ring:
+    out = np.empty(tensor.shape, tensor.dtype)
+    kernels.prg(hashlib.sha256(f"{tensor.name} {component}".encode()).digest(), SEED, out)
     return out
 
 
@@ -338,7 +339,7 @@ def logits(spec: PlanSpec, number: int) -> Any:
 async def argmaxes(transport: Transport, spec: PlanSpec, count: int) -> list[dict[str, Any]]:
     """Choose the largest of random logits, with the material for it made right before. Figures of each."""
     party, choose, out = transport.party, chooser(spec), []
-    demand, none = plan.run(transformer.cost_of_choice(spec, choose)).demand, Noise({}, party)
+    demand, none = plan.run(transformer.cost_of_choice(spec, choose)).demand, Noise(None, party)
     for number in range(count):
         session = hashlib.sha256(f"argmax {number}".encode()).digest()[:16]
 
@@ -351,7 +352,7 @@ async def argmaxes(transport: Transport, spec: PlanSpec, count: int) -> list[dic
             return Doors(channel, Replicated(party, *keys))
 
         online, making = lane("online"), lane("prep")
-        value = encode(logits(spec, number), transformer.logit_scale(SETTINGS.scale_bits))
+        value = encode(logits(spec, number), transformer.LOGIT_SCALE)
         a, b = (_noise(f"logits {number}", i, value.shape) for i in (0, 1))
         parts = (a, b, value - a - b)
         x = Share(np.stack([parts[party], parts[(party + 1) % PARTIES]]), online.bk)
@@ -392,10 +393,10 @@ async def party(index: int, folder: Path, names: Sequence[str]) -> None:
     ) as mesh:
         await mesh.wait_up(UP_SECONDS)
         decoders = Decoders(mesh)
-        weights, of = Noise({}, index), None
+        weights, of = Noise(None, index), None
         for task in (t for t in TASKS if t.name in names):
             if task.spec is not of:
-                weights, of = Noise(task.spec.shapes(), index), task.spec
+                weights, of = Noise(task.spec, index), task.spec
             marks = await sessions(mesh, task.spec, weights, task, CONTEXT, decoders)
             (folder / f"{task.name}{index}.json").write_text(json.dumps(marks))
         if "argmax" in names:

@@ -62,6 +62,7 @@ from mimir.actors.session import Limits, SessionActor, Step
 from mimir.config import Cheby, FixedPoint, TriplePool
 from mimir.dryrun import ONLINE, PREP, Counts
 from mimir.errors import BadInput
+from mimir.manifest import tensors_of
 from mimir.model import transformer
 from mimir.model.checkpoint import PlanSpec, read_spec
 from mimir.mpc import plan
@@ -284,10 +285,11 @@ def _seconds_a_round(known: Mapping[str, float]) -> dict[str, float]:
 
 class _ZeroWeights:
     def __init__(self, spec: PlanSpec) -> None:
-        self._shapes = spec.shapes()
+        self._tensors = {tensor.name: tensor for tensor in tensors_of(spec)}
 
     def pair(self, name: str) -> tuple[Any, Any]:
-        return np.zeros(self._shapes[name], np.uint64), np.zeros(self._shapes[name], np.uint64)
+        tensor = self._tensors[name]
+        return np.zeros(tensor.shape, tensor.dtype), np.zeros(tensor.shape, tensor.dtype)
 
 
 async def _tiny_session(settings: Settings, bucket: int, tokens: int) -> tuple[float, float]:

@@ -40,7 +40,7 @@ from mimir.actors.session import Limits, SessionActor, Step, Turn, plan_turn, si
 from mimir.actors.triples import Batch, bytes_of
 from mimir.config import TriplePool
 from mimir.errors import BadInput, LocalError
-from mimir.manifest import COMPONENTS, Tensor, explicit_components
+from mimir.manifest import COMPONENTS, tensors_of
 from mimir.model.checkpoint import PlanSpec
 from mimir.mpc import doors as doors_module
 from mimir.mpc import prep
@@ -668,25 +668,21 @@ def _nothing_real(tally: Tally) -> Iterator[None]:
 class _Unkept:
     """A component that is made anew at each use: all of it at once here, as it costs the same."""
 
-    def __init__(self, shape: tuple[int, ...], work: str) -> None:
+    def __init__(self, shape: tuple[int, ...], dtype: np.dtype[Any], work: str) -> None:
         self.shape = shape
+        self.dtype = dtype
         self._work = work
 
     def blocks(self) -> Iterator[tuple[int, Array]]:
-        _tally.add(self._work, 8 * math.prod(self.shape))
-        yield 0, stretched((math.prod(self.shape[:-1]), self.shape[-1]), owned=False)
+        _tally.add(self._work, self.dtype.itemsize * math.prod(self.shape))
+        yield 0, stretched((math.prod(self.shape[:-1]), self.shape[-1]), self.dtype, owned=False)
 
 
 class Shares:
     """A party's shares of a model of which `keep` bytes may be in memory, all of zeros."""
 
     def __init__(self, spec: PlanSpec, keep: int) -> None:
-        shapes = spec.shapes()
-        rule = explicit_components([math.prod(shape) for shape in shapes.values()])
-        self._tensors = {
-            name: Tensor(name, shape, component, "")
-            for (name, shape), component in zip(shapes.items(), rule, strict=True)
-        }
+        self._tensors = {tensor.name: tensor for tensor in tensors_of(spec)}
         self._kept = kept(self._tensors.values(), PARTY, keep)
 
     @property
@@ -699,9 +695,9 @@ class Shares:
 
         def component(number: int) -> Any:
             if (name, number) in self._kept:
-                return stretched(tensor.shape, owned=False)
+                return stretched(tensor.shape, tensor.dtype, owned=False)
             explicit = (PARTY + number) % COMPONENTS == tensor.explicit
-            return _Unkept(tensor.shape, DECRYPT if explicit else "prg")
+            return _Unkept(tensor.shape, tensor.dtype, DECRYPT if explicit else "prg")
 
         return component(0), component(1)
 

@@ -1,9 +1,10 @@
 """What is public of a shared model: shape, scale, for whom it was shared, and commitments to all components.
 
-Weight w is shared as w = c0 + c1 + c2 modulo 2^64; party i holds components i and i+1. There is one seed for
-each component number, known to the two holders. Of each tensor two components are key streams of their seeds
-(stream number: the tensor's place), and one, the *explicit* one, is what is left of w. Which one is a rule of
-the format: `explicit_components`, computed by everybody from the shapes.
+Weight w is shared as w = c0 + c1 + c2 modulo 2^64, or 2^32 (`PlanSpec.halved`); party i holds components i
+and i+1. There is one seed for each component number, known to the two holders. Of each tensor two
+components are key streams of their seeds (stream number: the tensor's place), and one, the *explicit* one,
+is what is left of w. Which one is a rule of the format: `explicit_components`, computed by everybody from
+the shapes.
 
 The manifest has a hash of each seed and of each explicit component, so each party can check what it gets, and
 two parties that agree on the manifest's digest hold the same. The digest is the model's name everywhere. A
@@ -18,16 +19,17 @@ import json
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
+
+import numpy as np
 
 from mimir.errors import BadInput
 from mimir.model.checkpoint import MAX_SCALE_BITS, PlanSpec
 from mimir.secret import ShareSeed
 
-FORMAT = 3  # 1 had no seeds, 2 other key streams
+FORMAT = 4  # 1 had no seeds, 2 other key streams, 3 words of 8 bytes alone
 COMPONENTS = 3
-WORD_BYTES = 8  # of one ring element on disk and on the wire, little endian
 MAX_NAME = 64
 _ENTRIES = {"format", "name", "model", "scale_bits", "parties", "seeds", "tensors"}
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
@@ -43,9 +45,9 @@ class Hash(Protocol):
 
 
 def explicit_components(sizes: Sequence[int]) -> tuple[int, ...]:
-    """For tensors of these sizes, in order, which component of each is explicit.
+    """For tensors of these sizes in bytes, in order, which component of each is explicit.
 
-    The largest first (of equal ones the earlier), each goes to the component that has the fewest elements by
+    The largest first (of equal ones the earlier), each goes to the component that has the fewest bytes by
     then (of equal ones the lowest), so that the three parties have about equally much to keep.
     """
     out, filled = [0] * len(sizes), [0] * COMPONENTS
@@ -84,6 +86,7 @@ class Tensor:
     shape: tuple[int, ...]
     explicit: int
     sha256: str
+    word: int = 8  # bytes of an element, on disk and on the wire little endian
 
     @property
     def elements(self) -> int:
@@ -92,7 +95,21 @@ class Tensor:
     @property
     def nbytes(self) -> int:
         """Bytes of one component."""
-        return self.elements * WORD_BYTES
+        return self.elements * self.word
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """Of a component."""
+        return np.dtype(f"<u{self.word}")
+
+
+def tensors_of(spec: PlanSpec) -> list[Tensor]:
+    """The tensors of a model in order, whose components nobody has hashed yet."""
+    rule = explicit_components(list(spec.sizes().values()))
+    return [
+        Tensor(name, shape, component, "", spec.word_bytes(name))
+        for (name, shape), component in zip(spec.shapes().items(), rule, strict=True)
+    ]
 
 
 @dataclass(frozen=True)
@@ -115,10 +132,7 @@ class Manifest:
             raise BadInput(f"model {self.name}: parties must be {COMPONENTS} different public keys in hex")
         if len(self.seeds) != COMPONENTS or not all(_is_hash(text) for text in self.seeds):
             raise BadInput(f"model {self.name}: {COMPONENTS} hashes of seeds in hex are needed")
-        shapes = self.spec.shapes()
-        rule = explicit_components([math.prod(shape) for shape in shapes.values()])
-        expected = [(*each, component) for each, component in zip(shapes.items(), rule, strict=True)]
-        if [(tensor.name, tensor.shape, tensor.explicit) for tensor in self.tensors] != expected:
+        if [replace(tensor, sha256="") for tensor in self.tensors] != tensors_of(self.spec):
             raise BadInput(f"model {self.name}: its tensors are not those of its description")
         for tensor in self.tensors:
             if not _is_hash(tensor.sha256):
@@ -154,12 +168,13 @@ class Manifest:
             parties, seeds = tuple(map(str, data["parties"])), tuple(map(str, data["seeds"]))
         except (TypeError, ValueError):
             raise BadInput("this model manifest is malformed") from None
-        rule = explicit_components([math.prod(shape) for _, shape, _ in found])
-        tensors = tuple(
-            Tensor(name, shape, component, sha256)
-            for (name, shape, sha256), component in zip(found, rule, strict=True)
-        )
         spec = PlanSpec.from_public(data["model"])
+        wanted = tensors_of(spec)
+        if [(name, shape) for name, shape, _ in found] != [(tensor.name, tensor.shape) for tensor in wanted]:
+            raise BadInput(f"model {data['name']!r}: its tensors are not those of its description")
+        tensors = tuple(
+            replace(tensor, sha256=sha256) for tensor, (_, _, sha256) in zip(wanted, found, strict=True)
+        )
         return cls(data["name"], spec, data["scale_bits"], parties, seeds, tensors)  # type: ignore[arg-type]
 
     def canonical(self) -> bytes:

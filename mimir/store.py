@@ -3,7 +3,7 @@
     <root>/<digest>/manifest.json          public
     <root>/<digest>/seeds                  of this party's two components, i and i+1: 32 bytes each
     <root>/<digest>/<tensor>.words         its explicit component, if this party holds it: little-endian
-                                           64-bit words, C order
+                                           words of 8 or 4 bytes, C order
     <root>/.incoming-<digest>/             an upload that is not complete; it can be resumed
 
 The rest of its shares are key streams of the seeds (see mimir.manifest), and are never on disk.
@@ -40,7 +40,7 @@ from mimir.mpc.weights import KeyStream, Matrix, Stored
 from mimir.secret import KEY_BYTES, Pages, ShareSeed
 from mimir.vault import DIRECTORY_MODE, StoreError, Vault, Writer, check_private
 
-Words = npt.NDArray[np.uint64]
+Words = npt.NDArray[Any]
 
 log = structlog.get_logger("mimir.store")
 
@@ -195,7 +195,7 @@ class ModelStore:
         if not held:
             for _ in pieces():
                 pass
-            return Stored(pieces, tensor.shape, lock=self._locked)
+            return Stored(pieces, tensor.shape, tensor.dtype, lock=self._locked)
         pages = Pages(tensor.nbytes, lock=self._locked)
         self._reader(home, tensor).into(memoryview(pages)[: tensor.nbytes])
         return _words(pages, tensor)
@@ -203,7 +203,7 @@ class ModelStore:
     def _expanded(self, seed: ShareSeed, index: int, tensor: Tensor, held: bool) -> Matrix:
         """A component that is the key stream of a seed."""
         if not held:
-            return KeyStream(seed, index, tensor.shape, lock=self._locked)
+            return KeyStream(seed, index, tensor.shape, tensor.dtype, lock=self._locked)
         pages = Pages(tensor.nbytes, lock=self._locked)
         with seed.reveal_to_kernel() as key:
             kernels.prg(key, index, np.frombuffer(pages, np.uint8, tensor.nbytes))
@@ -458,6 +458,6 @@ class Incoming:
 
 
 def _words(pages: Pages, tensor: Tensor) -> Words:
-    words = np.frombuffer(pages, "<u8", tensor.elements).reshape(tensor.shape)
+    words = np.frombuffer(pages, tensor.dtype, tensor.elements).reshape(tensor.shape)
     words.flags.writeable = False
     return words

@@ -61,8 +61,8 @@ def share_weights(values: Mapping[str, Ring], seed: int = 7) -> list[DictWeights
     rng = np.random.default_rng(seed)
     out: list[dict[str, tuple[Ring, Ring]]] = [{}, {}, {}]
     for name, v in values.items():
-        a = rng.integers(0, 2**64, v.shape, np.uint64)
-        b = rng.integers(0, 2**64, v.shape, np.uint64)
+        a = rng.integers(0, 2**64, v.shape, np.uint64).astype(v.dtype)
+        b = rng.integers(0, 2**64, v.shape, np.uint64).astype(v.dtype)
         c = [a, b, v - a - b]
         for i in range(3):
             out[i][name] = (c[i], c[(i + 1) % 3])

@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mimir.model import transformer
-from mimir.model.checkpoint import Floats, Plan, encode
+from mimir.model.checkpoint import HALF_SCALE, Floats, Plan, encode
 from mimir.mpc import nonlinear, prep
 
 Ints = npt.NDArray[np.int64]
@@ -206,6 +206,8 @@ class Fixed:
     mix_scale: int = nonlinear.MIX_SCALE
     inverse_scale: int = nonlinear.INVERSE_SCALE
     norm_scale: int = nonlinear.NORM_SCALE
+    half_input: int = transformer.HALF_INPUT
+    half_scale: int = HALF_SCALE
     window_bits: int = nonlinear.WINDOW_BITS
     window_step: int = nonlinear.WINDOW_STEP
     window_first: int = nonlinear.WINDOW_FIRST
@@ -302,7 +304,7 @@ class FixedModel:
         d, f = plan.width, fx.scale_bits
         # Held as float64: below 2^53 the integers are exact, and BLAS is used where a product stays so too.
         self.weights = {
-            name: encode(plan.tensor(name), f, name).view(np.int64).astype(np.float64)
+            name: encode(plan.tensor(name), plan.scale(name, f), name).view(np.int64).astype(np.float64)
             for name in plan.names()
         }
         self.act = None if plan.act == "relu" else nonlinear.COSINES[plan.act.removesuffix("_glu")]
@@ -367,15 +369,26 @@ class FixedModel:
         self._fits(step, float(np.abs(a.astype(np.float64) * b.astype(np.float64)).max()))
         return a * b
 
-    @property
-    def extra(self) -> int:
-        """Fraction bits above f that a norm keeps for the product which follows."""
-        f = self.fixed.scale_bits
-        return self.fixed.norm_scale if 2 * f + self.fixed.norm_scale <= nonlinear.WIDEST else 0
+    def extra(self, name: str) -> int:
+        """Fraction bits above f that a norm keeps for the matrix that follows."""
+        return self.fixed.norm_scale if self.plan.halved(name) else 0
 
-    @property
-    def inner_extra(self) -> int:
-        return 0 if self.plan.act == "relu" else self.extra
+    def product_scale(self, name: str) -> int:
+        """Of what such a matrix gives: in the ring, what is known modulo 2^32 stands 32 bits higher."""
+        fx = self.fixed
+        return fx.half_input + fx.half_scale + 32 if self.plan.halved(name) else 2 * fx.scale_bits
+
+    def _after_norm(self, name: str, u: Ints) -> Ints:
+        """A norm's output at f + extra, times a matrix, at `product_scale`."""
+        fx = self.fixed
+        if not self.plan.halved(name):
+            return self._linear(name, u)
+        low = fx.scale_bits + fx.norm_scale - fx.half_input
+        x, _ = _mask_reading(u - 3 * ((1 << low) - 1) // 2, low, 0, self.rng)
+        y = self._product(name, x, self.weights[name]) << 32
+        y = y + (self.weights[f"{name}_b"].astype(np.int64) << (self.product_scale(name) - fx.scale_bits))
+        self._fits(name, float(np.abs(y.astype(np.float64)).max()))
+        return y
 
     def _linear(self, name: str, x: Ints, scale: int | None = None) -> Ints:
         """x @ W + b at f more than the scale of x, which is f unless said otherwise."""
@@ -425,10 +438,10 @@ class FixedModel:
         return y if extra else self._truncate(y, fx.inverse_scale)
 
     def _rotate(self, step: str, x: Ints, positions: Ints) -> Ints:
-        """x at 2f, without a rotation at 2f + extra -> f."""
+        """x at product_scale -> f."""
         fx = self.fixed
         if self.plan.positions != "rope":
-            return self._truncate(x, fx.scale_bits + self.extra)
+            return self._truncate(x, self.product_scale("qkv") - fx.scale_bits)
         bits = fx.rotary_scale
         cos, sin = (np.rint(part * 2.0**bits).astype(np.int64) for part in _rotary(self.plan, positions))
         a, b = np.split(x, 2, axis=-1)
@@ -474,9 +487,9 @@ class FixedModel:
         return np.asarray(product.astype(np.int64) * public.astype(np.int64))
 
     def _activate(self, step: str, x: Ints) -> Ints:
-        """Activation of x at 2f + inner_extra, result at f."""
+        """Activation of x at product_scale, result at f."""
         fx = self.fixed
-        scale = 2 * fx.scale_bits + self.inner_extra
+        scale = self.product_scale("in")
         if self.act is None:  # relu: the sign is that of what is left without f bits
             reading, _ = _mask_reading(x, fx.scale_bits, 0, self.rng)
             return np.where(reading < 0, 0, self._truncate(x, fx.scale_bits))
@@ -527,15 +540,15 @@ class FixedModel:
         h = self.weights["embed"][tokens].astype(np.int64)
         if plan.positions == "learned":
             h = h + self.weights["pos"][positions].astype(np.int64)
-        note("embed", h, f)
-        h = h << f
+        h = self._truncate(h << 32, transformer.ENTRY_SCALE - 2 * f)  # known modulo 2^32
+        note("embed", h, 2 * f)
         for i in range(plan.layers):
-            above = self.extra if plan.positions == "learned" else 0
+            above = self.extra(f"{i}.qkv")
             u = self._norm(f"{i}.norm1", h, above)
             note(f"{i}.norm1", u, f + above)
-            q, k, v = _split_heads(plan, self._linear(f"{i}.qkv", u, f + above))
+            q, k, v = _split_heads(plan, self._after_norm(f"{i}.qkv", u))
             q, k = self._rotate(f"{i}.q", q, positions), self._rotate(f"{i}.k", k, positions)
-            v = self._truncate(v, f + above)
+            v = self._truncate(v, self.product_scale(f"{i}.qkv") - f)
             if self.keys[i] is not None:
                 k, v = np.concatenate([self.keys[i], k], axis=1), np.concatenate([self.values[i], v], axis=1)
             self.keys[i], self.values[i] = k, v
@@ -555,23 +568,24 @@ class FixedModel:
             note(f"{i}.attention", z, f)
             h = h + self._linear(f"{i}.o", z)
             note(f"{i}.residual1", h, 2 * f)
-            above = self.inner_extra
+            above = self.extra(f"{i}.in")
             u = self._norm(f"{i}.norm2", h, above)
             note(f"{i}.norm2", u, f + above)
-            hidden = self._linear(f"{i}.in", u, f + above)
-            note(f"{i}.hidden", hidden, 2 * f + above)
+            hidden = self._after_norm(f"{i}.in", u)
+            scale = self.product_scale(f"{i}.in")
+            note(f"{i}.hidden", hidden, scale)
             a = self._activate(f"{i}.activation", hidden[:, : plan.hidden])
             if plan.act == "silu_glu":
-                up = self._truncate(hidden[:, plan.hidden :], f + above)
+                up = self._truncate(hidden[:, plan.hidden :], scale - f)
                 a = self._truncate(self._times(f"{i}.gate", a, up), f)
             note(f"{i}.activation", a, f)
             h = h + self._linear(f"{i}.out", a)
             note(f"{i}.residual2", h, 2 * f)
-        u = self._norm("final norm", h, self.extra)
-        note("final norm", u, f + self.extra)
-        logits = self._linear("head", u, f + self.extra)  # compared, never multiplied: no truncation
-        note("logits", logits, 2 * f + self.extra)
-        return np.asarray(logits / 2.0 ** (2 * f + self.extra))[pad:]
+        u = self._norm("final norm", h, self.extra("head"))
+        note("final norm", u, f + self.extra("head"))
+        logits = self._after_norm("head", u)  # compared, never multiplied: no truncation
+        note("logits", logits, self.product_scale("head"))
+        return np.asarray(logits / 2.0 ** self.product_scale("head"))[pad:]
 
 
 # -- what is measured on either

@@ -4,9 +4,8 @@ them with.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +15,9 @@ from mimir import kernels
 from mimir.manifest import (
     COMPONENTS,
     Manifest,
-    Tensor,
     component_hash,
-    explicit_components,
     seed_commitment,
+    tensors_of,
 )
 from mimir.model.checkpoint import PlanSpec
 from mimir.secret import ShareSeed, StorageKey
@@ -78,20 +76,18 @@ def share(model: PlanSpec, parties: tuple[str, str, str], name: str = "toy", see
     """Random components; explicit ones are as random as the others, so the weights are too."""
     rng = np.random.default_rng(seed)
     raw = (rng.bytes(32), rng.bytes(32), rng.bytes(32))
-    shapes = model.shapes()
-    rule = explicit_components([math.prod(shape) for shape in shapes.values()])
     tensors, components = [], {}
-    for index, (tensor, shape) in enumerate(shapes.items()):
+    for index, tensor in enumerate(tensors_of(model)):
         parts = []
         for component in range(COMPONENTS):
-            words = np.empty(shape, np.uint64)
+            words = np.empty(tensor.shape, tensor.dtype)
             kernels.prg(raw[component], index, words)
             parts.append(words.tobytes())
-        parts[rule[index]] = rng.bytes(len(parts[0]))
-        whole = component_hash(rule[index], index, ShareSeed(raw[rule[index]]))
-        whole.update(parts[rule[index]])
-        tensors.append(Tensor(tensor, shape, rule[index], whole.hexdigest()))
-        components[tensor] = parts
+        parts[tensor.explicit] = rng.bytes(tensor.nbytes)
+        whole = component_hash(tensor.explicit, index, ShareSeed(raw[tensor.explicit]))
+        whole.update(parts[tensor.explicit])
+        tensors.append(replace(tensor, sha256=whole.hexdigest()))
+        components[tensor.name] = parts
     a, b, c = (seed_commitment(component, ShareSeed(each)) for component, each in enumerate(raw))
     manifest = Manifest(name, model, 16, parties, (a, b, c), tuple(tensors))
     return Shared(manifest, raw, components)

@@ -221,7 +221,7 @@ def test_late_sessions_are_what_the_model_counts(monkeypatch: pytest.MonkeyPatch
     task = targets.Task("late", spec.context - 4, 1, 3, sessions=2)
 
     async def work(transport: Any) -> Any:
-        weights = targets.Noise(spec.shapes(), transport.party)
+        weights = targets.Noise(spec, transport.party)
         return await targets.sessions(
             transport, spec, weights, task, spec.context, targets.Decoders(transport)
         )
@@ -248,7 +248,7 @@ def test_the_whole_prefill_is_told() -> None:
     task = targets.Task("prefill", 0, 4, 1)
 
     async def work(transport: Any) -> Any:
-        weights = targets.Noise(GPT2.shapes(), transport.party)
+        weights = targets.Noise(GPT2, transport.party)
         return await targets.sessions(
             transport, GPT2, weights, task, GPT2.context, targets.Decoders(transport)
         )

@@ -31,7 +31,7 @@ PROMPT, OTHER = (
     p["input_ids"][:8] for p in json.loads((DEMO / "EXPECTED.json").read_text("utf-8"))["prompts"][:2]
 )
 TOKENS = 4
-NEAR_TIE = 0.02  # of float logits; below it fixed point may choose otherwise
+NEAR_TIE = 0.1  # of float logits; below it fixed point may choose otherwise
 PATIENCE = 600.0
 
 pytestmark = pytest.mark.slow

@@ -47,8 +47,8 @@ import random_checkpoint
 NAMES = ("stories260K", "TinyStories-656K", "gpt2-shakespeare-char-0.8M")
 TOKENS = 50  # of every expected continuation
 TWIN_TOKENS = 30  # reached before a score may leave the engine's tables (see test_tables_hold_...)
-NEAR_TIE = 0.02  # a plaintext logit gap below which fixed point may choose otherwise
-TWIN_LOGIT_ERROR = 0.02  # measured: 7e-3 on the shared checkpoints
+NEAR_TIE = 0.1  # a plaintext logit gap below which fixed point may choose otherwise
+TWIN_LOGIT_ERROR = 0.1  # measured: 5e-2 on the shared checkpoints, of which 2e-2 without matrices modulo 2^32
 RANDOM_LOGIT_ERROR = 0.15  # the small random ones are worse conditioned; measured: 2e-2
 PERPLEXITY_TOLERANCE = 1e-4
 
@@ -182,7 +182,7 @@ def test_twin_stays_near_the_float_model(model: Any, seed: int) -> None:
     rows = {r.name: r for r in compare(plan, runs, Fixed(seed=seed))}
     assert rows["logits"].error_max < TWIN_LOGIT_ERROR
     for row in rows.values():
-        assert row.error_rms < 5e-4 * max(row.rms, 1.0), row
+        assert row.error_rms < 5e-3 * max(row.rms, 1.0), row
 
 
 @pytest.mark.models
@@ -785,7 +785,9 @@ def test_encode_edges(plain_llama: Path) -> None:
         with pytest.raises(LocalError):
             encode([1.0], scale)
     plan = load_checkpoint(plain_llama)
-    np.testing.assert_array_equal(plan.encoded("0.in", 16), encode(plan.tensor("0.in"), 16))
+    np.testing.assert_array_equal(plan.encoded("0.out", 16), encode(plan.tensor("0.out"), 16))
+    half = encode(plan.tensor("0.in"), checkpoint_module.HALF_SCALE).astype(np.uint32)
+    np.testing.assert_array_equal(plan.encoded("0.in", 16), half)
 
 
 # -- padding
@@ -822,7 +824,7 @@ def test_activation_over_its_whole_domain(act: str, llama_twin: FixedModel, plai
     edge = twin.act.edge + 0.25
     x = np.linspace(-edge, edge, 40001)[1:-1]
     f = twin.fixed.scale_bits
-    unit = 2.0 ** (2 * f + twin.inner_extra)
+    unit = 2.0 ** twin.product_scale("in")
     got = twin._activate("test", np.rint(x * unit).astype(np.int64)) / 2.0**f
     assert np.abs(got - ACTIVATIONS[act](x)).max() < (6e-4 if act == "silu_glu" else 3.5e-4)
     for outside in (-200.0, -edge - 1, edge + 1, 200.0):  # there it is x or 0
@@ -936,8 +938,10 @@ def test_twin_follows_the_float_model_on_random_weights(
 def test_more_fraction_bits_mean_less_error(plain_gpt2: Path) -> None:
     plan = load_checkpoint(plain_gpt2)
     runs = [[int(t) for t in range(1, 20)]]
-    errors = [compare(plan, runs, Fixed(scale_bits=f))[-1].error_rms for f in (12, 14, 16)]
-    assert errors[0] > 2 * errors[1] and errors[1] > 1.5 * errors[2]
+    errors = [compare(plan, runs, Fixed(scale_bits=f))[-1].error_rms for f in (8, 10, 12)]
+    assert (
+        errors[0] > 2 * errors[1] and errors[1] > 1.5 * errors[2]
+    )  # matrices modulo 2^32 have bits of their own
 
 
 # -- tokenizers

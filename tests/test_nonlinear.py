@@ -23,7 +23,7 @@ from mimir.model.checkpoint import PlanSpec
 from mimir.model.sampling import Sampler
 from mimir.model.transformer import Cache
 from mimir.mpc import nonlinear, prep
-from mimir.mpc.domain import Ring, decode, encode
+from mimir.mpc.domain import HALF_BITS, RING_BITS, TRUNCATION_BITS, Ring, decode, encode
 from mimir.mpc.nonlinear import Scores, Settings
 from mimir.mpc.ops import Context
 from mimir.mpc.plan import planning
@@ -95,11 +95,11 @@ def activation_points(n: int, seed: int) -> Real:
     return np.clip(np.concatenate([fixed, ends, *rest]), -REACH, REACH)
 
 
-@pytest.mark.parametrize(("scale", "entering"), [(16, 32), (16, 52), (8, 16), (8, 36), (12, 44), (20, 40)])
+@pytest.mark.parametrize(("scale", "entering"), [(16, 32), (16, 53), (8, 16), (8, 53), (12, 53), (20, 53)])
 def test_activations_over_their_whole_domain(scale: int, entering: int) -> None:
-    """Of inputs at twice the scale, and at `norm_extra` more; beyond the edge the result is x, or just 0."""
+    """Of inputs at twice the scale, or as products modulo 2^32 are; beyond the edge the result is x, or 0."""
     s = Settings(scale)
-    assert entering - 2 * scale in (0, nonlinear.norm_extra(scale))
+    assert entering in (2 * scale, transformer.HALF_PRODUCT)
     x = encode(activation_points(400, entering), entering)
     real = decode(x, entering)
 
@@ -114,12 +114,13 @@ def test_activations_over_their_whole_domain(scale: int, entering: int) -> None:
         assert np.abs(value - real)[real > 20].max() < 2 * 2.0**-scale and not value[real < -20].any(), name
 
 
-def test_norms_keep_more_bits_only_where_there_is_room() -> None:
-    """What is not truncated reaches 2^9, and truncation takes that."""
+def test_products_modulo_2_32_hold_what_is_promised() -> None:
+    """Values up to 2^8, which a truncation takes and a choice can set aside; and what loses bits for them."""
+    assert transformer.HALF_PRODUCT + 8 <= TRUNCATION_BITS
+    assert nonlinear.ACTIVATION_BOUND < 2**8
+    assert transformer.LOGIT_SCALE + sampling.LOGIT_BITS + 2 < RING_BITS
     for scale in range(8, 21):
-        extra = nonlinear.norm_extra(scale)
-        assert extra in (0, nonlinear.NORM_SCALE)
-        assert not extra or 2 * scale + extra + 9 <= 61
+        assert 0 < scale + nonlinear.NORM_SCALE - transformer.HALF_INPUT <= RING_BITS - HALF_BITS
 
 
 def test_relu() -> None:
@@ -405,7 +406,7 @@ def choose(logits: Real, sampler: Sampler, seeds: Sequence[bytes], f: int = 16) 
         return out
 
     given.extend(seeds)
-    return [int(v[0]) for v in compute(op, encode(logits, transformer.logit_scale(f)))]
+    return [int(v[0]) for v in compute(op, encode(logits, transformer.LOGIT_SCALE))]
 
 
 def plain_choice(logits: Real, temperature: float, k: int, seed: bytes) -> tuple[int, float]:
@@ -634,7 +635,7 @@ def secure(spec: PlanSpec, w: Mapping[str, Real], pieces: Sequence[Piece], s: Se
         return out
 
     results = parties.run_parties(party, weights=shared, seed=b"forward")
-    scale = transformer.logit_scale(s.scale_bits)
+    scale = transformer.LOGIT_SCALE
     return [decode(parties.reconstruct(list(v)), scale) for v in zip(*results, strict=True)]
 
 

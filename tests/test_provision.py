@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import stat
 from collections.abc import Awaitable, Callable
 from dataclasses import fields, replace
@@ -21,7 +20,7 @@ from mimir.client.provision import Seeds, ShareSeeds, Sharing, provision, seed_n
 from mimir.client.session import connect_all
 from mimir.errors import BadInput, MimirError
 from mimir.manifest import Manifest
-from mimir.model.checkpoint import Plan, PlanSpec, encode
+from mimir.model.checkpoint import Plan, PlanSpec
 from mimir.mpc.weights import KeyStream, array
 from mimir.secret import ShareSeed
 
@@ -66,7 +65,7 @@ async def share(made: World, sharing: Sharing, manifest: Manifest, watch: Any = 
 def check_stored(made: World, whole: Plan, digest: str) -> None:
     models = [party.store.open(digest) for party in made.parties]
     for name in whole.names():
-        expected = encode(whole.tensor(name), SCALE)
+        expected = whole.encoded(name, SCALE)
         pairs = [[array(component) for component in model.get(name)] for model in models]
         for party in range(3):
             assert (pairs[party][1] == pairs[(party + 1) % 3][0]).all(), (
@@ -100,7 +99,7 @@ def test_all_parties_store_components_that_add_up(tmp_path: Path, monkeypatch: p
 def test_pieces_do_not_depend_on_their_size(monkeypatch: pytest.MonkeyPatch) -> None:
     keys = ("a" * 64, "b" * 64, "c" * 64)
     whole = Sharing(plan(), SCALE, seeds()).manifest("toy", keys)
-    for size in (2, 6, 8, 512):
+    for size in (4, 12, 16, 512):  # whole blocks of the key stream
         monkeypatch.setattr(provisioning, "PIECE", size)
         assert Sharing(plan(), SCALE, seeds()).manifest("toy", keys) == whole
 
@@ -113,9 +112,10 @@ def test_no_component_repeats_between_tensors_or_seeds() -> None:
         sharing = Sharing(plan(), SCALE, three)
         for index, (name, shape) in enumerate(plan().shapes().items()):
             explicit = b"".join(piece.tobytes() for _first, piece in sharing.pieces(name))
-            streams = [array(KeyStream(sharing.seed(c), index, shape)).tobytes() for c in range(3)]
+            dtype = np.dtype(f"u{plan().word_bytes(name)}")
+            streams = [array(KeyStream(sharing.seed(c), index, shape, dtype)).tobytes() for c in range(3)]
             for words in (explicit, *streams):  # the stream that the explicit one stands for, too
-                assert len(words) == 8 * math.prod(shape)
+                assert len(words) == plan().sizes()[name]
                 for at in range(0, len(words), 8):
                     seen.add(words[at : at + 8])
                     count += 1

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 from parties import DictWeights, Party, reconstruct, run_parties, share_weights
 
@@ -48,13 +49,13 @@ def scratch(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     return size, rows
 
 
-def whole(shape: tuple[int, ...]) -> Ring:
-    words = np.empty(shape, np.uint64)
+def whole(shape: tuple[int, ...], dtype: Any = np.uint64) -> npt.NDArray[Any]:
+    words = np.empty(shape, dtype)
     kernels.prg(KEY, STREAM, words)
     return words
 
 
-def in_pieces(words: Ring, size: int) -> Iterator[memoryview]:
+def in_pieces(words: npt.NDArray[Any], size: int) -> Iterator[memoryview]:
     """In one buffer, which is overwritten when the next piece is asked for."""
     data, room = words.tobytes(), bytearray(size)
     for at in range(0, len(data), size):
@@ -64,36 +65,43 @@ def in_pieces(words: Ring, size: int) -> Iterator[memoryview]:
     room[:] = b"\xff" * size
 
 
-def forms(shape: tuple[int, ...]) -> list[Any]:
+def forms(shape: tuple[int, ...], dtype: Any) -> list[Any]:
     """The same component, from both sources."""
-    words = whole(shape)
-    stored = [Stored(functools.partial(in_pieces, words, size), shape) for size in (1, 8, 24, 100, 1 << 16)]
-    return [KeyStream(ShareSeed(KEY), STREAM, shape), *stored]
+    words, of = whole(shape, dtype), np.dtype(dtype)
+    stored = [
+        Stored(functools.partial(in_pieces, words, size), shape, of) for size in (1, 8, 24, 100, 1 << 16)
+    ]
+    return [KeyStream(ShareSeed(KEY), STREAM, shape, of), *stored]
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_results_are_those_of_an_array(shape: tuple[int, int], rng: np.random.Generator) -> None:
-    want = whole(shape)
+@pytest.mark.parametrize("dtype", [np.uint64, np.uint32])
+def test_results_are_those_of_an_array(
+    shape: tuple[int, int], rng: np.random.Generator, dtype: type[Any]
+) -> None:
+    want = whole(shape, dtype)
     r = rng.integers(0, 1 << 48, shape[1], np.uint64)
-    for form in forms(shape):
-        assert form.shape == shape
+    for form in forms(shape, dtype):
+        assert form.shape == shape and form.dtype == dtype
         assert np.array_equal(array(form), want)
         combined = np.empty((shape[0], kernels.GR_DEGREE), np.uint64)
         combine(form, r, combined)
-        assert np.array_equal(combined, kernels.gr_combine(want, r))
+        assert np.array_equal(combined, kernels.gr_combine(want.astype(np.uint64), r))
+        combine(want, r, combined[:])
+        assert np.array_equal(combined, kernels.gr_combine(want.astype(np.uint64), r))
         for m in (1, 3, 12):
-            x = rng.integers(0, 1 << 64, (m, shape[0]), np.uint64)
-            out = np.full((m, shape[1]), 9, np.uint64)
+            x = rng.integers(0, 1 << 64, (m, shape[0]), np.uint64).astype(dtype)
+            out = np.full((m, shape[1]), 9, dtype)
             assert product(x, form, out) is out
-            assert np.array_equal(out, kernels.matmul(x, want))
+            assert np.array_equal(out, x @ want)  # NumPy's product wraps too
             product(x, form, out, add=True)
-            assert np.array_equal(out, 2 * kernels.matmul(x, want))
+            assert np.array_equal(out, dtype(2) * (x @ want))
     assert array(want) is want
 
 
 @pytest.mark.parametrize("shape", VECTORS, ids=str)
 def test_a_vector_is_one_row(shape: tuple[int]) -> None:
-    for form in forms(shape):
+    for form in forms(shape, np.uint64):
         assert array(form).shape == shape and np.array_equal(array(form), whole(shape))
 
 
@@ -104,11 +112,13 @@ def spare(locked: bool = False) -> list[Pages]:
 
 
 @pytest.mark.parametrize("shape", [*SHAPES, *VECTORS], ids=str)
+@pytest.mark.parametrize("dtype", [np.uint64, np.uint32])
 def test_the_scratch_buffer_is_bounded_reused_and_wiped(
-    shape: tuple[int, ...], scratch: tuple[int, int]
+    shape: tuple[int, ...], scratch: tuple[int, int], dtype: Any
 ) -> None:
-    unit = weights.STREAM_WORDS // math.gcd(shape[-1], weights.STREAM_WORDS)
-    for form in forms(shape):
+    size = np.dtype(dtype).itemsize
+    unit = math.lcm(kernels.BLOCK_BYTES, size * shape[-1]) // (size * shape[-1])
+    for form in forms(shape, dtype):
         spare().clear()
         for _ in range(2):
             at, places = 0, set[int]()
@@ -121,7 +131,8 @@ def test_the_scratch_buffer_is_bounded_reused_and_wiped(
             (pages,) = spare()
             assert places == {pages.address()}
             assert not rows.any()
-            assert len(pages) <= max(scratch[0], 8 * shape[-1] * scratch[1]) + 8 * shape[-1] * (unit - 1)
+            width = size * shape[-1]
+            assert len(pages) <= max(scratch[0], width * scratch[1]) + width * (unit - 1)
 
 
 def test_passes_at_once_have_buffers_of_their_own_and_an_abandoned_one_is_wiped() -> None:

@@ -16,15 +16,17 @@ class Multiply:
     step: str
     x: Share
     weight: str
+    low: int | None
     reply: Reply[Share]
 
 
 class MatmulActor(Actor[Multiply]):
     async def handle(self, message: Multiply) -> None:
-        message.reply.set(await ops.matmul(message.ctx, message.step, message.x, message.weight))
+        m = message
+        m.reply.set(await ops.matmul(m.ctx, m.step, m.x, m.weight, m.low))
 
-    async def matmul(self, ctx: Context, step: str, x: Share, weight: str) -> Share:
+    async def matmul(self, ctx: Context, step: str, x: Share, weight: str, low: int | None = None) -> Share:
         """ops.matmul, by message."""
         reply: Reply[Share] = Reply()
-        await self.tell(Multiply(ctx, step, x, weight, reply))
+        await self.tell(Multiply(ctx, step, x, weight, low, reply))
         return await reply.get()

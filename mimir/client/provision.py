@@ -1,8 +1,9 @@
 """The owner's side of sharing a model: every weight w becomes c0 + c1 + c2, and party i gets c_i and c_{i+1}.
 
 Of each tensor two components are key streams of the seeds of their numbers, and the third, the explicit one
-(see mimir.manifest), is w less these, modulo 2^64, so any two components are uniformly random whatever the
-weights. A party is sent its two seeds, and words only of explicit components: twice each, to their holders.
+(see mimir.manifest), is w less these, modulo 2^64 or 2^32, so any two components are uniformly random
+whatever the weights. A party is sent its two seeds, and words only of explicit components: twice each, to
+their holders.
 They are made piece by piece, twice: once to hash them for the manifest, once to send them. Never more than
 one tensor of weights and a few pieces are in memory.
 
@@ -13,10 +14,9 @@ goes on where it stopped; then the file is deleted. Whoever has it and one party
 from __future__ import annotations
 
 import hashlib
-import math
 import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,23 +30,20 @@ from mimir.client.session import gather
 from mimir.errors import BadInput, ClientError
 from mimir.manifest import (
     COMPONENTS,
-    WORD_BYTES,
     Manifest,
-    Tensor,
     component_hash,
-    explicit_components,
     holds,
     seed_commitment,
+    tensors_of,
 )
-from mimir.model.checkpoint import Plan, encode
+from mimir.model.checkpoint import Plan
 from mimir.net.messages import MAX_CHUNK
 from mimir.secret import KEY_BYTES, ShareSeed
 
-Words = npt.NDArray[np.uint64]
+Words = npt.NDArray[Any]
 ShareSeeds = tuple[ShareSeed, ShareSeed, ShareSeed]  # of components 0, 1 and 2
 
-PIECE = MAX_CHUNK // WORD_BYTES  # elements; a multiple of a key-stream block
-BLOCK = kernels.BLOCK_BYTES // WORD_BYTES  # elements of one key-stream block
+PIECE = MAX_CHUNK // 8  # elements; a multiple of a key-stream block
 QUEUE = 4  # pieces waiting for a slow party before all wait for it
 SEED_FILE_BYTES = COMPONENTS * KEY_BYTES
 
@@ -70,26 +67,22 @@ class Sharing:
         self._plan = plan
         self._scale_bits = scale_bits
         self._seeds = seeds
-        shapes = plan.shapes()
-        rule = explicit_components([math.prod(shape) for shape in shapes.values()])
-        self._places = {name: (index, rule[index]) for index, name in enumerate(shapes)}
+        self._places = {tensor.name: (i, tensor) for i, tensor in enumerate(tensors_of(plan.spec))}
 
     def seed(self, component: int) -> ShareSeed:
         return self._seeds[component]
 
     def pieces(self, name: str) -> Iterator[tuple[int, Words]]:
         """The explicit component of a tensor, piece by piece, each with the index of its first element."""
-        index, explicit = self._places[name]
-        weights = encode(
-            self._plan.tensor(name), self._scale_bits, f"{self._plan.directory}: {name}"
-        ).reshape(-1)
+        index, tensor = self._places[name]
+        weights = self._plan.encoded(name, self._scale_bits).reshape(-1)
         for first in range(0, weights.size, PIECE):
             piece = weights[first : first + PIECE].copy()
-            mask = np.empty(piece.size, np.uint64)
+            mask = np.empty_like(piece)
             for component in range(COMPONENTS):
-                if component != explicit:
+                if component != tensor.explicit:
                     with self._seeds[component].reveal_to_kernel() as key:
-                        kernels.prg(key, index, mask, first // BLOCK)
+                        kernels.prg(key, index, mask, first * tensor.word // kernels.BLOCK_BYTES)
                     piece -= mask
             yield first, piece
 
@@ -97,15 +90,14 @@ class Sharing:
         """Make every explicit component once and hash it."""
         total, done = self._plan.parameters(), 0
         tensors = []
-        for name, shape in self._plan.shapes().items():
-            index, explicit = self._places[name]
-            whole = component_hash(explicit, index, self._seeds[explicit])
+        for name, (index, tensor) in self._places.items():
+            whole = component_hash(tensor.explicit, index, self._seeds[tensor.explicit])
             for _first, piece in self.pieces(name):
-                whole.update(piece.astype("<u8", copy=False).data)
+                whole.update(piece.astype(tensor.dtype, copy=False).data)
                 done += piece.size
                 if watch is not None:
                     watch(Advance("hashing", done, total))
-            tensors.append(Tensor(name, shape, explicit, whole.hexdigest()))
+            tensors.append(replace(tensor, sha256=whole.hexdigest()))
         seeds = [seed_commitment(component, seed) for component, seed in enumerate(self._seeds)]
         return Manifest(
             title,
@@ -179,7 +171,7 @@ async def _send_pieces(
         pieces = sharing.pieces(tensor.name)
         while (piece := await trio.to_thread.run_sync(next, pieces, None)) is not None:
             first, words = piece
-            offset, data = first * WORD_BYTES, words.astype("<u8", copy=False).tobytes()
+            offset, data = first * tensor.word, words.astype(tensor.dtype, copy=False).tobytes()
             for party in holders:
                 # A party may hold any number of bytes already: send from there.
                 here = have[party][tensor.name]

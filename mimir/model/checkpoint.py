@@ -36,6 +36,9 @@ Floats = npt.NDArray[np.float64]
 
 WEIGHT_BITS = 15  # an encoded weight satisfies |w| < 2**WEIGHT_BITS; trained ones stay below a few hundred
 MAX_SCALE_BITS = 62 - WEIGHT_BITS  # so that an encoded weight fits the signed 64-bit ring with a bit to spare
+HALF_SCALE = (
+    12  # fraction bits of a weight that is shared modulo 2^32, which holds |w| < 2**WEIGHT_BITS as well
+)
 PUBLIC_FORMAT = 1  # version of the dictionary made by PlanSpec.public
 MAX_LAYERS = 512
 MAX_WIDTH = 1 << 16
@@ -175,6 +178,29 @@ class PlanSpec:
     def names(self) -> tuple[str, ...]:
         return tuple(self.shapes())
 
+    def halved(self, name: str) -> bool:
+        """Whether a tensor is shared modulo 2^32, in words of 4 bytes: embeddings, and a matrix behind a norm,
+        of whose product no more is needed. ReLU needs more range, a rotation all of its input.
+        """
+        part = name.rpartition(".")[2]
+        if part in ("qkv", "in"):
+            return self.positions != "rope" if part == "qkv" else self.act != "relu"
+        return part in ("embed", "pos", "head")
+
+    def scale(self, name: str, scale_bits: int) -> int:
+        """Fraction bits at which a tensor is encoded."""
+        if not self.halved(name):
+            return scale_bits
+        return EMBEDDING_SCALE if name in ("embed", "pos") else HALF_SCALE
+
+    def word_bytes(self, name: str) -> int:
+        """Of an element of a component of a tensor, at rest, on the wire and in memory."""
+        return 4 if self.halved(name) else 8
+
+    def sizes(self) -> dict[str, int]:
+        """Bytes of a component of each tensor, in the order of `shapes`."""
+        return {name: math.prod(shape) * self.word_bytes(name) for name, shape in self.shapes().items()}
+
     def parameters(self) -> int:
         return sum(math.prod(shape) for shape in self.shapes().values())
 
@@ -251,9 +277,12 @@ class Plan(PlanSpec):
         """All tensors as a lazy mapping: each access computes afresh and keeps nothing."""
         return _Lazy(self)
 
-    def encoded(self, name: str, scale_bits: int) -> npt.NDArray[np.uint64]:
-        """`tensor(name)` in the ring, or an error naming the directory and the tensor."""
-        return encode(self.tensor(name), scale_bits, f"{self.directory}: {name}")
+    def encoded(self, name: str, scale_bits: int) -> npt.NDArray[Any]:
+        """`tensor(name)` at its `scale` in the ring, or modulo 2^32 if it is `halved`; or an error naming the
+        directory and the tensor.
+        """
+        words = encode(self.tensor(name), self.scale(name, scale_bits), f"{self.directory}: {name}")
+        return words.astype(np.uint32) if self.halved(name) else words
 
     def check(self) -> None:
         """Compute every tensor once, so that a bad weight is reported before anything is sent."""

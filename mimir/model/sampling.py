@@ -14,15 +14,15 @@ from typing import Final, Literal
 
 import numpy as np
 
-from mimir.model.transformer import index_bits, logit_scale
+from mimir.model.transformer import LOGIT_SCALE, index_bits
 from mimir.mpc import ops, prep
 from mimir.mpc.domain import Ring
 from mimir.mpc.drbg import HmacDrbg
 from mimir.mpc.ops import Context
 from mimir.mpc.share import Share, concat
 
-LOGIT_BITS: Final = 9  # a logit stays below 2^9
-WIDTH: Final = 12  # comparison bits above the fraction: room for differences, and for values set aside
+LOGIT_BITS: Final = 8  # a logit stays below 2^8
+WIDTH: Final = 11  # comparison bits above the fraction: room for differences, and for values set aside
 NOISE_SCALE: Final = 10  # fraction bits of 1 / temperature
 NOISE_GRID: Final = 12  # noise is rounded to 2^-12, so that libraries that differ in the last digit agree
 NOISE_WIDTH: Final = 22  # sign of (logit / temperature + noise) differences below 2^(22 - 1)
@@ -52,9 +52,9 @@ def gumbel(seed: bytes, count: int) -> Ring:
 
 
 async def choose(ctx: Context, step: str, logits: Share, sampler: Sampler, noise: Noise) -> Share:
-    """Index (1,) of the next token from logits (vocab,) at `logit_scale`."""
-    f, scale = sampler.scale_bits, logit_scale(sampler.scale_bits)
-    low, width = scale - f, f + WIDTH
+    """Index (1,) of the next token from logits (vocab,) at LOGIT_SCALE."""
+    f = sampler.scale_bits
+    low, width = LOGIT_SCALE - f, f + WIDTH
     if sampler.kind == "greedy":
         _, index = await ops.argmax(ctx, f"{step}/argmax", logits, low, width)
         return index.reshape(1)
@@ -70,7 +70,7 @@ async def choose(ctx: Context, step: str, logits: Share, sampler: Sampler, noise
             c = ctx.take(prep.Lookup(0, kt, 0), 1)
             (o,) = await ctx.doors.open_low(f"{step}/set aside {i}", kt, index.reshape(1) + c["r"])
             hot = ops.one_hot(ctx, c, o, kt)[0, : sampler.vocab]
-            logits = logits - hot * (1 << (scale + LOGIT_BITS + 1))
+            logits = logits - hot * (1 << (LOGIT_SCALE + LOGIT_BITS + 1))
     if k == 1:
         return indices[0]
     public = gumbel(await noise(), k)

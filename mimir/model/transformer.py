@@ -2,8 +2,9 @@
 
 Every quantity is a share but for shapes. Scales: keys, values and activations have f fraction bits
 (`fixed_point.scale_bits`); a product has 2f until it is truncated, and so has the residual stream, which is
-truncated where a norm opens it. Norms keep `norm_extra` more than f. Layer code knows shares, correlations
-and openings, and nothing of the backend.
+truncated where a norm opens it. Matrices behind norms are modulo 2^32 (`PlanSpec.halved`): of their inputs
+and products fewer bits are kept. Layer code knows shares, correlations and openings, and nothing of the
+backend.
 """
 
 from __future__ import annotations
@@ -16,9 +17,9 @@ from typing import Any, Final
 import numpy as np
 
 from mimir import kernels
-from mimir.model.checkpoint import PlanSpec
+from mimir.model.checkpoint import EMBEDDING_SCALE, HALF_SCALE, PlanSpec
 from mimir.mpc import nonlinear, ops, prep
-from mimir.mpc.domain import Ring, encode
+from mimir.mpc.domain import HALF_BITS, RING_BITS, Ring, encode
 from mimir.mpc.doors import Masked
 from mimir.mpc.nonlinear import Scores, Settings
 from mimir.mpc.ops import Context
@@ -27,6 +28,10 @@ from mimir.mpc.share import Backend, Share, concat
 from mimir.mpc.weights import array
 
 ROTARY_SCALE: Final = 14  # fraction bits of sines and cosines
+HALF_INPUT: Final = 9  # fraction bits of what is multiplied by a matrix modulo 2^32
+# Of such a product; |y| < 2^8, which is what a truncation leaves of 64 bits.
+HALF_PRODUCT: Final = HALF_INPUT + HALF_SCALE + RING_BITS - HALF_BITS
+ENTRY_SCALE: Final = EMBEDDING_SCALE + RING_BITS - HALF_BITS  # of embeddings that were read
 CACHE_ROOM: Final = 64  # positions for which a cache that is full gets room
 
 
@@ -34,7 +39,7 @@ CACHE_ROOM: Final = 64  # positions for which a cache that is full gets room
 class Parts:
     """Who runs the two heavy parts of a layer: these functions, or actors that run them."""
 
-    matmul: Callable[[Context, str, Share, str], Awaitable[Share]] = ops.matmul
+    matmul: Callable[[Context, str, Share, str, int | None], Awaitable[Share]] = ops.matmul
     exponentials: Callable[
         [Context, str, Sequence[Scores], Settings], Awaitable[list[tuple[Share, Share]]]
     ] = nonlinear.exponentials
@@ -190,21 +195,19 @@ async def attention(
     parts: Parts,
 ) -> Share:
     """Attention of the rows of each cache over everything in it and before them, without the output matrix:
-    (n, heads * hd). u is at scale f + norm_extra, with a rotation at f. `fresh` are bits that tell which of
+    (n, heads * hd). u is at scale f + `kept` bits. `fresh` are bits that tell which of
     the rows hold a token, if not all do: the keys of the others become 0, as do scores with them.
     """
     f = s.scale_bits
     n, hd, heads, kv = u.shape[0], spec.head_dim, spec.heads, spec.kv_heads
-    above = nonlinear.norm_extra(f) if turn is None else 0
-    y = await parts.matmul(ctx, f"{step}/qkv", u, f"{layer}.qkv")
-    y = y + _bias(ctx, f"{layer}.qkv_b", f + above)
-    y = y.reshape(n, heads + 2 * kv, hd).swap(0, 1)  # (heads + 2 kv, n, hd), scale 2f and above
+    y, scale = await _after_norm(ctx, f"{step}/qkv", spec, u, f"{layer}.qkv", f, parts)
+    y = y.reshape(n, heads + 2 * kv, hd).swap(0, 1)  # (heads + 2 kv, n, hd)
     turned, v = y[: heads + kv], y[heads + kv :]
-    drop = f + above
+    drop = scale - f
     if turn is not None:
         turned = await _rotate(ctx, f"{step}/rotate", turned, turn)
         drop += ROTARY_SCALE
-    turned, v = await ops.truncate(ctx, f"{step}/qkv truncate", (turned, drop), (v, f + above))
+    turned, v = await ops.truncate(ctx, f"{step}/qkv truncate", (turned, drop), (v, scale - f))
     q, k = turned[:heads], turned[heads:]
     if fresh is not None and turn is None:  # a turn has made them 0
         rows = fresh.broadcast(kv, n).flat()
@@ -263,23 +266,34 @@ def _bias(ctx: Context, name: str, above: int) -> Share:
     return ctx.share(v.reshape(len(v), 1, -1)) * (1 << above)
 
 
-def inner_extra(spec: PlanSpec, scale_bits: int) -> int:
-    """Fraction bits above f of what enters the inner part; none for ReLU, which would lose range by them."""
-    return nonlinear.norm_extra(scale_bits) if spec.act != "relu" else 0
+def kept(spec: PlanSpec, name: str) -> int:
+    """Fraction bits above f that a norm keeps for the product with a matrix that follows: what is multiplied
+    modulo 2^32 loses low bits by itself, anything else would need another truncation.
+    """
+    return nonlinear.NORM_SCALE if spec.halved(name) else 0
+
+
+async def _after_norm(
+    ctx: Context, step: str, spec: PlanSpec, u: Share, name: str, f: int, parts: Parts
+) -> tuple[Share, int]:
+    """u at scale f + `kept`, times a matrix, and its bias; and the scale of that. One round."""
+    if spec.halved(name):
+        y, scale = await parts.matmul(ctx, step, u, name, f + kept(spec, name) - HALF_INPUT), HALF_PRODUCT
+    else:
+        y, scale = await parts.matmul(ctx, step, u, name, None), 2 * f
+    return y + _bias(ctx, f"{name}_b", scale - f), scale
 
 
 async def mlp(
     ctx: Context, step: str, spec: PlanSpec, layer: int, u: Share, s: Settings, parts: Parts
 ) -> Share:
-    """The inner part of a block: activation, gated or not, of u @ in: (n, hidden). u is at scale f +
-    inner_extra.
+    """The inner part of a block: activation, gated or not, of u @ in: (n, hidden). u is at scale f + `kept`
+    bits.
     """
     f = s.scale_bits
-    above = inner_extra(spec, f)
-    h = await parts.matmul(ctx, f"{step}/in", u, f"{layer}.in") + _bias(ctx, f"{layer}.in_b", f + above)
+    h, scale = await _after_norm(ctx, f"{step}/in", spec, u, f"{layer}.in", f, parts)
     if spec.act == "relu":
         return await nonlinear.relu(ctx, f"{step}/relu", h, s)
-    scale = 2 * f + above
     if spec.act != "silu_glu":
         return await nonlinear.activation(ctx, f"{step}/{spec.act}", h, spec.act, s, scale)
 
@@ -306,7 +320,8 @@ async def forward(
     """Blocks over new rows, as many of each cache, which they join. Returns the residual stream (n, d) at
     scale 2f.
     """
-    f, h, turn = s.scale_bits, rows.hidden * (1 << s.scale_bits), rows.turn
+    f, turn = s.scale_bits, rows.turn
+    (h,) = await ops.truncate(ctx, f"{step}/hidden", (rows.hidden, ENTRY_SCALE - 2 * f))
     each = h.shape[0] // len(caches)
     fresh = None
     if rows.padded:
@@ -316,14 +331,18 @@ async def forward(
             turn = await ops.scale(ctx, f"{step}/valid", fresh, turn)
     for layer in range(spec.layers):
         name = f"{step}/layer {layer}"
-        extra = nonlinear.norm_extra(f) if turn is None else 0
+        extra = kept(spec, f"{layer}.qkv")
         u = await nonlinear.rms_norm(ctx, f"{name}/norm 1", h, spec.norm_eps, s, extra=extra)
         a = await attention(ctx, f"{name}/attention", spec, layer, u, turn, caches, fresh, s, parts)
-        h = h + await parts.matmul(ctx, f"{name}/o", a, f"{layer}.o") + _bias(ctx, f"{layer}.o_b", f)
-        extra = inner_extra(spec, f)
+        h = h + await parts.matmul(ctx, f"{name}/o", a, f"{layer}.o", None) + _bias(ctx, f"{layer}.o_b", f)
+        extra = kept(spec, f"{layer}.in")
         u = await nonlinear.rms_norm(ctx, f"{name}/norm 2", h, spec.norm_eps, s, extra=extra)
         m = await mlp(ctx, f"{name}/mlp", spec, layer, u, s, parts)
-        h = h + await parts.matmul(ctx, f"{name}/out", m, f"{layer}.out") + _bias(ctx, f"{layer}.out_b", f)
+        h = (
+            h
+            + await parts.matmul(ctx, f"{name}/out", m, f"{layer}.out", None)
+            + _bias(ctx, f"{layer}.out_b", f)
+        )
     for cache in caches:
         cache.length += each
     return h
@@ -332,15 +351,13 @@ async def forward(
 async def logits(
     ctx: Context, step: str, spec: PlanSpec, h: Share, s: Settings, parts: Parts = DIRECT
 ) -> Share:
-    """Logits (n, vocab) at scale `logit_scale` of rows h (n, d)."""
-    extra = nonlinear.norm_extra(s.scale_bits)
-    u = await nonlinear.rms_norm(ctx, f"{step}/norm", h, spec.norm_eps, s, extra=extra)
-    return await parts.matmul(ctx, f"{step}/head", u, "head") + _bias(ctx, "head_b", s.scale_bits + extra)
+    """Logits (n, vocab) at scale LOGIT_SCALE of rows h (n, d)."""
+    u = await nonlinear.rms_norm(ctx, f"{step}/norm", h, spec.norm_eps, s, extra=kept(spec, "head"))
+    y, _ = await _after_norm(ctx, f"{step}/head", spec, u, "head", s.scale_bits, parts)
+    return y
 
 
-def logit_scale(scale_bits: int) -> int:
-    """Fraction bits of logits."""
-    return 2 * scale_bits + nonlinear.norm_extra(scale_bits)
+LOGIT_SCALE: Final = HALF_PRODUCT
 
 
 @dataclass(frozen=True, slots=True)
@@ -359,7 +376,7 @@ class Entry:
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """New rows on their way into the blocks: hidden (n, d) at scale f, and their rotation if there is one.
+    """New rows on their way into the blocks: hidden (n, d) at ENTRY_SCALE, and their rotation if there is one.
 
     `padded` if some of them may hold no token, as a cache's validity bits then tell.
     """
@@ -398,11 +415,11 @@ async def embed(
 ) -> Rows:
     """Embedding and rotation of rows, by public offsets (index + mask) of secret tokens and positions."""
     hot = ops.one_hot(ctx, e.token, token_offset, index_bits(spec.vocab))[:, : spec.vocab]
-    h = await parts.matmul(ctx, f"{step}/embed", hot, "embed")
+    h = await parts.matmul(ctx, f"{step}/embed", hot, "embed", 0)
     at = ops.one_hot(ctx, e.position, position_offset, index_bits(spec.context))[:, : spec.context]
     if spec.positions == "rope":
         return Rows(h, rotation(ctx, spec, at), padded)
-    return Rows(h + await parts.matmul(ctx, f"{step}/position", at, "pos"), None, padded)
+    return Rows(h + await parts.matmul(ctx, f"{step}/position", at, "pos", 0), None, padded)
 
 
 async def reenter(

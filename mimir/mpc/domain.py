@@ -16,6 +16,7 @@ from mimir.errors import LocalError
 Ring = npt.NDArray[np.uint64]
 U64 = np.uint64
 RING_BITS = 64
+HALF_BITS = 32  # of the words of weight matrices that are shared modulo 2^32
 # A value z must satisfy |z| < 2^TRUNCATION_BITS before its scale is dropped (ops.truncate has exceptions).
 TRUNCATION_BITS = 61
 

@@ -61,16 +61,6 @@ def dither(low: int) -> float:
     return 1.5 * (1 - 2.0**-low)
 
 
-WIDEST: Final = 52  # largest scale of an untruncated product, which stays below 2^9
-
-
-def norm_extra(scale_bits: int) -> int:
-    """Fraction bits that a norm keeps for the product which follows, and is truncated with; 0 if there is no
-    room.
-    """
-    return NORM_SCALE if 2 * scale_bits + NORM_SCALE <= WIDEST else 0
-
-
 @dataclass(frozen=True, slots=True)
 class Settings:
     """Tunables of the approximations; equal at all parties (they are in the config digest)."""

@@ -17,7 +17,7 @@ from mimir import kernels
 from mimir.errors import LocalError
 from mimir.mpc import prep, waves
 from mimir.mpc.branches import ask, side_by_side
-from mimir.mpc.domain import RING_BITS, TRUNCATION_BITS, Ring, constant, words
+from mimir.mpc.domain import HALF_BITS, RING_BITS, TRUNCATION_BITS, Ring, constant, words
 from mimir.mpc.doors import Masked
 from mimir.mpc.offload import offload
 from mimir.mpc.prep import Kind, Weights
@@ -213,23 +213,38 @@ def _split(y: Share, items: Sequence[Item]) -> list[Share]:
     return out
 
 
-async def matmul(ctx: Context, step: str, x: Share, name: str) -> Share:
+async def matmul(ctx: Context, step: str, x: Share, name: str, low: int | None = None) -> Share:
     """x (n, k) times the shared weight matrix `name` (k, m): (n, m) at the sum of the scales. One round, 8
-    k bytes.
+    bytes an element of x.
+
+    With `low`, of a matrix that is shared modulo 2^32: x loses so many bits, up to 1.5 units of what is left,
+    and the product modulo 2^32 comes out times 2^32, as a ring element. 4 bytes.
     """
-    c = ctx.take(prep.Weight(name), x.shape[0])
-    (delta,) = await ctx.doors.open(step, x + c["x"])
+    half = low is not None
+    c = ctx.take(prep.Weight(name, HALF_BITS if half else RING_BITS), x.shape[0])
+    if low is not None:
+        (delta,) = await ctx.doors.open_low(step, HALF_BITS, _halved(x, low) + c["x"])
+    else:
+        (delta,) = await ctx.doors.open(step, x + c["x"])
     w = ctx.weights.pair(name)
     n, k, m = *x.shape, w[0].shape[1]
 
     def local() -> Ring:
-        y = np.empty((2, n, m), np.uint64)
+        d = delta.astype(np.uint32) if half else delta
+        y = np.empty((2, n, m), d.dtype)
         for i in range(2):
-            product(delta, w[i], y[i])
-        return y
+            product(d, w[i], y[i])
+        return y.astype(np.uint64) << np.uint64(RING_BITS - HALF_BITS) if half else y
 
     y = await ctx.compute(2 * n * k * m, local, (2, n, m))
     return ctx.share(y) - c["z"]
+
+
+def _halved(x: Share, low: int) -> Share:
+    """x, of either sign, without `low` bits modulo 2^32: within 1.5 units of x / 2^low, in the mean there. No
+    round.
+    """
+    return drop(x - 3 * ((1 << low) - 1) // 2, low, HALF_BITS)
 
 
 async def mul(ctx: Context, step: str, *pairs: tuple[Share, Share]) -> list[Share]:

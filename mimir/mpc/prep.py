@@ -21,7 +21,7 @@ A *kind* names one sort of correlation, with everything that fixes its shape:
     Mul()                a, b, ab
     Scale(m)             s, x (m), s x
     Norm(m, f)           m of Trunc(f), sum of base^2, base times over, s, and s times base and over
-    Weight(name)         a mask row and its product with a shared weight matrix
+    Weight(name, l)      a mask row and its product with a shared weight matrix, modulo 2^l, times 2^(64-l)
     Keys(layer, ...)     masks of new keys and queries and the products with all cached key masks
     Values(layer, ...)   the same for attention weights and values
 """
@@ -42,7 +42,7 @@ from mimir import kernels
 from mimir.errors import LocalError
 from mimir.mpc import check
 from mimir.mpc.branches import ask, side_by_side
-from mimir.mpc.domain import RING_BITS, Ring, words
+from mimir.mpc.domain import HALF_BITS, RING_BITS, Ring, words
 from mimir.mpc.doors import Doors
 from mimir.mpc.offload import offload
 from mimir.mpc.waves import circle, exponential, fractions, integers
@@ -162,6 +162,7 @@ class Norm:
 @dataclass(frozen=True, slots=True)
 class Weight:
     name: str
+    lane: int = RING_BITS  # bits of the matrix's words
 
 
 @dataclass(frozen=True, slots=True)
@@ -261,22 +262,26 @@ class Batch:
         self.gates.extend(check.And(x, y, r) for (x, y), r in zip(solid, z, strict=True))
         return z
 
-    async def matmul(self, step: str, a: Ring, b: tuple[Sequence[Matrix], Sequence[Matrix]]) -> Ring:
-        """Stacks a (2, s, m, k) times b, two components of s matrices (k, n): (2, s, m, n), with its
-        relation. One round.
+    async def matmul(
+        self, step: str, a: Ring, b: tuple[Sequence[Matrix], Sequence[Matrix]], lane: int = RING_BITS
+    ) -> Ring:
+        """Stacks a (2, s, m, k) times b, two components of s matrices (k, n) of words of `lane` bits: (2, s,
+        m, n) modulo 2^lane, times 2^(64 - lane), with its relation. One round.
         """
         bk, width = self.doors.bk, b[0][0].shape[1]
 
         def local() -> Ring:
-            z = bk.zero(a.shape[1], a.shape[2], width)
-            both = a[0] + a[1]
+            of: type[Any] = np.uint32 if lane == HALF_BITS else np.uint64
+            z = bk.zero(a.shape[1], a.shape[2], width).astype(of, copy=False)
+            first, both = a[0].astype(of, copy=False), (a[0] + a[1]).astype(of, copy=False)
             for i in range(a.shape[1]):
                 product(both[i], b[0][i], z[i], add=True)
-                product(np.ascontiguousarray(a[0, i]), b[1][i], z[i], add=True)
-            return z
+                product(np.ascontiguousarray(first[i]), b[1][i], z[i], add=True)
+            return z.astype(np.uint64, copy=False)
 
-        (c,) = await self.doors.reshare(step, await offload(2 * a.size * width, local))
-        self.relations.append(check.MatrixProduct(a, b, c))
+        (c,) = await self.exchange(step, (await offload(2 * a.size * width, local), lane))
+        c = _up(c, lane)
+        self.relations.append(check.MatrixProduct(_up(a, lane), b, c))
         return c
 
     # -- bits of masks --
@@ -841,7 +846,7 @@ async def _norm(b: Batch, kind: Norm, n: int, pairs: Mapping[str, Ring]) -> dict
 async def _weight(b: Batch, kind: Weight, n: int) -> dict[str, Ring]:
     w = b.weights.pair(kind.name)
     x = b.doors.bk.random(n, w[0].shape[0])
-    z = await b.matmul(f"weight {kind.name}", x[:, None], ((w[0],), (w[1],)))
+    z = await b.matmul(f"weight {kind.name}", x[:, None], ((w[0],), (w[1],)), kind.lane)
     return {"x": x, "z": z[:, 0]}
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from typing import Final, Protocol, TypeAlias
+from typing import Any, Final, Protocol, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -21,6 +21,7 @@ from mimir.errors import LocalError
 from mimir.secret import Pages, ShareSeed
 
 Ring: TypeAlias = npt.NDArray[np.uint64]
+Words: TypeAlias = npt.NDArray[Any]  # of 64 bits, or of 32 where a matrix is shared modulo 2^32
 
 SCRATCH: Final = 1 << 20  # bytes; larger blocks leave the cache, smaller ones pay more for each call
 SHARED: Final = (
@@ -29,23 +30,23 @@ SHARED: Final = (
 # Each block reads and writes the whole result once: in blocks of 4 rows of 32,000 words a product of 32 rows
 # takes twice as long as in blocks of 16.
 LEAST_ROWS: Final = 16
-WORD: Final = 8
-STREAM_WORDS: Final = kernels.BLOCK_BYTES // WORD  # at whose multiples a block of rows must begin
+FULL: Final = np.dtype(np.uint64)
 
 
 class Rows(Protocol):
     """A matrix (k, n), or a vector (n,) as one row, that is made anew for each pass."""
 
     shape: tuple[int, ...]
+    dtype: np.dtype[Any]  # of 64 bits, or of 32
 
-    def blocks(self) -> Iterator[tuple[int, Ring]]:
+    def blocks(self) -> Iterator[tuple[int, Words]]:
         """All rows in order: the first one's index, and (rows, n), good until the next is asked for.
 
         The buffer is wiped when the pass ends, at the last row or before. Raises what the source raises.
         """
 
 
-Matrix: TypeAlias = Ring | Rows
+Matrix: TypeAlias = Words | Rows
 
 _spare: dict[bool, list[Pages]] = {False: [], True: []}  # by whether they are locked: zero, in nobody's use
 
@@ -53,22 +54,32 @@ _spare: dict[bool, list[Pages]] = {False: [], True: []}  # by whether they are l
 class KeyStream:
     """A component that is the key stream of a seed."""
 
-    __slots__ = ("_locked", "_seed", "_stream", "shape")
+    __slots__ = ("_locked", "_seed", "_stream", "dtype", "shape")
 
-    def __init__(self, seed: ShareSeed, stream: int, shape: tuple[int, ...], *, lock: bool = False) -> None:
+    def __init__(
+        self,
+        seed: ShareSeed,
+        stream: int,
+        shape: tuple[int, ...],
+        dtype: np.dtype[Any] = FULL,
+        *,
+        lock: bool = False,
+    ) -> None:
         """`lock` keeps the scratch buffer out of swap."""
         self.shape = shape
+        self.dtype = dtype
         self._seed = seed
         self._stream = stream
         self._locked = lock
 
-    def blocks(self) -> Iterator[tuple[int, Ring]]:
+    def blocks(self) -> Iterator[tuple[int, Words]]:
         width = self.shape[-1]
-        # Where rows are of odd width, every other one ends with a block of the key stream.
-        step = _rows_at_once(width, STREAM_WORDS // math.gcd(width, STREAM_WORDS))
-        for first, rows, _ in _scratch(self.shape, step, self._locked):
+        words = kernels.BLOCK_BYTES // self.dtype.itemsize  # at whose multiples a block of rows must begin
+        # Where rows are of odd width, not every one ends with a block of the key stream.
+        step = _rows_at_once(width, self.dtype, words // math.gcd(width, words))
+        for first, rows, _ in _scratch(self.shape, self.dtype, step, self._locked):
             with self._seed.reveal_to_kernel() as key:
-                kernels.prg(key, self._stream, rows, first * width // STREAM_WORDS)
+                kernels.prg(key, self._stream, rows, first * width // words)
             yield first, rows
 
     def __repr__(self) -> str:
@@ -78,19 +89,26 @@ class KeyStream:
 class Stored:
     """A component that is read from somewhere, in pieces of any length that are its bytes in C order."""
 
-    __slots__ = ("_locked", "_pieces", "shape")
+    __slots__ = ("_locked", "_pieces", "dtype", "shape")
 
     def __init__(
-        self, pieces: Callable[[], Iterator[memoryview]], shape: tuple[int, ...], *, lock: bool = False
+        self,
+        pieces: Callable[[], Iterator[memoryview]],
+        shape: tuple[int, ...],
+        dtype: np.dtype[Any] = FULL,
+        *,
+        lock: bool = False,
     ) -> None:
         """Each pass calls `pieces`; a piece need only be good until the next is asked for."""
         self.shape = shape
+        self.dtype = dtype
         self._pieces = pieces
         self._locked = lock
 
-    def blocks(self) -> Iterator[tuple[int, Ring]]:
+    def blocks(self) -> Iterator[tuple[int, Words]]:
         pieces, piece = self._pieces(), memoryview(b"")
-        for first, rows, room in _scratch(self.shape, _rows_at_once(self.shape[-1], 1), self._locked):
+        step = _rows_at_once(self.shape[-1], self.dtype, 1)
+        for first, rows, room in _scratch(self.shape, self.dtype, step, self._locked):
             at, need = 0, rows.nbytes
             while at < need:
                 if not piece and not (piece := next(pieces, memoryview(b""))):
@@ -106,19 +124,21 @@ class Stored:
         return f"<Stored {self.shape}>"
 
 
-def _rows_at_once(width: int, unit: int) -> int:
+def _rows_at_once(width: int, dtype: np.dtype[Any], unit: int) -> int:
     """A multiple of `unit`."""
-    rows = max(LEAST_ROWS, SCRATCH // (WORD * width)) * min(kernels.threads(), SHARED)
+    rows = max(LEAST_ROWS, SCRATCH // (dtype.itemsize * width)) * min(kernels.threads(), SHARED)
     return -(-rows // unit) * unit
 
 
-def _scratch(shape: tuple[int, ...], step: int, lock: bool) -> Iterator[tuple[int, Ring, memoryview]]:
+def _scratch(
+    shape: tuple[int, ...], dtype: np.dtype[Any], step: int, lock: bool
+) -> Iterator[tuple[int, Words, memoryview]]:
     """For each block its first row, and room for its rows, as words and as bytes: always the same room."""
     width = shape[-1]
     height = math.prod(shape[:-1])
     count = min(step, height) * width
-    pages = _buffer(count * WORD, lock)
-    words = np.frombuffer(pages, "<u8", count).reshape(-1, width)
+    pages = _buffer(count * dtype.itemsize, lock)
+    words = np.frombuffer(pages, dtype, count).reshape(-1, width)
     try:
         for first in range(0, height, step):
             rows = words[: min(step, height - first)]
@@ -141,30 +161,45 @@ def _buffer(size: int, lock: bool) -> Pages:
             return pages
 
 
-def product(x: Ring, w: Matrix, out: Ring, *, add: bool = False) -> Ring:
-    """x (m, k) times w (k, n), written or added to `out` (m, n), which is returned."""
+def product(x: Words, w: Matrix, out: Words, *, add: bool = False) -> Words:
+    """x (m, k) times w (k, n), written or added to `out` (m, n), which is returned; all of one type."""
+    times = kernels.matmul if w.dtype == FULL else kernels.matmul32
     if isinstance(w, np.ndarray):
-        return kernels.matmul(x, w, out=out, add=add)
+        return times(x, w, out=out, add=add)
     for first, rows in w.blocks():
         part = np.ascontiguousarray(x[:, first : first + len(rows)])
-        kernels.matmul(part, rows, out=out, add=add or first > 0)
+        times(part, rows, out=out, add=add or first > 0)
     return out
 
 
 def combine(w: Matrix, r: Ring, out: Ring) -> None:
-    """out = sum_j w[i, j] r_j over GR(2^64, 48): w (k, n), r (n,) with coordinates 0 and 1, out (k, 48)."""
-    if isinstance(w, np.ndarray):
-        kernels.gr_combine(np.ascontiguousarray(w), r, out=out)
-        return
-    for first, rows in w.blocks():
+    """out = sum_j w[i, j] r_j over GR(2^64, 48): w (k, n), r (n,) with coordinates 0 and 1, out (k, 48).
+
+    Words of 32 bits are taken as they are, zeros above them: of what is stated of them only products with
+    multiples of 2^32 count.
+    """
+    for first, rows in _wide(w):
         kernels.gr_combine(rows, r, out=out[first : first + len(rows)])
 
 
-def array(w: Matrix) -> Ring:
+def _wide(w: Matrix) -> Iterator[tuple[int, Ring]]:
+    """Rows of w as words of 64 bits: all at once, or as many as lie in a cache."""
+    if w.dtype == FULL:
+        yield from ((0, np.ascontiguousarray(w)),) if isinstance(w, np.ndarray) else w.blocks()
+    elif isinstance(w, np.ndarray):
+        step = _rows_at_once(w.shape[-1], FULL, 1)
+        for first in range(0, len(w), step):
+            yield first, w[first : first + step].astype(np.uint64)
+    else:
+        for first, rows in w.blocks():
+            yield first, rows.astype(np.uint64)
+
+
+def array(w: Matrix) -> Words:
     """All of w in memory: for what is small."""
     if isinstance(w, np.ndarray):
         return w
-    out = np.empty(w.shape, np.uint64)
+    out = np.empty(w.shape, w.dtype)
     flat = out.reshape(-1, w.shape[-1])
     for first, rows in w.blocks():
         flat[first : first + len(rows)] = rows
