@@ -1057,14 +1057,3 @@ def ct_equal(a: Bytes, b: Bytes) -> bool:
     """Whether the bytes agree, in time that depends on the lengths alone; lengths are public."""
     left, right = _ffi.from_buffer("uint8_t[]", a), _ffi.from_buffer("uint8_t[]", b)
     return len(left) == len(right) and _lib.mk_bytes_equal(left, right, len(left)) == 0
-
-
-def matmul32(a, b, out=None, add=False):  # TEMPORARY
-    y = a @ b
-    if out is None:
-        return y
-    if add:
-        out += y
-    else:
-        out[...] = y
-    return out

@@ -36,9 +36,9 @@ Floats = npt.NDArray[np.float64]
 
 WEIGHT_BITS = 15  # an encoded weight satisfies |w| < 2**WEIGHT_BITS; trained ones stay below a few hundred
 MAX_SCALE_BITS = 62 - WEIGHT_BITS  # so that an encoded weight fits the signed 64-bit ring with a bit to spare
-HALF_SCALE = (
-    12  # fraction bits of a weight that is shared modulo 2^32, which holds |w| < 2**WEIGHT_BITS as well
-)
+# Fraction bits of weights shared modulo 2^32: of embeddings, which are added up as they are, and of matrices.
+EMBEDDING_SCALE = 16
+HALF_SCALE = 12
 PUBLIC_FORMAT = 1  # version of the dictionary made by PlanSpec.public
 MAX_LAYERS = 512
 MAX_WIDTH = 1 << 16
@@ -179,8 +179,8 @@ class PlanSpec:
         return tuple(self.shapes())
 
     def halved(self, name: str) -> bool:
-        """Whether a tensor is shared modulo 2^32, in words of 4 bytes: embeddings, and a matrix behind a norm,
-        of whose product no more is needed. ReLU needs more range, a rotation all of its input.
+        """Whether a tensor is shared modulo 2^32, in words of 4 bytes: embeddings, and a matrix behind a
+        norm, of whose product no more is needed. ReLU needs more range, a rotation all of its input.
         """
         part = name.rpartition(".")[2]
         if part in ("qkv", "in"):

@@ -376,7 +376,7 @@ class Entry:
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """New rows on their way into the blocks: hidden (n, d) at ENTRY_SCALE, and their rotation if there is one.
+    """New rows on their way into the blocks: hidden (n, d) at ENTRY_SCALE, and their rotation if any.
 
     `padded` if some of them may hold no token, as a cache's validity bits then tell.
     """
