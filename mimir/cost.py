@@ -137,7 +137,7 @@ class Rates:
 def _keys() -> set[str]:
     return {
         *dryrun.RULES,
-        dryrun.ONE_ROW,
+        *(name + dryrun.ONE_ROW for name in dryrun.STREAMED),
         dryrun.ARRAY,
         dryrun.LARGE_ARRAY,
         dryrun.DECRYPT,
@@ -171,6 +171,9 @@ def _examples() -> dict[str, tuple[Any, ...]]:
     def w(*shape: int) -> Any:
         return g.integers(0, 1 << 64, shape, dtype=np.uint64)
 
+    def w32(*shape: int) -> Any:
+        return g.integers(0, 1 << 32, shape, dtype=np.uint32)
+
     n, m, few, rows = 1 << 14, 1 << 11, 256, 16
     degree = kernels.GR_DEGREE
     xi = 0x123456789ABC
@@ -179,8 +182,10 @@ def _examples() -> dict[str, tuple[Any, ...]]:
     bins = kernels.Bins(np.ones(16), 13, 2.0**-13, 0.5, np.ones(14))
     return {
         "matmul": (w(8, 512), w(512, 512)),
-        dryrun.ONE_ROW: (w(1, 1024), w(1024, 4096)),
+        "matmul" + dryrun.ONE_ROW: (w(1, 1024), w(1024, 4096)),
         "matmul_nt": (w(7, 128), w(few * 8, 128)),
+        "matmul32": (w32(8, 512), w32(512, 512)),
+        "matmul32" + dryrun.ONE_ROW: (w32(1, 1024), w32(1024, 4096)),
         "rss_mul": (w(2, n), w(2, n), w(n)),
         "rss_and": (w(2, n), w(2, n), w(n)),
         "bit_slice": (w(n), 64),
@@ -229,7 +234,7 @@ def calibrate() -> Rates:
     """Measure this machine, one thread, some seconds. Not within a Trio run; no party may be served here."""
     seconds = {"nanoseconds": 1e-9}
     for name, arguments in _examples().items():
-        kernel = "matmul" if name == dryrun.ONE_ROW else name
+        kernel = name.removesuffix(dryrun.ONE_ROW)
         _, units = dryrun.RULES[kernel](*arguments)
         call = getattr(kernels, kernel)
         seconds[name] = _best(lambda call=call, arguments=arguments: call(*arguments)) / units  # type: ignore[misc]

@@ -58,7 +58,8 @@ PARTY: Final = 0  # whose session is run; parties send alike
 CLIENT: Final = "00" * 32
 MEMORY: Final = TriplePool().memory_mib << 20
 ONLINE, PREP = "online", "prep"
-ONE_ROW: Final = "matmul of one row"  # counted apart: bound by memory, not by multiplying
+STREAMED: Final = ("matmul", "matmul32")  # kernels whose products of one row are counted apart, under a name
+ONE_ROW: Final = " of one row"  # that ends so: they are bound by memory, not by multiplying
 DECRYPT: Final = "decrypt"  # bytes of shares at rest
 ARRAY, LARGE_ARRAY = "array", "large array"  # bytes read and written by functions of numpy
 CACHED: Final = 1 << 20  # bytes of an array that may still lie in a cache, and that costs no fresh pages
@@ -390,6 +391,7 @@ def _crossed(x: Sequence[Array]) -> int:
 RULES: Final[dict[str, Callable[..., tuple[tuple[Any, ...] | None, float]]]] = {
     "matmul": lambda a, b: _product(b.shape[-1], a, b),
     "matmul_nt": lambda a, b: _product(b.shape[-2], a, b),
+    "matmul32": lambda a, b: _product(b.shape[-1], a, b),
     "rss_mul": lambda x, y, alpha: (alpha.shape, alpha.size),
     "rss_and": lambda x, y, alpha: (alpha.shape, alpha.size),
     "bit_slice": lambda x, nbits: ((*x.shape[:-1], nbits, _words(x.shape[-1])), x.size),
@@ -460,15 +462,13 @@ class _Kernels:
         def call(*args: Any, **kw: Any) -> Any:
             out, add = kw.pop("out", None), kw.pop("add", False)
             shape, units = rule(*args, **kw)
-            if name == "matmul" and args[0].shape[-2] == 1 and args[1].nbytes > CACHED:
-                _tally.add(ONE_ROW, units)
-            else:
-                _tally.add(name, units)
+            apart = name in STREAMED and args[0].shape[-2] == 1 and args[1].nbytes > CACHED
+            _tally.add(name + ONE_ROW if apart else name, units)
             if shape is None:
                 return 0
             if isinstance(shape[0], tuple):
                 return tuple(_blank(each, np.dtype(np.uint64)) for each in shape)
-            dtype = args[0].dtype if name == "rotate" else np.dtype(np.uint64)
+            dtype = args[0].dtype if name in ("matmul32", "rotate") else np.dtype(np.uint64)
             if out is not None:
                 if out.shape != shape:
                     raise LocalError(f"{name}: out must have shape {shape}, not {out.shape}")

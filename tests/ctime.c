@@ -78,6 +78,21 @@ static void matmul_nt_many(void)
     mk_ring_matmul_nt(out, secret, more, 0, 1, 11, 17, 29, 0);
 }
 
+static void matmul32_row(void)
+{
+    mk_ring32_matmul((uint32_t *)out, (uint32_t *)secret, (uint32_t *)more, 1, 19, N, 0);
+}
+
+static void matmul32_few(void)
+{
+    mk_ring32_matmul((uint32_t *)out, (uint32_t *)secret, (uint32_t *)more, 3, 19, N, 0);
+}
+
+static void matmul32_many(void)
+{
+    mk_ring32_matmul((uint32_t *)out, (uint32_t *)secret, (uint32_t *)more, 19, 135, 29, 1);
+}
+
 static void rss_mul(void)
 {
     mk_ring_rss_mul(out, secret, more, secret + 2 * N, N);
@@ -346,6 +361,9 @@ static void bytes_equal(void)
     X(matmul_many)                                                                                                     \
     X(matmul_nt)                                                                                                       \
     X(matmul_nt_many)                                                                                                  \
+    X(matmul32_row)                                                                                                    \
+    X(matmul32_few)                                                                                                    \
+    X(matmul32_many)                                                                                                   \
     X(rss_mul)                                                                                                         \
     X(rss_and)                                                                                                         \
     X(bits_slice)                                                                                                      \

@@ -229,12 +229,14 @@ def test_what_was_replaced_is_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_kernel_rules_agree_with_the_kernels() -> None:
     examples = cost._examples()
-    assert set(examples) == {*dryrun.RULES, dryrun.ONE_ROW}
+    assert set(examples) == {*dryrun.RULES, *(name + dryrun.ONE_ROW for name in dryrun.STREAMED)}
     for kind in (np.uint16, np.uint8):
         narrow = (np.ones((8, 16), kind), np.zeros(8, np.uint64))
         assert dryrun._Kernels().rotate(*narrow).dtype == kernels.rotate(*narrow).dtype == kind
+    factors = examples["matmul32"]
+    assert dryrun._Kernels().matmul32(*factors).dtype == kernels.matmul32(*factors).dtype == np.uint32
     for name, arguments in examples.items():
-        name = "matmul" if name == dryrun.ONE_ROW else name
+        name = name.removesuffix(dryrun.ONE_ROW)
         shape, units = dryrun.RULES[name](*arguments)
         out = getattr(kernels, name)(*arguments)
         if isinstance(out, tuple):

@@ -30,6 +30,7 @@ from mimir.kernels import build
 from mimir.mpc import waves
 
 U64 = npt.NDArray[np.uint64]
+U32 = npt.NDArray[np.uint32]
 M = 1 << 64
 ONES = M - 1
 GF_TAIL = 0b11011
@@ -44,6 +45,11 @@ def words(rng: np.random.Generator, *shape: int) -> U64:
     """Random words, a third of them from the edges."""
     x = rng.integers(0, M, shape, dtype=np.uint64)
     return np.where(rng.random(shape) < 0.3, rng.choice(EDGES, shape), x).astype(np.uint64)
+
+
+def words32(rng: np.random.Generator, *shape: int) -> U32:
+    """The upper halves of random words, edges among them."""
+    return (words(rng, *shape) >> np.uint64(32)).astype(np.uint32)
 
 
 def u64(values: Any) -> U64:
@@ -366,6 +372,58 @@ def test_matmul_misuse(rng: np.random.Generator) -> None:
         k.matmul(a, b, out=np.empty((3, 6), np.uint64))
     with pytest.raises(LocalError):
         k.matmul_nt(a, b)
+
+
+@pytest.mark.parametrize("shape", [*SHAPES, (16, 9, 40), (33, 131, 70), (1, 37, 4100), (17, 5, 300)])
+def test_matmul32(level: str, rng: np.random.Generator, shape: tuple[int, int, int]) -> None:
+    m, n_in, n = shape
+    a, b, start = words32(rng, m, n_in), words32(rng, n_in, n), words32(rng, m, n)
+    want = (u64(o_matmul(a, b)).reshape(m, n) % np.uint64(1 << 32)).astype(np.uint32)
+    got = k.matmul32(a, b)
+    assert got.dtype == np.uint32
+    np.testing.assert_array_equal(got, want)
+    out = start.copy()
+    assert k.matmul32(a, b, out=out) is out
+    np.testing.assert_array_equal(out, want)
+    out = start.copy()
+    k.matmul32(a, b, out=out, add=True)
+    np.testing.assert_array_equal(out, start + want)
+
+
+@pytest.mark.parametrize("m", [1, 2, 15, 16, 17, 35])
+def test_matmul32_wider_and_deeper_than_its_blocks(level: str, rng: np.random.Generator, m: int) -> None:
+    a, b = words32(rng, m, 270), words32(rng, 270, 4109)
+    np.testing.assert_array_equal(k.matmul32(a, b), a @ b)
+
+
+def test_matmul32_all_ones(level: str) -> None:
+    a, b = np.full((9, 65), (1 << 32) - 1, np.uint32), np.full((65, 26), (1 << 32) - 1, np.uint32)
+    np.testing.assert_array_equal(k.matmul32(a, b), np.full((9, 26), 65))
+    np.testing.assert_array_equal(k.matmul32(a[:1], b), np.full((1, 26), 65))
+
+
+def test_matmul32_misuse(rng: np.random.Generator) -> None:
+    a, b, square = words32(rng, 3, 4), words32(rng, 4, 5), words32(rng, 4, 4)
+    frozen = np.empty((3, 5), np.uint32)
+    frozen.flags.writeable = False
+    with pytest.raises(LocalError, match="overlap"):
+        k.matmul32(square, square, out=square)
+    with pytest.raises(LocalError, match="writable"):
+        k.matmul32(a, b, out=frozen)
+    with pytest.raises(LocalError, match="add needs out"):
+        k.matmul32(a, b, add=True)
+    refuses(
+        lambda: k.matmul32(a, a),
+        lambda: k.matmul32(a.astype(np.uint64), b.astype(np.uint64)),  # type: ignore[arg-type]
+        lambda: k.matmul32(a, b.astype(np.int32)),  # type: ignore[arg-type]
+        lambda: k.matmul(a, b),  # type: ignore[arg-type]
+        lambda: k.matmul32(a.T, a),
+        lambda: k.matmul32(a, words32(rng, 8, 10)[::2, ::2]),
+        lambda: k.matmul32(a[None], b[None]),
+        lambda: k.matmul32(a[0], b),
+        lambda: k.matmul32(a, b, out=np.empty((3, 6), np.uint32)),
+        lambda: k.matmul32(a, b, out=np.empty((3, 5), np.uint64)),  # type: ignore[arg-type]
+    )
 
 
 @pytest.mark.parametrize("n", LENGTHS)
@@ -1061,6 +1119,8 @@ WIDE: dict[str, Callable[[np.random.Generator], Any]] = {
     "matmul": lambda g: k.matmul(words(g, 37, 211), words(g, 211, 403)),
     "matmul_row": lambda g: k.matmul(words(g, 1, 211), words(g, 211, 4099)),
     "matmul_nt": lambda g: k.matmul_nt(words(g, 3, 211), words(g, 97, 211)),
+    "matmul32": lambda g: k.matmul32(words32(g, 37, 211), words32(g, 211, 403)),
+    "matmul32_row": lambda g: k.matmul32(words32(g, 1, 211), words32(g, 211, 8211)),
     "lookup": lambda g: k.lookup(words(g, 2, 1, 301, 256), words(g, 1, 301), words(g, 1, 5, 512)),
     "trunc_if": lambda g: k.trunc_if(
         (words(g, 2, 4099), words(g, 2, 4099), words(g, 2, 4099, 3), words(g, 2, 4099, 4)),
@@ -1133,6 +1193,15 @@ LONG: dict[str, Callable[[np.random.Generator], npt.NDArray[Any]]] = {
     "matmul_nt, high": lambda g: k.matmul_nt(words(g, 515, 131), words(g, 19, 131)),
     "matmul_nt, added": lambda g: k.matmul_nt(
         words(g, 2, 3, 211), words(g, 2, 401, 211), out=words(g, 2, 3, 401), add=True
+    ),
+    "matmul32, a row": lambda g: k.matmul32(words32(g, 1, 301), words32(g, 301, 9001)),
+    "matmul32, a row added": lambda g: k.matmul32(
+        words32(g, 1, 801), words32(g, 801, 999), out=words32(g, 1, 999), add=True
+    ),
+    "matmul32, wide": lambda g: k.matmul32(words32(g, 19, 231), words32(g, 231, 515)),
+    "matmul32, high": lambda g: k.matmul32(words32(g, 515, 231), words32(g, 231, 19)),
+    "matmul32, added": lambda g: k.matmul32(
+        words32(g, 3, 401), words32(g, 401, 1999), out=words32(g, 3, 1999), add=True
     ),
     "gr_combine": lambda g: k.gr_combine(words(g, 277, 501), words(g, 501)),
     "gr_mul01": lambda g: k.gr_mul01(words(g, 1001, 48), words(g, 1001)),
@@ -1264,6 +1333,11 @@ class Fence:
         x[...] = self.rng.integers(0, M, shape, dtype=np.uint64)
         return x
 
+    def words32(self, *shape: int) -> U32:
+        x = self.empty(shape, np.uint32)
+        x[...] = self.rng.integers(0, 1 << 32, shape, dtype=np.uint32)
+        return x
+
 
 def walk_fences() -> None:
     """Call every kernel at every level on such arrays, its outputs included."""
@@ -1273,7 +1347,7 @@ def walk_fences() -> None:
         k.force(level)
         for n in (1, 3, 7, 8, 9, 64, 65, 133):
             fence = Fence(at_end)
-            w = fence.words
+            w, h = fence.words, fence.words32
             module["np"] = SimpleNamespace(**{**vars(numpy), "empty": fence.empty})
             packed = (n + 63) // 64
             key = fence.empty(32, np.uint8)
@@ -1285,6 +1359,8 @@ def walk_fences() -> None:
                 k.matmul(w(m, 9), w(9, n))
                 k.matmul_nt(w(m, n), w(5, n))
                 k.matmul_nt(w(m, 9), w(n, 9))
+                k.matmul32(h(m, n), h(n, 5))
+                k.matmul32(h(m, 9), h(9, n))
             k.rss_mul(w(2, n), w(2, n), w(n))
             k.rss_and(w(2, n), w(2, n), w(n))
             k.bit_slice(w(n), 63)

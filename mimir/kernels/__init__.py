@@ -23,6 +23,7 @@ import numpy.typing as npt
 from mimir.errors import ConfigError, EnvironmentMissing, LocalError
 
 U64: TypeAlias = npt.NDArray[np.uint64]
+U32: TypeAlias = npt.NDArray[np.uint32]
 Real: TypeAlias = npt.NDArray[np.float64]
 Bytes: TypeAlias = bytes | bytearray | memoryview
 
@@ -62,6 +63,7 @@ def _load() -> tuple[Any, Any]:
 _ffi, _lib = _load()
 _from_buffer: Any = _ffi.from_buffer if not isinstance(_ffi, _Missing) else None
 _WORDS: Any = _ffi.typeof("uint64_t[]") if not isinstance(_ffi, _Missing) else None
+_WORDS32: Any = _ffi.typeof("uint32_t[]") if not isinstance(_ffi, _Missing) else None
 _DOUBLES: Any = _ffi.typeof("double[]") if not isinstance(_ffi, _Missing) else None
 
 
@@ -120,7 +122,7 @@ def alone() -> None:
 
 # ---- checks ----
 
-_DTYPES = {kind: np.dtype(kind) for kind in (np.uint64, np.uint16, np.uint8)}
+_DTYPES = {kind: np.dtype(kind) for kind in (np.uint64, np.uint32, np.uint16, np.uint8)}
 
 
 def _array(
@@ -195,11 +197,16 @@ def _out(value: npt.NDArray[Any]) -> Any:
     return _from_buffer(_WORDS, value, True)  # must be writable
 
 
-def _room(out: U64 | None, shape: tuple[int, ...], *inputs: U64) -> U64:
+def _room(
+    out: npt.NDArray[Any] | None,
+    shape: tuple[int, ...],
+    *inputs: npt.NDArray[Any],
+    dtype: type[np.unsignedinteger[Any]] = np.uint64,
+) -> npt.NDArray[Any]:
     """`out`, after checking it, or a new array."""
     if out is None:
-        return np.empty(shape, np.uint64)
-    _array("out", out, shape)
+        return np.empty(shape, dtype)
+    _array("out", out, shape, dtype)
     if not out.flags.writeable:
         raise LocalError("out must be writable")
     if any(np.may_share_memory(out, x) for x in inputs):
@@ -276,6 +283,21 @@ def matmul(a: U64, b: U64, out: U64 | None = None, add: bool = False) -> U64:
 def matmul_nt(a: U64, b: U64, out: U64 | None = None, add: bool = False) -> U64:
     """a (m, k) times the transpose of b (n, k) -> (m, n) modulo 2^64; batched as `matmul`."""
     return _product("mk_ring_matmul_nt", a, b, out, add)
+
+
+def matmul32(a: U32, b: U32, out: U32 | None = None, add: bool = False) -> U32:
+    """a (m, k) times b (k, n) -> (m, n) modulo 2^32, added to `out` if `add`; not batched.
+
+    With m = 1 the product streams b once, so it is bound by memory; it reads half of what `matmul` does.
+    """
+    m, k = _array("a", a, (None, None), np.uint32)
+    _, n = _array("b", b, (k, None), np.uint32)
+    if out is None and add:
+        raise LocalError("add needs out")
+    out = _room(out, (m, n), a, b, dtype=np.uint32)
+    left, right = _from_buffer(_WORDS32, a), _from_buffer(_WORDS32, b)
+    _lib.mk_ring32_matmul(_from_buffer(_WORDS32, out, True), left, right, m, k, n, int(add))
+    return out
 
 
 def _rss(kernel: str, x: U64, y: U64, alpha: U64) -> U64:

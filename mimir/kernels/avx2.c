@@ -10,6 +10,7 @@
 #define LANES 4
 
 typedef uint64_t vec __attribute__((vector_size(32)));
+typedef uint32_t vec32 __attribute__((vector_size(32)));
 typedef vec bitmask;
 
 /* AVX2 has no 64-bit multiply. A product mod 2^64 is lo lo + 2^32 (lo hi + hi lo). The second part is wanted mod 2^32
@@ -63,6 +64,22 @@ static inline void store_first(uint64_t *p, size_t count, vec v)
 {
     if (count == LANES) store(p, v);
     else _mm256_maskstore_epi64((long long *)p, lanes_below(count), (__m256i)v);
+}
+
+/* The same for twice as many numbers of 32 bits. */
+static inline __m256i lanes32_below(size_t count)
+{
+    return _mm256_cmpgt_epi32(_mm256_set1_epi32((int)count), _mm256_set_epi32(7, 6, 5, 4, 3, 2, 1, 0));
+}
+
+static inline vec32 load32_first(const uint32_t *p, size_t count)
+{
+    return (vec32)_mm256_maskload_epi32((const int *)p, lanes32_below(count));
+}
+
+static inline void store32_first(uint32_t *p, size_t count, vec32 v)
+{
+    _mm256_maskstore_epi32((int *)p, lanes32_below(count), (__m256i)v);
 }
 
 /* Bits LANES q .. LANES q + LANES - 1 of word as lane masks. */

@@ -10,6 +10,7 @@
 #define LANES 8
 
 typedef uint64_t vec __attribute__((vector_size(64)));
+typedef uint32_t vec32 __attribute__((vector_size(64)));
 typedef __mmask8 bitmask;
 typedef vec factor; /* see avx2.c: here the processor multiplies 64 bits */
 typedef vec sum;
@@ -49,6 +50,21 @@ static inline vec load_rest(const uint64_t *p, size_t count)
 static inline void store_first(uint64_t *p, size_t count, vec v)
 {
     _mm512_mask_storeu_epi64(p, lanes_below(count), (__m512i)v);
+}
+
+static inline __mmask16 lanes32_below(size_t count)
+{
+    return (__mmask16)((1u << count) - 1);
+}
+
+static inline vec32 load32_first(const uint32_t *p, size_t count)
+{
+    return (vec32)_mm512_maskz_loadu_epi32(lanes32_below(count), p);
+}
+
+static inline void store32_first(uint32_t *p, size_t count, vec32 v)
+{
+    _mm512_mask_storeu_epi32(p, lanes32_below(count), (__m512i)v);
 }
 
 static inline bitmask bits_of(uint64_t word, unsigned q)

@@ -257,17 +257,13 @@ MK_SPLIT(mk_gr_mul01, (uint64_t *out, const uint64_t *a, const uint64_t *r, size
          MK_GIVEN(uint64_t *out; const uint64_t *a, *r;), MK_GIVEN(out, a, r),
          n, 1, 200 * n, (j->out + MK_GR * first, j->a + MK_GR * first, j->r + first, count))
 
-/* One row times a matrix is bound by memory, which is read fastest in long runs: it is split by rows of b, DEPTH at a
- * time, and what part of the sum a piece makes is added to the row under a lock. BREADTH columns at a time, so that such
- * a part lies in the first-level cache. */
-enum { DEPTH = 32, BREADTH = 2048 };
-
-struct row {
+/* A product, and its numbers: words, or if run32 is there, of 32 bits. */
+struct matrices {
     __typeof__(mk_ring_product) *run;
-    uint64_t *c;
-    const uint64_t *a, *b;
-    size_t apart, k, n, strips, depths; /* strips of BREADTH columns of one product, units of DEPTH rows of each */
-    pthread_mutex_t *adding;
+    __typeof__(mk_ring32_product) *run32;
+    void *c;
+    const void *a, *b;
+    size_t apart, m, k, n;
 };
 
 static size_t least(size_t a, size_t b)
@@ -275,34 +271,61 @@ static size_t least(size_t a, size_t b)
     return a < b ? a : b;
 }
 
+/* `width` columns of m rows of the result, from numbers c, a and b of the matrices on; k of the products of each. */
+static void run_part(const struct matrices *j, size_t c, size_t a, size_t b, size_t m, size_t k, size_t width, int add)
+{
+    if (j->run32)
+        j->run32((uint32_t *)j->c + c, (const uint32_t *)j->a + a, (const uint32_t *)j->b + b, m, k, j->n, width, add);
+    else j->run((uint64_t *)j->c + c, (const uint64_t *)j->a + a, (const uint64_t *)j->b + b, m, k, j->n, width, add);
+}
+
+/* One row times a matrix is bound by memory, which is read fastest in long runs: it is split by rows of b, DEPTH at a
+ * time, and what part of the sum a piece makes is added to the row under a lock. BREADTH bytes of columns at a time, so
+ * that such a part lies in the first-level cache. */
+enum { DEPTH = 32, BREADTH = 1 << 14 };
+
+struct row {
+    struct matrices of;
+    size_t columns, strips, depths; /* strips of so many columns of one product, units of DEPTH rows of each */
+    pthread_mutex_t *adding;
+};
+
 static void row_piece(const void *job, size_t first, size_t count)
 {
     const struct row *j = job;
+    const struct matrices *of = &j->of;
     while (count > 0) {
-        size_t at = first / j->depths / j->strips, column = BREADTH * (first / j->depths % j->strips);
+        size_t at = first / j->depths / j->strips, column = j->columns * (first / j->depths % j->strips);
         size_t unit = first % j->depths, some = least(count, j->depths - unit), from = DEPTH * unit;
-        size_t depth = least(j->k - from, DEPTH * some), width = least(j->n - column, BREADTH);
-        uint64_t *c = j->c + at * j->n + column;
-        const uint64_t *a = j->a + at * j->k + from, *b = j->b + at * j->apart + from * j->n + column;
-        if (depth == j->k) j->run(c, a, b, 1, depth, j->n, width, 1);
+        size_t depth = least(of->k - from, DEPTH * some), width = least(of->n - column, j->columns);
+        size_t c = at * of->n + column, a = at * of->k + from, b = at * of->apart + from * of->n + column;
+        if (depth == of->k) run_part(of, c, a, b, 1, depth, width, 1);
         else {
-            uint64_t part[BREADTH];
-            j->run(part, a, b, 1, depth, j->n, width, 0);
+            union {
+                uint64_t words[BREADTH / sizeof(uint64_t)];
+                uint32_t narrow[BREADTH / sizeof(uint32_t)];
+            } part;
+            struct matrices aside = *of;
+            aside.c = &part;
+            run_part(&aside, 0, a, b, 1, depth, width, 0);
             pthread_mutex_lock(j->adding);
-            for (size_t i = 0; i < width; i++) c[i] += part[i];
+            if (of->run32)
+                for (size_t i = 0; i < width; i++) ((uint32_t *)of->c)[c + i] += part.narrow[i];
+            else
+                for (size_t i = 0; i < width; i++) ((uint64_t *)of->c)[c + i] += part.words[i];
             pthread_mutex_unlock(j->adding);
         }
         first += some, count -= some;
     }
 }
 
-static void rows_times(struct row job, size_t batch, int add)
+static void rows_times(struct matrices of, size_t batch, int add)
 {
     pthread_mutex_t adding = PTHREAD_MUTEX_INITIALIZER;
-    job.adding = &adding;
-    job.strips = (job.n + BREADTH - 1) / BREADTH, job.depths = (job.k + DEPTH - 1) / DEPTH;
-    if (!add && batch * job.n > 0) memset(job.c, 0, batch * job.n * sizeof *job.c);
-    mk_split(batch * job.strips * job.depths, 1, batch * job.k * job.n / 2, row_piece, &job);
+    const size_t size = of.run32 ? sizeof(uint32_t) : sizeof(uint64_t), columns = BREADTH / size;
+    const struct row job = {of, columns, (of.n + columns - 1) / columns, (of.k + DEPTH - 1) / DEPTH, &adding};
+    if (!add && batch * of.n > 0) memset(of.c, 0, batch * of.n * size);
+    mk_split(batch * job.strips * job.depths, 1, batch * of.k * of.n * size / 16, row_piece, &job);
 }
 
 /* Other matrix products are split along the longer side of the result, and by batches: in units of so many columns,
@@ -310,49 +333,58 @@ static void rows_times(struct row job, size_t batch, int add)
 enum { COLUMNS = 64, ROWS = 16 };
 
 struct products {
-    __typeof__(mk_ring_product) *run;
-    uint64_t *c;
-    const uint64_t *a, *b;
-    size_t apart, m, k, n, units; /* units of one product */
+    struct matrices of;
+    size_t units; /* of one product */
     int add, turned, by_rows;
 };
 
 static void products_piece(const void *job, size_t first, size_t count)
 {
     const struct products *j = job;
+    const struct matrices *of = &j->of;
     while (count > 0) {
         size_t at = first / j->units, unit = first % j->units, some = least(count, j->units - unit);
-        uint64_t *c = j->c + at * j->m * j->n;
-        const uint64_t *a = j->a + at * j->m * j->k, *b = j->b + at * j->apart;
+        size_t c = at * of->m * of->n, a = at * of->m * of->k, b = at * of->apart;
         if (j->by_rows) {
-            size_t from = ROWS * unit, rows = least(j->m - from, ROWS * some);
-            j->run(c + from * j->n, a + from * j->k, b, rows, j->k, j->n, j->n, j->add);
+            size_t from = ROWS * unit, rows = least(of->m - from, ROWS * some);
+            run_part(of, c + from * of->n, a + from * of->k, b, rows, of->k, of->n, j->add);
         } else {
-            size_t from = COLUMNS * unit, width = least(j->n - from, COLUMNS * some);
-            j->run(c + from, a, b + from * (j->turned ? j->k : 1), j->m, j->k, j->n, width, j->add);
+            size_t from = COLUMNS * unit, width = least(of->n - from, COLUMNS * some);
+            run_part(of, c + from, a, b + from * (j->turned ? of->k : 1), of->m, of->k, width, j->add);
         }
         first += some, count -= some;
     }
 }
 
-static void products(struct products job, size_t batch)
+static void products(struct matrices of, size_t batch, int add, int turned)
 {
-    job.by_rows = job.m > job.n;
-    job.units = job.by_rows ? (job.m + ROWS - 1) / ROWS : (job.n + COLUMNS - 1) / COLUMNS;
-    mk_split(batch * job.units, 1, batch * job.m * job.k * job.n / (job.m == 1 ? 2 : 4), products_piece, &job);
+    const int by_rows = of.m > of.n;
+    const size_t units = by_rows ? (of.m + ROWS - 1) / ROWS : (of.n + COLUMNS - 1) / COLUMNS;
+    const struct products job = {of, units, add, turned, by_rows};
+    const size_t a_nanosecond = (of.m == 1 ? 2 : 4) * (of.run32 ? 2 : 1);
+    mk_split(batch * units, 1, batch * of.m * of.k * of.n / a_nanosecond, products_piece, &job);
 }
 
 void mk_ring_matmul(uint64_t *c, const uint64_t *a, const uint64_t *b, size_t b_apart, size_t batch, size_t m, size_t k,
                     size_t n, int add)
 {
     const struct table *now = atomic_load_explicit(&active, memory_order_relaxed);
-    if (m == 1) rows_times((struct row){now->mk_ring_product, c, a, b, b_apart, k, n, 0, 0, NULL}, batch, add);
-    else products((struct products){now->mk_ring_product, c, a, b, b_apart, m, k, n, .add = add}, batch);
+    const struct matrices of = {now->mk_ring_product, NULL, c, a, b, b_apart, m, k, n};
+    if (m == 1) rows_times(of, batch, add);
+    else products(of, batch, add, 0);
 }
 
 void mk_ring_matmul_nt(uint64_t *c, const uint64_t *a, const uint64_t *b, size_t b_apart, size_t batch, size_t m,
                        size_t k, size_t n, int add)
 {
     const struct table *now = atomic_load_explicit(&active, memory_order_relaxed);
-    products((struct products){now->mk_ring_product_nt, c, a, b, b_apart, m, k, n, .add = add, .turned = 1}, batch);
+    products((struct matrices){now->mk_ring_product_nt, NULL, c, a, b, b_apart, m, k, n}, batch, add, 1);
+}
+
+void mk_ring32_matmul(uint32_t *c, const uint32_t *a, const uint32_t *b, size_t m, size_t k, size_t n, int add)
+{
+    const struct table *now = atomic_load_explicit(&active, memory_order_relaxed);
+    const struct matrices of = {NULL, now->mk_ring32_product, c, a, b, 0, m, k, n};
+    if (m == 1) rows_times(of, 1, add);
+    else products(of, 1, add, 0);
 }

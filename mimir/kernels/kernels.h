@@ -1,9 +1,9 @@
-/* Every loop of Mimir: arithmetic in the ring Z_2^64, on packed bits, in GF(2^64) and in GR(2^64, 48).
+/* Every loop of Mimir: arithmetic in the rings Z_2^64 and Z_2^32, on packed bits, in GF(2^64) and in GR(2^64, 48).
  *
  * The contract, once for all functions:
- *  - Bounds. Any value of an unsigned type is a valid input; arithmetic wraps modulo 2^64. Sizes are counts of
+ *  - Bounds. Any value of an unsigned type is a valid input; arithmetic wraps modulo 2^64 (ring32: 2^32). Sizes are counts of
  *    elements, may be zero unless stated, and are checked by the Python wrapper, not here.
- *  - Layout. Arrays are dense and row-major; u64 arrays are aligned to 8 bytes. Nothing is allocated.
+ *  - Layout. Arrays are dense and row-major; u64 arrays are aligned to 8 bytes, u32 arrays to 4. Nothing is allocated.
  *  - Aliasing. Outputs overlap no input and no other output. Inputs may overlap one another.
  *  - Timing. Time and addresses depend on sizes and on the arguments called public below, never on other data.
  *  - Errors. Functions that return void cannot fail.
@@ -45,6 +45,9 @@ void mk_ring_matmul(uint64_t *c, const uint64_t *a, const uint64_t *b, size_t b_
                     size_t n, int add);
 void mk_ring_matmul_nt(uint64_t *c, const uint64_t *a, const uint64_t *b, size_t b_apart, size_t batch, size_t m,
                        size_t k, size_t n, int add);
+
+/* The same modulo 2^32, of one product: c (m, n) = a (m, k) b (k, n). Public: add. */
+void mk_ring32_matmul(uint32_t *c, const uint32_t *a, const uint32_t *b, size_t m, size_t k, size_t n, int add);
 
 /* A party's additive term of a product of replicated shares, x and y of shape (2, n):
  * out = x0 y0 + x0 y1 + x1 y0 + alpha, and over bits with & and ^. */

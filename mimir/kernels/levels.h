@@ -6,17 +6,20 @@
 
 #include "kernels.h"
 
-/* What mk_ring_matmul and _nt are made of: `width` columns of one product, c and b being those of the first; rows of c
- * and of an untransposed b are n words apart. */
+/* What mk_ring_matmul, _nt and mk_ring32_matmul are made of: `width` columns of one product, c and b being those of the
+ * first; rows of c and of an untransposed b are n numbers apart. */
 void mk_ring_product(uint64_t *c, const uint64_t *a, const uint64_t *b, size_t m, size_t k, size_t n, size_t width,
                      int add);
 void mk_ring_product_nt(uint64_t *c, const uint64_t *a, const uint64_t *b, size_t m, size_t k, size_t n, size_t width,
                         int add);
+void mk_ring32_product(uint32_t *c, const uint32_t *a, const uint32_t *b, size_t m, size_t k, size_t n, size_t width,
+                       int add);
 
 #define MK_EACH(X)                                                                                                     \
     X(mk_prg_aes)                                                                                                      \
     X(mk_ring_product)                                                                                                 \
     X(mk_ring_product_nt)                                                                                              \
+    X(mk_ring32_product)                                                                                               \
     X(mk_ring_rss_mul)                                                                                                 \
     X(mk_bits_rss_and)                                                                                                 \
     X(mk_bits_slice)                                                                                                   \

@@ -198,6 +198,16 @@ void mk_ring_product_nt_ref(uint64_t *restrict c, const uint64_t *a, const uint6
         }
 }
 
+void mk_ring32_product_ref(uint32_t *restrict c, const uint32_t *a, const uint32_t *b, size_t m, size_t k, size_t n,
+                           size_t width, int add)
+{
+    for (size_t i = 0; i < m; i++) {
+        for (size_t j = 0; !add && j < width; j++) c[i * n + j] = 0;
+        for (size_t t = 0; t < k; t++)
+            for (size_t j = 0; j < width; j++) c[i * n + j] += a[i * k + t] * b[t * n + j];
+    }
+}
+
 void mk_ring_rss_mul_ref(uint64_t *restrict out, const uint64_t *x, const uint64_t *y, const uint64_t *alpha,
                          size_t n)
 {

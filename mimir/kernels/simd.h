@@ -218,6 +218,103 @@ void MK(mk_ring_product_nt)(uint64_t *c, const uint64_t *a, const uint64_t *b, s
         for (size_t i = 0; i < m; i++) dot_block(c + i * n + j, a + i * k, b + j * k, k, n, 1, 1);
 }
 
+/* ---- the same modulo 2^32 ---- */
+
+/* Here a product of lanes is one instruction. STREAM rows of b are read side by side, each number once; PIECE32 sums stay
+ * in the first-level cache. Of more than ROWS32 rows so many at a time meet DEPTH32 rows of b, which stay in the second. */
+enum { LANES32 = 2 * LANES, PIECE32 = 2 * PIECE, ROWS32 = 16, DEPTH32 = 128 };
+
+INLINE vec32 load32(const uint32_t *p)
+{
+    vec32 v;
+    memcpy(&v, p, sizeof v);
+    return v;
+}
+
+INLINE void store32(uint32_t *p, vec32 v)
+{
+    memcpy(p, &v, sizeof v);
+}
+
+INLINE vec32 splat32(uint32_t x)
+{
+    return x + (vec32){0};
+}
+
+/* sums (m, width) += a b of `left` columns, no more than a vector has; a (m, STREAM), of which `deep` are in use. */
+INLINE void stream32_column(uint32_t *sums, const uint32_t *a, const uint32_t *b, size_t m, size_t n, size_t width,
+                            size_t left, const int deep)
+{
+    vec32 f[STREAM];
+    UNROLL for (int t = 0; t < deep; t++)
+    {
+        const uint32_t *from = b + (size_t)t * n;
+        f[t] = left == LANES32 ? load32(from) : load32_first(from, left);
+    }
+    for (; m > 0; m--, sums += width, a += STREAM) {
+        vec32 s = left == LANES32 ? load32(sums) : load32_first(sums, left);
+        UNROLL for (int t = 0; t < deep; t++) s += f[t] * splat32(a[t]);
+        if (left == LANES32) store32(sums, s);
+        else store32_first(sums, left, s);
+    }
+}
+
+INLINE void stream32_rows(uint32_t *sums, const uint32_t *a, const uint32_t *b, size_t m, size_t n, size_t width,
+                          const int deep)
+{
+    size_t j = 0;
+    for (; j + LANES32 <= width; j += LANES32) stream32_column(sums + j, a, b + j, m, n, width, LANES32, deep);
+    if (j < width) stream32_column(sums + j, a, b + j, m, n, width, width - j, deep);
+}
+
+/* The same for one row, whose factors stay in registers. */
+INLINE void stream32_row(uint32_t *sums, const uint32_t *a, const uint32_t *b, size_t n, size_t width)
+{
+    vec32 f[STREAM];
+    size_t j = 0;
+    UNROLL for (int t = 0; t < STREAM; t++) f[t] = splat32(a[t]);
+    for (; j + LANES32 <= width; j += LANES32) {
+        vec32 s = load32(sums + j);
+        UNROLL for (int t = 0; t < STREAM; t++) s += f[t] * load32(b + (size_t)t * n + j);
+        store32(sums + j, s);
+    }
+    if (j < width) stream32_column(sums + j, a, b + j, 1, n, width, width - j, STREAM);
+}
+
+/* c += a b, of depth k of `all`. Rows of a and of c, often a power of two apart, would contend for one set of the cache:
+ * factors and sums lie side by side. */
+static void stream32(uint32_t *c, const uint32_t *a, const uint32_t *b, size_t m, size_t k, size_t all, size_t n,
+                     size_t width)
+{
+    uint32_t sums[PIECE32], factors[ROWS32 * STREAM];
+    memset(sums, 0, m * width * sizeof *sums);
+    for (size_t t = 0; t < k; t += STREAM) {
+        size_t deep = least(k - t, STREAM);
+        for (size_t i = 0; i < m; i++)
+            for (size_t u = 0; u < deep; u++) factors[i * STREAM + u] = a[i * all + t + u];
+        if (deep < STREAM)
+            for (size_t u = 0; u < deep; u++) stream32_rows(sums, factors + u, b + (t + u) * n, m, n, width, 1);
+        else if (m == 1) stream32_row(sums, factors, b + t * n, n, width);
+        else stream32_rows(sums, factors, b + t * n, m, n, width, STREAM);
+    }
+    for (size_t i = 0; i < m; i++)
+        for (size_t j = 0; j < width; j++) c[i * n + j] += sums[i * width + j];
+}
+
+void MK(mk_ring32_product)(uint32_t *c, const uint32_t *a, const uint32_t *b, size_t m, size_t k, size_t n,
+                           size_t width, int add)
+{
+    if (m * width == 0) return;
+    for (size_t i = 0; !add && i < m; i++) memset(c + i * n, 0, width * sizeof *c);
+    const size_t groups = (m + ROWS32 - 1) / ROWS32, rows = (m + groups - 1) / groups;
+    const size_t piece = PIECE32 / rows / LANES32 * LANES32, depth = groups == 1 ? k : DEPTH32;
+    for (size_t t = 0; t < k; t += depth)
+        for (size_t j = 0; j < width; j += piece)
+            for (size_t i = 0; i < m; i += rows)
+                stream32(c + i * n + j, a + i * k + t, b + t * n + j, least(m - i, rows), least(k - t, depth), k, n,
+                         least(width - j, piece));
+}
+
 /* ---- elementwise ---- */
 
 static inline vec product(vec a, vec b)
