@@ -74,7 +74,7 @@ from scaling import SMALL, one_pass  # noqa: E402
 from mimir import cost, dryrun, kernels  # noqa: E402
 from mimir.actors.decode import OPEN_LANE, DecodeActor  # noqa: E402
 from mimir.actors.session import Limits, SessionActor, Turn, plan_turn, sized  # noqa: E402
-from mimir.manifest import Tensor, tensors_of  # noqa: E402
+from mimir.manifest import tensors_of  # noqa: E402
 from mimir.model import sampling, transformer  # noqa: E402
 from mimir.model.checkpoint import PlanSpec  # noqa: E402
 from mimir.mpc import plan, prep  # noqa: E402
@@ -177,17 +177,17 @@ class Noise:
 
     def __init__(self, spec: PlanSpec | None, party: int) -> None:
         self._tensors = {
-            t.name: (_noise(t, party), _noise(t, (party + 1) % PARTIES))
+            t.name: tuple(_noise(t.name, (party + i) % PARTIES, t.shape, t.dtype) for i in range(2))
             for t in (tensors_of(spec) if spec else ())
         }
 
-    def pair(self, name: str) -> tuple[Ring, Ring]:
+    def pair(self, name: str) -> Any:
         return self._tensors[name]
 
 
-def _noise(tensor: Tensor, component: int) -> Ring:
-    out = np.empty(tensor.shape, tensor.dtype)
-    kernels.prg(hashlib.sha256(f"{tensor.name} {component}".encode()).digest(), SEED, out)
+def _noise(name: str, component: int, shape: tuple[int, ...], dtype: Any = np.uint64) -> Any:
+    out = np.empty(shape, dtype)
+    kernels.prg(hashlib.sha256(f"{name} {component}".encode()).digest(), SEED, out)
     return out
 
 

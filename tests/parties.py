@@ -7,10 +7,12 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import numpy as np
+import numpy.typing as npt
 import trio
 
+from mimir.model.checkpoint import PlanSpec
 from mimir.mpc import prep
-from mimir.mpc.domain import Ring
+from mimir.mpc.domain import Ring, encode
 from mimir.mpc.doors import Doors
 from mimir.mpc.ops import Context
 from mimir.mpc.replicated import Replicated
@@ -56,7 +58,16 @@ class Party:
         return Share(np.stack([c[i], c[(i + 1) % 3]]), self.bk)
 
 
-def share_weights(values: Mapping[str, Ring], seed: int = 7) -> list[DictWeights]:
+def encoded(spec: PlanSpec, values: Mapping[str, npt.NDArray[np.float64]], f: int = 16) -> dict[str, Any]:
+    """Weights of a model, biases as rows, as they are shared: in words of 64 bits or of 32."""
+    out = {}
+    for name, v in values.items():
+        words = encode(v.reshape(-1, v.shape[-1]), spec.scale(name, f))
+        out[name] = words.astype(np.uint32) if spec.halved(name) else words
+    return out
+
+
+def share_weights(values: Mapping[str, Any], seed: int = 7) -> list[DictWeights]:
     """Three parties' shares of weight matrices."""
     rng = np.random.default_rng(seed)
     out: list[dict[str, tuple[Ring, Ring]]] = [{}, {}, {}]

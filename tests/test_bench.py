@@ -58,7 +58,7 @@ def test_a_coarser_scale_shows() -> None:
     """Or the comparison would compare a model with itself."""
     plan = tiny_plan(LLAMA)
     fine, coarse = (
-        perplexity.perplexity(plan, IDS, WINDOW, replace(Fixed(), scale_bits=bits)) for bits in (16, 13)
+        perplexity.perplexity(plan, IDS, WINDOW, replace(Fixed(), scale_bits=bits)) for bits in (16, 9)
     )
     assert coarse["largest_window_percent"] > 1.5 * fine["largest_window_percent"]
 
@@ -87,7 +87,7 @@ def test_windows_that_leave_the_range_are_counted_and_left_out(monkeypatch: pyte
 
 POSITIONS = (8, 6)  # bucket and prompt: with padding
 READ = 3  # tokens one by one
-SPREAD = 2.5  # of the twins' distance from one another, by which the engine may lie from them (DESIGN)
+SPREAD = 1.4  # of the twins' distance from one another, by which the engine may lie from them (DESIGN)
 SEEDS = range(1, 5)
 
 
@@ -117,14 +117,21 @@ def test_three_parties_are_the_twin_to_its_own_rounding(read: Any) -> None:
     assert told["positions"] == POSITIONS[1] + READ and told["chosen"] == READ + 1
     assert told["agree"] == told["positions"]
     assert 0 < told["rms"] < SPREAD * spread
-    assert told["nats_largest"] < 2.0**-8 and abs(told["percent"]) < perplexity.TARGET
+    assert told["nats_largest"] < 2.0**-5 and abs(told["percent"]) < perplexity.TARGET
 
 
 @pytest.mark.slow
 @pytest.mark.models
 @pytest.mark.parametrize(
     "wrong",
-    [{"scale_bits": 14}, {"degree": 1}, {"rotary_scale": 9}, {"wave_unit": 7}, {"exp_rest": 5}],
+    [
+        {"scale_bits": 11},
+        {"half_input": 8},
+        {"rotary_scale": 6},
+        {"wave_unit": 6},
+        {"exp_rest": 4},
+        {"inverse_scale": 12},
+    ],
     ids=lambda w: next(iter(w)),
 )
 def test_an_engine_of_other_scales_or_tables_would_show(read: Any, wrong: dict[str, int]) -> None:

@@ -382,7 +382,7 @@ def test_the_command_needs_no_weights(
             assert p["floor"] == max(p["processor"], p["link"], p["delay"])
     spec = read_spec(model)
     assert told["shape"]["parameters"] == spec.parameters()
-    assert told["memory"]["weights"] == 16 * spec.parameters()
+    assert told["memory"]["weights"] == 2 * sum(spec.sizes().values())
     lean = ask(capsys, *words, "--keep-mib", "0")
     assert lean["memory"]["weights"] == 0
     # Everything is then made anew in each lane, and nothing else changes.

@@ -37,7 +37,7 @@ from mimir.model.checkpoint import PlanSpec
 from mimir.model.sampling import Sampler
 from mimir.model.transformer import Cache, LayerCache
 from mimir.mpc import check, ops, prep, waves
-from mimir.mpc.domain import Ring, encode, words
+from mimir.mpc.domain import Ring, words
 from mimir.mpc.doors import Masked
 from mimir.mpc.nonlinear import Settings
 from mimir.mpc.offload import spread
@@ -1622,14 +1622,14 @@ LLAMA = PlanSpec(
 GPT2 = PlanSpec("gpt2", 1, 12, 3, 3, 4, 20, 33, 16, "gelu", 1e-5, "learned", None, None, ())
 
 
-def random_weights(spec: PlanSpec, seed: int) -> dict[str, Ring]:
+def random_weights(spec: PlanSpec, seed: int) -> dict[str, Any]:
     """Weights at scale 16 of a size that keeps everything in range; biases as rows."""
     rng = np.random.default_rng(seed)
     out = {}
     for name, shape in spec.shapes().items():
         values = rng.standard_normal(shape) * (0.1 if len(shape) == 1 else shape[0] ** -0.5)
-        out[name] = encode(values.reshape(-1, shape[-1]), 16)
-    return out
+        out[name] = values
+    return parties.encoded(spec, out)
 
 
 @pytest.mark.parametrize("n", [1, 7, 65])

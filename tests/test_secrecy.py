@@ -27,7 +27,7 @@ from mimir.model import transformer
 from mimir.model.checkpoint import PlanSpec
 from mimir.model.transformer import Cache
 from mimir.mpc import nonlinear, ops, prep
-from mimir.mpc.domain import Ring, encode
+from mimir.mpc.domain import Ring
 from mimir.mpc.doors import Doors, Masked
 from mimir.mpc.nonlinear import Scores, Settings
 from mimir.mpc.ops import Context
@@ -605,13 +605,13 @@ class Prompt:
     weights: dict[str, Ring] = field(default_factory=dict)
 
 
-def model(seed: int, size: float) -> dict[str, Ring]:
+def model(seed: int, size: float) -> dict[str, Any]:
     rng = np.random.default_rng(seed)
     out = {}
     for name, shape in PASS.shapes().items():
         values = rng.standard_normal(shape) * (0.1 if len(shape) == 1 else size * shape[0] ** -0.5)
-        out[name] = encode(values.reshape(-1, shape[-1]), 16)
-    return out
+        out[name] = values
+    return parties.encoded(PASS, out)
 
 
 def watch_pass(prompt: Prompt, seed: int) -> dict[Label, Ring]:
