@@ -78,7 +78,7 @@ from mimir.manifest import tensors_of  # noqa: E402
 from mimir.model import sampling, transformer  # noqa: E402
 from mimir.model.checkpoint import PlanSpec  # noqa: E402
 from mimir.mpc import plan, prep  # noqa: E402
-from mimir.mpc.domain import Ring, encode  # noqa: E402
+from mimir.mpc.domain import encode  # noqa: E402
 from mimir.mpc.doors import Doors  # noqa: E402
 from mimir.mpc.nonlinear import Settings  # noqa: E402
 from mimir.mpc.ops import Context  # noqa: E402
