@@ -747,10 +747,11 @@ class Explorer:
 
 def spoil(v: Any, how: str, rng: np.random.Generator) -> None:
     """Add an error, never zero, to one element of an array."""
-    errors = {"one": 1, "top bit": 1 << 63}
+    top = 1 << (8 * v.dtype.itemsize - 1)
+    errors = {"one": 1, "top bit": top}
     at = tuple(int(rng.integers(d)) for d in v.shape)
     with np.errstate(over="ignore"):
-        v[at] += np.uint64(errors[how] if how in errors else int(rng.integers(1, 1 << 63)))
+        v[at] += v.dtype.type(errors[how] if how in errors else int(rng.integers(1, top)))
 
 
 def tampered(raw: bytes, how: str, rng: np.random.Generator) -> bytes:

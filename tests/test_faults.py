@@ -363,6 +363,7 @@ DEMANDS: dict[prep.Kind, int] = {
     prep.Scale(3): 2,
     prep.Norm(3, 16): 2,
     prep.Weight("w"): 2,
+    prep.Weight("half", 32): 2,
     prep.Keys(**HEADS): 1,
     prep.Values(**HEADS): 1,
 }
@@ -397,7 +398,9 @@ def trial(fn: Callable[[Party], Awaitable[Any]], seed: int = 0, tap: Tap | None 
 
     clocked = functools.partial(trio.run, clock=MockClock(autojump_threshold=0))
     with no_threads(), mock.patch.object(trio, "run", clocked):
-        return run_parties(one, tap=tap, weights=share_weights({"w": W}), seed=b"%d" % seed)
+        return run_parties(
+            one, tap=tap, weights=share_weights({"w": W, "half": W.astype(np.uint32)}), seed=b"%d" % seed
+        )
 
 
 def caught(ends: Sequence[Any], cheater: int) -> bool:
@@ -528,8 +531,8 @@ def sound(kind: prep.Kind, parts: Sequence[Made], cheater: int) -> bool:
             square = np.array_equal(v["q"], (v["base"] * v["base"]).sum(axis=1, dtype=np.uint64))
             both = np.array_equal(counted(f, v["both"]), counted(f, v["base"][..., None] * v["over"]))
             return pair(f) and square and scaled_masks(f, v["s"][:, None]) and both
-        case prep.Weight():
-            return np.array_equal(v["z"], v["x"] @ W)
+        case prep.Weight(_, lane):
+            return np.array_equal(v["z"], v["x"] @ W << np.uint64(64 - lane))
         case prep.Values():
             return np.array_equal(v["z"], v["x"] @ np.repeat(v["new"], 2, axis=0))
         case prep.Keys():
@@ -1416,7 +1419,7 @@ CHECKS: dict[str, Check] = {
     ),
     "products of matrices": Check(
         "mpc.prep:Batch.matmul",
-        "self.relations.append(check.MatrixProduct(a, b, c))",
+        "self.relations.append(check.MatrixProduct(_up(a, lane), b, c))",
         spoiling(prep.Weight("w"), "weight w"),
     ),
     "injection: the first product": Check(

@@ -541,6 +541,27 @@ def test_matmul(backend: Replicated, n: int, k: int, m: int) -> None:
     assert np.array_equal(got, kernels.matmul(x, w))
 
 
+@pytest.mark.parametrize("low", [0, 1, 27, 32])
+@pytest.mark.parametrize(("n", "k", "m"), [(1, 1, 1), (3, 5, 3), (1, 700, 800)])
+def test_matmul_modulo_2_32(backend: Replicated, n: int, k: int, m: int, low: int) -> None:
+    """A row without its low bits, each off by 1.5 units at most, times a matrix modulo 2^32."""
+    rng = np.random.default_rng([n, k, m, low])
+    x = rng.integers(0, RING, (n, k), np.uint64)
+    unit = np.eye(k, dtype=np.uint32)
+    w = rng.integers(0, 1 << 32, (k, m), np.uint32)
+
+    async def op(ctx: Context, sx: Share) -> list[Share]:
+        return [await ops.matmul(ctx, name, sx, name, low) for name in ("unit", "w")]
+
+    seen, got = execute(backend, op, x, weights={"unit": unit, "w": w})
+    assert not (seen & np.uint64((1 << 32) - 1)).any() and not (got & np.uint64((1 << 32) - 1)).any()
+    kept = (signed(seen) >> 32).astype(np.int64)  # what the first row of masks made of x
+    off = (exact(kept) * (1 << low) - exact(x) + (1 << (31 + low))) % (1 << (32 + low)) - (1 << (31 + low))
+    assert all(abs(int(v)) <= 3 * (1 << low) // 2 + 1 for v in off.ravel())
+    # Of the same shares the same bits are lost.
+    assert np.array_equal(got >> np.uint64(32), (kept.astype(np.uint32) @ w).astype(np.uint64))
+
+
 @pytest.mark.parametrize("f", [1, 8, 16, 31, 32])
 @pytest.mark.parametrize("d", [1, 2, 7, 64])
 def test_truncated_rows(backend: Replicated, d: int, f: int) -> None:
@@ -1246,6 +1267,7 @@ KINDS: list[tuple[prep.Kind, int]] = [
     (prep.Norm(1, 16), 2),
     (prep.Norm(9, 32), 11),
     (prep.Weight("w"), 4),
+    (prep.Weight("half", 32), 5),
 ]
 
 
@@ -1371,6 +1393,8 @@ def relation(
             assert scaled_masks(f, got, got["s"][:, None])
             assert np.array_equal(counted(f, got["both"]), counted(f, got["base"][..., None] * got["over"]))
             assert np.array_equal(got["q"], (got["base"] ** 2).sum(axis=1, dtype=np.uint64))
+        case prep.Weight(_, 32):
+            assert np.array_equal(got["z"], kernels.matmul(got["x"], w) << np.uint64(32))
         case prep.Weight():
             assert np.array_equal(got["z"], kernels.matmul(got["x"], w))
         case _:
@@ -1390,7 +1414,11 @@ def material(
             out.append(ctx.store.material)
         return out
 
-    return backend.run(party, weights={"w": w}, seed=seed)
+    return backend.run(party, weights=both_widths(w), seed=seed)
+
+
+def both_widths(w: Ring) -> dict[str, Any]:
+    return {"w": w, "half": w.astype(np.uint32)}
 
 
 def is_bits(kind: prep.Kind, name: str) -> bool:
@@ -1423,7 +1451,7 @@ def test_a_batch_made_in_parts_holds_exactly(backend: Replicated, monkeypatch: p
     """Parts cover the demand, in order and at whole words, and what they are joined to is as if made at once;
     what the parts held is wiped.
     """
-    shapes = {"w": WEIGHT}
+    shapes = {"w": WEIGHT, "half": WEIGHT}
     total = {kind: (n if isinstance(kind, prep.Weight) else n + 128) for kind, n in KINDS}
     monkeypatch.setattr(triples, "BATCH_BYTES", 100_000)
     cut = [dict(part) for part in triples.parts(total, shapes)]
@@ -1452,7 +1480,7 @@ def test_a_batch_made_in_parts_holds_exactly(backend: Replicated, monkeypatch: p
         return joined
 
     w = vector([], 5, WEIGHT[0] * WEIGHT[1]).reshape(WEIGHT)
-    held = backend.run(party, weights={"w": w}, seed=5)
+    held = backend.run(party, weights=both_widths(w), seed=5)
     for kind, n in total.items():
         names = prep.shapes(kind, n, WEIGHT)
         assert {k: v.shape[1:] for k, v in held[0][kind].items()} == names

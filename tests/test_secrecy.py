@@ -219,6 +219,8 @@ def mask_width(kind: prep.Kind, name: str) -> int | None:
             return {"ring": 1, "x": 32}.get(name)  # the low bit masks; some of x is opened modulo 2^32
         case prep.Keys():  # and Values
             return 64 if name in ("x", "new") else None
+        case prep.Weight(_, lane):
+            return lane if name == "x" else None
         case _:
             return 64 if name in ("x", "y", "s") else None
 
@@ -287,6 +289,10 @@ async def _matmul(ctx: Context, x: Share) -> Any:
     return await ops.matmul(ctx, "matmul", x, "w")
 
 
+async def _matmul32(ctx: Context, x: Share) -> Any:
+    return await ops.matmul(ctx, "matmul", x, "half", 20)
+
+
 async def _norm(ctx: Context, x: Share) -> Any:
     return await nonlinear.rms_norm(ctx, "norm", x, 1e-5, Settings())
 
@@ -296,7 +302,7 @@ async def _reciprocal(ctx: Context, x: Share) -> Any:
 
 
 async def _silu(ctx: Context, x: Share) -> Any:
-    return await nonlinear.activation(ctx, "silu", x, "silu", Settings(), 52)
+    return await nonlinear.activation(ctx, "silu", x, "silu", Settings(), 53)
 
 
 async def _relu(ctx: Context, x: Share) -> Any:
@@ -375,9 +381,10 @@ CASES: dict[str, Case] = {
     "mul": Case(_mul, ((3000,), (3000,)), ((0, 0), ((1 << 63) - 1, -1), (-(1 << 63), 1))),
     "scale": Case(_scale, ((600,), (600, 5)), ((0, 0), (-1, (1 << 63) - 1), (1, -(1 << 63)))),
     "matmul": Case(_matmul, ((500, 6),), ((0,), ((1 << 63) - 1,), (-5,)), (("w", 6, 2),)),
+    "matmul modulo 2^32": Case(_matmul32, ((500, 6),), ((0,), ((1 << 63) - 1,), (-5,)), (("half", 6, 2),)),
     "norm": Case(_norm, ((512, 3),), ((0,), (4000 << 32,), (-1,))),
     "reciprocal": Case(_reciprocal, ((512,),), ((1 << 13,), ((1 << 35) - 1,), (1 << 24,))),
-    "activation": Case(_silu, ((1024,),), ((0,), (249 << 52,), (-(249 << 52),))),
+    "activation": Case(_silu, ((1024,),), ((0,), (249 << 53,), (-(249 << 53),))),
     "relu": Case(_relu, ((2048,),), ((0,), (2047 << 32,), (-(2047 << 32),))),
     "softmax": Case(_softmax, ((1, 32, 32), (32,)), ((0, 0), (249 << 32, 1), (-(249 << 32), 1))),
     "is_zero": Case(_is_zero, ((4096,),), ((0,), (15,), (7,))),
@@ -398,8 +405,11 @@ CASES: dict[str, Case] = {
 
 def watch(case: Case, secrets: Sequence[int], seed: int, how: Spoil = "honest") -> dict[Label, Ring]:
     """What all parties saw online when the operation ran on these secrets."""
-    weights = {
-        name: np.random.default_rng(5).integers(0, RING, (k, m), np.uint64) for name, k, m in case.weights
+    weights: dict[str, Any] = {
+        name: np.random.default_rng(5)
+        .integers(0, RING, (k, m), np.uint64)
+        .astype(np.uint32 if name in ("half", "embed") else np.uint64)
+        for name, k, m in case.weights
     }
     ctx, cost = planning({name: (k, m) for name, k, m in case.weights})
     kinds = [Bits if i in case.bits else Share for i in range(len(case.shapes))]
@@ -455,7 +465,17 @@ def test_masks_used_twice_are_caught(name: str) -> None:
     assert places(seen) - caught(seen) <= {("reenter/index", 0), ("reenter/index", 1)}
 
 
-SINGLE = ["truncate", "mul", "scale", "matmul", "is_zero", "to_ring", "monomials", "pick"]
+SINGLE = [
+    "truncate",
+    "mul",
+    "scale",
+    "matmul",
+    "matmul modulo 2^32",
+    "is_zero",
+    "to_ring",
+    "monomials",
+    "pick",
+]
 SINGLE += ["truncate_if", "is_below", "wave", "decay"]
 
 
@@ -500,6 +520,7 @@ KINDS: dict[str, tuple[prep.Kind, int]] = {
     "norm": (prep.Norm(3, 16), 800),
     # Of matrix products those with one term: with many, even an unmasked message looks uniform.
     "weight": (prep.Weight("w"), 600),
+    "weight modulo 2^32": (prep.Weight("half", 32), 1200),
     "keys": (prep.Keys(0, 0, 30, 2, 1, 1), 1),
     "values": (prep.Values(0, 0, 1, 300, 300, 8), 1),
 }
@@ -508,7 +529,8 @@ KINDS: dict[str, tuple[prep.Kind, int]] = {
 def watch_making(kind: prep.Kind, n: int, seed: int, how: Spoil = "honest") -> dict[Label, Ring]:
     """What each party received while a kind was made: resharings, and the halvings of its check."""
     logs: list[Log] = [{}, {}, {}]
-    w = {"w": np.random.default_rng(5).integers(0, RING, (1, 4), np.uint64)}
+    w: dict[str, Any] = {"w": np.random.default_rng(5).integers(0, RING, (1, 4), np.uint64)}
+    w["half"] = w["w"].astype(np.uint32)
 
     async def party(p: parties.Party) -> None:
         p.prep_doors = Watched(p.prep_doors, logs[p.index])
