@@ -532,7 +532,7 @@ def sound(kind: prep.Kind, parts: Sequence[Made], cheater: int) -> bool:
             both = np.array_equal(counted(f, v["both"]), counted(f, v["base"][..., None] * v["over"]))
             return pair(f) and square and scaled_masks(f, v["s"][:, None]) and both
         case prep.Weight(_, lane):
-            return np.array_equal(v["z"], v["x"] @ W << np.uint64(64 - lane))
+            return np.array_equal(v["z"], v["x"] @ W.astype(prep.WORDS[lane]))
         case prep.Values():
             return np.array_equal(v["z"], v["x"] @ np.repeat(v["new"], 2, axis=0))
         case prep.Keys():
@@ -1419,7 +1419,7 @@ CHECKS: dict[str, Check] = {
     ),
     "products of matrices": Check(
         "mpc.prep:Batch.matmul",
-        "self.relations.append(check.MatrixProduct(_up(a, lane), b, c))",
+        "self.relations.append(check.MatrixProduct(_up(a, lane), b, _up(c, lane)))",
         spoiling(prep.Weight("w"), "weight w"),
     ),
     "injection: the first product": Check(

@@ -248,7 +248,7 @@ def spoil_masks(how: Spoil, party: int, store: prep.Store) -> None:
                 continue
             v = v.copy()
             if how == "short":
-                v &= np.uint64((1 << (width - min(8, (width + 1) // 2))) - 1)
+                v &= v.dtype.type((1 << (width - min(8, (width + 1) // 2))) - 1)
             elif how == "known":  # component 0 is held by parties 0 and 2
                 if party == 0:
                     v[0] = 0

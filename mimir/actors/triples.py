@@ -23,7 +23,7 @@ from prometheus_client import Counter, Gauge, Histogram
 from mimir.actors import Actor, Reply
 from mimir.errors import LocalError
 from mimir.mpc import prep
-from mimir.mpc.domain import Ring
+from mimir.mpc.domain import RING_BITS, Ring
 from mimir.mpc.doors import Doors
 from mimir.mpc.prep import Demand, Store, Weights
 
@@ -215,7 +215,10 @@ def bytes_of(demand: Demand, weights: Mapping[str, tuple[int, int]]) -> int:
     for kind, n in demand.items():
         shape = weights[kind.name] if isinstance(kind, prep.Weight) else None
         for name, dims in prep.shapes(kind, n, shape).items():
-            size = 16 if name != "e" or not isinstance(kind, prep.Lookup) else 2 * kind.lane // 8
+            lane = RING_BITS
+            if isinstance(kind, prep.Weight) or (isinstance(kind, prep.Lookup) and name == "e"):
+                lane = kind.lane
+            size = 2 * lane // 8
             for d in dims:
                 size *= d
             total += size

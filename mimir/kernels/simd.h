@@ -81,7 +81,7 @@ static void matmul_few(uint64_t *c, const uint64_t *a, const uint64_t *b, size_t
 
 /* Many rows: a panel of b, PANEL_K by PANEL_N, is packed in strips of NARROW columns; strips meet MM_ROWS rows of a
  * in registers. */
-enum { NARROW = MM_VECS * LANES, STRIPS = 192 / NARROW, PANEL_N = STRIPS * NARROW, PANEL_K = 64 };
+enum { NARROW = MM_VECS * LANES, STRIPS = 768 / NARROW, PANEL_N = STRIPS * NARROW, PANEL_K = 16 };
 
 INLINE void block_product(uint64_t *c, const uint64_t *a, const uint64_t *strip, size_t k, size_t n, size_t depth,
                           size_t width, const int rows)

@@ -234,10 +234,10 @@ async def matmul(ctx: Context, step: str, x: Share, name: str, low: int | None =
         y = np.empty((2, n, m), d.dtype)
         for i in range(2):
             product(d, w[i], y[i])
+        y -= c["z"].v
         return y.astype(np.uint64) << np.uint64(RING_BITS - HALF_BITS) if half else y
 
-    y = await ctx.compute(2 * n * k * m, local, (2, n, m))
-    return ctx.share(y) - c["z"]
+    return ctx.share(await ctx.compute(2 * n * k * m, local, (2, n, m)))
 
 
 def _halved(x: Share, low: int) -> Share:

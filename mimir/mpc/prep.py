@@ -21,7 +21,7 @@ A *kind* names one sort of correlation, with everything that fixes its shape:
     Mul()                a, b, ab
     Scale(m)             s, x (m), s x
     Norm(m, f)           m of Trunc(f), sum of base^2, base times over, s, and s times base and over
-    Weight(name, l)      a mask row and its product with a shared weight matrix, modulo 2^l, times 2^(64-l)
+    Weight(name, l)      a mask row and its product with a shared weight matrix, modulo 2^l
     Keys(layer, ...)     masks of new keys and queries and the products with all cached key masks
     Values(layer, ...)   the same for attention weights and values
 """
@@ -53,6 +53,7 @@ LANES: Final[dict[int, Any]] = {
     16: np.uint16,
     RING_BITS: np.uint64,
 }  # numbers of one-hots, by bits
+WORDS: Final[dict[int, Any]] = {HALF_BITS: np.uint32, RING_BITS: np.uint64}  # of weights, by bits
 
 
 # --- kinds -----------------------------------------------------------------------------------------
@@ -265,23 +266,21 @@ class Batch:
     async def matmul(
         self, step: str, a: Ring, b: tuple[Sequence[Matrix], Sequence[Matrix]], lane: int = RING_BITS
     ) -> Ring:
-        """Stacks a (2, s, m, k) times b, two components of s matrices (k, n) of words of `lane` bits: (2, s,
-        m, n) modulo 2^lane, times 2^(64 - lane), with its relation. One round.
+        """Stacks a (2, s, m, k) times b, two components of s matrices (k, n): (2, s, m, n) modulo 2^lane,
+        with its relation; a and b are words of so many bits. One round.
         """
         bk, width = self.doors.bk, b[0][0].shape[1]
 
         def local() -> Ring:
-            of: type[Any] = np.uint32 if lane == HALF_BITS else np.uint64
-            z = bk.zero(a.shape[1], a.shape[2], width).astype(of, copy=False)
-            first, both = a[0].astype(of, copy=False), (a[0] + a[1]).astype(of, copy=False)
+            z = bk.zero(a.shape[1], a.shape[2], width).astype(WORDS[lane], copy=False)
+            first, both = a[0], a[0] + a[1]
             for i in range(a.shape[1]):
                 product(both[i], b[0][i], z[i], add=True)
                 product(np.ascontiguousarray(first[i]), b[1][i], z[i], add=True)
             return z.astype(np.uint64, copy=False)
 
         (c,) = await self.exchange(step, (await offload(2 * a.size * width, local), lane))
-        c = _up(c, lane)
-        self.relations.append(check.MatrixProduct(_up(a, lane), b, c))
+        self.relations.append(check.MatrixProduct(_up(a, lane), b, _up(c, lane)))
         return c
 
     # -- bits of masks --
@@ -525,9 +524,9 @@ def _lane_words(count: int, lane: int) -> int:
     return -(-count * lane // RING_BITS)
 
 
-def _up(v: Ring, lane: int) -> Ring:
+def _up(v: npt.NDArray[Any], lane: int) -> Ring:
     """v shifted up, so that what is stated of it counts modulo 2^lane."""
-    return v << np.uint64(RING_BITS - lane) if lane < RING_BITS else v
+    return v.astype(np.uint64, copy=False) << np.uint64(RING_BITS - lane) if lane < RING_BITS else v
 
 
 def _packed(v: Ring, lane: int) -> Ring:
@@ -845,9 +844,9 @@ async def _norm(b: Batch, kind: Norm, n: int, pairs: Mapping[str, Ring]) -> dict
 
 async def _weight(b: Batch, kind: Weight, n: int) -> dict[str, Ring]:
     w = b.weights.pair(kind.name)
-    x = b.doors.bk.random(n, w[0].shape[0])
+    x = b.doors.bk.random(n, w[0].shape[0]).astype(WORDS[kind.lane], copy=False)
     z = await b.matmul(f"weight {kind.name}", x[:, None], ((w[0],), (w[1],)), kind.lane)
-    return {"x": x, "z": z[:, 0]}
+    return {"x": x, "z": z[:, 0].astype(WORDS[kind.lane], copy=False)}
 
 
 async def _keys(b: Batch, kind: Keys, n: int) -> dict[str, Ring]:
