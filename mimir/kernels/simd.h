@@ -220,9 +220,10 @@ void MK(mk_ring_product_nt)(uint64_t *c, const uint64_t *a, const uint64_t *b, s
 
 /* ---- the same modulo 2^32 ---- */
 
-/* Here a product of lanes is one instruction. STREAM rows of b are read side by side, each number once; PIECE32 sums stay
- * in the first-level cache. Of more than ROWS32 rows so many at a time meet DEPTH32 rows of b, which stay in the second. */
-enum { LANES32 = 2 * LANES, PIECE32 = 2 * PIECE, ROWS32 = 16, DEPTH32 = 128 };
+/* Here a product of lanes is one instruction, and no panel is packed. Rows of b are read SIDE32 at a time (for one row
+ * of a STREAM), PAIR32 vectors of each, which with AVX2 are a line of the cache; PIECE32 sums stay in its first level.
+ * Where a has more than ROWS32 rows, so many at a time meet DEPTH32 rows of b, which stay in the second. */
+enum { LANES32 = 2 * LANES, SIDE32 = 4, PAIR32 = 2, PIECE32 = 2 * PIECE, ROWS32 = 16, DEPTH32 = 128 };
 
 INLINE vec32 load32(const uint32_t *p)
 {
@@ -241,21 +242,31 @@ INLINE vec32 splat32(uint32_t x)
     return x + (vec32){0};
 }
 
-/* sums (m, width) += a b of `left` columns, no more than a vector has; a (m, STREAM), of which `deep` are in use. */
-INLINE void stream32_column(uint32_t *sums, const uint32_t *a, const uint32_t *b, size_t m, size_t n, size_t width,
-                            size_t left, const int deep)
+/* sums (m, width) += a b of so many vectors of columns, or of one of which only `left` lanes are there; a (m, STREAM),
+ * of which `deep` are in use. */
+INLINE void stream32_columns(uint32_t *sums, const uint32_t *a, const uint32_t *b, size_t m, size_t n, size_t width,
+                             size_t left, const int vectors, const int deep)
 {
-    vec32 f[STREAM];
-    UNROLL for (int t = 0; t < deep; t++)
+    vec32 f[SIDE32][PAIR32];
+    UNROLL for (int t = 0; t < deep; t++) UNROLL for (int v = 0; v < vectors; v++)
     {
-        const uint32_t *from = b + (size_t)t * n;
-        f[t] = left == LANES32 ? load32(from) : load32_first(from, left);
+        const uint32_t *from = b + (size_t)t * n + v * LANES32;
+        f[t][v] = left == LANES32 ? load32(from) : load32_first(from, left);
     }
     for (; m > 0; m--, sums += width, a += STREAM) {
-        vec32 s = left == LANES32 ? load32(sums) : load32_first(sums, left);
-        UNROLL for (int t = 0; t < deep; t++) s += f[t] * splat32(a[t]);
-        if (left == LANES32) store32(sums, s);
-        else store32_first(sums, left, s);
+        vec32 s[PAIR32];
+        UNROLL for (int v = 0; v < vectors; v++)
+            s[v] = left == LANES32 ? load32(sums + v * LANES32) : load32_first(sums, left);
+        UNROLL for (int t = 0; t < deep; t++)
+        {
+            vec32 g = splat32(a[t]);
+            UNROLL for (int v = 0; v < vectors; v++) s[v] += f[t][v] * g;
+        }
+        UNROLL for (int v = 0; v < vectors; v++)
+        {
+            if (left == LANES32) store32(sums + v * LANES32, s[v]);
+            else store32_first(sums, left, s[v]);
+        }
     }
 }
 
@@ -263,8 +274,10 @@ INLINE void stream32_rows(uint32_t *sums, const uint32_t *a, const uint32_t *b, 
                           const int deep)
 {
     size_t j = 0;
-    for (; j + LANES32 <= width; j += LANES32) stream32_column(sums + j, a, b + j, m, n, width, LANES32, deep);
-    if (j < width) stream32_column(sums + j, a, b + j, m, n, width, width - j, deep);
+    for (; j + PAIR32 * LANES32 <= width; j += PAIR32 * LANES32)
+        stream32_columns(sums + j, a, b + j, m, n, width, LANES32, PAIR32, deep);
+    for (; j < width; j += LANES32)
+        stream32_columns(sums + j, a, b + j, m, n, width, least(width - j, LANES32), 1, deep);
 }
 
 /* The same for one row, whose factors stay in registers. */
@@ -278,7 +291,8 @@ INLINE void stream32_row(uint32_t *sums, const uint32_t *a, const uint32_t *b, s
         UNROLL for (int t = 0; t < STREAM; t++) s += f[t] * load32(b + (size_t)t * n + j);
         store32(sums + j, s);
     }
-    if (j < width) stream32_column(sums + j, a, b + j, 1, n, width, width - j, STREAM);
+    for (int t = 0; t < STREAM && j < width; t++)
+        stream32_columns(sums + j, a + t, b + (size_t)t * n + j, 1, n, width, width - j, 1, 1);
 }
 
 /* c += a b, of depth k of `all`. Rows of a and of c, often a power of two apart, would contend for one set of the cache:
@@ -292,10 +306,13 @@ static void stream32(uint32_t *c, const uint32_t *a, const uint32_t *b, size_t m
         size_t deep = least(k - t, STREAM);
         for (size_t i = 0; i < m; i++)
             for (size_t u = 0; u < deep; u++) factors[i * STREAM + u] = a[i * all + t + u];
-        if (deep < STREAM)
-            for (size_t u = 0; u < deep; u++) stream32_rows(sums, factors + u, b + (t + u) * n, m, n, width, 1);
-        else if (m == 1) stream32_row(sums, factors, b + t * n, n, width);
-        else stream32_rows(sums, factors, b + t * n, m, n, width, STREAM);
+        if (m == 1 && deep == STREAM) stream32_row(sums, factors, b + t * n, n, width);
+        else {
+            size_t u = 0;
+            for (; u + SIDE32 <= deep; u += SIDE32)
+                stream32_rows(sums, factors + u, b + (t + u) * n, m, n, width, SIDE32);
+            for (; u < deep; u++) stream32_rows(sums, factors + u, b + (t + u) * n, m, n, width, 1);
+        }
     }
     for (size_t i = 0; i < m; i++)
         for (size_t j = 0; j < width; j++) c[i * n + j] += sums[i * width + j];
@@ -307,7 +324,7 @@ void MK(mk_ring32_product)(uint32_t *c, const uint32_t *a, const uint32_t *b, si
     if (m * width == 0) return;
     for (size_t i = 0; !add && i < m; i++) memset(c + i * n, 0, width * sizeof *c);
     const size_t groups = (m + ROWS32 - 1) / ROWS32, rows = (m + groups - 1) / groups;
-    const size_t piece = PIECE32 / rows / LANES32 * LANES32, depth = groups == 1 ? k : DEPTH32;
+    const size_t step = PAIR32 * LANES32, piece = PIECE32 / rows / step * step, depth = groups == 1 ? k : DEPTH32;
     for (size_t t = 0; t < k; t += depth)
         for (size_t j = 0; j < width; j += piece)
             for (size_t i = 0; i < m; i += rows)
