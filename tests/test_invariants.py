@@ -97,7 +97,7 @@ DOORS: Counter[str] = Counter(
         "mimir/mpc/ops:is_below open_low": 1,
         "mimir/mpc/ops:is_negative open_low": 1,
         "mimir/mpc/ops:is_zero open_low": 1,
-        "mimir/mpc/ops:matmul open": 1,
+        "mimir/mpc/ops:matmul open_low": 1,
         "mimir/mpc/ops:monomials open_bits": 1,
         "mimir/mpc/ops:mul open": 1,
         "mimir/mpc/ops:open open_all": 1,  # these three: doors of a branch, for `together`

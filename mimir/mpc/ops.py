@@ -220,22 +220,19 @@ async def matmul(ctx: Context, step: str, x: Share, name: str, low: int | None =
     With `low`, of a matrix that is shared modulo 2^32: x loses so many bits, up to 1.5 units of what is left,
     and the product modulo 2^32 comes out times 2^32, as a ring element. 4 bytes.
     """
-    half = low is not None
-    c = ctx.take(prep.Weight(name, HALF_BITS if half else RING_BITS), x.shape[0])
-    if low is not None:
-        (delta,) = await ctx.doors.open_low(step, HALF_BITS, _halved(x, low) + c["x"])
-    else:
-        (delta,) = await ctx.doors.open(step, x + c["x"])
+    lane, shown = (RING_BITS, x) if low is None else (HALF_BITS, _halved(x, low))
+    c = ctx.take(prep.Weight(name, lane), x.shape[0])
+    (delta,) = await ctx.doors.open_low(step, lane, shown + c["x"])
     w = ctx.weights.pair(name)
     n, k, m = *x.shape, w[0].shape[1]
 
     def local() -> Ring:
-        d = delta.astype(np.uint32) if half else delta
+        d = delta.astype(prep.WORDS[lane], copy=False)
         y = np.empty((2, n, m), d.dtype)
         for i in range(2):
             product(d, w[i], y[i])
         y -= c["z"].v
-        return y.astype(np.uint64) << np.uint64(RING_BITS - HALF_BITS) if half else y
+        return y if lane == RING_BITS else y.astype(np.uint64) << np.uint64(RING_BITS - lane)
 
     return ctx.share(await ctx.compute(2 * n * k * m, local, (2, n, m)))
 
