@@ -535,7 +535,7 @@ def subjects(work: Path) -> list[Subject]:
 
 async def planned(spec: PlanSpec, settings: Settings, slots: int) -> dict[str, int]:
     """Rounds of one answered token at the end of `slots` positions, by the plan that the engine follows."""
-    chooser = sampling.Sampler("greedy", 1.0, 1, settings.scale_bits, spec.vocab)
+    chooser = sampling.Sampler("greedy", 1.0, 1, spec.vocab)
 
     async def choose(ctx: Any, step: str, logits: Any) -> Any:
         return await sampling.choose(ctx, step, logits, chooser, sampling.no_noise)

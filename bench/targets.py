@@ -323,7 +323,7 @@ async def sessions(
 
 
 def chooser(spec: PlanSpec) -> Callable[[Context, str, Share], Awaitable[Share]]:
-    greedy = sampling.Sampler("greedy", 1.0, 1, SETTINGS.scale_bits, spec.vocab)
+    greedy = sampling.Sampler("greedy", 1.0, 1, spec.vocab)
 
     async def choose(ctx: Context, step: str, logits: Share) -> Share:
         return await sampling.choose(ctx, step, logits, greedy, sampling.no_noise)

@@ -1692,7 +1692,7 @@ def test_cost_of_a_decode_step(backend: Replicated, spec: PlanSpec, sampler: str
     first, s = 5, Settings()
     chooser = None
     if sampler is not None:
-        choice = Sampler("greedy" if sampler == "greedy" else "sample", 0.8, 4, s.scale_bits, spec.vocab)
+        choice = Sampler("greedy" if sampler == "greedy" else "sample", 0.8, 4, spec.vocab)
 
         async def chooser(ctx: Context, step: str, x: Share) -> Share:
             return await sampling.choose(ctx, step, x, choice, sampling.no_noise)

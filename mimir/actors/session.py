@@ -148,9 +148,8 @@ class SessionActor(Actor[Any]):
         self.log = log.bind(party=transport.party, session=terms.session.hex()[:8])
         self._shapes = transformer.weight_shapes(spec)
         self._shapes |= {f"{k}_b": (1, v[1]) for k, v in self._shapes.items() if k not in ("embed", "pos")}
-        self._sampler = Sampler(
-            terms.sampler.kind, terms.sampler.temperature, terms.sampler.topk, settings.scale_bits, spec.vocab
-        )
+        how = terms.sampler
+        self._sampler = Sampler(how.kind, how.temperature, how.topk, spec.vocab)
         self._cache = Cache.empty(spec.layers)
         self._token: Share | None = None  # the last token chosen
         self._position: Share | None = None  # its position

@@ -22,7 +22,8 @@ from mimir.mpc.ops import Context
 from mimir.mpc.share import Share, concat
 
 LOGIT_BITS: Final = 8  # a logit stays below 2^8
-WIDTH: Final = 11  # comparison bits above the fraction: room for differences, and for values set aside
+CHOICE_SCALE: Final = 12  # fraction bits of logits that are compared: more than they are good for
+WIDTH: Final = CHOICE_SCALE + 11  # room for differences, and for values set aside
 NOISE_SCALE: Final = 10  # fraction bits of 1 / temperature
 NOISE_GRID: Final = 12  # noise is rounded to 2^-12, so that libraries that differ in the last digit agree
 NOISE_WIDTH: Final = 22  # sign of (logit / temperature + noise) differences below 2^(22 - 1)
@@ -37,7 +38,6 @@ class Sampler:
     kind: Literal["greedy", "sample"]
     temperature: float
     topk: int
-    scale_bits: int
     vocab: int
 
 
@@ -53,17 +53,16 @@ def gumbel(seed: bytes, count: int) -> Ring:
 
 async def choose(ctx: Context, step: str, logits: Share, sampler: Sampler, noise: Noise) -> Share:
     """Index (1,) of the next token from logits (vocab,) at LOGIT_SCALE."""
-    f = sampler.scale_bits
-    low, width = LOGIT_SCALE - f, f + WIDTH
+    low = LOGIT_SCALE - CHOICE_SCALE
     if sampler.kind == "greedy":
-        _, index = await ops.argmax(ctx, f"{step}/argmax", logits, low, width)
+        _, index = await ops.argmax(ctx, f"{step}/argmax", logits, low, WIDTH)
         return index.reshape(1)
     k = min(sampler.topk, sampler.vocab)
     values: list[Share] = []
     indices: list[Share] = []
     kt = index_bits(sampler.vocab)
     for i in range(k):
-        value, index = await ops.argmax(ctx, f"{step}/top {i}", logits, low, width)
+        value, index = await ops.argmax(ctx, f"{step}/top {i}", logits, low, WIDTH)
         values.append(value.reshape(1))
         indices.append(index.reshape(1))
         if i + 1 < k:
@@ -75,9 +74,9 @@ async def choose(ctx: Context, step: str, logits: Share, sampler: Sampler, noise
         return indices[0]
     public = gumbel(await noise(), k)
     inverse = round(2**NOISE_SCALE / sampler.temperature)
-    total = f + NOISE_SCALE
+    total = CHOICE_SCALE + NOISE_SCALE
     shift = total - NOISE_GRID
-    value = await ops.lift(ctx, f"{step}/lift", concat(values), width)
+    value = await ops.lift(ctx, f"{step}/lift", concat(values), WIDTH)
     noisy = value * inverse + (public << np.uint64(shift) if shift >= 0 else public)
     won = await _largest(ctx, f"{step}/choose", noisy, total)
     (picked,) = await ops.mul(ctx, f"{step}/pick", (won, concat(indices)))
