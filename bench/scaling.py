@@ -145,7 +145,8 @@ def one_pass(c: dryrun.Counts, rows: int) -> dryrun.Counts:
         setattr(out, name, rows * getattr(c, name))
     out.work = Counter({kernel: rows * n for kernel, n in c.work.items()})
     if rows > 1:
-        out.work["matmul"] += out.work.pop(dryrun.ONE_ROW, 0)
+        for name in dryrun.STREAMED:
+            out.work[name] += out.work.pop(name + dryrun.ONE_ROW, 0)
     return out
 
 

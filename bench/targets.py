@@ -520,7 +520,7 @@ def _worst(parties: Sequence[Mapping[str, float]]) -> dict[str, float]:
 
 def floors(lane: str, c: dryrun.Counts, rates: cost.Rates) -> dict[str, float]:
     """Seconds below which this work cannot come: of multiplying, of the link, of the delay."""
-    known = {*dryrun.RULES, dryrun.ONE_ROW, "prg"}
+    known = {*dryrun.RULES, *(name + dryrun.ONE_ROW for name in dryrun.STREAMED), "prg"}
     work = sum(rates.seconds[k] * n for k, n in c.work.items() if k in known)
     told = cost.part(lane, c, rates, cost.Link(LINK_RTT, LINK_MBIT))
     crowd = max(1.0, PARTIES / rates.cores)
