@@ -234,8 +234,10 @@ def test_wrong_weight_shares(story: str, seed: int) -> None:
         if event.where == "weight":
             faults += chosen(rng, list(itertools.product(COMPONENTS, ERRORS)), event)
     for t in examine(story, faults, seed):
-        # A bias enters at twice the scale: its topmost bits leave the ring and mean nothing.
-        lost = t.fault.at.step.endswith("_b") and t.fault.how == "top bit"
+        # A bias enters at a larger scale: its topmost bits leave the ring and mean nothing. Of a logit's bias
+        # the lowest bit is among those that every party drops before logits are compared.
+        of, how = t.fault.at.step, t.fault.how
+        lost = (of.endswith("_b") and how == "top bit") or (of == "head_b" and how == "one")
         assert t.aborted or lost, f"nobody noticed: {t.fault}"
 
 

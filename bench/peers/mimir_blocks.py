@@ -112,7 +112,7 @@ async def _argmax(ctx: Context, x: Share, _: Any) -> Share:
 
 
 TABLE = {
-    "block decode at 64": Block(_decode, F, 2 * F, 2, cached=True),
+    "block decode at 64": Block(_decode, transformer.ENTRY_SCALE, 2 * F, 2, cached=True),
     "64x768 by 768x3072": Block(_matmul, F, F, 1),
     "GELU 64x3072": Block(_gelu, 2 * F, F, 1, slices=4),
     "softmax 768 rows of 64": Block(_softmax, 2 * F, F, 1),
@@ -132,10 +132,16 @@ def given(name: str) -> tuple[Any, dict[str, Any]]:
     return v["x"], {"w": v["w"]} if "w" in v else {}
 
 
-def components(value: Ring, party: int, seed: int) -> tuple[Ring, Ring]:
+def shared(name: str, w: Any) -> Any:
+    """A weight as the engine has it: modulo 2^64, or, where a matrix follows a norm, 2^32."""
+    words = encode(w, SPEC.scale(name, F))
+    return words.astype(np.uint32) if SPEC.halved(name) else words
+
+
+def components(value: Any, party: int, seed: int) -> tuple[Any, Any]:
     """This party's two components of a sharing that all three expand from one seed: for measuring only."""
     rng = np.random.default_rng(seed)
-    a, b = (rng.integers(0, 2**64, value.shape, np.uint64) for _ in range(2))
+    a, b = (rng.integers(0, 2**64, value.shape, np.uint64).astype(value.dtype) for _ in range(2))
     c = [a, b, value - a - b]
     return c[party], c[(party + 1) % PARTIES]
 
@@ -168,7 +174,7 @@ async def measure(mesh: Mesh, name: str, number: int) -> tuple[dict[str, Any], A
     """One run: seconds and loopback bytes by lane, and this party's components of the result."""
     block, party = TABLE[name], mesh.party
     value, plain = given(name)
-    weights = _Weights({k: components(encode(w, F), party, 3 + i) for i, (k, w) in enumerate(plain.items())})
+    weights = _Weights({k: components(shared(k, w), party, 3 + i) for i, (k, w) in enumerate(plain.items())})
     x = np.stack(components(encode(value, block.scale), party, 1))
     session = hashlib.sha256(f"{name} {number}".encode()).digest()[:16]
 
