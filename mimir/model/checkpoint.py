@@ -1,8 +1,9 @@
 """Read a Hugging Face directory into the one canonical plan that the secure engine runs.
 
-The owner does here, once and in float64, all that needs no secrecy between parties: norm gains and biases go
-into the next matrix, the attention scale into the query columns, and for LayerNorm the centring into whatever
-writes the residual. What is left has a single shape for both families:
+The owner does here, once and in float64, all that needs no secrecy between parties: norm gains and biases
+go into the next matrix, the attention scale into the columns of queries (or, half and half, of keys), and
+for LayerNorm the centring into whatever writes the residual. What is left has a single shape for both
+families:
 
     h = embed[token] (+ pos[position])
     per layer:  u = h / sqrt(mean(h^2) + eps)
@@ -765,8 +766,9 @@ def _gpt2(home: Path, config: _Config, source: _Tensors) -> Plan:
     }
     for i in range(layers):
         at, to = f"{p}h.{i}.", f"{i}."
-        columns = np.ones(3 * d)  # the attention scale, on the query columns alone
-        columns[:d] = (hd**-0.5 if scaled else 1.0) / (i + 1 if by_layer else 1)
+        # Half of the attention scale on the queries, half on the keys: smaller weights would lose more bits.
+        columns = np.ones(3 * d)
+        columns[: 2 * d] = ((hd**-0.5 if scaled else 1.0) / (i + 1 if by_layer else 1)) ** 0.5
 
         def qkv(at: str = at, columns: Floats = columns) -> Floats:
             return after_norm(at + "ln_1", at + "attn.c_attn") * columns
