@@ -183,16 +183,27 @@ def combine(w: Matrix, r: Ring, out: Ring) -> None:
 
 
 def _wide(w: Matrix) -> Iterator[tuple[int, Ring]]:
-    """Rows of w as words of 64 bits: all at once, or as many as lie in a cache."""
+    """Rows of w as words of 64 bits: all at once, or as many as lie in a cache, good until the next are asked
+    for. What they were widened in is wiped.
+    """
     if w.dtype == FULL:
         yield from ((0, np.ascontiguousarray(w)),) if isinstance(w, np.ndarray) else w.blocks()
-    elif isinstance(w, np.ndarray):
-        step = _rows_at_once(w.shape[-1], FULL, 1)
-        for first in range(0, len(w), step):
-            yield first, w[first : first + step].astype(np.uint64)
-    else:
-        for first, rows in w.blocks():
-            yield first, rows.astype(np.uint64)
+        return
+    step = _rows_at_once(w.shape[-1], FULL, 1)
+    narrow = (
+        ((at, w[at : at + step]) for at in range(0, len(w), step))
+        if isinstance(w, np.ndarray)
+        else w.blocks()
+    )
+    room = np.empty((0, w.shape[-1]), np.uint64)
+    try:
+        for first, rows in narrow:
+            if len(rows) > len(room):  # the first, which no other is higher than
+                room = np.empty(rows.shape, np.uint64)
+            room[: len(rows)] = rows
+            yield first, room[: len(rows)]
+    finally:
+        kernels.wipe(room)
 
 
 def array(w: Matrix) -> Words:
