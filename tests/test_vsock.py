@@ -373,7 +373,7 @@ def test_of_another_cid_nobody_is_heard(bench: Bench, monkeypatch: pytest.Monkey
     """Where a peer's name has a CID: in its place here the first of two numbers, over TCP."""
 
     async def main(nursery: trio.Nursery) -> None:
-        bench.streams = Streams(socket.AF_INET, ("127.0.0.1", bench._free("127.0.0.1")))
+        bench.streams = Streams(socket.AF_INET, ("127.0.0.9", bench._free("127.0.0.9")))
         counts = await nursery.start(
             partial(vsock.parent, bench.streams, bench.outside, {1: ("127.0.0.2", 9)}, PORTS, "127.0.0.7")  # type: ignore[arg-type]
         )
