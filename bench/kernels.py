@@ -159,11 +159,13 @@ def cases() -> list[Case]:
     add("bit_unslice 16k x64", partial(k.bit_unslice, planes, n), n, "el")
     add("bits_to_ring 16k", partial(k.bits_to_ring, packed, n), n, "el")
     add("ring_lsb 16k", partial(k.ring_lsb, z), n, "el")
-    for size, depth in [(16, 1), (256, 1), (256, 4)]:
-        e, c, t = w(1024, size), w(1024), w(1, depth, 2 * size)
-        look = partial(k.lookup, e[None, None], c[None], t)
-        add(f"lookup K={size} D={depth}", look, 1024 * depth, "look-up", 0, 1024 * depth * size)
-        add(f"rotate K={size}", partial(k.rotate, e, c), 1024 * size, "el")
+    for size, degree in [(16, 1), (128, 3)]:
+        rows, turned = w(2, 1, 1024, degree + 1, size), w(1, degree + 2, 2 * size)
+        read = partial(k.pieces, rows, w(1, 1024), turned, 12, 1)
+        terms = (degree + 1) * (degree + 2) // 2 + 2 * (degree + 2)  # of the tables; of two components
+        add(f"pieces K={size} D={degree}", read, 1024, "value", 0, 1024 * size * terms)
+    for size in (16, 256):
+        add(f"rotate K={size}", partial(k.rotate, w(1024, size), w(1024)), 1024 * size, "el")
     add("bit_pick K=32", partial(k.bit_pick, w(32, n // 64), w(n) % np.uint64(32)), n, "el")
     a, b = w(n), w(n)
     add("gf_mul 16k", partial(k.gf_mul, a, b), n, "mul")

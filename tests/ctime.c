@@ -123,11 +123,6 @@ static void ring_lsb(void)
     mk_ring_lsb(out, secret, 2, N);
 }
 
-static void ring_lookup(void)
-{
-    mk_ring_lookup(out, secret, 7 * SIZE, public, public + N, 2, 1, DEPTH, 7, SIZE);
-}
-
 static const uint64_t items[] = {9, 16, 0, 61, N - 9, 20, 4, 60};
 
 static void ring_trunc_mask(void)
@@ -163,9 +158,15 @@ static void ring_drop(void)
     mk_ring_drop(out, secret, N, public, low, 2, 3, N, 20);
 }
 
-static void ring_poly(void)
+static void ring_pieces(void)
 {
-    mk_ring_poly(out, secret, N, more, 12 * (N / 4), public, public + 2, public + 4 * N, 2, N / 4, 3);
+    mk_ring_pieces(out, secret, 7 * DEPTH * SIZE, public, public + 7, 2, 1, 7, SIZE, DEPTH - 1, 1, 12);
+}
+
+static void ring_choose(void)
+{
+    static const uint64_t drops[] = {16, 0, 20, 4, 27, 11};
+    mk_ring_choose(out, secret, 6 * 9, more, 40 * 9, public, public + 1, drops, 2, 9, 3);
 }
 
 static void ring_wave(void)
@@ -370,7 +371,6 @@ static void bytes_equal(void)
     X(bits_unslice)                                                                                                    \
     X(bits_to_ring)                                                                                                    \
     X(ring_lsb)                                                                                                        \
-    X(ring_lookup)                                                                                                     \
     X(ring_rotate)                                                                                                     \
     X(half_rotate)                                                                                                     \
     X(byte_rotate)                                                                                                     \
@@ -381,7 +381,8 @@ static void bytes_equal(void)
     X(ring_norm)                                                                                                       \
     X(ring_norm_scale)                                                                                                 \
     X(ring_drop)                                                                                                       \
-    X(ring_poly)                                                                                                       \
+    X(ring_pieces)                                                                                                     \
+    X(ring_choose)                                                                                                     \
     X(ring_wave)                                                                                                       \
     X(ring_decay)                                                                                                      \
     X(bits_mask)                                                                                                       \

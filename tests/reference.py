@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mimir.model import transformer
-from mimir.model.checkpoint import HALF_SCALE, Floats, Plan, encode
+from mimir.model.checkpoint import ATTENTION_SCALE, HALF_SCALE, Floats, Plan, encode
 from mimir.mpc import nonlinear, prep
 
 Ints = npt.NDArray[np.int64]
@@ -203,18 +203,23 @@ class Fixed:
     coarse_bits: int = nonlinear.COARSE_BITS
     coarse_rest: int = nonlinear.COARSE_REST
     exp_scale: int = nonlinear.EXP_SCALE
-    mix_scale: int = nonlinear.MIX_SCALE
+    fine_scale: int = nonlinear.FINE_SCALE
+    coarse_scale: int = nonlinear.COARSE_SCALE
+    below_one: int = nonlinear.BELOW_ONE
     inverse_scale: int = nonlinear.INVERSE_SCALE
     norm_scale: int = nonlinear.NORM_SCALE
     half_input: int = transformer.HALF_INPUT
     half_scale: int = HALF_SCALE
-    window_bits: int = nonlinear.WINDOW_BITS
-    window_step: int = nonlinear.WINDOW_STEP
+    residual_scale: int = transformer.RESIDUAL_SCALE
+    attention_input: int = transformer.ATTENTION_INPUT
+    attention_scale: int = ATTENTION_SCALE
+    sum_bits: int = nonlinear.SUM_BITS
+    norm_bits: int = nonlinear.NORM_BITS
+    window_overlap: int = nonlinear.WINDOW_OVERLAP
     window_first: int = nonlinear.WINDOW_FIRST
     headroom: int = nonlinear.HEADROOM
     sum_shift: int = nonlinear.SUM_SHIFT
     sum_base: int = nonlinear.SUM_BASE
-    sum_top: int = nonlinear.SUM_TOP
     norm_top: int = nonlinear.NORM_TOP
     rotary_scale: int = transformer.ROTARY_SCALE
 
@@ -310,12 +315,14 @@ class FixedModel:
         self.act = None if plan.act == "relu" else nonlinear.COSINES[plan.act.removesuffix("_glu")]
         self.reciprocal = self._ladder(
             lambda x: 2.0 ** (fx.exp_scale + fx.sum_shift) / np.maximum(x, 2.0 ** (fx.sum_base - 1)),
+            fx.sum_bits,
             fx.sum_base,
-            fx.sum_top,
+            fx.exp_scale + fx.sum_shift + 11,  # more windows than a few keys need give the same
         )
         self.rsqrt = self._ladder(
             lambda x: 1 / np.sqrt(np.maximum(x / (d * 4.0**f) + plan.norm_eps, plan.norm_eps / 4)),
-            max(14, math.floor(math.log2(max(plan.norm_eps, 1e-12) * d)) + 2 * f - fx.window_step),
+            fx.norm_bits,
+            max(14, math.floor(math.log2(max(plan.norm_eps, 1e-12) * d)) + 2 * f - fx.window_overlap),
             fx.norm_top,
         )
         self.reset()
@@ -330,17 +337,17 @@ class FixedModel:
 
     # Tables.
 
-    def _ladder(self, fn: Callable[[Floats], Floats], base: int, top: int) -> list[Pieces]:
-        """Windows of integers, `window_step` octaves apart; the highest that is not empty answers."""
+    def _ladder(self, fn: Callable[[Floats], Floats], bits: int, base: int, top: int) -> list[Pieces]:
+        """Windows of integers, some octaves apart; the highest that is not empty answers."""
         fx, at = self.fixed, base
         out: list[Pieces] = []
         while True:
             first = fx.window_first - 1 if out else 0  # below that, a lower window answers
             low = at - fx.rest
-            out.append(pieces(fn, 0.0, 2.0**at, fx.window_bits, 2.0**low, fx, low=low, first=first))
-            if at + fx.window_bits >= top:
+            out.append(pieces(fn, 0.0, 2.0**at, bits, 2.0**low, fx, low=low, first=first))
+            if (1 << top) <= ((1 << bits) - 2) << at:
                 return out
-            at += fx.window_step
+            at += bits - fx.window_overlap
 
     # Arithmetic: int64 wraps as the ring does; every function names the step it works for.
 
@@ -384,11 +391,14 @@ class FixedModel:
         if not self.plan.halved(name):
             return self._linear(name, u)
         low = fx.scale_bits + fx.norm_scale - fx.half_input
-        x, _ = _mask_reading(u - 3 * ((1 << low) - 1) // 2, low, 0, self.rng)
-        y = self._product(name, x, self.weights[name]) << 32
+        y = self._product(name, self._lowered(u, low), self.weights[name]) << 32
         y = y + (self.weights[f"{name}_b"].astype(np.int64) << (self.product_scale(name) - fx.scale_bits))
         self._fits(name, float(np.abs(y.astype(np.float64)).max()))
         return y
+
+    def _lowered(self, x: Ints, low: int) -> Ints:
+        """x without `low` bits, as each component loses them by itself."""
+        return _mask_reading(x - 3 * ((1 << low) - 1) // 2, low, 0, self.rng)[0]
 
     def _linear(self, name: str, x: Ints, scale: int | None = None) -> Ints:
         """x @ W + b at f more than the scale of x, which is f unless said otherwise."""
@@ -428,14 +438,37 @@ class FixedModel:
     # Layers.
 
     def _norm(self, step: str, h: Ints, extra: int = 0) -> Ints:
-        """Of h at 2f, at f + extra."""
+        """Of the residual stream, at f + extra."""
         fx = self.fixed
         self._fits(step, float(np.abs(h.astype(np.float64)).max()))
-        h = self._truncate(h, fx.scale_bits)
+        h = self._truncate(h, fx.residual_scale - fx.scale_bits)
         self._fits(step, float((h.astype(np.float64) ** 2).sum(axis=-1).max()))
         r = self._climb(step, (h * h).sum(axis=-1), self.rsqrt, extra or fx.inverse_scale)
         y = self._times(step, h, r[:, None])
         return y if extra else self._truncate(y, fx.inverse_scale)
+
+    def _divide(self, step: str, z: Ints, total: Ints) -> Ints:
+        """Rows at exp_scale + f divided by their sums: of two products, one of which has a factor of 0."""
+        fx = self.fixed
+        x, scale = total << fx.sum_shift, fx.exp_scale + fx.scale_bits
+        first, windows = fx.below_one, self.reciprocal
+        higher = np.zeros(x.shape, np.bool_)
+        for p in windows[first:]:
+            j, _ = _mask_reading(x, p.low, p.rest, self.rng)
+            higher |= (j >= fx.window_first) & (x < ((1 << p.bits) - 1) << (p.low + p.rest))
+        low = np.where(higher, 1 << (fx.sum_base + 4), x)
+        large = np.where(higher, 0, self._climb(step, low, windows[:first], fx.coarse_scale))
+        small = np.where(higher, self._climb(step, x, windows, fx.fine_scale), 0)
+        fine, coarse = (self._truncate(z, scale - to) for to in (fx.fine_scale, fx.coarse_scale))
+        return self._times(step, fine, large[..., None]) + self._times(step, coarse, small[..., None])
+
+    def _out_of_attention(self, name: str, z: Ints) -> Ints:
+        """What attention gives, times its matrix, known modulo 2^40, at residual_scale."""
+        fx = self.fixed
+        x = self._lowered(z, fx.fine_scale + fx.coarse_scale - fx.attention_input)
+        up = fx.residual_scale - fx.attention_input - fx.attention_scale
+        y = self._product(name, x, self.weights[name]) << up
+        return y + (self.weights[f"{name}_b"].astype(np.int64) << (fx.residual_scale - fx.scale_bits))
 
     def _rotate(self, step: str, x: Ints, positions: Ints) -> Ints:
         """x at product_scale -> f."""
@@ -540,8 +573,8 @@ class FixedModel:
         h = self.weights["embed"][tokens].astype(np.int64)
         if plan.positions == "learned":
             h = h + self.weights["pos"][positions].astype(np.int64)
-        h = self._truncate(h << 32, transformer.ENTRY_SCALE - 2 * f)  # known modulo 2^32
-        note("embed", h, 2 * f)
+        h = h << 32  # known modulo 2^32
+        note("embed", h, fx.residual_scale)
         for i in range(plan.layers):
             above = self.extra(f"{i}.qkv")
             u = self._norm(f"{i}.norm1", h, above)
@@ -560,14 +593,12 @@ class FixedModel:
             if tap:
                 tap(f"{i}.softmax", e / np.maximum(total, 1)[..., None])
             z = self._product(f"{i}.attention", e, np.repeat(v, group, axis=0))
-            z = self._truncate(z, fx.exp_scale + f - fx.mix_scale)
-            r = self._climb(f"{i}.reciprocal", total << fx.sum_shift, self.reciprocal, fx.inverse_scale)
-            z = self._times(f"{i}.attention", z, r[..., None])
-            z = self._truncate(z, fx.mix_scale + fx.inverse_scale - f)
+            z = self._divide(f"{i}.reciprocal", z, total)
             z = z.transpose(1, 0, 2).reshape(rows, -1)
-            note(f"{i}.attention", z, f)
-            h = h + self._linear(f"{i}.o", z)
-            note(f"{i}.residual1", h, 2 * f)
+            note(f"{i}.attention", z, fx.fine_scale + fx.coarse_scale)
+            h = h + self._out_of_attention(f"{i}.o", z)
+            self._fits(f"{i}.residual1", float(np.abs(h.astype(np.float64)).max()))
+            note(f"{i}.residual1", h, fx.residual_scale)
             above = self.extra(f"{i}.in")
             u = self._norm(f"{i}.norm2", h, above)
             note(f"{i}.norm2", u, f + above)
@@ -579,8 +610,8 @@ class FixedModel:
                 up = self._truncate(hidden[:, plan.hidden :], scale - f)
                 a = self._truncate(self._times(f"{i}.gate", a, up), f)
             note(f"{i}.activation", a, f)
-            h = h + self._linear(f"{i}.out", a)
-            note(f"{i}.residual2", h, 2 * f)
+            h = h + (self._linear(f"{i}.out", a) << (fx.residual_scale - 2 * f))
+            note(f"{i}.residual2", h, fx.residual_scale)
         u = self._norm("final norm", h, self.extra("head"))
         note("final norm", u, f + self.extra("head"))
         logits = self._after_norm("head", u)  # compared, never multiplied: no truncation

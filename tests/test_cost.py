@@ -223,7 +223,7 @@ def test_what_was_replaced_is_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
         patch.setattr(prep, "produce", broken)
         counted(PLAIN)
     assert {at: getattr(*at) for at in before} == before
-    ladder = nonlinear._ladder("reciprocal", nonlinear._inverse(1.0), 17, 43, SETTINGS, 1.0)
+    ladder = nonlinear._ladder("reciprocal", nonlinear._inverse(1.0), 7, 17, 1 << 43, SETTINGS, 1.0)
     assert not isinstance(ladder[0].tables, dryrun.Stretched)
 
 

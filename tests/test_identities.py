@@ -468,6 +468,26 @@ def test_doubling_errors_of_a_value_never_cancel() -> None:
         assert (passing == bits) is (value % 2 == 1) and passing >= bits
 
 
+def test_a_one_hot_of_1_proves_the_bits_that_values_stand_by() -> None:
+    """A vector of 1 and one of a value, doubled by a bit that has an error of its own, over Z_8: what passes
+    follows from the errors, whatever the bit and the value are.
+    """
+    ring = 8
+    outcomes: dict[tuple[int, ...], set[bool]] = {}
+    by_value: dict[tuple[int, ...], set[bool]] = {}
+    for b, value, e, *errors in itertools.product((0, 1), *[range(ring)] * 4):
+        bit = b - 2 * e
+        fine = []
+        for of, error in zip((1, value), errors, strict=True):
+            high = of * bit + error
+            fine.append(not (bit * (of - high) % ring or (bit - 1) * high % ring))
+        outcomes.setdefault((e, *errors), set()).add(all(fine))
+        by_value.setdefault((e, errors[1]), set()).add(fine[1])
+    assert all(len(found) == 1 for found in outcomes.values())
+    assert [errors for errors, found in outcomes.items() if True in found] == [(0, 0, 0), (ring // 2, 0, 0)]
+    assert by_value[ring // 4, 0] == {True, False}, "alone the value tells whether it is even"
+
+
 def test_doubling_errors_never_cancel() -> None:
     """One-hot of three bits by two doublings over Z_4, errors added to each product: only no error is right.
 

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import ctypes
 import itertools
+import math
 import mmap
 import os
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -507,25 +508,42 @@ def test_bit_misuse(rng: np.random.Generator) -> None:
 # ---- look-up ----
 
 
-@pytest.mark.parametrize("size", [1, 2, 4, 8, 16, 64, 256])
-@pytest.mark.parametrize("n", [0, 1, 5])
-@pytest.mark.parametrize("depth", [0, 1, 3, 4, 9])
-def test_lookup(level: str, rng: np.random.Generator, size: int, n: int, depth: int) -> None:
-    e, c, tables = words(rng, 3, 2, n, size), words(rng, 2, n), words(rng, 2, depth, size)
-    want = [
-        [
-            [
-                [
-                    sum(int(row[(int(c[g, i]) - j) % size]) * int(e[p, g, i, j]) for j in range(size)) % M
-                    for i in range(n)
-                ]
-                for g, row in enumerate(rows)
-            ]
-            for rows in zip(*tables, strict=True)
-        ]
-        for p in range(3)
-    ]
-    same(k.lookup(e, c, turned(tables)), u64(want).reshape(3, depth, 2, n))
+def turned(tables: np.ndarray) -> np.ndarray:
+    """As pieces want their tables: column u is column -u, twice round."""
+    back = tables[:, :, -np.arange(2 * tables.shape[2]) % tables.shape[2]]
+    return np.ascontiguousarray(back)
+
+
+def o_pieces(e: U64, opened: U64, tables: U64, rest: int, flags: int) -> npt.NDArray[Any]:
+    """Power by power, of Python integers: (low - v)^d has v^i (-1)^i choose(d, i) low^(d - i) times."""
+    parts, groups, n, terms, size = e.shape
+    out = np.zeros((parts, 1 + flags, groups, n), object)
+    for g, i in np.ndindex(groups, n):
+        index, low = divmod(int(opened[g, i]), 1 << rest)
+        rows = [[int(row[(index - u) % size]) for u in range(size)] for row in tables[g]]
+        at, others = np.array(rows[:terms], object), np.array(rows[terms:], object).reshape(flags, size)
+        held = e[:, g, i].astype(object)
+        for power in range(terms):
+            times = sum(
+                (-1) ** power * math.comb(d, power) * low ** (d - power) * at[d] for d in range(power, terms)
+            )
+            out[:, 0, g, i] += (held[:, power] * times).sum(axis=1)
+        for f in range(flags):
+            out[:, 1 + f, g, i] = (held[:, 0] * others[f]).sum(axis=1)
+    return out % M
+
+
+@pytest.mark.parametrize("size", [1, 2, 4, 8, 16, 64, 128, 256])
+@pytest.mark.parametrize("n", [0, 1, 3])
+@pytest.mark.parametrize("degree", [0, 1, 2, 3, 8])
+def test_pieces(level: str, rng: np.random.Generator, size: int, n: int, degree: int) -> None:
+    """Of any material, groups with tables of their own."""
+    for groups, flags, rest in ((2, 0, 12), (3, 1, 0), (1, 2, 63)):
+        e = apart(rng, 3, groups * n, degree + 1, size).reshape(3, groups, n, degree + 1, size)
+        opened, tables = words(rng, groups, n), words(rng, groups, degree + 1 + flags, size)
+        got = k.pieces(e, opened, turned(tables), rest, flags)
+        assert got.shape == (3, 1 + flags, groups, n)
+        same(got, o_pieces(e, opened, tables, rest, flags))
 
 
 @pytest.mark.parametrize("size", [1, 2, 4, 8, 16, 128])
@@ -540,33 +558,68 @@ def test_rotate(level: str, rng: np.random.Generator, size: int) -> None:
         same(narrow.astype(np.uint64), u64(want) % np.uint64(1 << np.iinfo(kind).bits))
 
 
-def turned(tables: np.ndarray) -> np.ndarray:
-    """As a look-up wants its tables: column u is column -u, twice round."""
-    back = tables[:, :, -np.arange(2 * tables.shape[2]) % tables.shape[2]]
-    return np.ascontiguousarray(back)
+@pytest.mark.parametrize(("rest", "size"), [(0, 8), (3, 2), (12, 128), (20, 64), (57, 128), (62, 4)])
+@pytest.mark.parametrize("degree", [0, 1, 2, 3])
+def test_pieces_of_what_is_prepared(
+    level: str, rng: np.random.Generator, rest: int, size: int, degree: int
+) -> None:
+    """The use: a mask 2^rest u + v, and v^d at place u. What was opened reads piece j at t, 2^rest j + t the
+    value, whatever the mask.
+    """
+    groups, n, flags, whole = 2, 9, 2, size << rest
+    tables = words(rng, groups, degree + 1 + flags, size)
+    value, mask = (
+        [[int.from_bytes(rng.bytes(16), "little") % whole for _ in range(n)] for _ in range(groups)]
+        for _ in range(2)
+    )
+    e = np.zeros((groups, n, degree + 1, size), np.uint64)
+    opened, want = np.zeros((groups, n), np.uint64), np.zeros((1 + flags, groups, n), object)
+    for g, i in np.ndindex(groups, n):
+        u, v = divmod(mask[g][i], 1 << rest)
+        c = (value[g][i] + mask[g][i]) % whole
+        e[g, i, :, u] = [v**d % M for d in range(degree + 1)]
+        opened[g, i] = c
+        j, t = ((c >> rest) - u) % size, c % (1 << rest) - v
+        assert ((j << rest) + t - value[g][i]) % whole == 0
+        row = [int(x) for x in tables[g, :, j]]
+        want[:, g, i] = [sum(row[d] * t**d for d in range(degree + 1)) % M, *row[degree + 1 :]]
+    shares = apart(rng, 2, groups * n, degree + 1, size).reshape(2, *e.shape)
+    shares[1] = e - shares[0]
+    got = k.pieces(shares, opened, turned(tables), rest, flags)
+    same(got[0] + got[1], want)
 
 
-def test_one_hot_lookup_finds_the_entry(level: str, rng: np.random.Generator) -> None:
-    """The use: e is one-hot at a secret r, c = value + r is public, so the look-up yields table[value]."""
+def test_one_hot_rotation_finds_the_entry(level: str, rng: np.random.Generator) -> None:
+    """The use: e is one-hot at a secret r, c = value + r is public, so that of the value is found."""
     size, n = 64, 20
     value, r = rng.integers(0, size, n), rng.integers(0, size, n)
     e = np.zeros((n, size), np.uint64)
     e[np.arange(n), r] = 1
     c = ((value + r) % size).astype(np.uint64)
-    table = words(rng, 1, size)
-    same(k.lookup(e[None, None], c[None], turned(table[None]))[0, 0, 0], table[0, value])
     same(np.argmax(k.rotate(e, c), axis=1).astype(np.uint64), value)
 
 
 def test_lookup_misuse(rng: np.random.Generator) -> None:
-    e, c, t = words(rng, 3, 8), words(rng, 3), words(rng, 1, 2, 16)
+    e, c, t = words(rng, 2, 1, 3, 4, 8), words(rng, 1, 3), words(rng, 1, 5, 16)
     refuses(
-        lambda: k.lookup(words(rng, 1, 1, 3, 6), c[None], words(rng, 1, 2, 12)),
-        lambda: k.lookup(e[None], c[None], t),
-        lambda: k.lookup(e[None, None], c[None, :2], t),
-        lambda: k.lookup(e[None, None], c[None], t[:, :, :8]),
-        lambda: k.lookup(e[None, None], c[None], words(rng, 2, 2, 16)),
-        lambda: k.rotate(words(rng, 3, 0), c),
+        lambda: k.pieces(words(rng, 2, 1, 3, 4, 6), c, words(rng, 1, 5, 12), 12, 1),
+        lambda: k.pieces(words(rng, 2, 1, 3, 4, 0), c, words(rng, 1, 5, 0), 12, 1),
+        lambda: k.pieces(e[0], c, t, 12, 1),
+        lambda: k.pieces(e.astype(np.int64), c, t, 12, 1),
+        lambda: k.pieces(e, c[0], t, 12, 1),
+        lambda: k.pieces(e, c[:, :2], t, 12, 1),
+        lambda: k.pieces(e, c.astype(np.uint32), t, 12, 1),
+        lambda: k.pieces(e, c, t[:, :, :8], 12, 1),
+        lambda: k.pieces(e, c, words(rng, 1, 5, 8), 12, 1),
+        lambda: k.pieces(e, c, words(rng, 2, 5, 16), 12, 1),
+        lambda: k.pieces(e, c, t, 12, 0),
+        lambda: k.pieces(e, c, t, 12, 2),
+        lambda: k.pieces(e, c, words(rng, 1, 3, 16), 12, -1),
+        lambda: k.pieces(e, c, t, -1, 1),
+        lambda: k.pieces(e, c, t, 64, 1),
+        lambda: k.pieces(words(rng, 2, 1, 3, 0, 8), c, words(rng, 1, 1, 16), 12, 1),
+        lambda: k.pieces(words(rng, 2, 1, 3, 10, 8), c, words(rng, 1, 11, 16), 12, 1),
+        lambda: k.rotate(words(rng, 3, 0), c[0]),
     )
 
 
@@ -614,7 +667,7 @@ def test_truncations(level: str, rng: np.random.Generator, n: int) -> None:
 
 
 @pytest.mark.parametrize("width", (1, 7, 64, 65))
-@pytest.mark.parametrize(("f", "bare"), [(16, 0), (20, 4), (32, 16)])
+@pytest.mark.parametrize(("f", "bare"), [(16, 0), (20, 4), (32, 16), (44, 28)])
 def test_norms(level: str, rng: np.random.Generator, width: int, f: int, bare: int) -> None:
     n = 3
     one, opened, delta = words(rng, 2), words(rng, n, width), words(rng, n)
@@ -627,7 +680,7 @@ def test_norms(level: str, rng: np.random.Generator, width: int, f: int, bare: i
     k1 = one[:, None, None]
     same(rows, k1 * a + b * g - base)
     two = np.uint64(2)
-    terms = two * b * (a * g - product) - two * a * base + k1 * a * a
+    terms = two * b * (a * g - product) - two * a * base + b * b * g + k1 * a * a
     same(squares, q + terms.sum(axis=2, dtype=np.uint64))
     times_s = s[:, :, None] * a - z[..., 0] + z_over * b
     same(k.norm_scale(x, s, z, delta, opened, f, bare), x * delta[:, None] - times_s)
@@ -644,21 +697,91 @@ def test_drop(level: str, rng: np.random.Generator, n: int) -> None:
                 same(got[c, p], [(v >> g) % (1 << width) for v in raised])
 
 
+# Of each value that may be chosen the bits dropped, and of these not masked.
+CHOICES = [
+    [(1, 0), (16, 0)],
+    [(20, 4), (61, 0), (33, 17)],
+    [(60, 44), (2, 1), (20, 19), (16, 0)],
+    [(30, 14), (31, 15), (33, 17), (35, 19), (44, 28)],
+    [(8 + w, w) for w in range(7)],
+]
+
+
+def places(told: int, count: int) -> Iterator[tuple[int, int]]:
+    """Of each value how many entries its vectors have, and which of these counts if such bits were opened."""
+    for w in range(count):
+        first = max(w, 1)
+        at = told >> (first - 1)
+        yield 1 << (count - first), at if w == 0 else at ^ 1
+
+
 @pytest.mark.parametrize("n", SOME)
-@pytest.mark.parametrize("degree", (1, 2, 3, 5))
-def test_poly(level: str, rng: np.random.Generator, n: int, degree: int) -> None:
-    """With powers of v and masks as they are prepared: coefs_0 + delta_i t^i - m_i t^i for t = rest - v."""
-    v, m, delta, rest = words(rng, n), words(rng, n, degree), words(rng, n, degree), words(rng, n)
-    columns = [v**t for t in range(1, degree + 1)] + list(m.T)
-    columns += [m[:, i - 1] * v**j for j in range(1, degree + 1) for i in range(j, degree + 1)]
-    whole, one = np.stack(columns, axis=1), u64([0, 1])
-    material = apart(rng, 2, n, whole.shape[1])
-    material[1] = whole - material[0]
-    coefs = words(rng, 2, degree + 1, n)
-    got = k.poly(coefs, material, one, delta, rest)
-    t = rest - v
-    want = coefs[0, 0] + coefs[1, 0] + sum((delta[:, i] - m[:, i]) * t ** (i + 1) for i in range(degree))
-    same(got[0] + got[1], want)
+@pytest.mark.parametrize("drops", CHOICES, ids=len)
+def test_choose(level: str, rng: np.random.Generator, n: int, drops: list[tuple[int, int]]) -> None:
+    """Of any material."""
+    count = len(drops)
+    hot, z = apart(rng, 3, n, 2**count - 2), apart(rng, 3, n, k.choose_places(count))
+    opened, packed = words(rng, n, count), words(rng, (n * (count - 1) + 63) // 64)
+    public = [o_public(opened[:, w], *drop) for w, drop in enumerate(drops)]
+    want = np.zeros((3, n, count), object)
+    for c, i in np.ndindex(3, n):
+        ones, rows = ints(hot[c, i]), ints(z[c, i])
+        told = sum(bit(packed, i * (count - 1) + v) << v for v in range(count - 1))
+        for w, (size, at) in enumerate(places(told, count)):
+            a, b, over = public[w][i]
+            base, *overs = (rows[row * size + at] for row in range(4))
+            want[c, i, w] = ones[at] * a + overs[over] * b - base
+            ones, rows = ones[size if w else 0 :], rows[4 * size :]
+        assert not ones and not rows
+    same(k.choose(hot, z, packed, opened, drops), want % M)
+
+
+@pytest.mark.parametrize("drops", [[d for d in drops if d[0] < 61] for drops in CHOICES], ids=len)
+def test_choose_of_what_is_prepared(
+    level: str, rng: np.random.Generator, drops: list[tuple[int, int]]
+) -> None:
+    """The use, for all bits under random ones: the last that is set chooses, and what it chooses is truncated
+    with the dither that its mask makes, to the bit; the others are 0. What is opened of them is noise.
+    """
+    count, repeat = len(drops), 5
+    n = repeat << (count - 1)
+    bits = np.arange(n) % (1 << (count - 1))
+    random = rng.integers(0, 1 << (count - 1), n)
+    opened, want = words(rng, n, count), np.zeros((n, count), object)
+    hot, z = np.zeros((n, 2**count - 2), np.uint64), np.zeros((n, k.choose_places(count)), np.uint64)
+    for i in range(n):
+        ones = rows = 0
+        chosen = int(bits[i]).bit_length()
+        for w, (f, bare) in enumerate(drops):
+            v = [int(x) >> bare << bare for x in rng.integers(0, 1 << 62, 3)]
+            u = int(rng.integers(4))
+            if w == chosen:
+                most = (1 << 61) - (1 << f) - (2 << bare) - 1
+                x = int(rng.choice([-most, most, 0, int(rng.integers(-most, most))]))
+                raised = x + (1 << 61) - (1 << f) + (1 << bare) + (3 * ((1 << bare) - 1) >> 1)
+                opened[i, w] = (raised + sum(v) + (u << 62)) % M >> bare
+                dither = sum(part % (1 << f) for part in v)
+                want[i, w] = (raised + dither >> f) - (1 << (61 - f))
+                assert abs((want[i, w] << f) - x) < (2 << f) + (2 << bare)
+            first = max(w, 1)
+            size, at = 1 << (count - first), int(random[i]) >> (first - 1)
+            base = sum(part >> f for part in v) + (u << (62 - f))
+            z[i, rows : rows + 4 * size].reshape(4, size)[:, at] = [base, u > 0, u > 1, u > 2]
+            rows += 4 * size
+            if w:
+                hot[i, ones + at] = 1
+                ones += size
+    told = (bits ^ random)[:, None] >> np.arange(count - 1) & 1
+    packed = u64(pack(ints(told.reshape(-1))))
+    hots, zs = apart(rng, 2, *hot.shape), apart(rng, 2, *z.shape)
+    hots[1], zs[1] = hot - hots[0], z - zs[0]
+    got = k.choose(hots, zs, packed, opened, drops)
+    same(got[0] + got[1], want % M)
+
+
+@pytest.mark.parametrize("count", range(2, 8))
+def test_places_to_choose_from(count: int) -> None:
+    assert k.choose_places(count) == 4 * sum(size for size, _ in places(0, count))
 
 
 @pytest.mark.parametrize("n", SOME)
@@ -757,6 +880,46 @@ def test_bits_products(level: str, rng: np.random.Generator, n: int) -> None:
     same(got[0] ^ got[1], [np.bitwise_and.reduce(bits[list(m)]) for m in wanted])
 
 
+def test_choose_misuse(rng: np.random.Generator) -> None:
+    hot, z, bits, opened = words(rng, 2, 70, 6), words(rng, 2, 70, 40), words(rng, 3), words(rng, 70, 3)
+    drops = [(20, 4), (16, 0), (61, 45)]
+    k.choose(hot, z, bits, opened, drops)
+    refuses(
+        lambda: k.choose(hot[:, :, :5].copy(), z, bits, opened, drops),
+        lambda: k.choose(hot[:, :69], z, bits, opened, drops),
+        lambda: k.choose(hot[:1], z, bits, opened, drops),
+        lambda: k.choose(hot[0], z, bits, opened, drops),
+        lambda: k.choose(hot.astype(np.int64), z, bits, opened, drops),
+        lambda: k.choose(hot, z[:, :, :39], bits, opened, drops),
+        lambda: k.choose(hot, words(rng, 2, 70, 44), bits, opened, drops),
+        lambda: k.choose(hot, z[:, :69], bits, opened, drops),
+        lambda: k.choose(hot, z, bits[:2], opened, drops),
+        lambda: k.choose(hot, z, words(rng, 4), opened, drops),
+        lambda: k.choose(hot, z, bits, opened[:, :2], drops),
+        lambda: k.choose(hot, z, bits, opened[:69], drops),
+        lambda: k.choose(hot, z, bits, opened, drops[:2]),
+        lambda: k.choose(hot, z, bits, opened, [*drops, (20, 4)]),
+        lambda: k.choose(hot, z, bits, opened, [*drops[:2], (0, 0)]),
+        lambda: k.choose(hot, z, bits, opened, [*drops[:2], (62, 0)]),
+        lambda: k.choose(hot, z, bits, opened, [*drops[:2], (20, 20)]),
+        lambda: k.choose(hot, z, bits, opened, [*drops[:2], (20, -1)]),
+        lambda: k.choose(
+            words(rng, 2, 70, 0),
+            words(rng, 2, 70, k.choose_places(1)),
+            bits[:0],
+            words(rng, 70, 1),
+            drops[:1],
+        ),
+        lambda: k.choose(
+            words(rng, 1, 1, 2**17 - 2),
+            words(rng, 1, 1, k.choose_places(17)),
+            bits[:1],
+            words(rng, 1, 17),
+            [(20, 4)] * 17,
+        ),
+    )
+
+
 def test_online_misuse(rng: np.random.Generator) -> None:
     x, one, bits = words(rng, 2, 70), words(rng, 2), words(rng, 2)
     over, products = words(rng, 2, 70, 3), k.Products([((0, 1), (0, 1, 2))])
@@ -777,12 +940,10 @@ def test_online_misuse(rng: np.random.Generator) -> None:
         lambda: k.trunc(x, x, one, x[0], [(70, 20, 4, 61)]),
         lambda: k.trunc_if((x, x, over, words(rng, 2, 70, 4)), one, bits[:1], x[0], [(70, 20, 4, 61)]),
         lambda: k.trunc_if((x, x, over, over), one, bits, x[0], [(70, 20, 4, 61)]),
-        lambda: k.norm((x[:, None], over[:, None], over[:, None], x[:, :1]), one, x[:1], 33, 0),
+        lambda: k.norm((x[:, None], over[:, None], over[:, None], x[:, :1]), one, x[:1], 62, 0),
         lambda: k.norm_scale(x[:, None], x[:, :1], over[:, None], x[0, :1], x[:1], 20, 4),
         lambda: k.drop(x, one, (50,), 15),
         lambda: k.drop(x, one, (0,), 0),
-        lambda: k.poly(words(rng, 2, 4, 70), words(rng, 2, 70, 11), one, words(rng, 70, 3), x[0]),
-        lambda: k.poly(words(rng, 2, 4, 70), words(rng, 2, 70, 63), one, words(rng, 70, 9), x[0]),
         lambda: k.Cosines(bits, 51, np.ones((3, 2)), waves.CIRCLE),
         lambda: k.Cosines(bits, 26, np.ones((3, 1)), waves.CIRCLE),
         lambda: k.Cosines(bits, 26, np.full((3, 2), 2.0**50), waves.CIRCLE),
@@ -1121,7 +1282,9 @@ WIDE: dict[str, Callable[[np.random.Generator], Any]] = {
     "matmul_nt": lambda g: k.matmul_nt(words(g, 3, 211), words(g, 97, 211)),
     "matmul32": lambda g: k.matmul32(words32(g, 37, 211), words32(g, 211, 403)),
     "matmul32_row": lambda g: k.matmul32(words32(g, 1, 211), words32(g, 211, 8211)),
-    "lookup": lambda g: k.lookup(words(g, 2, 1, 301, 256), words(g, 1, 301), words(g, 1, 5, 512)),
+    "pieces": lambda g: k.pieces(
+        words(g, 2, 2, 77, 4, 256), words(g, 2, 77), words(g, 2, 6, 512), rest=12, flags=2
+    ),
     "trunc_if": lambda g: k.trunc_if(
         (words(g, 2, 4099), words(g, 2, 4099), words(g, 2, 4099, 3), words(g, 2, 4099, 4)),
         words(g, 2),
@@ -1130,8 +1293,12 @@ WIDE: dict[str, Callable[[np.random.Generator], Any]] = {
         [(99, 16, 0, 61), (4000, 27, 11, 60)],
     ),
     "drop": lambda g: k.drop(words(g, 2, 4099), words(g, 2), (0, 5, 40), 21),
-    "poly": lambda g: k.poly(
-        words(g, 2, 4, 999), words(g, 2, 999, 12), words(g, 2), words(g, 999, 3), words(g, 999)
+    "choose": lambda g: k.choose(
+        words(g, 2, 999, 30),
+        words(g, 2, 999, k.choose_places(5)),
+        words(g, 63),
+        words(g, 999, 5),
+        [(16, 0), (20, 4), (27, 11), (33, 17), (60, 44)],
     ),
     "bits_at_most": lambda g: k.bits_at_most(words(g, 2, 160, 65), (5,) * 5, words(g, 3, 4099)),
     "bits_products": lambda g: k.bits_products(
@@ -1368,7 +1535,7 @@ def walk_fences() -> None:
             k.bits_to_ring(w(packed), n)
             k.ring_lsb(w(n))
             for size in (2, 64, 128):
-                k.lookup(w(2, 2, n, size), w(2, n), w(2, 5, 2 * size))
+                k.pieces(w(2, 2, n, 3, size), w(2, n), w(2, 5, 2 * size), 12, 2)
                 k.rotate(w(n, size), w(n))
                 k.rotate(fence.empty((n, size), np.uint16), w(n))
                 k.rotate(fence.empty((n, size), np.uint8), w(n))
@@ -1379,7 +1546,9 @@ def walk_fences() -> None:
             k.norm((w(2, 3, n), w(2, 3, n, 3), w(2, 3, n, 3), w(2, 3)), w(2), w(3, n), 20, 4)
             k.norm_scale(w(2, 3, n), w(2, 3), w(2, 3, n, 4), w(3), w(3, n), 20, 4)
             k.drop(w(2, n), w(2), (3, 5), 20)
-            k.poly(w(2, 4, n), w(2, n, 12), w(2), w(n, 3), w(n))
+            for count in (2, 3, 5):
+                hot, z = w(2, n, 2**count - 2), w(2, n, k.choose_places(count))
+                k.choose(hot, z, w((n * (count - 1) + 63) // 64), w(n, count), [(20, 4)] * count)
             k.wave(w(2, n, 4), w(n), k.Cosines(w(2), 26, np.ones((3, 2)), waves.CIRCLE))
             k.decay(w(2, n, 4), w(n), k.Bins(np.ones(4), 9, 1.0, 0.5, waves.EXP))
             k.bits_mask(w(2, packed), w(2, n))

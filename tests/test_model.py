@@ -37,7 +37,7 @@ from reference import (
 from safetensors.numpy import load_file, save_file
 
 from mimir.errors import BadInput, LocalError, ModelError
-from mimir.model import Plan, PlanSpec, Tokenizer, decode, encode, load_checkpoint, read_spec
+from mimir.model import Plan, PlanSpec, Tokenizer, decode, encode, load_checkpoint, read_spec, transformer
 from mimir.model import checkpoint as checkpoint_module
 from mimir.mpc import nonlinear
 
@@ -864,12 +864,12 @@ def test_norm_holds_over_many_orders_of_magnitude(llama_twin: FixedModel, rng: n
     plan = llama_twin.plan
     for exponent in range(-4, 10):
         x = rng.normal(0, 2.0**exponent, (40, plan.width))
-        h = np.rint(x * 2.0**32).astype(np.int64)
-        real = h / 2.0**32
+        h = np.rint(x * 2.0**transformer.RESIDUAL_SCALE).astype(np.int64)
+        real = h / 2.0**transformer.RESIDUAL_SCALE
         want = real / np.sqrt((real**2).mean(-1, keepdims=True) + plan.norm_eps)
         assert np.abs(llama_twin._norm("test", h) / 2.0**16 - want).max() < 2e-3
-    with pytest.raises(OverflowError, match="outside the table"):
-        llama_twin._norm("test", np.full((1, plan.width), 1 << 44))
+    with pytest.raises(OverflowError, match="leaves the range"):
+        llama_twin._norm("test", np.full((1, plan.width), 1 << 61))
 
 
 def test_reciprocal_over_its_whole_domain(llama_twin: FixedModel) -> None:
@@ -917,7 +917,7 @@ def test_products_wrap_as_the_ring_does(llama_twin: FixedModel, rng: np.random.G
     with pytest.raises(OverflowError, match="that step"):
         twin._times("that step", np.asarray([1 << 31]), np.asarray([1 << 32]))
     with pytest.raises(OverflowError, match="that step"):
-        twin._norm("that step", np.full((1, 16), 1 << 46))
+        twin._norm("that step", np.full((1, 16), (1 << 61) - (1 << 40)))
     with pytest.raises(OverflowError, match="that step"):
         twin._norm("that step", np.full((1, 16), 1 << 62))
 

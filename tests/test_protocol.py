@@ -533,7 +533,7 @@ def test_matmul(backend: Replicated, n: int, k: int, m: int) -> None:
     x.flat[0] = w.flat[0] = RING - 1
 
     async def op(ctx: Context, sx: Share) -> Share:
-        return await ops.matmul(ctx, "product", sx, "w")
+        return await ops.matmul(ctx, "product", (sx, "w"))
 
     (got,) = execute(backend, op, x, weights={"w": w})
     cols = np.unique(np.r_[0, m - 1, np.arange(0, m, max(1, m // 8))])
@@ -551,7 +551,7 @@ def test_matmul_modulo_2_32(backend: Replicated, n: int, k: int, m: int, low: in
     w = rng.integers(0, 1 << 32, (k, m), np.uint32)
 
     async def op(ctx: Context, sx: Share) -> list[Share]:
-        return [await ops.matmul(ctx, name, sx, name, low) for name in ("unit", "w")]
+        return [await ops.matmul(ctx, name, (sx, name), low=low, lane=32) for name in ("unit", "w")]
 
     seen, got = execute(backend, op, x, weights={"unit": unit, "w": w})
     assert not (seen & np.uint64((1 << 32) - 1)).any() and not (got & np.uint64((1 << 32) - 1)).any()
@@ -562,7 +562,41 @@ def test_matmul_modulo_2_32(backend: Replicated, n: int, k: int, m: int, low: in
     assert np.array_equal(got >> np.uint64(32), (kept.astype(np.uint32) @ w).astype(np.uint64))
 
 
-@pytest.mark.parametrize("f", [1, 8, 16, 31, 32])
+@pytest.mark.parametrize("low", [1, 24, 40])
+@pytest.mark.parametrize(("n", "k", "m"), [(1, 1, 1), (3, 5, 3), (1, 700, 800)])
+def test_matmul_modulo_less(backend: Replicated, n: int, k: int, m: int, low: int) -> None:
+    """A row without its low bits times a matrix of 64 bits: modulo 2^(64 - low), shifted up."""
+    rng = np.random.default_rng([n, k, m, low])
+    x = rng.integers(0, RING, (n, k), np.uint64)
+    w = rng.integers(0, RING, (k, m), np.uint64)
+
+    async def op(ctx: Context, sx: Share) -> list[Share]:
+        return [await ops.matmul(ctx, name, (sx, name), low=low) for name in ("unit", "w")]
+
+    seen, got = execute(backend, op, x, weights={"unit": np.eye(k, dtype=np.uint64), "w": w})
+    up = np.uint64(low)
+    assert not (seen << (np.uint64(64) - up)).any() and not (got << (np.uint64(64) - up)).any()
+    off = (exact(seen) - exact(x) + RING // 2) % RING - RING // 2
+    assert all(abs(int(v)) <= 3 * (1 << low) // 2 + 1 for v in off.ravel())
+    assert np.array_equal(got >> up, kernels.matmul(seen >> up, w) << up >> up)
+
+
+@pytest.mark.parametrize(("n", "m"), [(1, 1), (3, 40)])
+def test_products_with_several_matrices(backend: Replicated, n: int, m: int) -> None:
+    """Their sum, in one round."""
+    rng = np.random.default_rng([n, m])
+    x, y = rng.integers(0, RING, (n, 5), np.uint64), rng.integers(0, RING, (n, 9), np.uint64)
+    v, w = rng.integers(0, RING, (5, m), np.uint64), rng.integers(0, RING, (9, m), np.uint64)
+
+    async def op(ctx: Context, sx: Share, sy: Share) -> Share:
+        return await ops.matmul(ctx, "product", (sx, "v"), (sy, "w"))
+
+    (got,) = execute(backend, op, x, y, weights={"v": v, "w": w})
+    assert np.array_equal(got, kernels.matmul(x, v) + kernels.matmul(y, w))
+    assert plan(op, [x, y], {"v": v, "w": w}).rounds == 1
+
+
+@pytest.mark.parametrize("f", [1, 8, 16, 31, 32, 33, 40, 60])
 @pytest.mark.parametrize("d", [1, 2, 7, 64])
 def test_truncated_rows(backend: Replicated, d: int, f: int) -> None:
     """Squares and scaling of truncated rows, as the norm takes them, through one opening."""
@@ -579,14 +613,6 @@ def test_truncated_rows(backend: Replicated, d: int, f: int) -> None:
         assert abs(signed(once) * (1 << f) - signed(x)).max() <= most(f)
         assert np.array_equal(squares, ring((exact(once) ** 2).sum(1)))
         assert np.array_equal(y, once * r[:, None])
-
-
-def test_rows_of_too_coarse_a_truncation_are_refused(backend: Replicated) -> None:
-    async def op(ctx: Context, s: Share) -> Any:
-        return await ops.truncate_rows(ctx, "rows", s, 33)
-
-    with pytest.raises(LocalError, match="32 bits"):
-        plan(op, [ring([[1, 2]])], {})
 
 
 @examples(2)
@@ -838,7 +864,7 @@ def test_one_hot_at_every_offset(backend: Replicated) -> None:
     async def op(ctx: Context) -> list[Share]:
         out = []
         for turn in range(1 << bits):
-            c = ctx.take(prep.Lookup(0, bits, 0), n)
+            c = ctx.take(prep.Lookup(0, bits), n)
             out += [c["r"] + 0, ops.one_hot(ctx, c, offsets + np.uint64(turn), bits)]
         return out
 
@@ -864,7 +890,7 @@ def test_one_hot_of_an_opened_index(backend: Replicated, bits: int) -> None:
     index = np.tile(np.arange(1 << bits, dtype=np.uint64), 4)[:256]
 
     async def op(ctx: Context, s: Share) -> Share:
-        c = ctx.take(prep.Lookup(0, bits, 0), index.size)
+        c = ctx.take(prep.Lookup(0, bits), index.size)
         (o,) = await ctx.doors.open_low("index", bits, s + c["r"])
         return ops.one_hot(ctx, c, o, bits)
 
@@ -925,6 +951,8 @@ def power_piece(low: int, rest: int, bits: int, degree: int) -> Piecewise:
 
 
 PIECES = [
+    (0, 4, 3, 0),
+    (3, 6, 7, 0),
     (0, 4, 3, 1),
     (0, 12, 6, 2),
     (5, 12, 6, 3),
@@ -952,9 +980,8 @@ def test_piecewise_reads_what_it_evaluates(
     piece = power_piece(low, rest, bits, degree)
 
     async def op(ctx: Context, s: Share) -> list[Share]:
-        read = await ops.read_index(ctx, "index", s.flat(), piece)
-        value = await ops.evaluate(ctx, "value", read)
-        return [value, read.flags[0, 0]]
+        values, flags = await ops.read(ctx, "read", s.flat(), piece)
+        return [values[0], flags[0, 0]]
 
     value, flag = execute(backend, op, ring(x).reshape(4, 64))
     for v, got, j in zip(x, value.tolist(), flag.tolist(), strict=True):
@@ -965,16 +992,14 @@ def test_piecewise_reads_what_it_evaluates(
 
 
 def test_several_pieces_in_one_reading(backend: Replicated) -> None:
-    """Pieces of one shape over different windows, and with tables of their own, read and evaluated
-    together.
-    """
+    """Pieces of one shape over different windows, and with tables of their own, read in one round."""
     first, second = power_piece(0, 6, 4, 2), power_piece(3, 6, 4, 2)
     third = replace(first, tables=first.tables * np.uint64(5), flags=first.flags + np.uint64(100))
     x = ring(np.arange(0, 900, 3))
 
     async def op(ctx: Context, s: Share) -> list[Share]:
-        read = await ops.read_index(ctx, "index", s, first, second, third)
-        return [(await ops.evaluate(ctx, "value", read)).reshape(3, -1), *(read.flags[0, i] for i in (0, 2))]
+        values, flags = await ops.read(ctx, "read", s, first, second, third)
+        return [values, *(flags[0, i] for i in (0, 2))]
 
     value, low, high = execute(backend, op, x)
     a, b, c = value
@@ -983,6 +1008,89 @@ def test_several_pieces_in_one_reading(backend: Replicated) -> None:
     assert np.array_equal(roots**2, b) and (roots - (x >> np.uint64(3)) <= 3).all()
     index = x >> np.uint64(6)
     assert (low - index <= 1).all() and (high - 100 - index <= 1).all()
+    assert plan(op, [x], {}).rounds == 1
+
+
+@pytest.mark.parametrize("flags", [0, 1, 2])
+@pytest.mark.parametrize("degree", range(4))
+def test_pieces_with_coefficients_of_their_own(backend: Replicated, degree: int, flags: int) -> None:
+    """The last flag, or else the value itself, tells which piece was read; all that comes is of that piece,
+    with any coefficients, at the remainder of x in it.
+    """
+    rest, bits = 10, 5
+    rng = np.random.default_rng([degree, flags])
+    tables = rng.integers(0, RING, (degree + 1, 1 << bits), np.uint64)
+    extra = rng.integers(0, RING, (flags, 1 << bits), np.uint64)
+    piece = Piecewise(0, rest, bits, tables, extra, 0)
+    x = [*range(3), (1 << rest) - 1, (31 << rest) - 1, *rng.integers(0, 31 << rest, 250).tolist()]
+
+    async def op(ctx: Context, s: Share) -> list[Share]:
+        return list(await ops.read(ctx, "read", s, piece))
+
+    values, told = execute(backend, op, ring(x))
+    assert values.shape == (1, len(x)) and told.shape == (flags, 1, len(x))
+    which = []
+    for v, got, also in zip(x, exact(values[0]), exact(told[:, 0].T), strict=True):
+        found = [
+            j
+            for j in (v >> rest, (v >> rest) + 1)
+            if sum(int(c) * (v - (j << rest)) ** d for d, c in enumerate(tables[:, j])) % RING == got
+            and np.array_equal(also, exact(extra[:, j]))
+        ]
+        assert len(found) == 1
+        which.append(found[0] - (v >> rest))
+    assert len(set(which)) == 2  # its own, and the next one at a remainder below 0
+
+
+SELECTED = [(20, 24), (1, 60), (16, 17, 2), (30, 31, 33, 35), (24, 28, 32, 36, 40)]
+
+
+@examples(2)
+@given(drawn=integers, seed=seeds)
+@pytest.mark.parametrize("drops", SELECTED, ids=str)
+def test_choose(backend: Replicated, drops: tuple[int, ...], drawn: list[int], seed: int) -> None:
+    """All bits that may come, none set among them: of the value that is chosen, the promise of `truncate`,
+    to both ends of its range; the others, any ring elements, become 0.
+    """
+    rng, count = np.random.default_rng(seed), len(drops)
+    told = np.tile(np.arange(1 << (count - 1)), 41)
+    chosen = np.array([int(v).bit_length() for v in told])
+    x = exact(rng.integers(0, RING, (len(told), count), np.uint64))
+    for w, f in enumerate(drops):
+        at, top = np.flatnonzero(chosen == w), largest(f)
+        near = [max(-top, min(top, v)) for v in drawn] + truncation_edges(f)
+        x[at, w] = (near + magnitudes(rng, len(at), top))[: len(at)]
+
+    async def op(ctx: Context, bits: Share, s: Share) -> Share:
+        return await ops.choose(ctx, "choose", bits, s, drops)
+
+    bits = (told[:, None] >> np.arange(count - 1) & 1).astype(np.uint64)
+    (got,) = execute(backend, op, bits, ring(x), seed=seed)
+    assert plan(op, [bits, ring(x)], {}).rounds == 1
+    for w, f in enumerate(drops):
+        at = chosen == w
+        assert at.any() and abs(signed(got)[at, w] * (1 << f) - x[at, w]).max() <= most(f)
+        assert not got[~at, w].any()
+
+
+def test_error_of_what_is_chosen_is_centred(backend: Replicated) -> None:
+    """As a truncation's, with the same mean and deviation, whichever is chosen, and whatever the others."""
+    n, drops, values = 6000, (16, 30, 35), [(1 << 40) + 12345, -(1 << 50) - 54321, 3]
+    told = np.tile([0, 1, 2, 3], n)
+    bits = (told[:, None] >> np.arange(2) & 1).astype(np.uint64)
+    chosen = np.array([int(v).bit_length() for v in range(4)])[told]
+    x = np.random.default_rng(2).integers(0, RING, (len(told), 3), np.uint64)
+    x[np.arange(len(told)), chosen] = ring(values)[chosen]
+
+    async def op(ctx: Context, b: Share, s: Share) -> Share:
+        return await ops.choose(ctx, "choose", b, s, drops)
+
+    (got,) = execute(backend, op, bits, x)
+    for each in range(4):
+        w = int(each).bit_length()
+        error = (signed(got)[told == each, w] - values[w] / (1 << drops[w])).astype(float)
+        assert abs(error.mean()) < 5 * error.std() / n**0.5
+        assert 0.45 < error.std() < 0.65
 
 
 WAVES = [
@@ -1128,7 +1236,7 @@ def test_tournaments_are_short(n: int) -> None:
 
 
 async def _branch_product(ctx: Context, x: Share, w: str) -> list[Share]:
-    y = await ops.matmul(ctx, "product", x, w)
+    y = await ops.matmul(ctx, "product", (x, w))
     (z,) = await ops.mul(ctx, "square", (y, y))
     return [y, z]
 
@@ -1141,8 +1249,8 @@ async def _branch_sign(ctx: Context, x: Share) -> Share:
 
 async def _branch_table(ctx: Context, x: Share) -> list[Share]:
     async def one(inner: Context) -> Share:
-        read = await ops.read_index(inner, "table", x.flat(), power_piece(0, 6, 4, 2))
-        return await ops.evaluate(inner, "value", read)
+        values, _ = await ops.read(inner, "table", x.flat(), power_piece(0, 6, 4, 2))
+        return values[0]
 
     async def two(inner: Context) -> Share:
         return (await ops.mul(inner, "double", (x, x)))[0]
@@ -1229,16 +1337,22 @@ KINDS: list[tuple[prep.Kind, int]] = [
     (prep.Trunc(60), 1),
     (prep.TruncIf(1), 3),
     (prep.TruncIf(35), 70),
-    (prep.Lookup(0, 1, 0), 5),
-    (prep.Lookup(0, 5, 0), 70),
-    (prep.Lookup(3, 4, 0), 64),
-    (prep.Lookup(3, 4, 0, 16), 61),
-    (prep.Lookup(3, 4, 0, 8), 61),
-    (prep.Lookup(4, 7, 0, 16), 20),
-    (prep.Lookup(4, 7, 0, 8), 19),
-    (prep.Lookup(12, 6, 3), 40),
-    (prep.Lookup(14, 3, 2), 100),
-    (prep.Lookup(58, 6, 1), 10),
+    (prep.Lookup(0, 1), 5),
+    (prep.Lookup(0, 5), 70),
+    (prep.Lookup(3, 4), 64),
+    (prep.Lookup(3, 4, 16), 61),
+    (prep.Lookup(3, 4, 8), 61),
+    (prep.Lookup(4, 7, 16), 20),
+    (prep.Lookup(4, 7, 8), 19),
+    (prep.Pieces(12, 7, 3), 40),
+    (prep.Pieces(14, 3, 2), 100),
+    (prep.Pieces(58, 6, 1), 10),
+    (prep.Pieces(3, 4, 0), 70),
+    (prep.Pieces(1, 1, 4), 3),
+    (prep.Select((20, 24)), 70),
+    (prep.Select((30, 31, 33, 35)), 30),
+    (prep.Select((17, 21, 25, 29, 33)), 66),
+    (prep.Select((1, 60, 16)), 1),
     (prep.Wave(1, (1,)), 1),
     (prep.Wave(26, (144, 416, 2158)), 70),
     (prep.Wave(40, (1, (1 << 39) + 1)), 5),
@@ -1302,6 +1416,37 @@ def scaled_masks(f: int, got: Mapping[str, Ring], s: Ring) -> bool:
     return np.array_equal(base, got["base"] * s) and bool(right.all())
 
 
+def places(rest: int, bits: int, r: list[Ring]) -> tuple[npt.NDArray[np.int64], Exact]:
+    """Where a mask of an index and a remainder points, and the remainder."""
+    assert all((exact(v) < 1 << (rest + bits)).all() for v in r)
+    mask = sum(map(exact, r)) % (1 << (rest + bits))
+    return (mask >> rest).astype(np.int64), mask % (1 << rest)
+
+
+def selected(drops: tuple[int, ...], got: Mapping[str, Ring], parts: Mapping[str, list[Ring]]) -> None:
+    """Of each value a mask of truncations, whose `base` and `over` are where its bits and those after it
+    point; one-hots of the same.
+    """
+    bits, z, hot, count = got["ring"], got["z"], got["hot"], len(drops)
+    n = len(bits)
+    assert np.isin(bits, (0, 1)).all()
+    assert n < 64 or all(len(np.unique(column)) == 2 for column in bits.T)
+    for w, f in enumerate(drops):
+        first = max(w, 1)
+        size = 1 << (count - first)
+        at = (exact(bits[:, first - 1 :]) << np.arange(count - first)).sum(axis=1).astype(int)
+        mine, z = z[:, : 4 * size].reshape(n, 4, size).copy(), z[:, 4 * size :]
+        held = mine[np.arange(n), :, at]
+        mine[np.arange(n), :, at] = 0
+        assert not mine.any()
+        r = {"r": [v[:, w] for v in parts["r"]]}
+        pair(f, {"r": got["r"][:, w], "base": held[:, 0], "over": held[:, 1:]}, r)
+        if w:
+            assert np.array_equal(hot[:, :size], np.eye(size, dtype=np.uint64)[at])
+            hot = hot[:, size:]
+    assert z.shape == (n, 0) == hot.shape
+
+
 def unit_error(kind: prep.Wave) -> npt.NDArray[np.float64]:
     """The largest error of a cosine or sine, by frequency: of three factors, each off by half a diagonal."""
     return np.asarray(1.5 * 2.0**-kind.scales * 2**0.5 + 1e-7)
@@ -1324,22 +1469,17 @@ def relation(
             pair(f, got, parts)
             assert np.isin(got["ring"], (0, 1)).all()
             assert scaled_masks(f, got, got["ring"])
-        case prep.Lookup(rest, bits, steps, _):
-            heights = sum(map(exact, parts["r"]))
-            assert all((exact(r) < 1 << (rest + bits)).all() for r in parts["r"])
-            index = heights % (1 << (rest + bits)) >> rest
-            assert np.array_equal(got["e"], np.eye(1 << bits, dtype=np.uint64)[index.astype(int)])
-            if not steps:
-                assert "poly" not in got
-                return
-            v = heights % (1 << rest)
-            powers = [v**t % RING for t in range(steps + 1)]
-            masks = exact(got["poly"])[:, steps : 2 * steps]
-            products = [
-                masks[:, i] * powers[t] % RING for t in range(1, steps + 1) for i in range(t - 1, steps)
-            ]
-            want = [*powers[1:], *masks.T, *products]
-            assert np.array_equal(exact(got["poly"]), np.stack(want, axis=1))
+        case prep.Lookup(rest, bits, _):
+            index, _ = places(rest, bits, parts["r"])
+            assert np.array_equal(got["e"], np.eye(1 << bits, dtype=np.uint64)[index])
+        case prep.Pieces(rest, bits, degree):
+            index, v = places(rest, bits, parts["r"])
+            want = np.zeros((n, degree + 1, 1 << bits), np.uint64)
+            for d in range(degree + 1):
+                want[np.arange(n), d, index] = ring(v**d)
+            assert np.array_equal(got["e"], want)
+        case prep.Select(drops):
+            selected(drops, got, parts)
         case prep.Wave(bits, turns):
             cos, sin = np.ones((n, len(turns)), np.uint64), np.zeros((n, len(turns)), np.uint64)
             for r in parts["r"]:
@@ -1454,7 +1594,7 @@ def test_a_batch_made_in_parts_holds_exactly(backend: Replicated, monkeypatch: p
     """
     shapes = {"w": WEIGHT, "half": WEIGHT}
     total = {kind: (n if isinstance(kind, prep.Weight) else n + 128) for kind, n in KINDS}
-    monkeypatch.setattr(triples, "BATCH_BYTES", 100_000)
+    monkeypatch.setattr(triples, "BATCH_BYTES", 600_000)
     cut = [dict(part) for part in triples.parts(total, shapes)]
     summed: dict[prep.Kind, int] = {}
     for part in cut:
@@ -1519,7 +1659,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 
 def test_all_kinds_are_tested() -> None:
     named = {type(kind) for kind, _ in KINDS} | {prep.Keys, prep.Values}
-    assert named == {prep.Trunc, prep.TruncIf, prep.Norm, prep.Ands, *prep._MAKERS}
+    assert named == {prep.Trunc, prep.TruncIf, prep.Norm, prep.Select, prep.Ands, *prep._MAKERS}
 
 
 @pytest.mark.parametrize(("heads", "kv"), [(4, 2), (3, 3), (4, 1)])

@@ -205,8 +205,10 @@ def mask_width(kind: prep.Kind, name: str) -> int | None:
             return {"r": 64, "ring": 1}.get(name)
         case prep.Norm():
             return {"r": 64, "s": 64}.get(name)
-        case prep.Lookup(rest, bits, _, _):
-            return {"r": rest + bits, "mask": 64}.get(name)
+        case prep.Lookup(rest, bits, _) | prep.Pieces(rest, bits, _):
+            return rest + bits if name == "r" else None
+        case prep.Select():
+            return {"r": 64, "ring": 1}.get(name)
         case prep.Wave(bits, _):
             return bits if name == "r" else None
         case prep.Decay(rest, bits, _):
@@ -240,10 +242,15 @@ def use_twice(bk: Replicated) -> None:
 
 
 def spoil_masks(how: Spoil, party: int, store: prep.Store) -> None:
-    """Shorten every mask of a store, or make one component of it 0, alike at both holders of a component."""
+    """Shorten every mask of a store, or make one component of it 0, alike at both holders of a component.
+
+    Where masks of one opening are not neighbours, but rows are, use every row twice.
+    """
     for kind, arrays in store.material.items():
         for name, v in arrays.items():
-            width = mask_width(kind, name)
+            if how == "reused" and isinstance(kind, prep.Select):
+                arrays[name] = np.repeat(v[:, ::2], 2, axis=1)[:, : v.shape[1]]
+            width = None if how == "reused" else mask_width(kind, name)
             if width is None:
                 continue
             v = v.copy()
@@ -286,19 +293,27 @@ async def _scale(ctx: Context, s: Share, x: Share) -> Any:
 
 
 async def _matmul(ctx: Context, x: Share) -> Any:
-    return await ops.matmul(ctx, "matmul", x, "w")
+    return await ops.matmul(ctx, "matmul", (x, "w"))
 
 
 async def _matmul32(ctx: Context, x: Share) -> Any:
-    return await ops.matmul(ctx, "matmul", x, "half", 20)
+    return await ops.matmul(ctx, "matmul", (x, "half"), low=20, lane=32)
 
 
 async def _norm(ctx: Context, x: Share) -> Any:
-    return await nonlinear.rms_norm(ctx, "norm", x, 1e-5, Settings())
+    return await nonlinear.rms_norm(ctx, "norm", x, 48, 1e-5, Settings())
 
 
 async def _reciprocal(ctx: Context, x: Share) -> Any:
-    return await nonlinear.reciprocal(ctx, "reciprocal", x, Settings())
+    return (await nonlinear.reciprocals(ctx, "reciprocal", [(x, 2**11)], Settings()))[0]
+
+
+async def _read(ctx: Context, x: Share) -> Any:
+    return await ops.read(ctx, "read", x, *PIECES)
+
+
+async def _choose(ctx: Context, bits: Share, x: Share) -> Any:
+    return await ops.choose(ctx, "choose", bits, x, (16, 20, 16))
 
 
 async def _silu(ctx: Context, x: Share) -> Any:
@@ -327,6 +342,8 @@ async def _is_below(ctx: Context, x: Share) -> Any:
     return await ops.is_below(ctx, "rough", x, 20, 5, 4, 7)
 
 
+TABLES = np.arange(3 << 5, dtype=np.uint64).reshape(3, 1 << 5)
+PIECES = tuple(ops.Piecewise(low, 12, 5, TABLES, TABLES[:1], 24) for low in (3, 7))
 COSINES = ops.Wave(20, 13, (3, 11, 40), (1.0, -0.5, 0.25), 1.0, 59)
 
 
@@ -384,6 +401,8 @@ CASES: dict[str, Case] = {
     "matmul modulo 2^32": Case(_matmul32, ((500, 6),), ((0,), ((1 << 63) - 1,), (-5,)), (("half", 6, 2),)),
     "norm": Case(_norm, ((512, 3),), ((0,), (4000 << 32,), (-1,))),
     "reciprocal": Case(_reciprocal, ((512,),), ((1 << 13,), ((1 << 35) - 1,), (1 << 24,))),
+    "read": Case(_read, ((1024,),), ((0,), (29 << 15,), (1 << 15,), ((1 << 15) - 1,))),
+    "choose": Case(_choose, ((1024, 2), (1024, 3)), ((0, 0), (1, BIG), (0, -1), (1, 1 << 63))),
     "activation": Case(_silu, ((1024,),), ((0,), (249 << 53,), (-(249 << 53),))),
     "relu": Case(_relu, ((2048,),), ((0,), (2047 << 32,), (-(2047 << 32),))),
     "softmax": Case(_softmax, ((1, 32, 32), (32,)), ((0, 0), (249 << 32, 1), (-(249 << 32), 1))),
@@ -476,7 +495,7 @@ SINGLE = [
     "monomials",
     "pick",
 ]
-SINGLE += ["truncate_if", "is_below", "wave", "decay"]
+SINGLE += ["truncate_if", "is_below", "wave", "decay", "read", "choose"]
 
 
 @pytest.mark.parametrize("how", ["short", "known"])
@@ -507,7 +526,9 @@ def test_a_mask_used_for_two_openings_is_caught() -> None:
 KINDS: dict[str, tuple[prep.Kind, int]] = {
     "trunc": (prep.Trunc(16), 1024),
     "trunc if": (prep.TruncIf(20), 1024),
-    "lookup": (prep.Lookup(12, 3, 2), 1024),
+    "lookup": (prep.Lookup(12, 3), 1024),
+    "pieces": (prep.Pieces(12, 3, 2), 1024),
+    "select": (prep.Select((16, 30, 40)), 800),
     "wave": (prep.Wave(20, (3, 7)), 900),
     "decay": (prep.Decay(6, 3, 2.0), 1024),
     "digits": (prep.Digits((4, 5, 3)), 4096),
@@ -668,5 +689,5 @@ def test_a_whole_pass_tells_nothing() -> None:
     """Two prompts, two models, valid and not: the same steps and sizes, every opening uniform and alike."""
     one = watch_pass(Prompt(0, 0, model(1, 0.3)), 1)
     other = watch_pass(Prompt(15, 1, model(2, 1.0)), 2)
-    assert len(places(one)) > 30
+    assert len(places(one)) >= 30
     assert findings(one, other) == []

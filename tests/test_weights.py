@@ -234,7 +234,7 @@ def streamed(values: Ring) -> list[DictWeights]:
 def multiplied(x: Ring, shared: list[DictWeights]) -> list[Ring]:
     async def party(p: Party) -> Ring:
         ctx = await p.context({prep.Weight("w"): len(x)})
-        return (await ops.matmul(ctx, "product", p.share(x), "w")).v
+        return (await ops.matmul(ctx, "product", (p.share(x), "w"))).v
 
     return run_parties(party, weights=shared)
 

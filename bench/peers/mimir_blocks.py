@@ -89,7 +89,7 @@ async def _decode(ctx: Context, x: Share, caches: Any) -> Share:
 
 
 async def _matmul(ctx: Context, x: Share, _: Any) -> Share:
-    y = await ops.matmul(ctx, "product", x, "w")
+    y = await ops.matmul(ctx, "product", (x, "w"))
     return (await ops.truncate(ctx, "truncate", (y, F)))[0]
 
 
@@ -101,9 +101,10 @@ async def _softmax(ctx: Context, x: Share, _: Any) -> Share:
     heads, rows, keys = x.shape
     allowed = np.ones((rows, keys), np.uint64)
     ((e, total),) = await nonlinear.exponentials(ctx, "softmax", [Scores(x, allowed, None)], SETTINGS)
-    r = await nonlinear.reciprocal(ctx, "reciprocal", total, SETTINGS)
-    y = await ops.scale(ctx, "divide", r.flat(), e.reshape(heads * rows, keys))
-    drop = nonlinear.EXP_SCALE + nonlinear.INVERSE_SCALE - F
+    ((large, small),) = await nonlinear.reciprocals(ctx, "reciprocal", [(total, keys)], SETTINGS)
+    inverse = large * (1 << (nonlinear.FINE_SCALE - nonlinear.COARSE_SCALE)) + small
+    y = await ops.scale(ctx, "divide", inverse.flat(), e.reshape(heads * rows, keys))
+    drop = nonlinear.EXP_SCALE + nonlinear.FINE_SCALE - F
     return (await ops.truncate(ctx, "truncate", (y, drop)))[0]
 
 
@@ -112,7 +113,9 @@ async def _argmax(ctx: Context, x: Share, _: Any) -> Share:
 
 
 TABLE = {
-    "block decode at 64": Block(_decode, transformer.ENTRY_SCALE, 2 * F, 2, cached=True),
+    "block decode at 64": Block(
+        _decode, transformer.RESIDUAL_SCALE, transformer.RESIDUAL_SCALE, 2, cached=True
+    ),
     "64x768 by 768x3072": Block(_matmul, F, F, 1),
     "GELU 64x3072": Block(_gelu, 2 * F, F, 1, slices=4),
     "softmax 768 rows of 64": Block(_softmax, 2 * F, F, 1),

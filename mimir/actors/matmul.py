@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from mimir.actors import Actor, Reply
 from mimir.mpc import ops
+from mimir.mpc.domain import RING_BITS
 from mimir.mpc.ops import Context
 from mimir.mpc.share import Share
 
@@ -14,19 +15,21 @@ from mimir.mpc.share import Share
 class Multiply:
     ctx: Context
     step: str
-    x: Share
-    weight: str
-    low: int | None
+    factors: tuple[tuple[Share, str], ...]
+    low: int
+    lane: int
     reply: Reply[Share]
 
 
 class MatmulActor(Actor[Multiply]):
     async def handle(self, message: Multiply) -> None:
         m = message
-        m.reply.set(await ops.matmul(m.ctx, m.step, m.x, m.weight, m.low))
+        m.reply.set(await ops.matmul(m.ctx, m.step, *m.factors, low=m.low, lane=m.lane))
 
-    async def matmul(self, ctx: Context, step: str, x: Share, weight: str, low: int | None = None) -> Share:
+    async def matmul(
+        self, ctx: Context, step: str, *factors: tuple[Share, str], low: int = 0, lane: int = RING_BITS
+    ) -> Share:
         """ops.matmul, by message."""
         reply: Reply[Share] = Reply()
-        await self.tell(Multiply(ctx, step, x, weight, low, reply))
+        await self.tell(Multiply(ctx, step, factors, low, lane, reply))
         return await reply.get()

@@ -36,6 +36,7 @@ BLOCK_BYTES = 16  # of the generator
 MAX_ROWS = 64  # MK_ROWS
 MAX_ENTRIES = 512  # MK_ENTRIES
 MAX_DEGREE = 8  # MK_DEGREE
+MAX_CHOICES = 16  # of which one is chosen
 MAX_DIGIT = 10  # MK_DIGIT
 MAX_TURNS = 16  # MK_TURNS
 EXACT_BITS = 50  # MK_EXACT
@@ -402,24 +403,6 @@ def double(e: U64, high: U64) -> None:
     _lib.mk_ring_double(_out(e), _in(high), n, size, have)
 
 
-def lookup(e: U64, c: U64, turned: U64) -> U64:
-    """out[p, d, g, i] = sum_j table[g, d, (c[g, i] - j) mod K] e[p, g, i, j] modulo 2^64, for groups of rows
-    that have tables of their own.
-
-    e (p, g, n, K), c (g, n), turned (g, D, 2K) -> (p, D, g, n). e is secret (shares of one-hot vectors); c
-    and tables are public. K is a power of two. Column u of `turned` is column -u mod K of the tables, so that
-    a look-up by c reads one run, from -c mod K.
-    """
-    parts, groups, n, size = _dims("e", e, 4)
-    _power_of_two("the last dimension of e", size)
-    _array("c", c, (groups, n))
-    _, depth, _ = _array("turned", turned, (groups, None, 2 * size))
-    out = np.empty((parts, depth, groups, n), np.uint64)
-    rows, apart = _apart("e", e, (parts, groups, n, size))
-    _lib.mk_ring_lookup(_out(out), rows, apart, _in(c), _in(turned), parts, groups, depth, n, size)
-    return out
-
-
 def rotate(e: npt.NDArray[Any], c: U64) -> npt.NDArray[Any]:
     """out[.., i, j] = e[.., i, (c[i] - j) mod K]: e (.., n, K) of 64, 16 or 8 bits, c (n,) public. K is a
     power of two.
@@ -510,12 +493,12 @@ def _items(one: U64, items: Items, parts: int, n: int) -> tuple[Any, Any, int, i
 
 def norm(material: tuple[U64, U64, U64, U64], one: U64, opened: U64, f: int, bare: int) -> tuple[U64, U64]:
     """Truncated rows (parts, n, width) and the sums of their squares (parts, n). Material: base (parts, n,
-    width), over and both (parts, n, width, 3) and q (parts, n); opened (n, width). f <= 32.
+    width), over and both (parts, n, width, 3) and q (parts, n); opened (n, width).
     """
     base, over, both, q = material
     parts, n, width = _dims("base", base, 3)
     _array("opened", opened, (n, width))
-    _dropped(_count("f", f, 1, WORD_BITS // 2), bare)
+    _dropped(f, bare)
     rows, squares = np.empty((parts, n, width), np.uint64), np.empty((parts, n), np.uint64)
     _lib.mk_ring_norm(
         _out(rows),
@@ -573,27 +556,60 @@ def drop(x: U64, one: U64, low: Sequence[int], width: int) -> U64:
     return out
 
 
-def poly(coefs: U64, material: U64, one: U64, delta: U64, rest: U64) -> U64:
-    """The first of coefs (parts, .., n), plus delta_i t^i - m_i t^i for i = 1 .. degree, where t = rest - v:
-    (parts, n). delta (n, degree) and rest (n,) are public; material (parts, n, degree (degree + 5) / 2).
+def pieces(e: U64, opened: U64, turned: U64, rest: int, flags: int) -> U64:
+    """Polynomials of opened values (g, n), less masks 2^rest u + v, of which e (parts, g, n, degree + 1, K)
+    holds v^d at place u and 0 elsewhere: (parts, 1 + flags, g, n).
+
+    turned (g, degree + 1 + flags, 2K) has the coefficients of each power of the remainder for each place, and
+    then tables that are only read. Column j of it is column -j mod K of the tables. K is a power of two.
     """
-    n, degree = _array("delta", delta, (None, None))
-    parts, depth, _ = _dims("coefs", coefs, 3)
-    _array("rest", rest, (n,))
-    _count("degree", degree, 1, MAX_DEGREE)
-    out = np.empty((parts, n), np.uint64)
-    _lib.mk_ring_poly(
-        _out(out),
-        *_apart("coefs", coefs, (parts, depth, n)),
-        *_apart("material", material, (parts, n, degree * (degree + 5) // 2)),
-        _one(one, parts),
-        _in(delta),
-        _in(rest),
-        parts,
-        n,
-        degree,
+    parts, groups, n, terms, size = _dims("e", e, 5)
+    _power_of_two("the last dimension of e", size)
+    _array("opened", opened, (groups, n))
+    _count("flags", flags, 0)
+    _count("degree", terms - 1, 0, MAX_DEGREE)
+    _count("rest", rest, 0, WORD_BITS - 1)
+    _array("turned", turned, (groups, terms + flags, 2 * size))
+    out = np.empty((parts, 1 + flags, groups, n), np.uint64)
+    rows, apart = _apart("e", e, (parts, groups, n, terms, size))
+    _lib.mk_ring_pieces(
+        _out(out), rows, apart, _in(opened), _in(turned), parts, groups, n, size, terms - 1, flags, rest
     )
     return out
+
+
+def choose(hot: U64, z: U64, bits: U64, opened: U64, drops: Sequence[tuple[int, int]]) -> U64:
+    """Of each row of opened (n, count) the value at which bits point, truncated, and 0 for the others:
+    (parts, n, count).
+
+    bits are words of lanes, count - 1 a row: the last that is set tells the value, the first if none is. They
+    were opened under random ones, whose one-hots hot (parts, n, 2^count - 2) has, and z (parts, n,
+    choose_places(count)) with what truncations take; of `drops` see `norm`'s f and bare.
+    """
+    n, count = _array("opened", opened, (None, len(drops)))
+    _count("values", count, 2, MAX_CHOICES)
+    for f, bare in drops:
+        _dropped(f, bare)
+    _array("bits", bits, (_words(n * (count - 1)),))
+    parts = _dims("hot", hot, 3)[0]
+    out = np.empty((parts, n, count), np.uint64)
+    _lib.mk_ring_choose(
+        _out(out),
+        *_apart("hot", hot, (parts, n, (1 << count) - 2)),
+        *_apart("z", z, (parts, n, choose_places(count))),
+        _in(bits),
+        _in(opened),
+        _in(np.array(drops, np.uint64)),
+        parts,
+        n,
+        count,
+    )
+    return out
+
+
+def choose_places(count: int) -> int:
+    """How many entries of z `choose` has for so many values."""
+    return 4 * ((1 << count) - 2 + (1 << (count - 1)))
 
 
 class Cosines:

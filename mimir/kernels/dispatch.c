@@ -93,10 +93,6 @@ MK_THUNK(mk_bits_to_ring, (uint64_t *out, const uint64_t *words, size_t rows, si
 MK_THUNK(mk_ring_lsb, (uint64_t *words, const uint64_t *x, size_t rows, size_t n), (words, x, rows, n))
 MK_THUNK(mk_bits_pick, (uint64_t *out, const uint64_t *planes, const uint64_t *row, size_t n),
          (out, planes, row, n))
-MK_THUNK(mk_ring_lookup,
-         (uint64_t *out, const uint64_t *e, size_t apart, const uint64_t *c, const uint64_t *turned, size_t parts,
-          size_t groups, size_t depth, size_t n, size_t size),
-         (out, e, apart, c, turned, parts, groups, depth, n, size))
 MK_THUNK(mk_ring_trunc_mask,
          (uint64_t *out, const uint64_t *x, size_t x_apart, const uint64_t *r, size_t r_apart, const uint64_t *one,
           const uint64_t *items, size_t parts, size_t count),
@@ -125,10 +121,14 @@ MK_THUNK(mk_ring_drop,
          (uint64_t *out, const uint64_t *x, size_t x_apart, const uint64_t *one, const uint64_t *low, size_t parts,
           size_t pieces, size_t n, unsigned width),
          (out, x, x_apart, one, low, parts, pieces, n, width))
-MK_THUNK(mk_ring_poly,
-         (uint64_t *out, const uint64_t *coefs, size_t coefs_apart, const uint64_t *poly, size_t poly_apart, const
-          uint64_t *one, const uint64_t *delta, const uint64_t *rest, size_t parts, size_t n, size_t degree),
-         (out, coefs, coefs_apart, poly, poly_apart, one, delta, rest, parts, n, degree))
+MK_THUNK(mk_ring_pieces,
+         (uint64_t *out, const uint64_t *e, size_t apart, const uint64_t *opened, const uint64_t *turned, size_t parts,
+          size_t groups, size_t n, size_t size, size_t degree, size_t flags, unsigned rest),
+         (out, e, apart, opened, turned, parts, groups, n, size, degree, flags, rest))
+MK_THUNK(mk_ring_choose,
+         (uint64_t *out, const uint64_t *hot, size_t hot_apart, const uint64_t *z, size_t z_apart, const uint64_t *bits,
+          const uint64_t *opened, const uint64_t *items, size_t parts, size_t n, size_t count),
+         (out, hot, hot_apart, z, z_apart, bits, opened, items, parts, n, count))
 MK_THUNK(mk_ring_wave,
          (uint64_t *out, const uint64_t *waves, size_t apart, const uint64_t *opened, const uint64_t *turns, const double
           *terms, const double *polynomials, size_t degree, size_t parts, size_t n, size_t count, unsigned bits),

@@ -75,16 +75,10 @@ void mk_ring_double_part(uint64_t *out, const uint64_t *e, size_t e_apart, const
                          size_t size, size_t have);
 void mk_ring_double(uint64_t *e, const uint64_t *high, size_t n, size_t size, size_t have);
 
-/* Table look-up by a secret one-hot vector e_i that was shifted by a public amount c_i; size is a power of two.
- * Tables come turned round and doubled, so that each look-up reads one run: turned (depth, 2 size),
- * turned[d, u] = table[d, -u mod size].
- * lookup: of `parts` components e (groups n, size), `apart` words apart, each group of rows with tables of its own:
- * out (parts, depth, groups n), out[p, d, i] = sum_j table[i / n, d, (c_i - j) mod size] e[p, i, j].
+/* A secret one-hot vector e_i turned by a public amount c_i; size is a power of two.
  * rotate: out (n, size), out[i, j] = e[i, (c_i - j) mod size].
  * half_rotate, byte_rotate: the same as rotate for entries of 16 and of 8 bits.
- * Public: c, turned. */
-void mk_ring_lookup(uint64_t *out, const uint64_t *e, size_t apart, const uint64_t *c, const uint64_t *turned,
-                    size_t parts, size_t groups, size_t depth, size_t n, size_t size);
+ * Public: c. */
 void mk_ring_rotate(uint64_t *out, const uint64_t *e, const uint64_t *c, size_t n, size_t size);
 void mk_half_rotate(uint16_t *out, const uint16_t *e, const uint64_t *c, size_t n, size_t size);
 void mk_byte_rotate(uint8_t *out, const uint8_t *e, const uint64_t *c, size_t n, size_t size);
@@ -103,7 +97,7 @@ void mk_byte_rotate(uint8_t *out, const uint8_t *e, const uint64_t *c, size_t n,
  * trunc_if: with o the bits, sign = 1 - 2 o, of z (n, 4), first z_base, then z_over: out = (ring sign + o) a + (over o +
  * z_over sign) b - (base o + z_base sign).
  * norm: of base (n, width), over and both (n, width, 3), and q (n): rows as trunc, squares (parts, n) the sums of their
- * squares, which are q + sum of a^2 - 2 a base + 2 b (a over - both).
+ * squares, which are q + sum of a^2 - 2 a base + 2 b (a over - both) + b^2 over.
  * norm_scale: out = delta_i x_i - s_i a + z_base - b z_over, z (n, width, 4). */
 void mk_ring_trunc_mask(uint64_t *out, const uint64_t *x, size_t x_apart, const uint64_t *r, size_t r_apart,
                         const uint64_t *one, const uint64_t *items, size_t parts, size_t count);
@@ -124,15 +118,25 @@ void mk_ring_norm_scale(uint64_t *out, const uint64_t *x, size_t x_apart, const 
 /* Values that are read or compared.
  * drop: out (parts, pieces, n), x without its low_p lowest bits, after raising by 3 (2^low_p - 1), modulo 2^width;
  * low_p + width <= 64, width > 0. Public: low.
- * poly: out = coefs_0 + sum over i of delta_i t^i - m_i t^i, t = rest - v, i = 1 .. degree: coefs has dense rows of n,
- * of which the first is read; delta (n, degree); poly (n, degree (degree + 5) / 2): powers of v, masks m_i, and for each
- * power v^j the products m_i v^j for i >= j. degree <= MK_DEGREE. */
+ * pieces: polynomials of t = rest_i - v at the place c_i - u, c_i = opened_i >> rest and rest_i what is left, where e
+ * (groups n, degree + 1, size), size a power of two, holds v^d at place u and 0 elsewhere. Each group of n rows has tables
+ * of its own, turned (groups, degree + 1 + flags, 2 size), turned[d, j] = table[d, -j mod size], so that each row reads one
+ * run. out (parts, 1 + flags, groups n): sum over d <= degree of table[d, c_i - u] t^d; then table[d, c_i - u] of each
+ * other table. degree <= MK_DEGREE. Public: turned.
+ * choose: of `count` values a row the one that a random one-hot points at, after bits were opened under its place; of the
+ * others 0. Row i
+ * has count - 1 bits, o_i, the lowest for value 1; place 0 is o_i, place w > 0 is o_i >> w - 1 with its lowest bit turned.
+ * hot (n, 2^count - 2) has 2^(count - w) entries for w = 1, 2, ..; z (n, ..) has for w = 0, 1, .. four rows of as many
+ * (of w = 0 as of w = 1): base, and three of over. out (parts, n, count) = hot a + over b - base at place w (w = 0 reads
+ * the same of hot as w = 1), a and b of opened (n, count) as above; items (count, 2): f and bare. */
 #define MK_DEGREE 8
 void mk_ring_drop(uint64_t *out, const uint64_t *x, size_t x_apart, const uint64_t *one, const uint64_t *low,
                   size_t parts, size_t pieces, size_t n, unsigned width);
-void mk_ring_poly(uint64_t *out, const uint64_t *coefs, size_t coefs_apart, const uint64_t *poly, size_t poly_apart,
-                  const uint64_t *one, const uint64_t *delta, const uint64_t *rest, size_t parts, size_t n,
-                  size_t degree);
+void mk_ring_pieces(uint64_t *out, const uint64_t *e, size_t apart, const uint64_t *opened, const uint64_t *turned,
+                    size_t parts, size_t groups, size_t n, size_t size, size_t degree, size_t flags, unsigned rest);
+void mk_ring_choose(uint64_t *out, const uint64_t *hot, size_t hot_apart, const uint64_t *z, size_t z_apart,
+                    const uint64_t *bits, const uint64_t *opened, const uint64_t *items, size_t parts, size_t n,
+                    size_t count);
 
 /* Sums of products of material with public functions of what was opened, which are doubles, rounded to the nearest
  * integer: every party must get the same, so additions and multiplications are those of waves.py, in their order.
@@ -140,7 +144,7 @@ void mk_ring_poly(uint64_t *out, const uint64_t *coefs, size_t coefs_apart, cons
  * (re_k + i im_k) e^{2 pi i t} amplitude_k, t = turns_k opened / 2^bits modulo 1; terms (3, count) are re, im and
  * amplitude. bits <= MK_EXACT; count <= MK_TURNS.
  * decay: out = sum over j of e_j bins[(opened >> rest) - j mod size] e^y, e (n, size), y = (opened mod 2^rest) factor -
- * offset; turned (2 size) is bins turned as for lookup; size is a power of two, rest <= MK_EXACT.
+ * offset; turned (2 size) is bins turned as for pieces; size is a power of two, rest <= MK_EXACT.
  * Polynomials come as waves.py has them, the highest power first: of wave that of cos(2 pi u), then that of
  * sin(2 pi u) / u, in u^2, u = t - 1/2; of decay that of e^y. What is rounded must be below 2^MK_EXACT. All but waves
  * and e is public. */

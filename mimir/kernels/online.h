@@ -78,7 +78,8 @@ void MK(mk_ring_norm)(uint64_t *restrict rows, uint64_t *restrict squares, const
                 trunc_told told = trunc_tell(opened[j], f, bare, 61);
                 uint64_t g = over[3 * j + told.at], product = both[3 * j + told.at];
                 rows[k] = one[c] * told.a + told.b * g - base[j];
-                sum += 2 * (told.b * (told.a * g - product) - told.a * base[j]) + one[c] * told.a * told.a;
+                sum += 2 * (told.b * (told.a * g - product) - told.a * base[j]);
+                sum += told.b * told.b * g + one[c] * told.a * told.a;
             }
             *squares = sum;
         }
@@ -109,37 +110,71 @@ void MK(mk_ring_drop)(uint64_t *restrict out, const uint64_t *x, size_t x_apart,
         }
 }
 
-/* Of each column the sum over i and j of delta_i at(i, j) v^j, less that of at(i, j) m_i v^j, where at(i, j) v^j are the
- * terms of (rest - v)^i. */
-void MK(mk_ring_poly)(uint64_t *restrict out, const uint64_t *coefs, size_t coefs_apart, const uint64_t *poly,
-                      size_t poly_apart, const uint64_t *one, const uint64_t *delta, const uint64_t *rest,
-                      size_t parts, size_t n, size_t degree)
+enum { PLACES = 64 }; /* entries of a vector at once */
+
+/* (rest - v)^d = sum over i of choose(d, i) rest^(d - i) v^i: so of each power of v the sum of what all tables give it,
+ * times the vector that has it. */
+void MK(mk_ring_pieces)(uint64_t *restrict out, const uint64_t *e, size_t apart, const uint64_t *opened,
+                        const uint64_t *turned, size_t parts, size_t groups, size_t n, size_t size, size_t degree,
+                        size_t flags, unsigned rest)
 {
-    uint64_t choose[MK_DEGREE + 1][MK_DEGREE + 1];
+    uint64_t choose[MK_DEGREE + 1][MK_DEGREE + 1], factors[PLACES];
     for (size_t i = 0; i <= degree; i++) {
         choose[i][0] = 1;
         for (size_t j = 1; j <= i; j++) choose[i][j] = -choose[i - 1][j - 1] + (j < i ? choose[i - 1][j] : 0);
     }
-    size_t columns = degree * (degree + 5) / 2;
-    for (size_t k = 0; k < n; k++, delta += degree) {
-        uint64_t power[MK_DEGREE + 1] = {1}, told = 0, factor[MK_DEGREE * (MK_DEGREE + 5) / 2];
-        for (size_t i = 1; i <= degree; i++) power[i] = power[i - 1] * rest[k];
-        for (size_t i = 1; i <= degree; i++) told += delta[i - 1] * power[i];
-        size_t at = degree; /* after v^1 .. come m_1 .., then for each j m_j v^j .. */
-        for (size_t i = 1; i <= degree; i++) factor[at++] = -power[i];
-        for (size_t j = 1; j <= degree; j++) {
-            factor[j - 1] = 0;
-            for (size_t i = j; i <= degree; i++) {
-                uint64_t term = power[i - j] * choose[i][j];
-                factor[j - 1] += delta[i - 1] * term;
-                factor[at++] = -term;
+    size_t all = groups * n, tables = degree + 1 + flags;
+    for (size_t k = 0; k < (1 + flags) * parts * all; k++) out[k] = 0;
+    for (size_t k = 0; k < all; k++) {
+        const uint64_t *run = turned + 2 * size * tables * (k / n) + (0 - (opened[k] >> rest)) % size;
+        const uint64_t *rows = e + k * (degree + 1) * size;
+        uint64_t power[MK_DEGREE + 1] = {1}, told = opened[k] & (((uint64_t)1 << rest) - 1);
+        for (size_t d = 1; d <= degree; d++) power[d] = power[d - 1] * told;
+        for (size_t at = 0; at < size; at += PLACES) {
+            size_t left = size - at < PLACES ? size - at : PLACES;
+            for (size_t i = 0; i <= degree; i++) {
+                for (size_t j = 0; j < left; j++) factors[j] = 0;
+                for (size_t d = i; d <= degree; d++) {
+                    uint64_t times = choose[d][i] * power[d - i];
+                    for (size_t j = 0; j < left; j++) factors[j] += times * run[2 * size * d + at + j];
+                }
+                for (size_t c = 0; c < parts; c++) {
+                    const uint64_t *row = rows + c * apart + i * size + at;
+                    uint64_t sum = 0;
+                    for (size_t j = 0; j < left; j++) sum += factors[j] * row[j];
+                    out[c * (1 + flags) * all + k] += sum;
+                }
             }
+            for (size_t f = 0; f < flags; f++)
+                for (size_t c = 0; c < parts; c++) {
+                    const uint64_t *row = rows + c * apart + at, *table = run + 2 * size * (degree + 1 + f) + at;
+                    uint64_t sum = 0;
+                    for (size_t j = 0; j < left; j++) sum += table[j] * row[j];
+                    out[(c * (1 + flags) + 1 + f) * all + k] += sum;
+                }
         }
+    }
+}
+
+void MK(mk_ring_choose)(uint64_t *restrict out, const uint64_t *hot, size_t hot_apart, const uint64_t *z, size_t z_apart,
+                        const uint64_t *bits, const uint64_t *opened, const uint64_t *items, size_t parts, size_t n,
+                        size_t count)
+{
+    size_t ones = ((size_t)1 << count) - 2, others = 4 * (ones + ((size_t)1 << (count - 1)));
+    for (size_t i = 0; i < n; i++) {
+        size_t place = 0;
+        for (size_t v = 0, at = i * (count - 1); v + 1 < count; v++, at++)
+            place |= (size_t)(bits[at / 64] >> (at % 64) & 1) << v;
         for (size_t c = 0; c < parts; c++) {
-            const uint64_t *row = poly + c * poly_apart + k * columns;
-            uint64_t sum = coefs[c * coefs_apart + k] + one[c] * told;
-            for (size_t j = 0; j < columns; j++) sum += row[j] * factor[j];
-            out[c * n + k] = sum;
+            const uint64_t *one = hot + c * hot_apart + i * ones, *row = z + c * z_apart + i * others;
+            for (size_t w = 0; w < count; w++) {
+                size_t size = (size_t)1 << (count - (w ? w : 1)), j = w ? place >> (w - 1) ^ 1 : place;
+                trunc_told told =
+                    trunc_tell(opened[i * count + w], (unsigned)items[2 * w], (unsigned)items[2 * w + 1], 61);
+                out[(c * n + i) * count + w] = told.a * one[j] + told.b * row[(1 + told.at) * size + j] - row[j];
+                row += 4 * size;
+                if (w) one += size;
+            }
         }
     }
 }

@@ -282,21 +282,6 @@ void mk_ring_double_ref(uint64_t *restrict e, const uint64_t *high, size_t n, si
         }
 }
 
-void mk_ring_lookup_ref(uint64_t *restrict out, const uint64_t *e, size_t apart, const uint64_t *c,
-                        const uint64_t *turned, size_t parts, size_t groups, size_t depth, size_t n, size_t size)
-{
-    for (size_t p = 0; p < parts; p++, e += apart, out += depth * groups * n)
-        for (size_t g = 0; g < groups; g++)
-            for (size_t i = g * n; i < (g + 1) * n; i++)
-                for (size_t d = 0; d < depth; d++) {
-                    /* table[(c - j) mod size] = turned[(j - c) mod size], one run from -c mod size */
-                    const uint64_t *run = turned + 2 * size * (depth * g + d) + (0 - c[i]) % size;
-                    uint64_t sum = 0;
-                    for (size_t j = 0; j < size; j++) sum += run[j] * e[i * size + j];
-                    out[d * groups * n + i] = sum;
-                }
-}
-
 #define ROTATE(name, entry)                                                                                            \
     void name(entry *restrict out, const entry *e, const uint64_t *c, size_t n, size_t size)                           \
     {                                                                                                                  \

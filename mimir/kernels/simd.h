@@ -493,32 +493,6 @@ void MK(mk_ring_double)(uint64_t *restrict e, const uint64_t *high, size_t n, si
         }
 }
 
-INLINE void look_up(uint64_t *out, const uint64_t *e, const uint64_t *run, size_t n, size_t size, const int depth)
-{
-    sum s[4];
-    UNROLL for (int d = 0; d < depth; d++) s[d] = sum_zero();
-    for (size_t j = 0; j < size; j += LANES) {
-        size_t left = least(size - j, LANES);
-        factor f = factor_of(load_first(e + j, left));
-        UNROLL for (int d = 0; d < depth; d++) s[d] =
-            sum_mul(s[d], f, factor_of(load_first(run + 2 * size * (size_t)d + j, left)));
-    }
-    UNROLL for (int d = 0; d < depth; d++) out[n * (size_t)d] = total(sum_value(s[d]));
-}
-
-void MK(mk_ring_lookup)(uint64_t *restrict out, const uint64_t *e, size_t apart, const uint64_t *c,
-                        const uint64_t *turned, size_t parts, size_t groups, size_t depth, size_t n, size_t size)
-{
-    const size_t all = groups * n;
-    for (size_t p = 0; p < parts; p++, e += apart, out += depth * all)
-        for (size_t i = 0; i < all; i++) {
-            const uint64_t *run = turned + 2 * size * depth * (i / n) + (0 - c[i]) % size, *row = e + i * size;
-            size_t d = 0;
-            for (; d + 4 <= depth; d += 4) look_up(out + d * all + i, row, run + 2 * size * d, all, size, 4);
-            for (; d < depth; d++) look_up(out + d * all + i, row, run + 2 * size * d, all, size, 1);
-        }
-}
-
 #define ROTATE(name, entry)                                                                                            \
     void MK(name)(entry *restrict out, const entry *e, const uint64_t *c, size_t n, size_t size)                       \
     {                                                                                                                  \

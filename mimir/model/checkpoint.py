@@ -40,6 +40,7 @@ MAX_SCALE_BITS = 62 - WEIGHT_BITS  # so that an encoded weight fits the signed 6
 # Fraction bits of weights shared modulo 2^32: of embeddings, which are added up as they are, and of matrices.
 EMBEDDING_SCALE = 16
 HALF_SCALE = 12
+ATTENTION_SCALE = 12  # and of the matrix that takes what attention gives, whose products are modulo 2^40
 PUBLIC_FORMAT = 1  # version of the dictionary made by PlanSpec.public
 MAX_LAYERS = 512
 MAX_WIDTH = 1 << 16
@@ -190,6 +191,8 @@ class PlanSpec:
 
     def scale(self, name: str, scale_bits: int) -> int:
         """Fraction bits at which a tensor is encoded."""
+        if name.endswith(".o"):
+            return ATTENTION_SCALE
         if not self.halved(name):
             return scale_bits
         return EMBEDDING_SCALE if name in ("embed", "pos") else HALF_SCALE

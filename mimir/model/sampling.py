@@ -66,7 +66,7 @@ async def choose(ctx: Context, step: str, logits: Share, sampler: Sampler, noise
         values.append(value.reshape(1))
         indices.append(index.reshape(1))
         if i + 1 < k:
-            c = ctx.take(prep.Lookup(0, kt, 0), 1)
+            c = ctx.take(prep.Lookup(0, kt), 1)
             (o,) = await ctx.doors.open_low(f"{step}/set aside {i}", kt, index.reshape(1) + c["r"])
             hot = ops.one_hot(ctx, c, o, kt)[0, : sampler.vocab]
             logits = logits - hot * (1 << (LOGIT_SCALE + LOGIT_BITS + 1))
@@ -87,7 +87,7 @@ async def _largest(ctx: Context, step: str, x: Share, scale: int) -> Share:
     """One-hot (n,) of the largest of x (n)."""
     _, index = await ops.argmax(ctx, step, x, 0, scale + NOISE_WIDTH)
     bits = index_bits(x.shape[0])
-    c = ctx.take(prep.Lookup(0, bits, 0), 1)
+    c = ctx.take(prep.Lookup(0, bits), 1)
     (o,) = await ctx.doors.open_low(f"{step}/index", bits, index.reshape(1) + c["r"])
     return ops.one_hot(ctx, c, o, bits)[0, : x.shape[0]]
 

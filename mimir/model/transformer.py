@@ -1,10 +1,10 @@
 """The transformer in data order, over shares: one function a layer part, and the cache between them.
 
 Every quantity is a share but for shapes. Scales: keys, values and activations have f fraction bits
-(`fixed_point.scale_bits`); a product has 2f until it is truncated, and so has the residual stream, which is
-truncated where a norm opens it. Matrices behind norms are modulo 2^32 (`PlanSpec.halved`): of their inputs
-and products fewer bits are kept. Layer code knows shares, correlations and openings, and nothing of the
-backend.
+(`fixed_point.scale_bits`); a product has 2f until it is truncated. The residual stream has RESIDUAL_SCALE,
+and is truncated where a norm opens it. Matrices behind norms are modulo 2^32 (`PlanSpec.halved`), and what
+attention gives is multiplied modulo 2^40: of their inputs and products fewer bits are kept. Layer code knows
+shares, correlations and openings, and nothing of the backend.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 import numpy as np
 
@@ -31,15 +31,25 @@ ROTARY_SCALE: Final = 14  # fraction bits of sines and cosines
 HALF_INPUT: Final = 9  # fraction bits of what is multiplied by a matrix modulo 2^32
 # Of such a product; |y| < 2^8, which is what a truncation leaves of 64 bits.
 HALF_PRODUCT: Final = HALF_INPUT + HALF_SCALE + RING_BITS - HALF_BITS
-ENTRY_SCALE: Final = EMBEDDING_SCALE + RING_BITS - HALF_BITS  # of embeddings that were read
+ATTENTION_INPUT: Final = 12  # of what attention gives, for its matrix
+# Of the residual stream, |h| < 2^13: that of embeddings that were read, and of what `o` gives.
+RESIDUAL_SCALE: Final = EMBEDDING_SCALE + RING_BITS - HALF_BITS
 CACHE_ROOM: Final = 64  # positions for which a cache that is full gets room
+
+
+class Multiply(Protocol):
+    """`ops.matmul`, or what calls it."""
+
+    def __call__(
+        self, ctx: Context, step: str, *factors: tuple[Share, str], low: int = 0, lane: int = RING_BITS
+    ) -> Awaitable[Share]: ...
 
 
 @dataclass(frozen=True, slots=True)
 class Parts:
     """Who runs the two heavy parts of a layer: these functions, or actors that run them."""
 
-    matmul: Callable[[Context, str, Share, str, int | None], Awaitable[Share]] = ops.matmul
+    matmul: Multiply = ops.matmul
     exponentials: Callable[
         [Context, str, Sequence[Scores], Settings], Awaitable[list[tuple[Share, Share]]]
     ] = nonlinear.exponentials
@@ -195,7 +205,7 @@ async def attention(
     parts: Parts,
 ) -> Share:
     """Attention of the rows of each cache over everything in it and before them, without the output matrix:
-    (n, heads * hd). u is at scale f + `kept` bits. `fresh` are bits that tell which of
+    (n, heads * hd) at QUOTIENT_SCALE. u is at scale f + `kept` bits. `fresh` are bits that tell which of
     the rows hold a token, if not all do: the keys of the others become 0, as do scores with them.
     """
     f = s.scale_bits
@@ -235,7 +245,7 @@ async def attention(
         scores.append(Scores(z, allowed, cache.valid))
     weights = await parts.exponentials(ctx, f"{step}/softmax", scores, s)
 
-    async def mix(ctx: Context) -> Share:
+    async def mix(ctx: Context) -> list[Share]:
         opened = await ctx.doors.open(
             f"{step}/weights", *(e + m["x"] for (e, _), m in zip(weights, values, strict=True))
         )
@@ -246,17 +256,18 @@ async def attention(
             ],
             axis=1,
         )
-        return (await ops.truncate(ctx, f"{step}/mix", (y, nonlinear.EXP_SCALE + f - nonlinear.MIX_SCALE)))[0]
+        scale = nonlinear.EXP_SCALE + f
+        fine, coarse = scale - nonlinear.FINE_SCALE, scale - nonlinear.COARSE_SCALE
+        return await ops.truncate(ctx, f"{step}/mix", (y, fine), (y, coarse))
 
-    async def invert(ctx: Context) -> Share:
-        total = concat([sums for _, sums in weights], axis=1)
-        return await nonlinear.reciprocal(ctx, f"{step}/reciprocal", total, s)
+    async def invert(ctx: Context) -> list[Share]:
+        sums = [(total, of.keys) for (_, total), of in zip(weights, scores, strict=True)]
+        inverses = await nonlinear.reciprocals(ctx, f"{step}/reciprocal", sums, s)
+        return [concat(part, axis=1).flat() for part in zip(*inverses, strict=True)]
 
     mixed, inverse = await ops.together(ctx, mix, invert)
-    out = await ops.scale(ctx, f"{step}/divide", inverse.flat(), mixed.reshape(heads * n, hd))
-    (out,) = await ops.truncate(
-        ctx, f"{step}/divide truncate", (out, nonlinear.MIX_SCALE + nonlinear.INVERSE_SCALE - f)
-    )
+    mixed = [v.reshape(heads * n, hd) for v in mixed]
+    out = await nonlinear.quotients(ctx, f"{step}/divide", inverse, mixed)
     return out.reshape(heads, n, hd).swap(0, 1).reshape(n, heads * hd)
 
 
@@ -273,14 +284,20 @@ def kept(spec: PlanSpec, name: str) -> int:
     return nonlinear.NORM_SCALE if spec.halved(name) else 0
 
 
+async def _norm(ctx: Context, step: str, spec: PlanSpec, h: Share, name: str, s: Settings) -> Share:
+    """The norm before a matrix, of the residual stream: at scale f + `kept`."""
+    return await nonlinear.rms_norm(ctx, step, h, RESIDUAL_SCALE, spec.norm_eps, s, extra=kept(spec, name))
+
+
 async def _after_norm(
     ctx: Context, step: str, spec: PlanSpec, u: Share, name: str, f: int, parts: Parts
 ) -> tuple[Share, int]:
     """u at scale f + `kept`, times a matrix, and its bias; and the scale of that. One round."""
     if spec.halved(name):
-        y, scale = await parts.matmul(ctx, step, u, name, f + kept(spec, name) - HALF_INPUT), HALF_PRODUCT
+        y = await parts.matmul(ctx, step, (u, name), low=f + kept(spec, name) - HALF_INPUT, lane=HALF_BITS)
+        scale = HALF_PRODUCT
     else:
-        y, scale = await parts.matmul(ctx, step, u, name, None), 2 * f
+        y, scale = await parts.matmul(ctx, step, (u, name)), 2 * f
     return y + _bias(ctx, f"{name}_b", scale - f), scale
 
 
@@ -318,10 +335,9 @@ async def forward(
     parts: Parts = DIRECT,
 ) -> Share:
     """Blocks over new rows, as many of each cache, which they join. Returns the residual stream (n, d) at
-    scale 2f.
+    RESIDUAL_SCALE.
     """
-    f, turn = s.scale_bits, rows.turn
-    (h,) = await ops.truncate(ctx, f"{step}/hidden", (rows.hidden, ENTRY_SCALE - 2 * f))
+    f, h, turn = s.scale_bits, rows.hidden, rows.turn
     each = h.shape[0] // len(caches)
     fresh = None
     if rows.padded:
@@ -331,18 +347,16 @@ async def forward(
             turn = await ops.scale(ctx, f"{step}/valid", fresh, turn)
     for layer in range(spec.layers):
         name = f"{step}/layer {layer}"
-        extra = kept(spec, f"{layer}.qkv")
-        u = await nonlinear.rms_norm(ctx, f"{name}/norm 1", h, spec.norm_eps, s, extra=extra)
+        u = await _norm(ctx, f"{name}/norm 1", spec, h, f"{layer}.qkv", s)
         a = await attention(ctx, f"{name}/attention", spec, layer, u, turn, caches, fresh, s, parts)
-        h = h + await parts.matmul(ctx, f"{name}/o", a, f"{layer}.o", None) + _bias(ctx, f"{layer}.o_b", f)
-        extra = kept(spec, f"{layer}.in")
-        u = await nonlinear.rms_norm(ctx, f"{name}/norm 2", h, spec.norm_eps, s, extra=extra)
-        m = await mlp(ctx, f"{name}/mlp", spec, layer, u, s, parts)
-        h = (
-            h
-            + await parts.matmul(ctx, f"{name}/out", m, f"{layer}.out", None)
-            + _bias(ctx, f"{layer}.out_b", f)
+        o = await parts.matmul(
+            ctx, f"{name}/o", (a, f"{layer}.o"), low=nonlinear.QUOTIENT_SCALE - ATTENTION_INPUT
         )
+        h = h + o + _bias(ctx, f"{layer}.o_b", RESIDUAL_SCALE - f)
+        u = await _norm(ctx, f"{name}/norm 2", spec, h, f"{layer}.in", s)
+        m = await mlp(ctx, f"{name}/mlp", spec, layer, u, s, parts)
+        m = await parts.matmul(ctx, f"{name}/out", (m, f"{layer}.out")) + _bias(ctx, f"{layer}.out_b", f)
+        h = h + m * (1 << (RESIDUAL_SCALE - 2 * f))
     for cache in caches:
         cache.length += each
     return h
@@ -352,7 +366,7 @@ async def logits(
     ctx: Context, step: str, spec: PlanSpec, h: Share, s: Settings, parts: Parts = DIRECT
 ) -> Share:
     """Logits (n, vocab) at scale LOGIT_SCALE of rows h (n, d)."""
-    u = await nonlinear.rms_norm(ctx, f"{step}/norm", h, spec.norm_eps, s, extra=kept(spec, "head"))
+    u = await _norm(ctx, f"{step}/norm", spec, h, "head", s)
     y, _ = await _after_norm(ctx, f"{step}/head", spec, u, "head", s.scale_bits, parts)
     return y
 
@@ -376,7 +390,7 @@ class Entry:
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """New rows on their way into the blocks: hidden (n, d) at ENTRY_SCALE, and their rotation if any.
+    """New rows on their way into the blocks: hidden (n, d) at RESIDUAL_SCALE, and their rotation if any.
 
     `padded` if some of them may hold no token, as a cache's validity bits then tell.
     """
@@ -390,7 +404,7 @@ def entry_demand(spec: PlanSpec, rows: int) -> dict[prep.Kind, int]:
     """What `entry` takes."""
     demand: dict[prep.Kind, int] = {}
     for count in (spec.vocab, spec.context):
-        prep.add_demand(demand, {prep.Lookup(0, index_bits(count), 0): rows})
+        prep.add_demand(demand, {prep.Lookup(0, index_bits(count)): rows})
     return demand
 
 
@@ -398,8 +412,8 @@ def entry(ctx: Context, spec: PlanSpec, rows: int) -> Entry:
     """Take the one-hots for `rows` tokens. Their masks may be told to the client, or be used to open an
     index.
     """
-    token = ctx.take(prep.Lookup(0, index_bits(spec.vocab), 0), rows)
-    return Entry(token, ctx.take(prep.Lookup(0, index_bits(spec.context), 0), rows))
+    token = ctx.take(prep.Lookup(0, index_bits(spec.vocab)), rows)
+    return Entry(token, ctx.take(prep.Lookup(0, index_bits(spec.context)), rows))
 
 
 async def embed(
@@ -415,11 +429,11 @@ async def embed(
 ) -> Rows:
     """Embedding and rotation of rows, by public offsets (index + mask) of secret tokens and positions."""
     hot = ops.one_hot(ctx, e.token, token_offset, index_bits(spec.vocab))[:, : spec.vocab]
-    h = await parts.matmul(ctx, f"{step}/embed", hot, "embed", 0)
     at = ops.one_hot(ctx, e.position, position_offset, index_bits(spec.context))[:, : spec.context]
-    if spec.positions == "rope":
-        return Rows(h, rotation(ctx, spec, at), padded)
-    return Rows(h + await parts.matmul(ctx, f"{step}/position", at, "pos", 0), None, padded)
+    turned = spec.positions == "rope"
+    factors = [(hot, "embed")] if turned else [(hot, "embed"), (at, "pos")]
+    h = await parts.matmul(ctx, f"{step}/embed", *factors, lane=HALF_BITS)
+    return Rows(h, rotation(ctx, spec, at) if turned else None, padded)
 
 
 async def reenter(

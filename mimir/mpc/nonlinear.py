@@ -2,8 +2,8 @@
 
 Activations are sums of cosines, which have addition theorems as exponentials do: such functions of c - r are
 made of functions of the opened c, and of those of the mask r (ops.wave, ops.decay). Reciprocal and inverse
-root see many orders of magnitude: they are piecewise polynomials looked up in a ladder of windows three
-octaves apart, and the highest window that is not empty is selected.
+root see many orders of magnitude: they are piecewise polynomials read in a ladder of windows some octaves
+apart, and the highest window that is not empty is chosen.
 """
 
 from __future__ import annotations
@@ -46,11 +46,15 @@ COARSE_BITS: Final = 7
 COARSE_REST: Final = 4
 SCORE_BOUND: Final = 250.0  # of a score: 2^(COARSE_BIN + COARSE_BITS - 1), less a margin of two bins
 EXP_SCALE: Final = 24
-MIX_SCALE: Final = 28  # of sum(e v) before division
 INVERSE_SCALE: Final = 24
+FINE_SCALE: Final = 24  # of sum(e v), or of the inverse of sum(e), whichever is small
+COARSE_SCALE: Final = 12  # of the other
+QUOTIENT_SCALE: Final = FINE_SCALE + COARSE_SCALE
+BELOW_ONE: Final = 3  # windows of sums below 1
 NORM_SCALE: Final = 20  # of an inverse root whose product is multiplied before it is truncated
-WINDOW_BITS: Final = 6
-WINDOW_STEP: Final = 3  # octaves between windows
+SUM_BITS: Final = 7  # of the index of a window
+NORM_BITS: Final = 8  # windows that are fewer and larger, as they see more octaves
+WINDOW_OVERLAP: Final = 3  # octaves that windows have in common
 WINDOW_FIRST: Final = 7  # smallest index that counts as not empty
 HEADROOM: Final = 60  # a value before truncation stays below 2^60
 MOSTLY_ABOVE: Final = 60  # or, if it is hardly ever negative, above -2^60 and below 3 * 2^60
@@ -191,16 +195,15 @@ RELU_WIDTH: Final = 28  # sign of |x| < 2^27 at scale f, that is 2^11
 
 @lru_cache(maxsize=64)
 def _ladder(
-    name: str, f: Callable[[Real], Real], base: int, top: int, s: Settings, floor: float
+    name: str, f: Callable[[Real], Real], bits: int, base: int, most: int, s: Settings, floor: float
 ) -> tuple[Piecewise, ...]:
-    """Windows for integers in [0, 2^top): bin 2^base, 2^(base + 3), ...; f maps the integer, as a real, to
-    the result.
+    """Windows of 2^bits bins for integers from 0 to `most`, the first of bins of 2^base; f maps the integer,
+    as a real, to the result.
     """
     out = []
     position = base
-    j = np.arange(1 << WINDOW_BITS)
+    j = np.arange(1 << bits)
     while True:
-        last = position + WINDOW_BITS >= top
         low = position - s.rest
         if low < 0:
             raise LocalError(f"{name}: the first window lies below the remainder")
@@ -214,47 +217,22 @@ def _ladder(
         magnitude = math.ceil(math.log2(max(float(np.abs(used).sum(axis=0).max()), 2.0**-30))) + 1
         scale = min(HEADROOM - magnitude, INVERSE_SCALE + 56) - s.rest * s.degree
         flags = (j >= WINDOW_FIRST).astype(np.uint64)[None]
-        out.append(
-            Piecewise(low, s.rest, WINDOW_BITS, _tables(q, scale, s.rest), flags, scale + s.rest * s.degree)
-        )
-        if last:
+        out.append(Piecewise(low, s.rest, bits, _tables(q, scale, s.rest), flags, scale + s.rest * s.degree))
+        if len(out) > 1 and most <= (len(j) - 2) << position:
             return tuple(out)
-        position += WINDOW_STEP
-
-
-@lru_cache(maxsize=64)
-def _above(count: int) -> tuple[tuple[int, ...], ...]:
-    """For each but the last of so many windows, the windows above it, numbered from the second."""
-    return tuple(tuple(range(w, count - 1)) for w in range(count - 1))
+        position += bits - WINDOW_OVERLAP
 
 
 async def _climb(
-    ctx: Context, step: str, x: Share, ladder: tuple[Piecewise, ...], scale: int = INVERSE_SCALE
+    ctx: Context, step: str, x: Share, ladder: tuple[Piecewise, ...], scales: Sequence[int]
 ) -> Share:
-    """The value of the highest window that is not empty. Three rounds.
-
-    The choice is made while the pieces are evaluated: none[w] says that no window above w is in use. Flags
-    are 0 or 1, so their low bits share them over GF(2), where many are multiplied in one round.
+    """Windows of x (n): (windows, n), of which the highest that is not empty has its value, at its scale, and
+    the others 0. Two rounds.
     """
-    n = x.size
-    read = await ops.read_index(ctx, f"{step}/index", x.flat(), *ladder)
-
-    async def values(ctx: Context) -> Share:
-        return await ops.evaluate(ctx, f"{step}/evaluate", read)
-
-    async def choice(ctx: Context) -> Bits:
-        empty = ~ops.low_bits(read.flags[0][1:])
-        none = (await ops.monomials(ctx, f"{step}/choose", _above(len(ladder)), empty)).v
-        ones = (~empty[-1:]).v
-        chosen = np.concatenate([none[:, :1], none[:, :-1] ^ none[:, 1:], ones], axis=1)
-        return ops.joined(Bits(chosen, ctx.bk), n)
-
-    value, chosen = await ops.together(ctx, values, choice)
-    items = [(value[w * n : (w + 1) * n], p.scale - scale) for w, p in enumerate(ladder)]
-    first, *others = await ops.truncate_if(ctx, f"{step}/select", chosen, *items)
-    for p in others:
-        first = first + p
-    return first.reshape(*x.shape)
+    values, flags = await ops.read(ctx, f"{step}/index", x.flat(), *ladder)
+    drops = [p.scale - scale for p, scale in zip(ladder, scales, strict=True)]
+    chosen = await ops.choose(ctx, f"{step}/choose", flags[0][1:].swap(0, 1), values.swap(0, 1), drops)
+    return chosen.swap(0, 1)
 
 
 @lru_cache(maxsize=8)
@@ -270,7 +248,6 @@ def _inverse_root(per: float, eps: float) -> Callable[[Real], Real]:
 SUM_SHIFT: Final = 8  # sums of exponentials are read at scale EXP_SCALE + 8 = 32
 SUM_SCALE: Final = EXP_SCALE + SUM_SHIFT
 SUM_BASE: Final = 17  # bin of the first window: 2^-15, below e^-8 / 7
-SUM_TOP: Final = 43  # sums below 2^11
 NORM_TOP: Final = 58  # sum of squares below 2^(58 - 2f)
 
 
@@ -278,27 +255,73 @@ def _norm_base(width: int, eps: float, scale: int) -> int:
     """Bin of the first window: an eighth of the eps that is added to the mean square, not below the
     remainder.
     """
-    return max(14, math.floor(math.log2(max(eps, 1e-12) * width)) + 2 * scale - WINDOW_STEP)
+    return max(14, math.floor(math.log2(max(eps, 1e-12) * width)) + 2 * scale - WINDOW_OVERLAP)
 
 
-async def reciprocal(ctx: Context, step: str, x: Share, s: Settings) -> Share:
-    """1 / x at scale 24 for x at scale 24 within e^-8 .. 2^11."""
-    ladder = _ladder("reciprocal", _inverse(2.0**SUM_SCALE), SUM_BASE, SUM_TOP, s, 2.0 ** (SUM_BASE - 1))
-    return await _climb(ctx, step, x * (1 << SUM_SHIFT), ladder)
+async def reciprocals(
+    ctx: Context, step: str, sums: Sequence[tuple[Share, int]], s: Settings
+) -> list[tuple[Share, Share]]:
+    """1 / x for each (x, most), x at scale 24 within e^-8 .. most, in one of two places, 0 in the other: of x
+    below 1, roughly, in the first, at COARSE_SCALE, else in the second, at FINE_SCALE. Two rounds for all.
+
+    How many windows are read follows from `most` alone; those of as many are read together.
+    """
+    ladders = [_sum_ladder(most, s) for _, most in sums]
+    groups = _places([len(ladder) for ladder in ladders])
+
+    def read(group: list[int]) -> Callable[[Context], Coroutine[Any, Any, Share]]:
+        x = concat([sums[i][0].flat() for i in group]) * (1 << SUM_SHIFT)
+        ladder = ladders[group[0]]
+        scales = [COARSE_SCALE] * BELOW_ONE + [FINE_SCALE] * (len(ladder) - BELOW_ONE)
+        return lambda ctx: _climb(ctx, step, x, ladder, scales)
+
+    out: dict[int, tuple[Share, Share]] = {}
+    found = await ops.together(ctx, *(read(group) for group in groups.values()))
+    for group, windows in zip(groups.values(), found, strict=True):
+        sizes = [sums[i][0].size for i in group]
+        large, small = (_cut(part.sum(0), sizes) for part in (windows[:BELOW_ONE], windows[BELOW_ONE:]))
+        for i, a, b in zip(group, large, small, strict=True):
+            out[i] = a.reshape(*sums[i][0].shape), b.reshape(*sums[i][0].shape)
+    return [out[i] for i in range(len(sums))]
 
 
-async def rms_norm(ctx: Context, step: str, x: Share, eps: float, s: Settings, *, extra: int = 0) -> Share:
-    """x / sqrt(mean(x^2) + eps) for rows x (n, d) at scale 2f, at scale f + `extra`, which is 0 or
-    NORM_SCALE. One opening truncates x and serves both its uses.
+async def quotients(ctx: Context, step: str, inverse: Sequence[Share], x: Sequence[Share]) -> Share:
+    """Rows x (n, d), given at FINE_SCALE and at COARSE_SCALE, times both parts (n) of `reciprocals`: (n, d)
+    at QUOTIENT_SCALE. One round.
 
-    Rounds: 6, one fewer with extra bits.
+    A large inverse, of few fraction bits, meets what has many, and a small one what has few: so the product
+    needs no truncation, and room is left above it.
+    """
+    rows = await ops.scale(ctx, step, concat(inverse), concat(x))
+    n = x[0].shape[0]
+    return rows[:n] + rows[n:]
+
+
+def _sum_ladder(most: int, s: Settings) -> tuple[Piecewise, ...]:
+    """For sums below 252, or further by factors of 16. BELOW_ONE windows are for what is below 7/8."""
+    apart = SUM_BITS - WINDOW_OVERLAP
+    room = ((1 << SUM_BITS) - 2) << (SUM_BASE + 4 * apart)
+    while room < most << SUM_SCALE:
+        room <<= apart
+    f = _inverse(2.0**SUM_SCALE)
+    return _ladder("reciprocal", f, SUM_BITS, SUM_BASE, room, s, 2.0 ** (SUM_BASE - 1))
+
+
+async def rms_norm(
+    ctx: Context, step: str, x: Share, scale: int, eps: float, s: Settings, *, extra: int = 0
+) -> Share:
+    """x / sqrt(mean(x^2) + eps) for rows x (n, d) at `scale`, at scale f + `extra`, which is 0 or NORM_SCALE.
+    One opening truncates x and serves both its uses.
+
+    Rounds: 5, one fewer with extra bits.
     """
     d = x.shape[1]
-    rows = await ops.truncate_rows(ctx, f"{step}/x", x, s.scale_bits)
+    rows = await ops.truncate_rows(ctx, f"{step}/x", x, scale - s.scale_bits)
     f = _inverse_root(d * 4.0**s.scale_bits, eps)
-    ladder = _ladder("inverse root", f, _norm_base(d, eps, s.scale_bits), NORM_TOP, s, -np.inf)
-    r = await _climb(ctx, f"{step}/root", rows.squares, ladder, extra or INVERSE_SCALE)
-    y = await rows.scale(ctx, f"{step}/scale", r)
+    base = _norm_base(d, eps, s.scale_bits)
+    ladder = _ladder("inverse root", f, NORM_BITS, base, 1 << NORM_TOP, s, -np.inf)
+    windows = await _climb(ctx, f"{step}/root", rows.squares, ladder, [extra or INVERSE_SCALE] * len(ladder))
+    y = await rows.scale(ctx, f"{step}/scale", windows.sum(0))
     if extra:
         return y
     (y,) = await ops.truncate(ctx, f"{step}/truncate", (y, INVERSE_SCALE))

@@ -14,10 +14,9 @@ from typing import Any, Final, Protocol, TypeAlias, TypeVar
 import numpy as np
 
 from mimir import kernels
-from mimir.errors import LocalError
 from mimir.mpc import prep, waves
 from mimir.mpc.branches import ask, side_by_side
-from mimir.mpc.domain import HALF_BITS, RING_BITS, TRUNCATION_BITS, Ring, constant, words
+from mimir.mpc.domain import RING_BITS, TRUNCATION_BITS, Ring, constant, words
 from mimir.mpc.doors import Masked
 from mimir.mpc.offload import offload
 from mimir.mpc.prep import Kind, Weights
@@ -148,10 +147,10 @@ async def truncate_if(ctx: Context, step: str, bits: Bits, *items: Item) -> list
 
 @dataclass(frozen=True, slots=True, eq=False)
 class TruncatedRows:
-    """Truncated rows x (n, d): the sums of their squares (n,), and what scaling them takes."""
+    """Truncated rows `values` (n, d), the sums of their squares (n,), and what scaling them takes."""
 
     squares: Share
-    _x: Share
+    values: Share
     _dropped: tuple[int, int]  # f, and how many of these bits were not masked
     _opened: Ring
     _material: dict[str, Share]
@@ -161,18 +160,16 @@ class TruncatedRows:
         s, z = self._material["s"], self._material["z"]
         (delta,) = await ctx.doors.open(step, r + s)
         # r x = delta x - s x, s x = s a - s base + b s g, g as below
-        return ctx.share(kernels.norm_scale(self._x.v, s.v, z.v, delta, self._opened, *self._dropped))
+        return ctx.share(kernels.norm_scale(self.values.v, s.v, z.v, delta, self._opened, *self._dropped))
 
 
 async def truncate_rows(ctx: Context, step: str, x: Share, f: int) -> TruncatedRows:
-    """`truncate` x (n, d) for its squares and for scaling, f <= 32: one round and 8 bytes an element for all
-    uses, which is exact, since all are sums of products with what was prepared, element by element.
+    """`truncate` x (n, d) for its squares and for scaling: one round and 8 bytes an element for all uses,
+    which is exact, since all are sums of products with what was prepared, element by element.
 
-    With g that one of `over` which counts, (a - base + b g)^2 = a^2 - 2 a base + base^2 + 2 b (a g - base g),
-    as b^2 = 0 where b = 2^(64-f) and f <= 32.
+    With g that one of `over` which counts, (a - base + b g)^2 = a^2 - 2 a base + base^2 + 2 b (a g - base g)
+    + b^2 g, as g^2 = g.
     """
-    if f > RING_BITS // 2:
-        raise LocalError("rows can be squared when at most 32 bits are dropped")
     c = ctx.take(prep.Norm(x.shape[1], f), x.shape[0])
     ((o,),) = await ctx.doors.open_all(step, _raised([(x, f)], [{"r": c["r"].flat()}]))
     o = o.reshape(x.shape)
@@ -213,35 +210,42 @@ def _split(y: Share, items: Sequence[Item]) -> list[Share]:
     return out
 
 
-async def matmul(ctx: Context, step: str, x: Share, name: str, low: int | None = None) -> Share:
-    """x (n, k) times the shared weight matrix `name` (k, m): (n, m) at the sum of the scales. One round, 8
-    bytes an element of x.
+async def matmul(
+    ctx: Context, step: str, *factors: tuple[Share, str], low: int = 0, lane: int = RING_BITS
+) -> Share:
+    """The sum over (x, name) of x (n, k), without `low` bits, times the shared weight matrix `name` (k, m),
+    which has words of `lane` bits: (n, m), modulo 2^(64 - low) and 2^lane, shifted up to be a ring element.
+    One round, 8 bytes an element of x, or 4 of a lane of 32.
 
-    With `low`, of a matrix that is shared modulo 2^32: x loses so many bits, up to 1.5 units of what is left,
-    and the product modulo 2^32 comes out times 2^32, as a ring element. 4 bytes.
+    What x loses it loses component by component: it is off by up to 1.5 units of what is left.
     """
-    lane, shown = (RING_BITS, x) if low is None else (HALF_BITS, _halved(x, low))
-    c = ctx.take(prep.Weight(name, lane), x.shape[0])
-    (delta,) = await ctx.doors.open_low(step, lane, shown + c["x"])
-    w = ctx.weights.pair(name)
-    n, k, m = *x.shape, w[0].shape[1]
+    taken = [ctx.take(prep.Weight(name, lane), x.shape[0]) for x, name in factors]
+    width = min(lane, RING_BITS - low)
+    shown = [_lowered(x, low, width) + c["x"] for (x, _), c in zip(factors, taken, strict=True)]
+    opened = await ctx.doors.open_low(step, width, *shown)
+    pairs = [ctx.weights.pair(name) for _, name in factors]
+    n, m = shown[0].shape[0], pairs[0][0].shape[1]
 
     def local() -> Ring:
-        d = delta.astype(prep.WORDS[lane], copy=False)
-        y = np.empty((2, n, m), d.dtype)
-        for i in range(2):
-            product(d, w[i], y[i])
-        y -= c["z"].v
-        return y if lane == RING_BITS else y.astype(np.uint64) << np.uint64(RING_BITS - lane)
+        y = np.empty((2, n, m), prep.WORDS[lane])
+        for at, (delta, w) in enumerate(zip(opened, pairs, strict=True)):
+            d = delta.astype(y.dtype, copy=False)
+            for i in range(2):
+                product(d, w[i], y[i], add=at > 0)
+        for c in taken:
+            y -= c["z"].v
+        return y if width == RING_BITS else y.astype(np.uint64, copy=False) << np.uint64(RING_BITS - width)
 
-    return ctx.share(await ctx.compute(2 * n * k * m, local, (2, n, m)))
+    return ctx.share(await ctx.compute(2 * sum(x.size for x in shown) * m, local, (2, n, m)))
 
 
-def _halved(x: Share, low: int) -> Share:
-    """x, of either sign, without `low` bits modulo 2^32: within 1.5 units of x / 2^low, in the mean there. No
-    round.
+def _lowered(x: Share, low: int, width: int) -> Share:
+    """x, of either sign, without `low` bits modulo 2^width: within 1.5 units of x / 2^low, in the mean there.
+    No round.
     """
-    return drop(x - 3 * ((1 << low) - 1) // 2, low, HALF_BITS)
+    if width == RING_BITS:
+        return x
+    return drop(x - 3 * ((1 << low) - 1) // 2, low, width)
 
 
 async def mul(ctx: Context, step: str, *pairs: tuple[Share, Share]) -> list[Share]:
@@ -462,67 +466,61 @@ class Piecewise:
         return self.tables.shape[0] - 1
 
     @property
-    def kind(self) -> prep.Lookup:
-        return prep.Lookup(self.rest, self.bits, self.degree)
+    def kind(self) -> prep.Pieces:
+        return prep.Pieces(self.rest, self.bits, self.degree)
 
 
 @lru_cache(maxsize=64)
 def _turned(*pieces: Piecewise) -> Ring:
-    """The tables and flags of pieces as `kernels.lookup` wants them."""
+    """The tables and flags of pieces as `kernels.pieces` wants them."""
     tables = np.stack([np.concatenate([p.tables, p.flags]) for p in pieces])
     back = np.concatenate([tables[:, :, :1], tables[:, :, :0:-1]], axis=2)
     return np.concatenate([back, back], axis=2)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Read:
-    """Values (n) whose place has been looked up in each of some pieces: coefficients and remainders, ready to
-    be evaluated.
-    """
-
-    coefs: Share  # (degree + 1, pieces n)
-    flags: Share  # (flags, pieces, n)
-    rest: Ring  # (pieces n), public part of the remainder; the remainder is rest - v
-    material: dict[str, Share]
-
-
-async def read_index(ctx: Context, step: str, x: Share, *pieces: Piecewise) -> Read:
-    """Look x (n) up in each table: coefficients and flags, as shares. One round, 4 bytes a piece up to 32
-    bits of index and remainder, else 8.
+async def read(ctx: Context, step: str, x: Share, *pieces: Piecewise) -> tuple[Share, Share]:
+    """Evaluate each piecewise polynomial at x (n): values (pieces, n), and flags (flags, pieces, n). One
+    round, 4 bytes a piece up to 32 bits of index and remainder, else 8.
 
     The pieces have equal shapes. x must lie in [0, 2^(low + rest + bits) - 2^(low + rest) - 3 * 2^low); what
     lies outside reads another piece. What is read is 0 to 3 units of 2^low above x, 1.5 in the mean.
     A piece is read for remainders in (-2^rest, 2^rest) of its index.
+
+    With c = x + r opened, r = 2^rest u + v, the index is c_hi - u and the remainder c_lo - v. Where u points,
+    powers of v were prepared, and what each is multiplied by is public for every place.
     """
     p, count, n = pieces[0], len(pieces), x.size
     width = p.rest + p.bits
     c = ctx.take(p.kind, count * n)
     dropped = kernels.drop(x.v, ctx.bk.one, [piece.low for piece in pieces], width)
     (o,) = await ctx.doors.open_low(step, width, ctx.share(dropped).flat() + c["r"])
-    index = (o >> np.uint64(p.rest)).reshape(count, n)
-    turned = _turned(*pieces)
-    e = c["e"].reshape(count, n, 1 << p.bits).v
-    depth = turned.shape[1]
-    work = 2 * depth * (count * n << p.bits)
-    looked = ctx.share(
-        await ctx.compute(work, lambda: kernels.lookup(e, index, turned), (2, depth, count, n))
+    turned, flags = _turned(*pieces), len(p.flags)
+    e, told = c["e"].reshape(count, n, p.degree + 1, 1 << p.bits).v, o.reshape(count, n)
+    work = (p.degree + 3) * e.size
+    found = ctx.share(
+        await ctx.compute(
+            work, lambda: kernels.pieces(e, told, turned, p.rest, flags), (2, 1 + flags, count, n)
+        )
     )
-    d = p.degree + 1
-    rest = o & np.uint64((1 << p.rest) - 1)
-    return Read(looked[:d].reshape(d, count * n), looked[d:], rest, c)
+    return found[0], found[1:]
 
 
-async def evaluate(ctx: Context, step: str, read: Read) -> Share:
-    """Evaluate the pieces that were read: (pieces n). One round, 8 bytes a degree.
+async def choose(ctx: Context, step: str, bits: Share, x: Share, drops: Sequence[int]) -> Share:
+    """Of values x (n, count) that one of which the last of bits (n, count - 1), shares of 0 or 1, is set, or
+    the first if none is, without as many low bits as `drops` says, in its place, and 0 in the others: (n,
+    count). As `truncate`, one round, 8 bytes or less a value and a bit.
 
-    The remainder is t = rest - v. Powers of t are public combinations of powers of v, and their products with
-    masks m_i are the same of m_i v^j; all of these are in the material. With delta_i = open(c_i + m_i) for
-    each coefficient but the first, c_i t^i = delta_i t^i - m_i t^i.
+    Each bit is for the value after the first that has its number. What is not chosen may be out of range. A
+    truncated value is linear in `base` and `over` of its mask, of which vectors were prepared that have them
+    at a random place and 0 elsewhere; the bits that are opened tell which place means that it is chosen.
     """
-    coefs, poly, rest = read.coefs, read.material["poly"], read.rest  # poly (pieces n, ..): see prep._powers
-    degree = coefs.shape[0] - 1
-    (delta,) = await ctx.doors.open(step, coefs[1:].swap(0, 1) + poly[:, degree : 2 * degree])
-    return ctx.share(kernels.poly(coefs.v, poly.v, ctx.bk.one, delta, rest))
+    c = ctx.take(prep.Select(tuple(drops)), x.shape[0])
+    columns = [_raised([(x[:, w], f)], [{"r": c["r"][:, w]}]) for w, f in enumerate(drops)]
+    shown = kernels.bits_mask(low_bits(bits.flat()).v, np.ascontiguousarray(c["ring"].flat().v))
+    told, *opened = await ctx.doors.open_all(step, [Masked([Bits(shown, ctx.bk)]), *(m for (m,) in columns)])
+    values = np.stack([value for (value,) in opened], axis=1)
+    bare = [(f, prep.unmasked_bits(f)) for f in drops]
+    return ctx.share(kernels.choose(c["hot"].v, c["z"].v, told[0], values, bare))
 
 
 @dataclass(frozen=True, slots=True)
@@ -610,7 +608,7 @@ async def coarse_index(ctx: Context, step: str, x: Share, low: int, rest: int, b
 
     Its components are meant modulo 2^lane: sums of up to 2^lane - 1 of them count. One round.
     """
-    c = ctx.take(prep.Lookup(rest, bits, 0, lane), x.size)
+    c = ctx.take(prep.Lookup(rest, bits, lane), x.size)
     (o,) = await ctx.doors.open_low(step, rest + bits, drop(x.flat(), low, rest + bits) + c["r"])
     return one_hot(ctx, c, o >> np.uint64(rest), bits).reshape(*x.shape, 1 << bits)
 

@@ -10,8 +10,9 @@ A *kind* names one sort of correlation, with everything that fixes its shape:
     Trunc(f)             for ops.truncate: a mask r = 2^62 u + v, v the sum of components over the integers;
                          base, about r / 2^f; and over (3), whether u is above 0, 1 and 2, modulo 2^f
     TruncIf(f)           the same, a random bit, and its products with base and over
-    Lookup(b, k, d, l)   one-hot of k bits, shared modulo 2^l; remainder of b bits, and what a polynomial of
-                         degree d in it takes
+    Lookup(b, k, l)      one-hot of k bits, shared modulo 2^l, of a mask with b bits below them
+    Pieces(b, k, d)      powers up to d of a remainder of b bits, where index bits point, and 0 elsewhere
+    Select(f_0, ..)      masks of truncations, random bits, and where these point what the truncations take
     Wave(b, ks)          cos and sin of k / 2^b turns of a mask, for each k
     Decay(b, k, ..)      e^-v for a remainder v of b bits, where index bits point, and 0 elsewhere
     Digits(k_0, ..)      one-hots of bits of the digits of a value: zero, threshold and sign tests
@@ -73,8 +74,25 @@ class TruncIf:
 class Lookup:
     rest: int  # bits of the remainder
     bits: int  # bits of the index
-    steps: int  # degree of the polynomial in the remainder that follows
     lane: int = RING_BITS  # the one-hot is shared modulo 2^lane: 16 or 8 bits where it only counts
+
+
+@dataclass(frozen=True, slots=True)
+class Pieces:
+    rest: int  # bits of the remainder
+    bits: int  # bits of the index
+    degree: int
+
+
+@dataclass(frozen=True, slots=True)
+class Select:
+    drops: tuple[int, ...]  # bits that each of the values loses, of which one is chosen; at least two
+
+    @property
+    def sizes(self) -> list[int]:
+        """Entries of each value's one-hots: of the bits from its own on, of which the first has none."""
+        count = len(self.drops)
+        return [1 << (count - max(w, 1)) for w in range(count)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,6 +205,8 @@ Kind = (
     Trunc
     | TruncIf
     | Lookup
+    | Pieces
+    | Select
     | Wave
     | Decay
     | Digits
@@ -446,6 +466,7 @@ class Batch:
         bit j weighs 2^j. The relations say that the bits are bits, and the one-hots theirs. k - 1 rounds.
 
         Or, of bits that are bits, vectors that hold a value of (2, n) at their place instead of 1; k rounds.
+        Where that is 1 the relation says that bits are bits.
         """
         bk = self.doors.bk
         k, n = b.shape[1:]
@@ -583,11 +604,10 @@ async def _truncs(b: Batch, kinds: Mapping[Kind, int], lane: int) -> Made:
     Three rounds; three more for products with bits, and one for each width of norms.
     """
     bk, name = b.doors.bk, f"trunc {lane}"
-    pairs = {k: n * (k.width if isinstance(k, Norm) else 1) for k, n in kinds.items()}
-    n, many = sum(pairs.values()), list(pairs.values())
-    shifts = [k.f for k in kinds if isinstance(k, Trunc | TruncIf | Norm)]
-    shift = np.repeat(np.array(shifts, np.uint64), many)
-    bare = np.repeat(np.array([unmasked_bits(f) for f in shifts], np.uint64), many)
+    shifts = {k: np.tile(np.array(_drops(k), np.uint64), n * _width(k)) for k, n in kinds.items()}
+    pairs = {k: len(v) for k, v in shifts.items()}
+    n, shift = sum(pairs.values()), np.concatenate(list(shifts.values()))
+    bare = np.maximum(shift, np.uint64(TRUNCATED_BITS)) - np.uint64(TRUNCATED_BITS)  # unmasked_bits
     bits = (await b.inject(f"{name}/inject", bk.random(1, words(2 * n)), 2 * n, lane=lane))[:, 0]
     high, low = np.ascontiguousarray(bits[:, :n]), np.ascontiguousarray(bits[:, n:])
     both = await b.mul(f"{name}/both", high, low, lane)
@@ -610,31 +630,87 @@ async def _truncs(b: Batch, kinds: Mapping[Kind, int], lane: int) -> Made:
             out[kind] |= more
     for norm in [k for k in kinds if isinstance(k, Norm)]:
         out[norm] = await _norm(b, norm, kinds[norm], out[norm])
+    for select in [k for k in kinds if isinstance(k, Select)]:
+        out[select] = await _select(b, select, kinds[select], out[select])
     return out
+
+
+def _drops(kind: Kind) -> tuple[int, ...]:
+    """Bits that a truncation drops; of several values in turn."""
+    match kind:
+        case Trunc(f) | TruncIf(f) | Norm(_, f):
+            return (f,)
+        case Select(drops):
+            return drops
+    raise LocalError(f"{kind} is no truncation")
+
+
+def _width(kind: Kind) -> int:
+    return kind.width if isinstance(kind, Norm) else 1
+
+
+async def _select(b: Batch, kind: Select, n: int, pairs: Mapping[str, Ring]) -> dict[str, Ring]:
+    """For each value a vector that has `base` and `over` of its mask at the place that random bits point at:
+    its own and those of the values after it. Opening the bits of which the last that is set chooses turns
+    these places into the one that is meant.
+
+    Vectors of all values are doubled side by side, so the longest sets the rounds.
+    """
+    count, name = len(kind.drops), f"select {'.'.join(map(str, kind.drops))}"
+    r, base = (np.ascontiguousarray(pairs[k]).reshape(2, n, count) for k in ("r", "base"))
+    over = np.ascontiguousarray(pairs["over"]).reshape(2, n, count, 3)
+    # That these are bits is what the relation of their one-hots says.
+    bits = await b.inject(f"{name}/inject", b.doors.bk.random(count - 1, words(n)), n, prove=False)
+    terms = np.concatenate([base[..., None], over], axis=3)  # (2, n, count, 4)
+    inner = replace(b, doors=_Branch(b.doors))
+    flows = [inner.one_hot(f"{name}/hot", bits)]
+    for w in range(count):
+        own = np.repeat(bits[:, max(w, 1) - 1 :], 4, axis=2)
+        of = np.ascontiguousarray(terms[:, :, w]).reshape(2, 4 * n)
+        flows.append(inner.one_hot(f"{name}/value {w}", own, of=of))
+    hot, *vectors = await side_by_side(flows, partial(_reshared, b.doors))
+    hots = [hot]
+    while hots[-1].shape[2] > 2:  # without the lowest bit
+        hots.append(hots[-1].reshape(2, n, -1, 2).sum(axis=3, dtype=np.uint64))
+    return {
+        "r": r,
+        "ring": np.ascontiguousarray(np.swapaxes(bits, 1, 2)),
+        "hot": np.concatenate(hots, axis=2),
+        "z": np.concatenate([v.reshape(2, n, -1) for v in vectors], axis=2),
+    }
 
 
 async def _lookup(b: Batch, kind: Lookup, n: int) -> dict[str, Ring]:
-    rest, index_bits, steps = kind.rest, kind.bits, kind.steps
-    bk = b.doors.bk
-    name = f"lookup {rest}.{index_bits}.{steps}{f'.lane{kind.lane}' if kind.lane < RING_BITS else ''}"
-    width = rest + index_bits
-    r = bk.random(n) & np.uint64((1 << width) - 1)
-    bits = await b.add3(name, r, width, low=rest)
-    stack = bits["sum"][:, rest:]
-    if steps:  # the remainder is wanted as well
-        stack = np.concatenate([stack, bits["carry_a"][:, None], bits["carry_b"][:, None]], axis=1)
+    lane = f".lane{kind.lane}" if kind.lane < RING_BITS else ""
+    name = f"lookup {kind.rest}.{kind.bits}{lane}"
+    r = b.doors.bk.random(n) & np.uint64((1 << (kind.rest + kind.bits)) - 1)
+    bits = (await b.add3(name, r, kind.rest + kind.bits, low=0))["sum"][:, kind.rest :]
     # The relation of the one-hot says that the index bits are 0 or 1; their low bits are those shared.
-    got = await b.inject(f"{name}/inject", stack, n, prove=False, lane=kind.lane)
-    e = await b.one_hot(name, got[:, :index_bits], kind.lane)
-    out = {"r": r, "e": e}
-    if steps:
-        carries = np.ascontiguousarray(got[:, index_bits:])
-        flat = carries.reshape(2, -1)
-        b.relations.append(check.Product(flat, flat, flat))
-        low = np.uint64((1 << rest) - 1)
-        v = (r & low) - (carries[:, 0] + carries[:, 1]) * np.uint64(1 << rest)
-        out["poly"] = await _powers(b, f"{name}/power", v, steps)
-    return out
+    got = await b.inject(f"{name}/inject", bits, n, prove=False, lane=kind.lane)
+    return {"r": r, "e": await b.one_hot(name, got, kind.lane)}
+
+
+async def _pieces(b: Batch, kind: Pieces, n: int) -> dict[str, Ring]:
+    """The mask is 2^rest u + v; u points. v is what the components have below 2^rest, less what carries."""
+    rest, name = kind.rest, f"pieces {kind.rest}.{kind.bits}.{kind.degree}"
+    r = b.doors.bk.random(n) & np.uint64((1 << (rest + kind.bits)) - 1)
+    bits = await b.add3(name, r, rest + kind.bits, low=rest)
+    carried = [bits[name][:, None] for name in ("carry_a", "carry_b")]
+    stack = np.concatenate([bits["sum"][:, rest:], *carried], axis=1)
+    got = await b.inject(f"{name}/inject", stack, n, prove=False)
+    carries = np.ascontiguousarray(got[:, kind.bits :])
+    flat = carries.reshape(2, -1)
+    b.relations.append(check.Product(flat, flat, flat))
+    v = (r & np.uint64((1 << rest) - 1)) - (carries[:, 0] + carries[:, 1]) * np.uint64(1 << rest)
+    powers = [b.doors.bk.add_public(np.zeros((2, n), np.uint64), np.ones(n, np.uint64)), v]
+    powers = powers[: kind.degree + 1]
+    for d in range(2, kind.degree + 1):
+        powers.append(await b.mul(f"{name}/power {d}", powers[-1], v))
+    # Of the first power, 1, the relation says that the index bits are 0 or 1.
+    terms = np.stack(powers, axis=2).reshape(2, -1)
+    index = np.repeat(got[:, : kind.bits], kind.degree + 1, axis=2)
+    e = await b.one_hot(name, index, of=terms)
+    return {"r": r, "e": e.reshape(2, n, kind.degree + 1, -1)}
 
 
 UNIT_SCALE: Final = 14  # of a component's cos and sin; one more for the first frequency, the largest
@@ -731,23 +807,6 @@ async def _decay(b: Batch, kind: Decay, n: int) -> dict[str, Ring]:
     e = await b.one_hot(name, bits, of=np.ascontiguousarray(z.reshape(2, -1)[:, :n]))
     weights = np.uint64(1) << np.arange(kind.rest, kind.rest + kind.bits, dtype=np.uint64)
     return {"r": low + (bits * weights[:, None]).sum(axis=1, dtype=np.uint64), "e": e}
-
-
-async def _powers(b: Batch, step: str, v: Ring, degree: int) -> Ring:
-    """Of v (2, n), side by side (2, n, ..): powers v^t for t = 1 .. degree; masks m_i for i = 1 .. degree;
-    then for each t, m_i v^t for i = t .. degree. degree rounds.
-    """
-    mask = b.doors.bk.random(v.shape[1], degree)
-    powers, products = [v[:, :, None]], [mask]
-    at = np.concatenate([powers[0], mask], axis=2)  # v^t, m_t v^(t-1), .., m_d v^(t-1)
-    for t in range(1, degree + 1):
-        z = await b.times(f"{step} {t}", v, at if t < degree else np.ascontiguousarray(at[:, :, 1:]))
-        if t < degree:
-            powers.append(z[:, :, :1])
-            z = z[:, :, 1:]
-            at = np.concatenate([powers[-1], z[:, :, 1:]], axis=2)
-        products.append(z)
-    return np.concatenate([*powers, *products], axis=2)
 
 
 async def _digits(b: Batch, kind: Digits, n: int) -> dict[str, Ring]:
@@ -887,6 +946,7 @@ async def _values(b: Batch, kind: Values, n: int) -> dict[str, Ring]:
 
 _MAKERS: Final[dict[type, Any]] = {
     Lookup: _lookup,
+    Pieces: _pieces,
     Wave: _wave,
     Decay: _decay,
     Digits: _digits,
@@ -910,10 +970,13 @@ def shapes(kind: Kind, n: int, weight_shape: tuple[int, int] | None = None) -> d
         case TruncIf():
             return {"r": (n,), "base": (n,), "over": (n, 3), "ring": (n,), "z": (n, 4)}
         case Lookup():
-            read: dict[str, tuple[int, ...]] = {"r": (n,), "e": (n, 1 << kind.bits)}
-            if kind.steps:
-                read["poly"] = (n, kind.steps * (kind.steps + 5) // 2)
-            return read
+            return {"r": (n,), "e": (n, 1 << kind.bits)}
+        case Pieces():
+            return {"r": (n,), "e": (n, kind.degree + 1, 1 << kind.bits)}
+        case Select():
+            count, sizes = len(kind.drops), kind.sizes
+            hot, z = (n, sum(sizes[1:])), (n, 4 * sum(sizes))
+            return {"r": (n, count), "ring": (n, count - 1), "hot": hot, "z": z}
         case Wave():
             return {"r": (n,), "waves": (n, 2 * len(kind.turns))}
         case Decay():
@@ -991,8 +1054,8 @@ async def _reshared(doors: Doors, asks: Mapping[int, tuple[str, Sequence[Ring]]]
 
 def _group(kind: Kind) -> tuple[Any, ...]:
     """Kinds of one group are made together: truncations whose bits count modulo the same power of 2."""
-    if isinstance(kind, Trunc | TruncIf | Norm):
-        return Trunc, truncation_lane(kind.f)
+    if isinstance(kind, Trunc | TruncIf | Norm | Select):
+        return Trunc, truncation_lane(max(_drops(kind)))
     if isinstance(kind, Ands):
         return (Ands,)
     return (kind,)
