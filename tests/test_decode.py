@@ -309,7 +309,7 @@ class Lanes:
         actor.renew = noted  # type: ignore[method-assign]
 
 
-@pytest.mark.parametrize("where", ["enter/index", "qkv", "softmax/exp", "argmax", "token/refresh"])
+@pytest.mark.parametrize("where", ["enter/index", "qkv", "softmax/exp", "argmax", "reveal token"])
 def test_a_wrong_frame_in_a_pass_ends_the_sessions_in_it_and_gives_no_token(where: str) -> None:
     told = stories(GPT2, max_new=4)
     lanes, spoiled = Lanes(), []

@@ -20,7 +20,7 @@ import random
 import re
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -172,7 +172,7 @@ def accused(t: Tried) -> None:
     cheater = t.fault.at.sender
     for party, error in enumerate(t.result["parties"]):
         if party != cheater and error and error["type"] == "PeerError":
-            vague = "silent" in error["why"] or error["step"].endswith(("/zero", "/refresh check", "/echo"))
+            vague = "silent" in error["why"] or error["step"].endswith(("/zero", "/echo"))
             named = error["party"] == cheater or f"party {cheater}" in error["why"]
             assert vague or named, f"party {party} accuses another after {t.fault}: {error}"
 
@@ -367,6 +367,7 @@ DEMANDS: dict[prep.Kind, int] = {
     prep.DaBit(): 3,
     prep.Pick(2): 3,
     prep.Mul(): 3,
+    prep.Zero(): 3,
     prep.Scale(3): 2,
     prep.Norm(3, 16): 2,
     prep.Weight("w"): 2,
@@ -552,6 +553,8 @@ def sound(kind: prep.Kind, parts: Sequence[Made], cheater: int) -> bool:
         case prep.Pick():
             bit = v["ring"]
             return bool(np.isin(bit, (0, 1)).all()) and np.array_equal(v["z"], bit[:, None] * v["x"])
+        case prep.Zero():
+            return not v["zero"].any()
         case prep.Mul():
             return np.array_equal(v["z"], v["x"] * v["y"])
         case prep.Scale():
@@ -1093,15 +1096,30 @@ def cheat_commitment(seed: int) -> bool:
 
 
 def cheat_refresh(seed: int) -> bool:
-    """An error in the re-randomisation of a token: both holders tell the client the same wrong component."""
+    """An error in what re-randomises a token: both holders tell the client the same wrong component."""
     cheater = seed % PARTIES
 
     async def fn(p: Party) -> Ring:
-        return await p.doors.reveal("token", p.share(np.array([5], np.uint64)))
+        ctx = await p.context({prep.Zero(): 1}, "zeros")
+        zero = ctx.take(prep.Zero(), 1)["zero"]
+        return (await p.doors.reveal("token", zero, p.share(np.array([5], np.uint64))))[0]
 
-    with lying(cheater, cancelling({"reveal token/refresh": 1})):
+    with lying(cheater, cancelling({"zero": 1})):
         ends = trial(fn, seed)
     return not caught(ends, cheater) and int(client.join("abc", np.stack(ends), "token")[0]) == 6
+
+
+def cheat_unconfirmed(seed: int) -> bool:
+    """A check has failed at one party: whether another one reveals anything."""
+    cheater = seed % PARTIES
+
+    async def fn(p: Party) -> Ring:
+        zero = (await p.context({prep.Zero(): 1}, "zeros")).take(prep.Zero(), 1)["zero"]
+        if p.index == (cheater + 1) % PARTIES:
+            raise PeerError(cheater, "x", "a check failed")
+        return (await p.doors.reveal("token", zero, p.share(np.array([5], np.uint64))))[0]
+
+    return any(not isinstance(end, PeerError) for end in trial(fn, seed))
 
 
 def cheat_agreement(seed: int) -> bool:
@@ -1409,11 +1427,10 @@ CHECKS: dict[str, Check] = {
         cheat_refresh,
     ),
     "public values agree": Check("mpc.doors:Doors.agree", "bytes(got[p]) != mine", cheat_agreement),
-    "a revealed share is re-randomised by zero": Check(
-        "mpc.doors:Doors.reveal",
-        "await self.assert_zero(f'reveal {purpose}/refresh check', [z], [])",
-        cheat_refresh,
+    "nothing is revealed before all confirm": Check(
+        "mpc.doors:Doors.reveal", "await self.agree(f'reveal {purpose}', _CONFIRM)", cheat_unconfirmed
     ),
+    "a revealed share is re-randomised by zero": Check("mpc.prep:_zero", "b.zeros.append(z)", cheat_refresh),
     "the terms agree": Check(
         "actors.session:SessionActor._family",
         "await self._online.agree('terms', self.terms.digest())",
@@ -1663,9 +1680,6 @@ CHECKS: dict[str, Check] = {
 
 # Statements that cannot be violated over replicated shares, whatever a party does: the tests below say why.
 REDUNDANT: dict[str, Check] = {
-    "reveal: all confirm": Check(
-        "mpc.doors:Doors.reveal", "await self.agree(f'reveal {purpose}', _CONFIRM)", cheat_refresh
-    ),
     "injection: low bits, asked for": Check(
         "mpc.prep:Batch.inject", "self.same_bits(x, flat, n)", spoiling(prep.DaBit(), "dabit/xor 2")
     ),
@@ -1846,16 +1860,3 @@ def test_redundant_statements(seed: int) -> None:
                 for zeros, zero_bits in stated.values():
                     assert zero_bits and not any(z.any() for z in zero_bits)
                     assert not any(z.any() for z in zeros)
-
-
-def test_reveal_waits_for_everybody() -> None:
-    """If one party's check has failed nobody reveals anything, also without the round of confirmations."""
-    for removed in (False, True):
-        with REDUNDANT["reveal: all confirm"].removed() if removed else nullcontext():
-
-            async def fn(p: Party) -> Any:
-                if p.index == 1:
-                    raise PeerError(2, "x", "a check failed")
-                return await p.doors.reveal("token", p.share(np.array([5], np.uint64)))
-
-            assert all(isinstance(end, PeerError) for end in trial(fn))

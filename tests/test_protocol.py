@@ -1376,6 +1376,7 @@ KINDS: list[tuple[prep.Kind, int]] = [
     (prep.Pick(1), 70),
     (prep.Pick(3), 5),
     (prep.Mul(), 33),
+    (prep.Zero(), 33),
     (prep.Scale(1), 3),
     (prep.Scale(7), 20),
     (prep.Norm(1, 16), 2),
@@ -1526,6 +1527,8 @@ def relation(
             assert np.array_equal(got["z"], got["x"] * got["ring"][:, None])
         case prep.Mul():
             assert np.array_equal(got["z"], got["x"] * got["y"])
+        case prep.Zero():
+            assert not got["zero"].any()
         case prep.Scale():
             assert np.array_equal(got["z"], got["x"] * got["s"][:, None])
         case prep.Norm(_, f):

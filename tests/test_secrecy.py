@@ -129,7 +129,7 @@ class Watched(Doors):
 
     async def _open(self, step: str, values: Sequence[Ring]) -> list[Ring]:
         out = await super()._open(step, values)
-        if "verify" in step:  # the check opens without `open_all`
+        if "verify" in step and out:  # the check opens without `open_all`
             self._note(Label(step, 0, "received", self.bk.party, False, 64), out[0])
         return out
 
@@ -537,6 +537,7 @@ KINDS: dict[str, tuple[prep.Kind, int]] = {
     "ands": (prep.Ands(((0, 1), (1, 2, 3))), 1500),
     "pick": (prep.Pick(2), 1024),
     "mul": (prep.Mul(), 3000),
+    "zero": (prep.Zero(), 3000),
     "scale": (prep.Scale(3), 800),
     "norm": (prep.Norm(3, 16), 800),
     # Of matrix products those with one term: with many, even an unmasked message looks uniform.
@@ -615,9 +616,10 @@ def reveal(value: int, how: Spoil) -> dict[Label, Ring]:
     async def party(p: parties.Party) -> None:
         doors = Watched(p.doors, logs[p.index])
         if how == "no zero":
-            doors.bk.zero = lambda *shape: np.zeros(shape, np.uint64)  # type: ignore[method-assign]
+            p.prep_doors.bk.zero = lambda *shape: np.zeros(shape, np.uint64)  # type: ignore[method-assign]
+        zero = (await p.context({prep.Zero(): 2048}, "zeros")).take(prep.Zero(), 2048)["zero"]
         share = Share(np.zeros((2, 2048), np.uint64), p.bk) + value
-        out = await doors.reveal("token", share)
+        (out,) = await doors.reveal("token", zero, share)
         for place in range(2):
             doors._note(Label("handed out", place, "received", p.index, False, 64), out[place])
 

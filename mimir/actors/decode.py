@@ -35,6 +35,7 @@ from mimir.model import transformer
 from mimir.model.checkpoint import PlanSpec
 from mimir.model.sampling import Sampler
 from mimir.model.transformer import Cache, Parts
+from mimir.mpc import prep
 from mimir.mpc.domain import Ring
 from mimir.mpc.doors import Doors
 from mimir.mpc.nonlinear import Settings
@@ -134,7 +135,8 @@ async def choose(
     """The token that follows each row of hidden (n, d), as `decode` gives it."""
     logits = await transformer.logits(ctx, step, spec, hidden, settings, layers.parts)
     chosen = await layers.sampler.choose(ctx, step, logits, choices)
-    return chosen, await doors.reveal("token", chosen)
+    (components,) = await doors.reveal("token", ctx.take(prep.Zero(), chosen.size)["zero"], chosen)
+    return chosen, components
 
 
 @dataclass(slots=True, eq=False)

@@ -43,6 +43,7 @@ PROMPT_ROWS: Final = 32  # prompt rows of one step at most
 DECODE_BATCH: Final = 8  # decode steps whose material is made together at most
 CHECK_ROWS: Final = 1 << 15  # inner dimensions of matrices checked together (memory: 1.5 kB each)
 VALID_BITS: Final = 64
+MASKS: Final = 3  # that clients get of a row: of its token, its position, and whether it holds one
 
 
 class Client(Protocol):
@@ -252,8 +253,9 @@ class SessionActor(Actor[Any]):
 
     # --- material -------------------------------------------------------------------------------------------
 
-    async def _choose_plan(self, ctx: Context, step: str, logits: Share) -> Share:
-        return await sampling.choose(ctx, step, logits, self._sampler, sampling.no_noise)
+    async def _choose_plan(self, ctx: Context, step: str, logits: Share) -> None:
+        index = await sampling.choose(ctx, step, logits, self._sampler, sampling.no_noise)
+        ctx.take(prep.Zero(), index.size)  # to reveal it
 
     def _demand(self, step: Step) -> Demand:
         """What a step takes: planned, so that it cannot differ from what the layers ask for."""
@@ -323,7 +325,8 @@ class SessionActor(Actor[Any]):
                 yield Batch(f"{names[0]}/weights {number}", names, plan, 0, last=False)
 
         name, rows = f"turn {turn.number}/entry", sum(turn.buckets)
-        batches = [Batch(name, (name,), lambda: [transformer.entry_demand(self.spec, rows)], 0)]
+        entry = transformer.entry_demand(self.spec, rows) | {prep.Zero(): MASKS * rows}
+        batches = [Batch(name, (name,), lambda: [entry], 0)]
         whole = [*([turn.resume] if turn.resume else []), *turn.prompt, *turn.decode]
         pieces = [[step] for step in whole[: len(whole) - len(turn.decode)]]
         pieces += [list(turn.decode[at : at + self._group]) for at in range(0, len(turn.decode), self._group)]
@@ -471,7 +474,9 @@ class SessionActor(Actor[Any]):
             "position": index_bits(self.spec.context),
             "valid": VALID_BITS,
         }
-        revealed = {name: await self._online.reveal("input mask", m) for name, m in sorted(masks.items())}
+        zero = ctx.take(prep.Zero(), MASKS * rows)["zero"]
+        components = await self._online.reveal("input mask", zero, *masks.values())
+        revealed = dict(zip(masks, components, strict=True))
         at = 0
         for client, bucket in zip(self.clients, turn.buckets, strict=True):
             part = {name: v[:, at : at + bucket].astype("<u8").tobytes() for name, v in revealed.items()}

@@ -285,21 +285,23 @@ class Doors:
             if bytes(got[p]) != mine:
                 raise PeerError(p, step, "parties disagree about a public value")
 
-    async def reveal(self, purpose: str, share: Share) -> Ring:
-        """Components (2, ...) of a re-randomised share, to be sealed to a client entitled to it.
+    async def reveal(self, purpose: str, zero: Share, *shares: Share) -> list[Ring]:
+        """Components (2, ...) of shares, to be sealed to a client entitled to them, re-randomised by `zero`:
+        unused, verified random components of 0, as many (n,) as all shares have elements.
 
         Every party first confirms that all its checks passed; nothing leaves before both have said so.
         One round.
         """
         if purpose not in REVEAL_PURPOSES:
             raise LocalError(f"no reveal is allowed for the purpose {purpose!r}")
+        if zero.shape != (sum(share.size for share in shares),):
+            raise LocalError("what is revealed needs as many zeros")
         await self.agree(f"reveal {purpose}", _CONFIRM)
-        # fresh = r_i - r_{i+1} would need one message; PRF components known pairwise give it with none:
-        # add s_i to component i, where s_0 + s_1 + s_2 = 0 is made from one random share each party half
-        # knows.
-        (z,) = await self.reshare(f"reveal {purpose}/refresh", self.bk.zero(*share.shape))
-        await self.assert_zero(f"reveal {purpose}/refresh check", [z], [])
-        return share.v + z
+        out, at = [], 0
+        for share in shares:
+            out.append(share.v + zero.v[:, at : at + share.size].reshape(share.v.shape))
+            at += share.size
+        return out
 
 
 def _plain_words(width: int, n: int) -> int:

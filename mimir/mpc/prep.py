@@ -20,6 +20,7 @@ A *kind* names one sort of correlation, with everything that fixes its shape:
     DaBit()              a random bit in both domains
     Pick(m)              a random bit, x (m), bit x
     Mul()                a, b, ab
+    Zero()               random components of 0
     Scale(m)             s, x (m), s x
     Norm(m, f)           m of Trunc(f), sum of base^2, base times over, s, and s times base and over
     Weight(name, l)      a mask row and its product with a shared weight matrix, modulo 2^l
@@ -168,6 +169,11 @@ class Mul:
 
 
 @dataclass(frozen=True, slots=True)
+class Zero:
+    pass
+
+
+@dataclass(frozen=True, slots=True)
 class Scale:
     width: int
 
@@ -214,6 +220,7 @@ Kind = (
     | DaBit
     | Pick
     | Mul
+    | Zero
     | Scale
     | Norm
     | Weight
@@ -871,6 +878,12 @@ async def _mul(b: Batch, kind: Mul, n: int) -> dict[str, Ring]:
     return {"x": x, "y": y, "z": await b.mul("mul", x, y)}
 
 
+async def _zero(b: Batch, kind: Zero, n: int) -> dict[str, Ring]:
+    (z,) = await b.doors.reshare("zero", b.doors.bk.zero(n))
+    b.zeros.append(z)
+    return {"zero": z}
+
+
 async def _scale(b: Batch, kind: Scale, n: int) -> dict[str, Ring]:
     bk = b.doors.bk
     s, x = bk.random(n), bk.random(n, kind.width)
@@ -953,6 +966,7 @@ _MAKERS: Final[dict[type, Any]] = {
     DaBit: _dabit,
     Pick: _pick,
     Mul: _mul,
+    Zero: _zero,
     Scale: _scale,
     Weight: _weight,
     Keys: _keys,
@@ -991,6 +1005,8 @@ def shapes(kind: Kind, n: int, weight_shape: tuple[int, int] | None = None) -> d
             return {"ring": (n,), "x": (n, kind.width), "z": (n, kind.width)}
         case Mul():
             return {"x": (n,), "y": (n,), "z": (n,)}
+        case Zero():
+            return {"zero": (n,)}
         case Scale():
             return {"s": (n,), "x": (n, kind.width), "z": (n, kind.width)}
         case Norm():
