@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mimir.model import transformer
-from mimir.model.checkpoint import ATTENTION_SCALE, HALF_SCALE, Floats, Plan, encode
+from mimir.model.checkpoint import HALF_SCALE, Floats, Plan, encode
 from mimir.mpc import nonlinear, prep
 
 Ints = npt.NDArray[np.int64]
@@ -211,8 +211,6 @@ class Fixed:
     half_input: int = transformer.HALF_INPUT
     half_scale: int = HALF_SCALE
     residual_scale: int = transformer.RESIDUAL_SCALE
-    attention_input: int = transformer.ATTENTION_INPUT
-    attention_scale: int = ATTENTION_SCALE
     sum_bits: int = nonlinear.SUM_BITS
     norm_bits: int = nonlinear.NORM_BITS
     window_overlap: int = nonlinear.WINDOW_OVERLAP
@@ -463,11 +461,9 @@ class FixedModel:
         return self._times(step, fine, large[..., None]) + self._times(step, coarse, small[..., None])
 
     def _out_of_attention(self, name: str, z: Ints) -> Ints:
-        """What attention gives, times its matrix, known modulo 2^40, at residual_scale."""
+        """What attention gives, times its matrix, at residual_scale."""
         fx = self.fixed
-        x = self._lowered(z, fx.fine_scale + fx.coarse_scale - fx.attention_input)
-        up = fx.residual_scale - fx.attention_input - fx.attention_scale
-        y = self._product(name, x, self.weights[name]) << up
+        y = self._product(name, z, self.weights[name])
         return y + (self.weights[f"{name}_b"].astype(np.int64) << (fx.residual_scale - fx.scale_bits))
 
     def _rotate(self, step: str, x: Ints, positions: Ints) -> Ints:

@@ -19,7 +19,7 @@ import pytest
 import trio
 
 from mimir.model import sampling, transformer
-from mimir.model.checkpoint import PlanSpec
+from mimir.model.checkpoint import ATTENTION_SCALE, PlanSpec
 from mimir.model.sampling import Sampler
 from mimir.model.transformer import Cache
 from mimir.mpc import nonlinear, ops, prep
@@ -119,6 +119,7 @@ def test_products_modulo_2_32_hold_what_is_promised() -> None:
     assert transformer.HALF_PRODUCT + 8 <= TRUNCATION_BITS
     assert nonlinear.ACTIVATION_BOUND < 2**8
     assert transformer.LOGIT_SCALE + sampling.LOGIT_BITS + 2 < RING_BITS
+    assert nonlinear.QUOTIENT_SCALE + ATTENTION_SCALE == transformer.RESIDUAL_SCALE <= TRUNCATION_BITS - 13
     for scale in range(8, 21):
         assert 0 < scale + nonlinear.NORM_SCALE - transformer.HALF_INPUT <= RING_BITS - HALF_BITS
 
@@ -172,7 +173,7 @@ def test_reciprocals_as_far_as_sums_of_so_many_keys_go(most: int) -> None:
 
 
 def test_quotients() -> None:
-    """Rows divided by sums, large and small, to within a few units of 2^-12 of what is divided."""
+    """Rows divided by sums, large and small, to within a few units of 2^-11 of what is divided."""
     rng = np.random.default_rng(4)
     sums = np.exp(np.linspace(-8, 5, 40))
     rows = rng.uniform(-8, 8, (40, 5)) * sums[:, None]

@@ -297,7 +297,7 @@ async def _matmul(ctx: Context, x: Share) -> Any:
 
 
 async def _matmul32(ctx: Context, x: Share) -> Any:
-    return await ops.matmul(ctx, "matmul", (x, "half"), low=20, lane=32)
+    return await ops.matmul(ctx, "matmul", (x, "half"), low=20)
 
 
 async def _norm(ctx: Context, x: Share) -> Any:

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 from mimir.actors import Actor, Reply
 from mimir.mpc import ops
-from mimir.mpc.domain import RING_BITS
 from mimir.mpc.ops import Context
 from mimir.mpc.share import Share
 
@@ -16,20 +15,19 @@ class Multiply:
     ctx: Context
     step: str
     factors: tuple[tuple[Share, str], ...]
-    low: int
-    lane: int
+    low: int | None
     reply: Reply[Share]
 
 
 class MatmulActor(Actor[Multiply]):
     async def handle(self, message: Multiply) -> None:
         m = message
-        m.reply.set(await ops.matmul(m.ctx, m.step, *m.factors, low=m.low, lane=m.lane))
+        m.reply.set(await ops.matmul(m.ctx, m.step, *m.factors, low=m.low))
 
     async def matmul(
-        self, ctx: Context, step: str, *factors: tuple[Share, str], low: int = 0, lane: int = RING_BITS
+        self, ctx: Context, step: str, *factors: tuple[Share, str], low: int | None = None
     ) -> Share:
         """ops.matmul, by message."""
         reply: Reply[Share] = Reply()
-        await self.tell(Multiply(ctx, step, factors, low, lane, reply))
+        await self.tell(Multiply(ctx, step, factors, low, reply))
         return await reply.get()

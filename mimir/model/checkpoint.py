@@ -40,7 +40,7 @@ MAX_SCALE_BITS = 62 - WEIGHT_BITS  # so that an encoded weight fits the signed 6
 # Fraction bits of weights shared modulo 2^32: of embeddings, which are added up as they are, and of matrices.
 EMBEDDING_SCALE = 16
 HALF_SCALE = 12
-ATTENTION_SCALE = 12  # and of the matrix that takes what attention gives, whose products are modulo 2^40
+ATTENTION_SCALE = 14  # of the matrix that takes what attention gives
 PUBLIC_FORMAT = 1  # version of the dictionary made by PlanSpec.public
 MAX_LAYERS = 512
 MAX_WIDTH = 1 << 16

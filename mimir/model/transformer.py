@@ -2,9 +2,9 @@
 
 Every quantity is a share but for shapes. Scales: keys, values and activations have f fraction bits
 (`fixed_point.scale_bits`); a product has 2f until it is truncated. The residual stream has RESIDUAL_SCALE,
-and is truncated where a norm opens it. Matrices behind norms are modulo 2^32 (`PlanSpec.halved`), and what
-attention gives is multiplied modulo 2^40: of their inputs and products fewer bits are kept. Layer code knows
-shares, correlations and openings, and nothing of the backend.
+and is truncated where a norm opens it. Matrices behind norms are modulo 2^32 (`PlanSpec.halved`): of their
+inputs and products fewer bits are kept. Layer code knows shares, correlations and openings, and nothing of
+the backend.
 """
 
 from __future__ import annotations
@@ -31,8 +31,7 @@ ROTARY_SCALE: Final = 14  # fraction bits of sines and cosines
 HALF_INPUT: Final = 9  # fraction bits of what is multiplied by a matrix modulo 2^32
 # Of such a product; |y| < 2^8, which is what a truncation leaves of 64 bits.
 HALF_PRODUCT: Final = HALF_INPUT + HALF_SCALE + RING_BITS - HALF_BITS
-ATTENTION_INPUT: Final = 12  # of what attention gives, for its matrix
-# Of the residual stream, |h| < 2^13: that of embeddings that were read, and of what `o` gives.
+# Of the residual stream, |h| < 2^13: that of embeddings that were read, and of what `o` makes of quotients.
 RESIDUAL_SCALE: Final = EMBEDDING_SCALE + RING_BITS - HALF_BITS
 CACHE_ROOM: Final = 64  # positions for which a cache that is full gets room
 
@@ -41,7 +40,7 @@ class Multiply(Protocol):
     """`ops.matmul`, or what calls it."""
 
     def __call__(
-        self, ctx: Context, step: str, *factors: tuple[Share, str], low: int = 0, lane: int = RING_BITS
+        self, ctx: Context, step: str, *factors: tuple[Share, str], low: int | None = None
     ) -> Awaitable[Share]: ...
 
 
@@ -294,7 +293,7 @@ async def _after_norm(
 ) -> tuple[Share, int]:
     """u at scale f + `kept`, times a matrix, and its bias; and the scale of that. One round."""
     if spec.halved(name):
-        y = await parts.matmul(ctx, step, (u, name), low=f + kept(spec, name) - HALF_INPUT, lane=HALF_BITS)
+        y = await parts.matmul(ctx, step, (u, name), low=f + kept(spec, name) - HALF_INPUT)
         scale = HALF_PRODUCT
     else:
         y, scale = await parts.matmul(ctx, step, (u, name)), 2 * f
@@ -349,9 +348,7 @@ async def forward(
         name = f"{step}/layer {layer}"
         u = await _norm(ctx, f"{name}/norm 1", spec, h, f"{layer}.qkv", s)
         a = await attention(ctx, f"{name}/attention", spec, layer, u, turn, caches, fresh, s, parts)
-        o = await parts.matmul(
-            ctx, f"{name}/o", (a, f"{layer}.o"), low=nonlinear.QUOTIENT_SCALE - ATTENTION_INPUT
-        )
+        o = await parts.matmul(ctx, f"{name}/o", (a, f"{layer}.o"))
         h = h + o + _bias(ctx, f"{layer}.o_b", RESIDUAL_SCALE - f)
         u = await _norm(ctx, f"{name}/norm 2", spec, h, f"{layer}.in", s)
         m = await mlp(ctx, f"{name}/mlp", spec, layer, u, s, parts)
@@ -432,7 +429,7 @@ async def embed(
     at = ops.one_hot(ctx, e.position, position_offset, index_bits(spec.context))[:, : spec.context]
     turned = spec.positions == "rope"
     factors = [(hot, "embed")] if turned else [(hot, "embed"), (at, "pos")]
-    h = await parts.matmul(ctx, f"{step}/embed", *factors, lane=HALF_BITS)
+    h = await parts.matmul(ctx, f"{step}/embed", *factors, low=0)
     return Rows(h, rotation(ctx, spec, at) if turned else None, padded)
 
 

@@ -16,7 +16,7 @@ import numpy as np
 from mimir import kernels
 from mimir.mpc import prep, waves
 from mimir.mpc.branches import ask, side_by_side
-from mimir.mpc.domain import RING_BITS, TRUNCATION_BITS, Ring, constant, words
+from mimir.mpc.domain import HALF_BITS, RING_BITS, TRUNCATION_BITS, Ring, constant, words
 from mimir.mpc.doors import Masked
 from mimir.mpc.offload import offload
 from mimir.mpc.prep import Kind, Weights
@@ -210,19 +210,19 @@ def _split(y: Share, items: Sequence[Item]) -> list[Share]:
     return out
 
 
-async def matmul(
-    ctx: Context, step: str, *factors: tuple[Share, str], low: int = 0, lane: int = RING_BITS
-) -> Share:
-    """The sum over (x, name) of x (n, k), without `low` bits, times the shared weight matrix `name` (k, m),
-    which has words of `lane` bits: (n, m), modulo 2^(64 - low) and 2^lane, shifted up to be a ring element.
-    One round, 8 bytes an element of x, or 4 of a lane of 32.
+async def matmul(ctx: Context, step: str, *factors: tuple[Share, str], low: int | None = None) -> Share:
+    """The sum over (x, name) of x (n, k) times the shared weight matrix `name` (k, m): (n, m) at the sum of
+    the scales. One round, 8 bytes an element of x.
 
-    What x loses it loses component by component: it is off by up to 1.5 units of what is left.
+    With `low`, of matrices that are shared modulo 2^32: x loses so many bits, up to 1.5 units of what is
+    left, and the product modulo 2^32 comes out times 2^32, as a ring element. 4 bytes.
     """
+    lane = RING_BITS if low is None else HALF_BITS
     taken = [ctx.take(prep.Weight(name, lane), x.shape[0]) for x, name in factors]
-    width = min(lane, RING_BITS - low)
-    shown = [_lowered(x, low, width) + c["x"] for (x, _), c in zip(factors, taken, strict=True)]
-    opened = await ctx.doors.open_low(step, width, *shown)
+    shown = [
+        (x if low is None else _halved(x, low)) + c["x"] for (x, _), c in zip(factors, taken, strict=True)
+    ]
+    opened = await ctx.doors.open_low(step, lane, *shown)
     pairs = [ctx.weights.pair(name) for _, name in factors]
     n, m = shown[0].shape[0], pairs[0][0].shape[1]
 
@@ -234,18 +234,16 @@ async def matmul(
                 product(d, w[i], y[i], add=at > 0)
         for c in taken:
             y -= c["z"].v
-        return y if width == RING_BITS else y.astype(np.uint64, copy=False) << np.uint64(RING_BITS - width)
+        return y if lane == RING_BITS else y.astype(np.uint64) << np.uint64(RING_BITS - lane)
 
     return ctx.share(await ctx.compute(2 * sum(x.size for x in shown) * m, local, (2, n, m)))
 
 
-def _lowered(x: Share, low: int, width: int) -> Share:
-    """x, of either sign, without `low` bits modulo 2^width: within 1.5 units of x / 2^low, in the mean there.
-    No round.
+def _halved(x: Share, low: int) -> Share:
+    """x, of either sign, without `low` bits modulo 2^32: within 1.5 units of x / 2^low, in the mean there. No
+    round.
     """
-    if width == RING_BITS:
-        return x
-    return drop(x - 3 * ((1 << low) - 1) // 2, low, width)
+    return drop(x - 3 * ((1 << low) - 1) // 2, low, HALF_BITS)
 
 
 async def mul(ctx: Context, step: str, *pairs: tuple[Share, Share]) -> list[Share]:
