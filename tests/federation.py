@@ -4,9 +4,10 @@ only.
 
 from __future__ import annotations
 
+import random
 import socket
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +28,13 @@ OFF = '[attestation]\nmode = "off"\n'
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports of loopback that were free a moment ago."""
-    sockets = [socket.socket() for _ in range(count)]
-    for s in sockets:
-        s.bind(("127.0.0.1", 0))
-    ports = [s.getsockname()[1] for s in sockets]
-    for s in sockets:
-        s.close()
+    """Ports of loopback that were free a moment ago, none of those that connections of others are given."""
+    ports: list[int] = []
+    while len(ports) < count:
+        port = random.SystemRandom().randrange(15000, 32000)
+        with socket.socket() as s, suppress(OSError):
+            s.bind(("127.0.0.1", port))
+            ports.append(port)
     return ports
 
 

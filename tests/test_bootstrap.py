@@ -318,7 +318,7 @@ def test_a_restarted_party_rejoins_by_itself(tmp_path: Path) -> None:
         for number in (1, 2):  # the leader is late
             await three.start(number)
         await three.until(lambda: three.agree(1, 2))
-        assert "cannot reach" in three.parties[1].status()["peers"][0]["problem"]
+        await three.until(lambda: "cannot reach" in str(three.parties[1].status()["peers"][0]["problem"]))
         await three.start(0)
         await three.until(lambda: three.agree(0, 1, 2))
         for number in (0, 2):
