@@ -34,7 +34,7 @@ def free_ports(count: int) -> list[int]:
         port = random.SystemRandom().randrange(15000, 32000)
         with socket.socket() as s, suppress(OSError):
             s.bind(("127.0.0.1", port))
-            ports.append(port)
+            ports += [port] if port not in ports else []
     return ports
 
 
