@@ -557,6 +557,8 @@ def predicted(
     ready, wan = row["ready"], row["wan"] or "0"
     rtt, _, rate = wan.partition(":")
     link = cost.Link(float(rtt), float(rate) if rate else None, parties_here=3)
+    before = cost.resident() + dryrun.Shares(spec, KEPT_BYTES).kept_bytes
+    planning = cost._seconds_to_plan(spec, settings, max_context)
     told = dryrun.run(
         spec,
         settings,
@@ -567,7 +569,7 @@ def predicted(
         memory=POOL_MIB << 20,
     )
     tokens = [
-        cost.part(dryrun.ONLINE, b.lanes[dryrun.ONLINE].minus(a.lanes[dryrun.ONLINE]), rates, link)
+        cost.part(b.lanes[dryrun.ONLINE].minus(a.lanes[dryrun.ONLINE]), rates, link)
         for a, b in pairwise(told.of("token")[1:])  # as `_online` does: between decoded ones
     ]
     made = [
@@ -575,10 +577,14 @@ def predicted(
         for a, b in pairwise(told.of("made"))
     ]
     positions = made[-1][0]
-    weights = [cost.part(dryrun.PREP, c, rates, link, positions) for _, n, c in made if not n]
+
+    def share(c: dryrun.Counts, positions: int) -> cost.Part:
+        return cost.part(c, rates, link, positions, extra=planning * c.plans, before=before)
+
+    weights = [share(c, positions) for _, n, c in made if not n]
     full = max(n for at, n, _ in made if at > ready["bucket"])
     batches = [
-        functools.reduce(operator.add, weights, cost.part(dryrun.PREP, c, rates, link, full))
+        functools.reduce(operator.add, weights, share(c, full))
         for at, n, c in made
         if at > ready["bucket"] and n == full
     ]
@@ -588,8 +594,7 @@ def predicted(
             name: statistics.median(getattr(p, name) for p in parts) for name in ("rounds", "sent", "seconds")
         }
 
-    memory = told.peak + cost.resident() + dryrun.Shares(spec, KEPT_BYTES).kept_bytes
-    return {"token": middle(tokens), "preprocessing": middle(batches), "memory": memory}
+    return {"token": middle(tokens), "preprocessing": middle(batches), "memory": before + told.peak}
 
 
 # --- one row ------------------------------------------------------------------------------------------------

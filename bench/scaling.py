@@ -104,8 +104,8 @@ def counted(spec: PlanSpec, context: int) -> dryrun.Run:
 def parts(run: dryrun.Run, rates: cost.Rates, link: cost.Link) -> dict[str, cost.Part]:
     """What the token takes online, and its part of the preprocessing."""
     online, made = cost.last_token(run)
-    each = (cost.part(dryrun.PREP, c, rates, link, n) for c, n in made)
-    return {"online": cost.part(dryrun.ONLINE, online, rates, link), "preprocessing": reduce(add, each)}
+    each = (cost.part(c, rates, link, n) for c, n in made)
+    return {"online": cost.part(online, rates, link), "preprocessing": reduce(add, each)}
 
 
 def seconds(run: dryrun.Run, rates: cost.Rates) -> dict[str, float]:
@@ -137,13 +137,13 @@ def at_once(part: cost.Part, sessions: int) -> float:
 
 
 def one_pass(c: dryrun.Counts, rows: int) -> dryrun.Counts:
-    """Of a pass in which so many sessions decode a token like this one: its rounds, and otherwise as much of
-    each; weights are multiplied by all rows at once.
+    """Of a pass in which so many sessions decode a token like this one: its rounds and calls, and otherwise
+    as much of each; weights are multiplied by all rows at once.
     """
     out = c.copy()
     for name in ("sent", "busiest", "payload", "hashed"):
         setattr(out, name, rows * getattr(c, name))
-    out.work = Counter({kernel: rows * n for kernel, n in c.work.items()})
+    out.work = Counter({k: n if k in dryrun.PYTHON else rows * n for k, n in c.work.items()})
     if rows > 1:
         for name in dryrun.STREAMED:
             out.work[name] += out.work.pop(name + dryrun.ONE_ROW, 0)
@@ -161,7 +161,7 @@ def of_sessions(rates: cost.Rates) -> dict[str, Any]:
     for name, link in LINKS.items():
         making, passing = parts(run, rates, link)["preprocessing"], f"s online, {name}"
         for n, told in zip(AT_ONCE, points, strict=True):
-            told[passing] = cost.part(dryrun.ONLINE, one_pass(online, n), rates, link).seconds
+            told[passing] = cost.part(one_pass(online, n), rates, link).seconds
             told[f"s preprocessing, {name}"] = at_once(making, n)
         fits[passing] = fit(AT_ONCE, [p[passing] for p in points])
         busiest = max(making.processor, making.link)

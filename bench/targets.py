@@ -518,20 +518,24 @@ def _worst(parties: Sequence[Mapping[str, float]]) -> dict[str, float]:
 # --- predictions and floors ---------------------------------------------------------------------------------
 
 
-def floors(lane: str, c: dryrun.Counts, rates: cost.Rates) -> dict[str, float]:
+def floors(c: dryrun.Counts, rates: cost.Rates) -> dict[str, float]:
     """Seconds below which this work cannot come: of multiplying, of the link, of the delay."""
     known = {*dryrun.RULES, *(name + dryrun.ONE_ROW for name in dryrun.STREAMED), "prg"}
     work = sum(rates.seconds[k] * n for k, n in c.work.items() if k in known)
-    told = cost.part(lane, c, rates, cost.Link(LINK_RTT, LINK_MBIT))
+    told = cost.part(c, rates, cost.Link(LINK_RTT, LINK_MBIT))
     crowd = max(1.0, PARTIES / rates.cores)
     return {"multiplying": crowd * work, "link": told.link, "delay": told.delay}
 
 
-def expected(lane: str, shares: Sequence[cost.Shared], rates: cost.Rates, planning: float) -> dict[str, Any]:
-    """What the model says of work that serves so many positions, for one of them, and its floors."""
+def expected(
+    shares: Sequence[cost.Shared], rates: cost.Rates, planning: float, before: float
+) -> dict[str, Any]:
+    """What the model says of work that serves so many positions, for one of them, and its floors, where a
+    party has `before` bytes of memory.
+    """
     link = cost.Link(parties_here=PARTIES)
-    parts = [cost.part(lane, c, rates, link, n, extra=planning * c.plans) for c, n in shares]
-    each = [{k: v / n for k, v in floors(lane, c, rates).items()} for c, n in shares]
+    parts = [cost.part(c, rates, link, n, extra=planning * c.plans, before=before) for c, n in shares]
+    each = [{k: v / n for k, v in floors(c, rates).items()} for c, n in shares]
     whole = functools.reduce(operator.add, parts).plain()
     return whole | {"floors": {name: sum(f[name] for f in each) for name in each[0]}}
 
@@ -541,23 +545,27 @@ def predicted(spec: PlanSpec, context: int, rates: cost.Rates) -> dict[str, Any]
     them.
     """
     limits: dict[str, Any] = {"max_context": context, "ahead": AHEAD, "memory": MEMORY}
-    end = dryrun.run_last(spec, SETTINGS, **limits)
+    end = dryrun.run_last(spec, SETTINGS, **limits, most=BLOCK)
     start = dryrun.run(spec, SETTINGS, bucket=PROMPT, tokens=1, **limits)
-    online, made = cost.last_token(end)
+    online, (tokens, block) = cost.last_token(end)
+    tokens.counts.work[dryrun.GROWN] += tokens.positions * end.material  # it is all kept, see `decode`
+    made = (tokens, block)
     first, first_made = cost.first_token(start)
     planning = cost._seconds_to_plan(spec, SETTINGS, context)
 
-    def both(online: dryrun.Counts, made: Sequence[cost.Shared]) -> dict[str, Any]:
+    weights = cost.resident() + dryrun.Shares(spec, dryrun.KEPT_BYTES).kept_bytes
+
+    def both(online: dryrun.Counts, made: Sequence[cost.Shared], before: float) -> dict[str, Any]:
         return {
-            "online": expected(dryrun.ONLINE, [cost.Shared(online, 1)], rates, planning),
-            "prep": expected(dryrun.PREP, made, rates, planning),
+            "online": expected([cost.Shared(online, 1)], rates, planning, before),
+            "prep": expected(made, rates, planning, before),
         }
 
-    joint = cost.part(dryrun.ONLINE, one_pass(online, AT_ONCE), rates, cost.Link(parties_here=PARTIES))
+    joint = cost.part(one_pass(online, AT_ONCE), rates, cost.Link(parties_here=PARTIES))
     return {
-        "token": both(online, made) | {"at once": AT_ONCE / joint.seconds},
-        "prefill": both(first, [cost.Shared(first_made, 1)]),
-        "block": made[1].positions,
+        "token": both(online, made, weights + end.peak) | {"at once": AT_ONCE / joint.seconds},
+        "prefill": both(first, [cost.Shared(first_made, 1)], weights),
+        "block": block.positions,
     }
 
 

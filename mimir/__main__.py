@@ -460,7 +460,7 @@ def _parser(program: str) -> argparse.ArgumentParser:
         _cost,
         "say what a model will cost, before anything runs",
         "Rounds, bytes, memory and seconds of a prompt and of a decoded token, for one party. Rounds and\n"
-        "bytes are exact; seconds are a model of this machine, which is measured for some ten seconds, and\n"
+        "bytes are exact; seconds are a model of this machine, which is measured for twenty seconds, and\n"
         "of the link that is named. A directory with nothing but config.json is enough.\n\n"
         "examples:\n"
         "  mimir cost --model gpt2/ --context 128\n"

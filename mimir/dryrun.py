@@ -5,7 +5,8 @@ Large arrays are one zero, stretched; kernels give results of the right shape an
 at once what a peer of the same shape would send. What is left are the engine's decisions: which rounds, with
 which step names and sizes, which kernels over how many elements, and which arrays are alive together. So
 rounds and bytes are exact by construction, framing included, and follow every change of the engine; a kernel
-or an array function that is not known here is really run, over zeros.
+or an array function that is not known here is really run, over zeros. The engine's Python does run, and its
+calls are counted, those in threads included.
 
 For planning, in a process that is no party: `run` replaces what the engine's modules call `kernels`, `np` and
 `offload`, and what `doors` compares, while it runs, and puts all back. It would take a party's checks away.
@@ -37,7 +38,7 @@ from mimir.actors import cause_of
 from mimir.actors.decode import DecodeActor
 from mimir.actors.lane import open_lane
 from mimir.actors.session import Limits, SessionActor, Step, Turn, plan_turn, sized
-from mimir.actors.triples import Batch, bytes_of
+from mimir.actors.triples import IN_HEAP, Batch, bytes_of
 from mimir.config import TriplePool
 from mimir.errors import BadInput, LocalError
 from mimir.manifest import COMPONENTS, tensors_of
@@ -46,6 +47,7 @@ from mimir.mpc import doors as doors_module
 from mimir.mpc import prep
 from mimir.mpc.doors import Doors
 from mimir.mpc.nonlinear import Settings
+from mimir.mpc.offload import THREAD_WORK
 from mimir.mpc.share import Share
 from mimir.net import Payload, wire
 from mimir.net.messages import Message, Open, Sampler
@@ -62,7 +64,13 @@ STREAMED: Final = ("matmul", "matmul32")  # kernels whose products of one row ar
 ONE_ROW: Final = " of one row"  # that ends so: they are bound by memory, not by multiplying
 DECRYPT: Final = "decrypt"  # bytes of shares at rest
 ARRAY, LARGE_ARRAY = "array", "large array"  # bytes read and written by functions of numpy
-CACHED: Final = 1 << 20  # bytes of an array that may still lie in a cache, and that costs no fresh pages
+CACHED: Final = 1 << 20  # bytes of an array that may still lie in a cache
+CALLS: Final = {lane: f"call {lane}" for lane in (ONLINE, PREP)}  # of functions, by the engine or within it
+KERNEL: Final = "call of a kernel"  # beside its work
+THREAD: Final = "work in a thread"  # `offload` of one piece, beside that work
+GROWN: Final = "memory grown by"  # bytes by which arrays alive at once came to more than ever before
+MAPPED: Final = "memory mapped"  # bytes of arrays so large that each is mapped, and cleared, anew
+PYTHON: Final = (*CALLS.values(), KERNEL, THREAD)  # what several rows that go together need once
 _ENGINE: Final = ("mimir.mpc.", "mimir.model.", "mimir.actors.")  # modules whose names are replaced
 PARTY_MODULES: Final = ("mimir.net.mesh", "mimir.actors.peer", "mimir.party")  # none is a party without them
 
@@ -82,7 +90,7 @@ class Counts:
     payload: int = 0  # of these, without framing
     hashed: int = 0  # bytes through SHA-256
     plans: int = 0  # how often a step was planned
-    work: Counter[str] = field(default_factory=Counter)  # units by kernel; bytes of array functions
+    work: Counter[str] = field(default_factory=Counter)  # units by kernel; bytes of array functions; calls
 
     def copy(self) -> Counts:
         out = Counts(self.rounds, self.sent, self.busiest, self.payload, self.hashed, self.plans)
@@ -109,6 +117,8 @@ class Tally:
     lanes: dict[str, Counts] = field(default_factory=lambda: {ONLINE: Counts(), PREP: Counts()})
     live: int = 0  # bytes of arrays alive
     peak: int = 0
+    mapped: int = 0  # of these, in memory of their own
+    heap: int = 0  # the most that the others took
 
     def add(self, key: str, units: float) -> None:
         lane = _lane.get()
@@ -118,6 +128,17 @@ class Tally:
     def grow(self, size: int) -> None:
         self.live += size
         self.peak = max(self.peak, self.live)
+        if size > IN_HEAP:
+            self.mapped += size
+            self.add(MAPPED, size)
+        elif self.live - self.mapped > self.heap:
+            self.add(GROWN, self.live - self.mapped - self.heap)
+            self.heap = self.live - self.mapped
+
+    def shrink(self, size: int) -> None:
+        self.live -= size
+        if size > IN_HEAP:
+            self.mapped -= size
 
 
 _tally = Tally()  # of the run in progress
@@ -142,7 +163,7 @@ class Stretched(np.ndarray[Any, Any]):
 
     def __del__(self) -> None:
         if self._owned and self._of is not None:
-            self._of.live -= self._owned
+            self._of.shrink(self._owned)
 
     def __setitem__(self, key: Any, value: Any) -> None:
         pass
@@ -462,6 +483,7 @@ class _Kernels:
         def call(*args: Any, **kw: Any) -> Any:
             out, add = kw.pop("out", None), kw.pop("add", False)
             shape, units = rule(*args, **kw)
+            _tally.add(KERNEL, 1)
             apart = name in STREAMED and args[0].shape[-2] == 1 and args[1].nbytes > CACHED
             _tally.add(name + ONE_ROW if apart else name, units)
             if shape is None:
@@ -479,6 +501,7 @@ class _Kernels:
         return call
 
     def _prg(self, key: Any, stream: int, out: Array, offset_blocks: int = 0) -> None:
+        _tally.add(KERNEL, 1)
         _tally.add("prg", out.nbytes)
 
 
@@ -614,7 +637,34 @@ class NoLog:
 
 
 async def _inline(work: int, fn: Callable[[], Any]) -> Any:
+    if work >= THREAD_WORK:
+        _tally.add(THREAD, 1)
     return fn()
+
+
+@contextmanager
+def _calls_counted() -> Iterator[None]:
+    """Count calls of the engine's functions, and those that they make, of this thread."""
+    engine: dict[Any, bool] = {}  # by code
+
+    def note(frame: Any, event: str, _: Any) -> None:
+        if event == "call":
+            code, caller = frame.f_code, frame.f_back
+            if code not in engine:
+                engine[code] = frame.f_globals.get("__name__", "").startswith(_ENGINE)
+            if not (engine[code] or (caller is not None and engine.get(caller.f_code))):
+                return
+        elif event != "c_call" or not engine.get(frame.f_code):
+            return
+        if lane := _lane.get():
+            _tally.lanes[lane].work[CALLS[lane]] += 1
+
+    before = sys.getprofile()
+    sys.setprofile(note)
+    try:
+        yield
+    finally:
+        sys.setprofile(before)
 
 
 @contextmanager
@@ -708,6 +758,8 @@ class _Session(SessionActor):
     until: int | None = None  # answer one batch of preprocessing's worth of tokens, the last at this position
     seeded = 0
     rows = 0  # of the last block of products with weights
+    most: int | None = None  # rows of such a block
+    material = 0  # bytes of it that a token takes
     pool = 0  # bytes of material that may be ready besides the batch in use
 
     def _demand(self, step: Step) -> Any:
@@ -729,9 +781,11 @@ class _Session(SessionActor):
         last = self._demand(Step("plan", slots - 1, 1, False, True))
         weights = session_module._weights_of(last)
         size = bytes_of(last, self._shapes) - bytes_of(weights, self._shapes)
+        self.material = size
         self.pool = size * max(0, self._ahead - self._group)
         if self.until is None:
             return
+        self._block = min(self._block, self.most or self._block)
         room = self.until - 1 - sum(self.terms.buckets)
         tokens = min(self._group, room)
         self.terms = replace(self.terms, max_new=tokens + 1)
@@ -786,25 +840,21 @@ class Mark:
     kind: str  # "token", or "made" after a batch of preprocessing
     positions: int  # made so far
     lanes: dict[str, Counts]
-    processor: float  # seconds that this process had used
 
 
 class Client:
-    """A client that gives zeros for a prompt, once `need` positions are prepared, and takes notes."""
+    """A client that gives zeros for a prompt and takes notes."""
 
     key = CLIENT
 
-    def __init__(self, tally: Tally | None = None, need: int = 0) -> None:
-        self._tally = tally or Tally()
-        self._need, self._prepared = need, trio.Event()
+    def __init__(self, tally: Tally) -> None:
+        self._tally = tally
         self._send, self._receive = trio.open_memory_channel[Message](8)
         self.marks: list[Mark] = []
 
     def _mark(self, kind: str, positions: int = 0) -> None:
         lanes = {k: v.copy() for k, v in self._tally.lanes.items()}
-        self.marks.append(Mark(kind, positions, lanes, time.process_time()))
-        if kind == "made" and positions >= self._need:
-            self._prepared.set()
+        self.marks.append(Mark(kind, positions, lanes))
 
     async def send(self, message: Mapping[str, Any]) -> None:
         match message["t"]:
@@ -822,8 +872,6 @@ class Client:
                 await self._send.send({"t": "close"})
 
     async def receive(self, timeout: float | None = None) -> Message:
-        if self._need:
-            await self._prepared.wait()
         return await self._receive.receive()
 
 
@@ -838,6 +886,7 @@ class Run:
     block: int  # rows for which products with weights were last made together; 0 but at the end of a context
     peak: int  # bytes of arrays alive at once, the weights' shares apart
     pool: int  # bytes of material that a longer session keeps ready besides a batch of tokens
+    material: int  # bytes of a token's material at the end of the context, products with weights apart
 
     def of(self, kind: str) -> list[Mark]:
         return [m for m in self.marks if m.kind == kind]
@@ -861,7 +910,7 @@ def run(
     `ahead` and `memory`, in bytes, are those of [triple_pool], `keep` the bytes of shares that may stay in
     memory. Raises what the engine raises for lengths that do not fit.
     """
-    return _run(spec, settings, bucket, tokens, max_context, ahead, memory, keep, session, sampler, None)
+    return _run(spec, settings, bucket, tokens, max_context, ahead, memory, keep, session, sampler)
 
 
 def run_last(
@@ -874,16 +923,18 @@ def run_last(
     keep: int = KEPT_BYTES,
     session: bytes = bytes(16),
     sampler: Sampler | None = None,
+    most: int | None = None,
 ) -> Run:
     """The end of a session that fills `max_context`: its last full batch of decoded tokens.
 
     A prompt of one position, then as many tokens as the engine prepares together, behind a cache that is
-    there from the start. Products with weights are those of a whole block of tokens. What is before the first
-    token is not to be used. A frame carries smaller numbers than at the end of a real session, and so may
-    have a few bytes less.
+    there from the start. Products with weights are those of a whole block of tokens, or of `most`. What is
+    before the first token is not to be used. A frame carries smaller numbers than at the end of a real
+    session, and so may have a few bytes less.
     """
     until = min(max_context, spec.context)
-    return _run(spec, settings, 1, 1, max_context, ahead, memory, keep, session, sampler, until)
+    lengths = (1, 1, max_context, ahead, memory, keep)
+    return _run(spec, settings, *lengths, session, sampler, until, most)
 
 
 def _run(
@@ -897,7 +948,8 @@ def _run(
     keep: int,
     session: bytes,
     sampler: Sampler | None,
-    until: int | None,
+    until: int | None = None,
+    most: int | None = None,
 ) -> Run:
     tally = Tally()
     lanes: dict[str, Counts] = {}
@@ -912,7 +964,7 @@ def _run(
             transport, terms.model, sized(spec, max_context), shares, settings, most=1, round_seconds=math.inf
         )
         actor = _Session(transport, terms, [client], spec, shares, settings, limits, decoder)
-        actor.until = until
+        actor.until, actor.most = until, most
         session_module.plan_turn = actor.turn
         try:
             async with trio.open_nursery() as nursery:
@@ -926,8 +978,10 @@ def _run(
 
     with _nothing_real(tally):
         try:
-            actor = trio.run(main)
+            with _calls_counted():
+                actor = trio.run(main)
         finally:
             session_module.plan_turn = plan_turn
     told = sum(m.kind == "token" for m in client.marks)
-    return Run(bucket, told, tuple(client.marks), lanes, actor.rows, tally.peak, actor.pool)
+    marks = tuple(client.marks)
+    return Run(bucket, told, marks, lanes, actor.rows, tally.peak, actor.pool, actor.material)

@@ -31,7 +31,7 @@ from session_fixture import (
 
 import mimir.actors.session as session_module
 import mimir.actors.triples as triples_module
-from mimir import cost, dryrun, kernels
+from mimir import calibration, cost, dryrun, kernels, loopback
 from mimir.__main__ import main
 from mimir.actors.lane import open_lane
 from mimir.actors.session import SessionActor
@@ -39,7 +39,7 @@ from mimir.dryrun import ONLINE, PREP
 from mimir.errors import BadInput, LocalError, ModelError
 from mimir.manifest import explicit_components
 from mimir.model import load_checkpoint, read_spec
-from mimir.mpc import check, doors, nonlinear, ops, prep
+from mimir.mpc import check, domain, doors, nonlinear, ops, prep
 from mimir.mpc.doors import Doors
 from mimir.net.memory import MemoryNet
 
@@ -227,8 +227,9 @@ def test_what_was_replaced_is_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not isinstance(ladder[0].tables, dryrun.Stretched)
 
 
-def test_kernel_rules_agree_with_the_kernels() -> None:
-    examples = cost._examples()
+@pytest.mark.parametrize("small", [False, True])
+def test_kernel_rules_agree_with_the_kernels(small: bool) -> None:
+    examples = calibration.examples(small)
     assert set(examples) == {*dryrun.RULES, *(name + dryrun.ONE_ROW for name in dryrun.STREAMED)}
     for kind in (np.uint16, np.uint8):
         narrow = (np.ones((8, 16), kind), np.zeros(8, np.uint64))
@@ -327,11 +328,9 @@ def test_memory_is_given_back() -> None:
 def rates(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Of this machine, measured once by the command's own calibration."""
     file = tmp_path_factory.mktemp("rates") / "rates.json"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cost, "MIN_SECONDS", 0.0)
-        patch.setattr(cost, "BEST_OF", 1)
-        measured = cost.calibrate()
-    assert set(measured.seconds) == cost._keys() and min(measured.seconds.values()) > 0
+    measured = cost.calibrate(best_of=1, least=0.0, memory=4 * calibration.PIECE)
+    assert set(measured.seconds) == calibration.keys() and min(measured.seconds.values()) > 0
+    assert measured.cores == os.cpu_count() and 0 <= measured.near <= 4 * calibration.PIECE
     measured.write(file)
     return file
 
@@ -378,6 +377,7 @@ def test_the_command_needs_no_weights(
             p = told[part][lane]
             assert p["delay"] == pytest.approx(p["rounds"] * 0.01)
             assert 0 < p["link"] <= p["sent"] * 8e-8
+            assert p["turns"] == 0  # a machine for each party
             assert p["seconds"] == pytest.approx(p["processor"] + p["link"] + p["delay"])
             assert p["floor"] == max(p["processor"], p["link"], p["delay"])
     spec = read_spec(model)
@@ -414,12 +414,115 @@ def test_what_is_not_kept_is_counted_each_time_it_is_made() -> None:
 def test_seconds_are_what_the_model_says() -> None:
     counts = dryrun.Counts(rounds=10, sent=3_000_000, busiest=2_000_000, hashed=7)
     counts.work["matmul"] = 5
-    seconds = {"matmul": 0.1, "hash": 0.01, "round online": 0.2, "round prep": 0.3}
-    rates = cost.Rates(seconds, "ref", cores=2)
-    near = cost.part(ONLINE, counts, rates, cost.Link())
-    assert near == cost.Part(10, 3e6, pytest.approx(0.5 + 0.07 + 2.0), 0, 0)
-    away = cost.part(PREP, counts, rates, cost.Link(20, 8, parties_here=3), per=2, extra=1.0)
-    assert away == cost.Part(5, 1.5e6, pytest.approx(1.5 * 4.57 / 2), pytest.approx(1.0), pytest.approx(0.05))
+    seconds = {"matmul": 0.1, "hash": 0.01, "round": 0.2, "sent": 1e-7}
+    seconds |= {dryrun.GROWN: 0.05, dryrun.MAPPED: 0.01}
+    rates = cost.Rates(seconds, "ref", cores=2, near=30)
+    near = cost.part(counts, rates, cost.Link())
+    assert near == cost.Part(10, 3e6, pytest.approx(0.5 + 0.07 + 2.0 + 0.3), 0, 0, 0)
+    away = cost.part(counts, rates, cost.Link(20, 8, parties_here=3), per=2, extra=1.0)
+    turns = 0.5 * 10 * cost.SLICE / 2  # of two whole ones, beyond three halves
+    assert away == cost.Part(
+        5, 1.5e6, pytest.approx(1.5 * 3.87 / 2), pytest.approx(turns), pytest.approx(1.0), pytest.approx(0.05)
+    )
+    assert away.seconds == pytest.approx(away.processor + away.turns + 1.05)
+    # Fresh memory: of the 30 bytes that come fast, 4 are left to this party, or all, or none.
+    counts.work[dryrun.GROWN] = 20
+    for parties, before, grown in ((3, 6, 16 * 0.05 + 4 * 0.01), (1, 0, 20 * 0.01), (3, 11, 20 * 0.05)):
+        part = cost.part(counts, rates, cost.Link(parties_here=parties), before=before)
+        assert part.processor == pytest.approx(parties / min(parties, 2) * (2.87 + grown))
+
+
+def test_short_rounds_wait_for_whole_turns() -> None:
+    """Three parties on two cores take twice their time if they compute little in a round; four do anyway."""
+    rates = cost.Rates({"round": 1e-3, "hash": 0, "sent": 0, dryrun.GROWN: 0, dryrun.MAPPED: 0}, "ref", 2, 0)
+    counts = dryrun.Counts(rounds=100)
+    for parties, factor in ((1, 1), (2, 1), (3, 2), (4, 2)):
+        assert cost.part(counts, rates, cost.Link(parties_here=parties)).seconds == pytest.approx(
+            factor * 0.1
+        )
+
+
+def test_calls_and_threads_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By lane: of the engine's functions and what they call, of kernels, of what goes to threads."""
+
+    def work() -> dict[str, Any]:
+        run = dryrun.run(LLAMA, SETTINGS, bucket=1, tokens=2, max_context=LLAMA.context, ahead=4)
+        return {lane: c.work for lane, c in run.lanes.items()}
+
+    profiler = sys.getprofile()
+    before, again = work(), work()
+    assert sys.getprofile() is profiler
+    for lane, other in ((ONLINE, PREP), (PREP, ONLINE)):
+        counts, calls = before[lane], dryrun.CALLS[lane]
+        assert counts[calls] > counts[dryrun.KERNEL] > 0 and dryrun.CALLS[other] not in counts
+        # What tasks do in another order, and tables made once, are a few calls.
+        assert again[lane][calls] == pytest.approx(counts[calls], rel=0.01)
+        assert again[lane][dryrun.KERNEL] == counts[dryrun.KERNEL]
+    truncate, more = ops.truncate, 0
+
+    async def longer(*args: Any) -> Any:
+        nonlocal more
+        for _ in range(1000):
+            domain.words(1)  # of the engine, where this one is not
+        more += 1000 * (dryrun._lane.get() == ONLINE)  # and not where it is planned
+        return await truncate(*args)
+
+    monkeypatch.setattr(ops, "truncate", longer)
+    monkeypatch.setattr(dryrun, "THREAD_WORK", 0)
+    after = work()
+    grown = {lane: after[lane][calls] - before[lane][calls] for lane, calls in dryrun.CALLS.items()}
+    assert grown[ONLINE] == pytest.approx(more, rel=0.05) and abs(grown[PREP]) < 0.05 * more
+    assert all(after[lane][dryrun.THREAD] > before[lane][dryrun.THREAD] for lane in (ONLINE, PREP))
+
+
+def test_memory_is_fresh_once_but_for_what_is_mapped() -> None:
+    tally, large = dryrun.Tally(), 1 + dryrun.IN_HEAP // 8
+    with dryrun._nothing_real(tally):
+        token = dryrun._lane.set(PREP)
+        for _ in range(2):
+            x = dryrun.stretched((1000, 1000))
+            del x
+        assert tally.lanes[PREP].work[dryrun.GROWN] == 8_000_000
+        for _ in range(2):
+            x = dryrun.stretched((large,))
+            y = dryrun.stretched((1000, 1001))
+            del x, y
+        dryrun._lane.reset(token)
+    work = tally.lanes[PREP].work
+    assert work[dryrun.GROWN] == 8_008_000 and work[dryrun.MAPPED] == 16 * large
+    assert tally.live == tally.mapped == 0 and tally.peak == 8 * large + 8_008_000
+
+
+def test_a_token_of_a_long_session_takes_no_fresh_memory() -> None:
+    run = dryrun.run_last(LLAMA, SETTINGS, max_context=LLAMA.context, ahead=4)
+    _, made = cost.last_token(run)
+    assert all(dryrun.GROWN not in share.counts.work for share in made)
+    assert cost.first_token(run)[1].work[dryrun.GROWN] > 0 and run.material > 0
+
+
+def test_rows_that_share_products_can_be_fewer(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = SessionActor._sizes
+
+    async def small(self: SessionActor) -> None:
+        await sizes(self)
+        self._group, self._block = 2, 8
+
+    monkeypatch.setattr(SessionActor, "_sizes", small)
+    runs = {
+        most: dryrun.run_last(LLAMA, SETTINGS, max_context=LLAMA.context, ahead=64, most=most)
+        for most in (None, 8, 4)
+    }
+    assert [run.block for run in runs.values()] == [8, 8, 4]
+    whole, same, part = (run.lanes[PREP].payload for run in runs.values())
+    assert whole == same > part
+
+
+def test_parties_on_loopback_that_fail_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    with pytest.raises(LocalError, match="on loopback failed"):
+        loopback.measure(1)
+    with pytest.raises(LocalError, match="measuring this machine failed"):
+        cost.calibrate()
 
 
 def test_the_shape_alone_is_the_shape_of_the_whole(shared_models: dict[str, Any]) -> None:
@@ -464,7 +567,33 @@ def test_bad_arguments_end_with_a_reason(
 def test_rates_survive_their_file(rates: Path) -> None:
     read = cost.Rates.read(rates)
     assert read.kernels == kernels.level()
-    counts = dryrun.Counts(rounds=2, hashed=10)
+    again = rates.parent / "again.json"
+    read.write(again)
+    assert again.read_bytes() == rates.read_bytes() and cost.Rates.read(again) == read
+    counts = dryrun.Counts(rounds=2, hashed=10, sent=7)
     counts.work["matmul"] = 5
-    want = 2 * read.seconds["round prep"] + 10 * read.seconds["hash"] + 5 * read.seconds["matmul"]
-    assert read.processor(PREP, counts) == pytest.approx(want)
+    known = read.seconds
+    want = 2 * known["round"] + 10 * known["hash"] + 7 * known["sent"] + 5 * known["matmul"]
+    assert read.processor(counts) == pytest.approx(want)
+
+
+@pytest.mark.parametrize("change", ["format", "missing", "more", "near", "nan", "negative"])
+def test_rates_of_another_version_are_refused(rates: Path, tmp_path: Path, change: str) -> None:
+    raw = json.loads(rates.read_text())
+    match change:
+        case "format":
+            raw["format"] -= 1
+        case "missing":
+            del raw["seconds"]["round"]
+        case "more":
+            raw["seconds"]["round online"] = 1e-4
+        case "near":
+            del raw["near"]
+        case "nan":
+            raw["seconds"]["round"] = float("nan")
+        case "negative":
+            raw["seconds"]["round"] = -1e-4
+    file = tmp_path / "rates.json"
+    file.write_text(json.dumps(raw))
+    with pytest.raises(BadInput, match="not rates of this version"):
+        cost.Rates.read(file)
