@@ -106,14 +106,23 @@ def events(text: str) -> list[dict[str, Any]]:
 
 def test_it_answers_and_leaves_nothing_and_does_so_again(tmp_path: Path) -> None:
     answers = []
-    for settings in ((), ("--set", "tunnel.rotate_seconds=5")):  # the second one under ever new tunnel keys
+    # The second time under ever new tunnel keys, and so long that they change also on a fast machine.
+    longer = (
+        "--set",
+        "scheduler.output_buckets=[100]",
+        "--max-new",
+        "100",
+        "--set",
+        "tunnel.rotate_seconds=5",
+    )
+    for settings in ((), longer):
         with running("--json", "--workdir", str(tmp_path), *settings) as child:
             out, err = child.communicate(timeout=PATIENCE)
             assert child.returncode == 0, err
             assert left_of(child.pid) == []
         done = [event for event in events(out) if event["event"] == "done"]
         answers.append(done[0]["ids"])
-    assert len(answers[0]) == 4 and answers[0] == answers[1]  # greedy
+    assert len(answers[0]) == 4 and answers[0] == answers[1][:4]  # greedy
     committed = (tmp_path / "party0" / "log").read_text().count("rotation committed")
     assert committed >= 4  # with both peers, more than the first
     assert (tmp_path / "party0" / "identity.key").stat().st_mode & 0o777 == 0o600
