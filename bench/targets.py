@@ -72,8 +72,9 @@ from run import commit, machine, planned, third, threads_rule  # noqa: E402
 from scaling import SMALL, one_pass  # noqa: E402
 
 from mimir import cost, dryrun, kernels  # noqa: E402
-from mimir.actors.decode import OPEN_LANE, DecodeActor  # noqa: E402
+from mimir.actors.decode import DecodeActor  # noqa: E402
 from mimir.actors.session import Limits, SessionActor, Turn, plan_turn, sized  # noqa: E402
+from mimir.loopback import Decoders  # noqa: E402
 from mimir.manifest import tensors_of  # noqa: E402
 from mimir.model import sampling, transformer  # noqa: E402
 from mimir.model.checkpoint import PlanSpec  # noqa: E402
@@ -269,18 +270,6 @@ class Client:
         if message["t"] == "offsets":
             self.mark("start")
         return message
-
-
-class Decoders:
-    """This party's decode actor, one for each task: the leader asks for its lane."""
-
-    def __init__(self, transport: Transport) -> None:
-        self.actor: DecodeActor
-        transport.on_request(OPEN_LANE, self._open)
-
-    async def _open(self, peer: int, body: Mapping[str, Any]) -> dict[str, Any]:
-        self.actor.renew(peer, bytes.fromhex(body["lane"]))
-        return {}
 
 
 async def sessions(

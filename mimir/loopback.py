@@ -151,8 +151,8 @@ class _Client:
         return await self._receive.receive()
 
 
-class _Decoders:
-    """The leader asks the others for the lane of the session's decode actor."""
+class Decoders:
+    """This party's decode actor, one session after another: the leader asks for its lane."""
 
     def __init__(self, transport: Transport) -> None:
         self.actor: DecodeActor
@@ -174,7 +174,7 @@ class _Timed(SessionActor):
             self.planning += time.thread_time() - before
 
 
-async def _session(transport: Transport, decoders: _Decoders, number: int) -> dict[str, float]:
+async def _session(transport: Transport, decoders: Decoders, number: int) -> dict[str, float]:
     name = number.to_bytes(16, "big")
     weights, client = _Zeros(SPEC), _Client()
     decoder = decoders.actor = DecodeActor(
@@ -232,7 +232,7 @@ async def _rounds(transport: Transport, number: int) -> dict[str, float]:
 
 
 async def _measured(transport: Transport, repetitions: int) -> list[dict[str, float]]:
-    decoders = _Decoders(transport)
+    decoders = Decoders(transport)
     await _session(transport, decoders, 0)  # makes the tables that a party makes once
     out = []
     for number in range(1, repetitions + 1):

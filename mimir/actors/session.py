@@ -287,7 +287,8 @@ class SessionActor(Actor[Any]):
         weights, rest = await sizes(Step("plan", slots - 1, 1, False, True))
         _, row = await sizes(Step("plan", min(slots, max(self.limits.prompt_buckets)) - 1, 1, True, False))
         self._chunk = max(1, min(PROMPT_ROWS, half // row))
-        pair = 2 if rest <= BATCH_BYTES else 1  # two take an eighth less of the processors than one by one
+        # Two take an eighth less of the processors than one by one.
+        pair = 2 if rest <= min(BATCH_BYTES, half // 2) else 1
         self._group = max(pair, min(DECODE_BATCH, BATCH_BYTES // rest))
         self._block = max(self._chunk, BATCH_BYTES // weights)
         self._ahead = max(1, min(self.limits.ahead, half // rest))

@@ -608,7 +608,8 @@ async def _truncs(b: Batch, kinds: Mapping[Kind, int], lane: int) -> Made:
     reduce, so nothing carries; u are two bits, random by themselves. Whatever is below 2^62 and masked by r
     is uniform for every party: it lacks a component of v, uniform below 2^62, and does not know u. Since a
     sum with v does not reach 2^64, whether one with r does is told by u and what is opened (ops.truncate).
-    Three rounds; three more for products with bits, and one for each width of norms.
+    Three rounds; three more for products with bits, one for each width of norms, and for each choice one more
+    than it has values.
     """
     bk, name = b.doors.bk, f"trunc {lane}"
     shifts = {k: np.tile(np.array(_drops(k), np.uint64), n * _width(k)) for k, n in kinds.items()}
