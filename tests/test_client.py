@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import replace
@@ -33,6 +34,10 @@ from mimir.net.identity import Identity, exchange_public
 from mimir.net.messages import FROM_CLIENT, Message, Open, Sampler, pack
 from mimir.net.seal import Handshake
 
+pytestmark = [  # what is left open is an error here; `run` has it noticed by the test that left it
+    pytest.mark.filterwarnings("error::ResourceWarning"),
+    pytest.mark.filterwarnings("error::pytest.PytestUnraisableExceptionWarning"),
+]
 PROMPT = [5, 250, 17]
 
 
@@ -44,6 +49,7 @@ def run(test: Callable[[], Awaitable[None]]) -> None:
             await test()
 
     trio.run(guarded)
+    gc.collect()  # so that a socket that was left open fails the test that left it
 
 
 async def open_one(
@@ -662,6 +668,7 @@ async def handshaken(
     socket = await stack.enter_async_context(
         open_websocket(party.host, party.port, "/mimir/1", use_ssl=False)
     )
+    stack.callback(socket._stream.socket.close)  # the library leaves it open where the other end hung up
     handshake = Handshake.initiator(
         made.clients[0].exchange_key(), exchange_public(bytes.fromhex(party.identity))
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import random
 import re
@@ -36,6 +37,10 @@ from mimir.net.identity import (
 from mimir.net.memory import MemoryNet, Tapped
 from mimir.net.mesh import Mesh, PeerAt, open_listeners, open_mesh
 
+pytestmark = [  # what is left open is an error here; `run` has it noticed by the test that left it
+    pytest.mark.filterwarnings("error::ResourceWarning"),
+    pytest.mark.filterwarnings("error::pytest.PytestUnraisableExceptionWarning"),
+]
 PARTIES = 3
 CONFIG = bytes(range(32))
 PATIENCE = 20.0  # seconds of real time in which a loopback test must be over
@@ -114,9 +119,20 @@ async def memory_world() -> AsyncIterator[World]:
 IDENTITIES = [Identity.generate() for _ in range(PARTIES)]
 
 
+LEFT: list[trio.socket.SocketType] = []  # what a test itself opened; `run` closes it
+
+
+async def dial(place: PeerAt) -> trio.SocketStream:
+    """A connection of the test's own."""
+    stream = await trio.open_tcp_stream(place.host, place.port)
+    LEFT.append(stream.socket)
+    return stream
+
+
 async def ports(n: int = PARTIES) -> tuple[list[list[trio.SocketListener]], list[PeerAt]]:
     """Open listeners, and where everyone is."""
     listeners = [await open_listeners("127.0.0.1", 0) for _ in range(n)]
+    LEFT.extend(listener.socket for group in listeners for listener in group)
     places = [
         PeerAt(i, "127.0.0.1", listeners[i][0].socket.getsockname()[1], IDENTITIES[i].public)
         for i in range(n)
@@ -162,10 +178,16 @@ def run(test: Callable[[], Awaitable[None]]) -> None:
     """Run a test's body; nothing on loopback takes longer than PATIENCE."""
 
     async def body() -> None:
-        with trio.fail_after(2 * PATIENCE):
-            await test()
+        try:
+            with trio.fail_after(2 * PATIENCE):
+                await test()
+        finally:
+            for sock in LEFT:
+                sock.close()
+            LEFT.clear()
 
     trio.run(body)
+    gc.collect()  # so that a socket that was left open fails the test that left it
 
 
 def in_world(world: Worlds, test: Callable[[World], Awaitable[None]]) -> None:
@@ -1372,7 +1394,7 @@ async def call_all_lanes(place: PeerAt) -> dict[str, trio.SocketStream]:
     out = {}
     generation = b""
     for lane in LANES:
-        out[lane] = await trio.open_tcp_stream(place.host, place.port)
+        out[lane] = await dial(place)
         hand = end(0, dial=place.party, lane=lane, generation=generation)
         await play(out[lane], hand)
         if lane == "control":
@@ -1385,6 +1407,7 @@ async def answer_all_lanes(listener: trio.SocketListener, party: int) -> dict[st
     out: dict[str, trio.SocketStream] = {}
     while len(out) < len(LANES):
         stream = await listener.accept()
+        LEFT.append(stream.socket)
         hand = end(party)
         await play(stream, hand)
         out[hand.lane] = stream
@@ -1407,13 +1430,13 @@ def test_strangers_and_garbage_at_the_door_change_nothing() -> None:
         async with lone_mesh() as (made, places, _):
             with capture_logs() as logs:
                 for junk in (b"GET / HTTP/1.1\r\n\r\n", os.urandom(500), b"", wire.encode(wire.Ping())):
-                    stream = await trio.open_tcp_stream("127.0.0.1", places[1].port)
+                    stream = await dial(places[1])
                     await stream.send_all(junk)
                     if not junk:
                         await stream.send_eof()
                     assert await hung_up(stream)
                 stranger = end(0, identity=STRANGER, keys={**KEYS, 0: STRANGER.public}, dial=1)
-                stream = await trio.open_tcp_stream("127.0.0.1", places[1].port)
+                stream = await dial(places[1])
                 with pytest.raises(HandshakeError, match="identity: refused by the other end"):
                     await play(stream, stranger)
             assert sum(line["event"] == "connection refused" for line in logs) == 5
@@ -1423,7 +1446,7 @@ def test_strangers_and_garbage_at_the_door_change_nothing() -> None:
                 while not made.up(0):
                     await trio.sleep(0.01)
             # while they stand, more strangers come and nothing happens to the links
-            stream = await trio.open_tcp_stream("127.0.0.1", places[1].port)
+            stream = await dial(places[1])
             await stream.send_all(os.urandom(100))
             assert await hung_up(stream)
             assert made.up(0)
@@ -1439,7 +1462,7 @@ def test_a_lane_cannot_join_another_generation_or_come_twice() -> None:
             streams = await call_all_lanes(places[1])
             for lane, generation, item in (("online", bytes(32), "generation"), ("prep", b"known", "lane")):
                 known = made._generations[0].ident if generation == b"known" else generation
-                stream = await trio.open_tcp_stream("127.0.0.1", places[1].port)
+                stream = await dial(places[1])
                 with pytest.raises(HandshakeError, match=f"{item}: refused"):
                     await play(stream, end(0, dial=1, lane=lane, generation=known))
             assert made.up(0)
@@ -1453,10 +1476,10 @@ def test_those_who_never_prove_themselves_are_dropped_and_bounded(monkeypatch: p
 
     async def test() -> None:
         async with lone_mesh(handshake_deadline=0.5) as (_made, places, _):
-            idle = [await trio.open_tcp_stream("127.0.0.1", places[1].port) for _ in range(2)]
+            idle = [await dial(places[1]) for _ in range(2)]
             await trio.sleep(0.1)
             start = trio.current_time()
-            third = await trio.open_tcp_stream("127.0.0.1", places[1].port)
+            third = await dial(places[1])
             assert await hung_up(third) and trio.current_time() - start < 0.3
             for stream in idle:
                 assert await hung_up(stream)
@@ -1481,9 +1504,6 @@ def test_the_mesh_says_why_a_peer_is_not_up() -> None:
             ):
                 with pytest.raises(PeerError, match=r"party 1.*config"):
                     await zero.wait_up(0.5)
-        for group in listeners:
-            for listener in group:
-                listener.socket.close()
 
     run(test)
 

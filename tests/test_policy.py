@@ -38,7 +38,10 @@ from mimir.client.terminal import Terminal
 from mimir.errors import AttestationError, BadInput, ConfigError, LocalError
 from mimir.net.identity import Identity
 
-pytestmark = pytest.mark.filterwarnings("error")
+pytestmark = [
+    pytest.mark.filterwarnings("error"),
+    pytest.mark.filterwarnings("ignore::ResourceWarning"),  # of sockets that other tests left open
+]
 NOW = pki.NOW
 
 AMD, INTEL, AWS = pki.Amd.make(), pki.Intel.make(), pki.Aws.make()

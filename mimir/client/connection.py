@@ -146,6 +146,7 @@ async def _connect(
 ) -> AsyncIterator[Connection]:
     expected = exchange_public(bytes.fromhex(party.identity))
     async with trio.open_nursery() as nursery:
+        tcp: trio.SocketStream | None = None
         socket: WebSocketConnection | None = None
         try:
             ended = False
@@ -161,7 +162,8 @@ async def _connect(
                     scope.cancel()  # does nothing once the party has answered
 
                 try:
-                    outer: trio.abc.Stream = await trio.open_tcp_stream(party.host, party.port)
+                    tcp = await trio.open_tcp_stream(party.host, party.port)
+                    outer: trio.abc.Stream = tcp
                     if tls is not None:
                         secured = await tls.connect(outer, party.identity, unadmitted=unadmitted)
                         outer = secured.stream
@@ -205,6 +207,8 @@ async def _connect(
                 # Not shielded: when cancelled, closing the stream says enough, and that happens at once.
                 with trio.move_on_after(CLOSE_SECONDS):
                     await socket.aclose()
+            if tcp is not None:
+                tcp.socket.close()  # the websocket leaves it open where no conversation came about
             nursery.cancel_scope.cancel()
 
 

@@ -584,6 +584,8 @@ class Mesh:
         """A connection has proved itself: give it its place. Raises `HandshakeError`, taking nothing."""
         if not self.admitted(hand.peer):
             raise HandshakeError("admission", f"party {hand.peer} is not admitted here")
+        if self.closing:  # the proof came when all links had been cut: nobody would close this one
+            raise HandshakeError("generation", "this party is leaving")
         if hand.lane == "control":
             old = self._generations.get(hand.peer)
             if old is not None:
@@ -689,9 +691,14 @@ class Mesh:
             self.nursery.start_soon(self._answer_call, stream)
 
     async def _answer_call(self, stream: trio.SocketStream) -> None:
-        if self._bind is not None:
-            self._bind(stream.socket)  # it may have come before the listener was tied
-        sock = _bare(stream.socket, self.dead_after)
+        try:
+            if self._bind is not None:
+                self._bind(stream.socket)  # it may have come before the listener was tied
+            sock = _bare(stream.socket, self.dead_after)
+        except OSError as exc:
+            stream.socket.close()
+            log.warning("refused a connection", party=self.party, why=exc.strerror)
+            return
         hand = self._handshake()
         try:
             with trio.fail_after(self._deadline):
@@ -822,13 +829,13 @@ def _tune(sock: Any) -> None:
 
 def _bare(sock: trio.socket.SocketType, dead_after: float) -> socket.socket:
     """The standard library's socket, non-blocking: direct calls cost a fraction of Trio's."""
-    bare = socket.socket(fileno=sock.detach())
-    bare.setblocking(False)
-    bare.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    bare.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     if hasattr(socket, "TCP_USER_TIMEOUT"):
         # The heartbeat notices a cut tunnel; this keeps the kernel from trying for a quarter of an hour.
-        bare.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(dead_after * 1000))
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(dead_after * 1000))
+    bare = socket.socket(fileno=sock.detach())
+    bare.setblocking(False)
     return bare
 
 
@@ -910,12 +917,13 @@ async def open_mesh(
 ) -> AsyncIterator[Mesh]:
     """Keep connections to all peers for as long as the block runs; use `wait_up` to wait for them.
 
-    `listen` is an address inside the tunnel, or listeners already open. `protected=False` says that there is
-    no tunnel: whoever carries the links can then read and change everything on them, and the log says so.
-    `bind` ties every socket to the tunnel, for as long as it lives: the kernel would otherwise take packets
-    for the inner address from the underlay as well, where nothing protects them. A peer whose program is
-    silent for `dead_after` seconds is cut off, and its sessions end. Only peers that are `admitted` get
-    links; whoever stops admitting one has to `cut` it.
+    `listen` is an address inside the tunnel, or listeners already open, which are closed at the end like
+    those opened here. `protected=False` says that there is no tunnel: whoever carries the links can then
+    read and change everything on them, and the log says so. `bind` ties every socket to the tunnel, for as
+    long as it lives: the kernel would otherwise take packets for the inner address from the underlay as
+    well, where nothing protects them. A peer whose program is silent for `dead_after` seconds is cut off,
+    and its sessions end. Only peers that are `admitted` get links; whoever stops admitting one has to `cut`
+    it.
     """
     if not protected:
         log.warning(
@@ -929,16 +937,14 @@ async def open_mesh(
                 party, identity, peers, config_digest, handshake_deadline, nursery, bind, dead_after, admitted
             )
             nursery.start_soon(mesh.watch)
-            listeners: Sequence[trio.SocketListener] = ()
+            listeners: Sequence[trio.SocketListener] = () if isinstance(listen, tuple) else listen
             try:
                 if any(peer.party < party for peer in peers):  # nobody calls the lowest number
                     if isinstance(listen, tuple):
                         host, port = listen
                         listeners = await open_listeners(host, port, bind)
-                    else:
-                        listeners = listen
-                for listener in listeners:
-                    nursery.start_soon(mesh.listen, listener)
+                    for listener in listeners:
+                        nursery.start_soon(mesh.listen, listener)
                 for peer in peers:
                     if peer.party > party:
                         nursery.start_soon(mesh.call, peer)
