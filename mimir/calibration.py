@@ -185,7 +185,6 @@ def examples(small: bool = False) -> dict[str, tuple[Any, ...]]:
         "trunc": (w(2, m), w(2, m, 3), one, w(m), [(m, 20, 4, 61)]),
         "trunc_if": ((w(2, m), w(2, m), w(2, m, 3), w(2, m, 4)), one, w(m // 64), w(m), [(m, 20, 4, 61)]),
         "norm": ((w(2, 2, m), w(2, 2, m, 3), w(2, 2, m, 3), w(2, 2)), one, w(2, m), 16, 0),
-        "norm_scale": (w(2, 2, m), w(2, 2), w(2, 2, m, 4), w(2), w(2, m), 16, 0),
         "drop": (w(2, m), one, (8, 11), 20),
         "pieces": (w(2, of(64, 2), 12, 4, 128), w(of(64, 2), 12), w(of(64, 2), 5, 256), 12, 1),
         "choose": (w(2, 12, 30), w(2, 12, kernels.choose_places(5)), w(1), w(12, 5), [(20, 4)] * 5),

@@ -28,7 +28,7 @@ from mimir.errors import BadInput
 from mimir.model.checkpoint import MAX_SCALE_BITS, PlanSpec
 from mimir.secret import ShareSeed
 
-FORMAT = 5  # 1 had no seeds, 2 other key streams, 3 words of 8 bytes alone, 4 another scale of `o`
+FORMAT = 6  # 1 had no seeds, 2 other key streams, 3 words of 8 bytes alone, 4 and 5 other scales
 COMPONENTS = 3
 MAX_NAME = 64
 _ENTRIES = {"format", "name", "model", "scale_bits", "parties", "seeds", "tensors"}

@@ -147,11 +147,6 @@ static void ring_norm(void)
                  public + 2, 2, 2, N, 20, 4);
 }
 
-static void ring_norm_scale(void)
-{
-    mk_ring_norm_scale(out, secret, 2 * N, secret + 4 * N, 2, more, 8 * N, public, public + 2, 2, 2, N, 20, 4);
-}
-
 static void ring_drop(void)
 {
     static const uint64_t low[] = {0, 5, 40};
@@ -276,6 +271,20 @@ static void ring_double(void)
     mk_ring_double(out, more, 7, 16, 8);
 }
 
+static void half_double(void)
+{
+    memcpy(out, secret, 7 * 16 * sizeof *out);
+    mk_half_double_part((uint16_t *)out, (uint16_t *)secret, 7 * 16, more, 7, 7, 16, 8);
+    mk_half_double((uint16_t *)out, (uint16_t *)more, 7, 16, 8);
+}
+
+static void byte_double(void)
+{
+    memcpy(out, secret, 7 * 16 * sizeof *out);
+    mk_byte_double_part((uint8_t *)out, (uint8_t *)secret, 7 * 16, more, 7, 7, 16, 8);
+    mk_byte_double((uint8_t *)out, (uint8_t *)more, 7, 16, 8);
+}
+
 static void gr_mul(void)
 {
     mk_gr_mul(out, secret, more, 5);
@@ -324,6 +333,7 @@ static void gr_half_hot(void)
 static void gr_byte_hot(void)
 {
     mk_gr_byte_hot(out, out + 19 * GR, out + 38 * GR, (uint8_t *)secret, more, public, public + 64, 19, 35, 5);
+    mk_gr_byte_hot(out, out + 19 * GR, out + 38 * GR, (uint8_t *)secret, more, public, public + 64, 19, 64, 5);
 }
 
 static void gr_combine_cols(void)
@@ -379,7 +389,6 @@ static void bytes_equal(void)
     X(ring_trunc)                                                                                                      \
     X(ring_trunc_if)                                                                                                   \
     X(ring_norm)                                                                                                       \
-    X(ring_norm_scale)                                                                                                 \
     X(ring_drop)                                                                                                       \
     X(ring_pieces)                                                                                                     \
     X(ring_choose)                                                                                                     \
@@ -399,6 +408,8 @@ static void bytes_equal(void)
     X(gf_blend)                                                                                                        \
     X(ring_double_part)                                                                                                \
     X(ring_double)                                                                                                     \
+    X(half_double)                                                                                                     \
+    X(byte_double)                                                                                                     \
     X(gr_mul)                                                                                                          \
     X(gr_inner)                                                                                                        \
     X(gr_mul01)                                                                                                        \

@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mimir.model import transformer
-from mimir.model.checkpoint import HALF_SCALE, Floats, Plan, encode
+from mimir.model.checkpoint import SHORT_SCALE, Floats, Plan, encode
 from mimir.mpc import nonlinear, prep
 
 Ints = npt.NDArray[np.int64]
@@ -191,7 +191,7 @@ class Fixed:
     wave_period: int = nonlinear.WAVE_PERIOD
     unit_scale: int = prep.UNIT_SCALE
     factor_scale: int = prep.FACTOR_SCALE
-    reach_fine: int = nonlinear.REACH_FINE
+    active_rest: int = nonlinear.ACTIVE_REST
     reach_rest: int = nonlinear.REACH_REST
     reach_from: int = nonlinear.REACH_FROM
     reach_lift: float = nonlinear.REACH_LIFT
@@ -207,9 +207,12 @@ class Fixed:
     coarse_scale: int = nonlinear.COARSE_SCALE
     below_one: int = nonlinear.BELOW_ONE
     inverse_scale: int = nonlinear.INVERSE_SCALE
-    norm_scale: int = nonlinear.NORM_SCALE
     half_input: int = transformer.HALF_INPUT
-    half_scale: int = HALF_SCALE
+    product_scale: int = transformer.PRODUCT_SCALE
+    relu_scale: int = transformer.RELU_SCALE
+    normed_scale: int = transformer.NORMED_SCALE
+    key_scale: int = transformer.KEY_SCALE
+    short_scale: int = SHORT_SCALE
     residual_scale: int = transformer.RESIDUAL_SCALE
     sum_bits: int = nonlinear.SUM_BITS
     norm_bits: int = nonlinear.NORM_BITS
@@ -374,25 +377,37 @@ class FixedModel:
         self._fits(step, float(np.abs(a.astype(np.float64) * b.astype(np.float64)).max()))
         return a * b
 
-    def extra(self, name: str) -> int:
-        """Fraction bits above f that a norm keeps for the matrix that follows."""
-        return self.fixed.norm_scale if self.plan.halved(name) else 0
-
     def product_scale(self, name: str) -> int:
-        """Of what such a matrix gives: in the ring, what is known modulo 2^32 stands 32 bits higher."""
-        fx = self.fixed
-        return fx.half_input + fx.half_scale + 32 if self.plan.halved(name) else 2 * fx.scale_bits
+        """Of what a matrix behind a norm gives; what is known modulo 2^32 stands 32 bits higher."""
+        relu = name.endswith("in") and self.plan.act == "relu"
+        return self.fixed.relu_scale if relu else self.fixed.product_scale
 
-    def _after_norm(self, name: str, u: Ints) -> Ints:
-        """A norm's output at f + extra, times a matrix, at `product_scale`."""
+    def _behind_norm(self, name: str, h: Ints, tap: Callable[[Ints], None], cut: int = 0) -> Ints:
+        """The norm of the residual stream times a matrix, at `product_scale`, but for the first `cut` columns
+        at `short_scale` less. `tap` gets the norm, at f and `normed_scale`, or what it is but for the root.
+        """
         fx = self.fixed
-        if not self.plan.halved(name):
-            return self._linear(name, u)
-        low = fx.scale_bits + fx.norm_scale - fx.half_input
-        y = self._product(name, self._lowered(u, low), self.weights[name]) << 32
-        y = y + (self.weights[f"{name}_b"].astype(np.int64) << (self.product_scale(name) - fx.scale_bits))
-        self._fits(name, float(np.abs(y.astype(np.float64)).max()))
-        return y
+        to, f = self.product_scale(name), fx.scale_bits
+        self._fits(name, float(np.abs(h.astype(np.float64)).max()))
+        h = self._truncate(h, fx.residual_scale - f)
+        self._fits(name, float((h.astype(np.float64) ** 2).sum(axis=-1).max()))
+        r = self._climb(name, (h * h).sum(axis=-1), self.rsqrt, to - fx.short_scale - f)[:, None]
+        u = self._times(name, h, r) << (fx.product_scale - to)
+        tap(u)
+        above = np.full(self.weights[name].shape[1], to - f)
+        above[:cut] -= fx.short_scale
+        bias = self.weights[f"{name}_b"].astype(np.int64) << above
+        if self.plan.halved(name):
+            y = (
+                self._product(name, self._lowered(u, fx.normed_scale - fx.half_input), self.weights[name])
+                << 32
+            )
+        else:
+            y = self._product(name, h, self.weights[name])
+            y = np.concatenate([self._truncate(y[:, :cut], fx.short_scale), y[:, cut:]], axis=1)
+            y = self._times(name, y, r)
+        self._fits(name, float(np.abs((y + bias).astype(np.float64)).max()))
+        return y + bias
 
     def _lowered(self, x: Ints, low: int) -> Ints:
         """x without `low` bits, as each component loses them by itself."""
@@ -435,16 +450,6 @@ class FixedModel:
 
     # Layers.
 
-    def _norm(self, step: str, h: Ints, extra: int = 0) -> Ints:
-        """Of the residual stream, at f + extra."""
-        fx = self.fixed
-        self._fits(step, float(np.abs(h.astype(np.float64)).max()))
-        h = self._truncate(h, fx.residual_scale - fx.scale_bits)
-        self._fits(step, float((h.astype(np.float64) ** 2).sum(axis=-1).max()))
-        r = self._climb(step, (h * h).sum(axis=-1), self.rsqrt, extra or fx.inverse_scale)
-        y = self._times(step, h, r[:, None])
-        return y if extra else self._truncate(y, fx.inverse_scale)
-
     def _divide(self, step: str, z: Ints, total: Ints) -> Ints:
         """Rows at exp_scale + f divided by their sums: of two products, one of which has a factor of 0."""
         fx = self.fixed
@@ -467,21 +472,24 @@ class FixedModel:
         return y + (self.weights[f"{name}_b"].astype(np.int64) << (fx.residual_scale - fx.scale_bits))
 
     def _rotate(self, step: str, x: Ints, positions: Ints) -> Ints:
-        """x at product_scale -> f."""
+        """x at normed_scale -> f if it is rotated, else key_scale."""
         fx = self.fixed
         if self.plan.positions != "rope":
-            return self._truncate(x, self.product_scale("qkv") - fx.scale_bits)
+            return self._lowered(x, fx.normed_scale - fx.key_scale)
         bits = fx.rotary_scale
         cos, sin = (np.rint(part * 2.0**bits).astype(np.int64) for part in _rotary(self.plan, positions))
         a, b = np.split(x, 2, axis=-1)
         self._fits(step, 2.0**bits * 2 * float(np.abs(x).max()))
         z = np.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
-        return self._truncate(z, bits + fx.scale_bits)
+        return self._truncate(z, bits + fx.normed_scale - fx.scale_bits)
+
+    @property
+    def score_scale(self) -> int:
+        return 2 * (self.fixed.scale_bits if self.plan.positions == "rope" else self.fixed.key_scale)
 
     def _exponentials(self, step: str, scores: Ints, see: npt.NDArray[np.bool_]) -> Ints:
-        """e^(score - shift) at exp_scale, 0 where not visible; scores at 2f."""
-        fx = self.fixed
-        scale = 2 * fx.scale_bits
+        """e^(score - shift) at exp_scale, 0 where not visible; scores at score_scale."""
+        fx, scale = self.fixed, self.score_scale
         half = 1 << (scale + fx.coarse_bin + fx.coarse_bits - 1)
         j, _ = _mask_reading(scores + half, scale + fx.coarse_bin - fx.coarse_rest, fx.coarse_rest, self.rng)
         self._inside(f"{step}: coarse maximum", j, fx.coarse_bits, np.broadcast_to(see, j.shape))
@@ -495,10 +503,10 @@ class FixedModel:
         )
 
     def _decay(self, step: str, below: Ints, used: npt.NDArray[np.bool_]) -> Ints:
-        """e^below at exp_room, for below at 2f within the range of exp."""
+        """e^below at exp_room, for below at score_scale within the range of exp."""
         fx = self.fixed
         factor, more = fx.exp_stretch
-        low = 2 * fx.scale_bits + more + 1 - fx.exp_rest
+        low = self.score_scale + more + 1 - fx.exp_rest
         bins = (1 << fx.exp_bits) - 3
         below = np.where(used, below, 0)
         x, _ = _mask_reading(below * factor + (bins << (low + fx.exp_rest)), low, 0, self.rng)
@@ -520,13 +528,13 @@ class FixedModel:
         fx = self.fixed
         scale = self.product_scale("in")
         if self.act is None:  # relu: the sign is that of what is left without f bits
-            reading, _ = _mask_reading(x, fx.scale_bits, 0, self.rng)
-            return np.where(reading < 0, 0, self._truncate(x, fx.scale_bits))
+            reading, _ = _mask_reading(x, scale - fx.scale_bits, 0, self.rng)
+            return np.where(reading < 0, 0, self._truncate(x, scale - fx.scale_bits))
         if not np.abs(x).max() < nonlinear.ACTIVATION_BOUND * 2.0**scale:
             raise OverflowError(f"{step}: an activation's input is not within {nonlinear.ACTIVATION_BOUND}")
-        reading, _ = _mask_reading(x, scale - fx.reach_fine, 0, self.rng)
-        edge = math.ceil(self.act.edge * 2**fx.reach_fine)
-        left, right = reading < -edge, reading >= edge + 3
+        lifted = x - round(self.act.left * 2**scale)  # bins from `left` on
+        reading, _ = _mask_reading(lifted, scale - fx.active_rest, fx.active_rest, self.rng)
+        left, right = reading < 0, reading >= self.act.bins
         raised = np.where(left | right, 0, x) << (self.act.scale - scale - 1)
         y = self._cosines(np.where(left | right, 0, x), scale - fx.wave_unit, self.act) + raised
         y, x = self._truncate(y, self.act.scale - fx.scale_bits), self._truncate(x, scale - fx.scale_bits)
@@ -565,6 +573,9 @@ class FixedModel:
             if tap:
                 tap(name, value / 2.0**scale)
 
+        def normed(name: str) -> Callable[[Ints], None]:
+            return lambda u: note(name, u, fx.normed_scale)
+
         tokens, positions, see = self.slots.extend(plan, ids, pad)
         h = self.weights["embed"][tokens].astype(np.int64)
         if plan.positions == "learned":
@@ -572,10 +583,9 @@ class FixedModel:
         h = h << 32  # known modulo 2^32
         note("embed", h, fx.residual_scale)
         for i in range(plan.layers):
-            above = self.extra(f"{i}.qkv")
-            u = self._norm(f"{i}.norm1", h, above)
-            note(f"{i}.norm1", u, f + above)
-            q, k, v = _split_heads(plan, self._after_norm(f"{i}.qkv", u))
+            turned = plan.qkv_width - plan.kv_heads * plan.head_dim
+            y = self._behind_norm(f"{i}.qkv", h, normed(f"{i}.norm1"), turned)
+            q, k, v = _split_heads(plan, y)
             q, k = self._rotate(f"{i}.q", q, positions), self._rotate(f"{i}.k", k, positions)
             v = self._truncate(v, self.product_scale(f"{i}.qkv") - f)
             if self.keys[i] is not None:
@@ -583,7 +593,7 @@ class FixedModel:
             self.keys[i], self.values[i] = k, v
             group = heads // plan.kv_heads
             scores = self._product(f"{i}.scores", q, np.repeat(k, group, axis=0).transpose(0, 2, 1))
-            note(f"{i}.scores", np.where(see, scores, 0), 2 * f)
+            note(f"{i}.scores", np.where(see, scores, 0), self.score_scale)
             e = self._exponentials(f"{i}.softmax", scores, see)
             total = e.sum(axis=-1)  # (heads, rows)
             if tap:
@@ -595,10 +605,7 @@ class FixedModel:
             h = h + self._out_of_attention(f"{i}.o", z)
             self._fits(f"{i}.residual1", float(np.abs(h.astype(np.float64)).max()))
             note(f"{i}.residual1", h, fx.residual_scale)
-            above = self.extra(f"{i}.in")
-            u = self._norm(f"{i}.norm2", h, above)
-            note(f"{i}.norm2", u, f + above)
-            hidden = self._after_norm(f"{i}.in", u)
+            hidden = self._behind_norm(f"{i}.in", h, normed(f"{i}.norm2"))
             scale = self.product_scale(f"{i}.in")
             note(f"{i}.hidden", hidden, scale)
             a = self._activate(f"{i}.activation", hidden[:, : plan.hidden])
@@ -608,9 +615,9 @@ class FixedModel:
             note(f"{i}.activation", a, f)
             h = h + (self._linear(f"{i}.out", a) << (fx.residual_scale - 2 * f))
             note(f"{i}.residual2", h, fx.residual_scale)
-        u = self._norm("final norm", h, self.extra("head"))
-        note("final norm", u, f + self.extra("head"))
-        logits = self._after_norm("head", u)  # compared, never multiplied: no truncation
+        logits = self._behind_norm(
+            "head", h, normed("final norm")
+        )  # compared, never multiplied: no truncation
         note("logits", logits, self.product_scale("head"))
         return np.asarray(logits / 2.0 ** self.product_scale("head"))[pad:]
 

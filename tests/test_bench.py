@@ -125,12 +125,13 @@ def test_three_parties_are_the_twin_to_its_own_rounding(read: Any) -> None:
 @pytest.mark.parametrize(
     "wrong",
     [
-        {"scale_bits": 11},
+        {"scale_bits": 9},
         {"half_input": 8},
         {"rotary_scale": 6},
         {"wave_unit": 6},
         {"exp_rest": 4},
-        {"inverse_scale": 12},
+        {"coarse_scale": 4},
+        {"degree": 1},
     ],
     ids=lambda w: next(iter(w)),
 )

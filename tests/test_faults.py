@@ -260,7 +260,7 @@ ENDS = (
     "prep/turn 0/entry/verify/coin/commit",
     "weight 0.in and 5 more",
     "turn 0/offsets",
-    "turn 0/prompt 0/layer 0/norm 1/x",
+    "turn 0/prompt 0/layer 0/attention/qkv/norm",
     "turn 0/token 1/enter/index",
     "reveal token",
 )
@@ -335,7 +335,7 @@ def test_equal_lengths_give_equal_messages() -> None:
         return {at: [(e.where, e.seq, e.step, e.size) for e in events] for at, events in out.items()}
 
     one, other = shape((0, 4)), shape((12,))
-    assert sum(map(len, one.values())) > 4_500
+    assert sum(map(len, one.values())) > 4_000
     assert one == other
 
 
@@ -562,7 +562,7 @@ def sound(kind: prep.Kind, parts: Sequence[Made], cheater: int) -> bool:
         case prep.Norm(_, f):
             square = np.array_equal(v["q"], (v["base"] * v["base"]).sum(axis=1, dtype=np.uint64))
             both = np.array_equal(counted(f, v["both"]), counted(f, v["base"][..., None] * v["over"]))
-            return pair(f) and square and scaled_masks(f, v["s"][:, None]) and both
+            return pair(f) and square and both
         case prep.Weight(_, lane):
             return np.array_equal(v["z"], v["x"] @ W.astype(prep.WORDS[lane]))
         case prep.Values():
@@ -1572,31 +1572,21 @@ CHECKS: dict[str, Check] = {
     "truncations: over, times a bit": Check(
         "mpc.prep:_truncs", CHOSEN, spoiling(prep.TruncIf(35), "trunc 40/if", number=1)
     ),
-    "norms: scaled rows": Check(
-        "mpc.prep:_norm",
-        "b.state_scaled(s, base, first, RING_BITS)",
-        spoiling(prep.Norm(3, 16), "norm 3.16"),
-    ),
-    "norms: over, scaled": Check(
-        "mpc.prep:_norm",
-        "b.state_scaled(s, over, others, lane)",
-        spoiling(prep.Norm(3, 16), "norm 3.16", number=1),
-    ),
     "scaled rows": Check("mpc.prep:Batch.state_scaled", SCALED, spoiling(prep.Scale(3), "scale 3")),
     "norms: sums of squares": Check(
         "mpc.prep:_norm",
         "b.relations.append(check.SquareSum(base, q))",
-        spoiling(prep.Norm(3, 16), "norm 3.16", number=2),
+        spoiling(prep.Norm(3, 16), "norm 3.16"),
     ),
     "norms: what stands at corners adds up to the sums": Check(
         "mpc.check:verify",
         "residues[RING].append(f.residue(v))",
-        spoiling(prep.Norm(3, 16), "norm 3.16", number=2),
+        spoiling(prep.Norm(3, 16), "norm 3.16"),
     ),
     "norms: base times over": Check(
         "mpc.prep:_norm",
-        "b.state_product(flat, thrice, both, lane)",
-        spoiling(prep.Norm(3, 16), "norm 3.16", number=3),
+        "b.state_product(over, thrice, both, lane)",
+        spoiling(prep.Norm(3, 16), "norm 3.16", number=1),
     ),
     "frames come in sequence": Check(
         "net.wire:Lockstep.accept",
@@ -1690,7 +1680,7 @@ REDUNDANT: dict[str, Check] = {
     ),
     "one-hots: the sum is what was doubled": Check(
         "mpc.prep:Batch.one_hot",
-        "self.zeros.append(e.sum(axis=2, dtype=np.uint64) - one << shift)",
+        "self.zeros.append(e.sum(axis=2, dtype=short) - one << shift)",
         cheat_other_entry,
     ),
 }

@@ -86,15 +86,15 @@ DOORS: Counter[str] = Counter(
         "mimir/model/checkpoint:_add open": 1,  # a file
         "mimir/model/sampling:_largest open_low": 1,
         "mimir/model/sampling:choose open_low": 1,
-        "mimir/model/transformer:attention open": 1,
+        "mimir/model/transformer:enter open": 1,
         "mimir/model/transformer:mix open": 1,
         "mimir/model/transformer:reenter open_all": 1,
         "mimir/mpc/check:verify open_extension": 1,
         "mimir/mpc/ops:are_below open_low": 1,
+        "mimir/mpc/ops:are_zero open_low": 1,
         "mimir/mpc/ops:choose open_all": 1,
         "mimir/mpc/ops:coarse_index open_low": 1,
         "mimir/mpc/ops:decay open_low": 1,
-        "mimir/mpc/ops:is_below open_low": 1,
         "mimir/mpc/ops:is_negative open_low": 1,
         "mimir/mpc/ops:is_zero open_low": 1,
         "mimir/mpc/ops:matmul open_low": 1,
@@ -105,7 +105,7 @@ DOORS: Counter[str] = Counter(
         "mimir/mpc/ops:open_low open_all": 1,
         "mimir/mpc/ops:pick open_all": 1,
         "mimir/mpc/ops:read open_low": 1,
-        "mimir/mpc/ops:scale open": 2,  # also of rows
+        "mimir/mpc/ops:scale open": 1,
         "mimir/mpc/ops:to_ring open_bits": 1,
         "mimir/mpc/ops:wave open_low": 1,
         "mimir/mpc/ops:opened open_all": 1,  # within `together`

@@ -670,20 +670,18 @@ def test_truncations(level: str, rng: np.random.Generator, n: int) -> None:
 @pytest.mark.parametrize(("f", "bare"), [(16, 0), (20, 4), (32, 16), (44, 28)])
 def test_norms(level: str, rng: np.random.Generator, width: int, f: int, bare: int) -> None:
     n = 3
-    one, opened, delta = words(rng, 2), words(rng, n, width), words(rng, n)
-    base, over, both, x = (apart(rng, 2, n, width, *more) for more in ((), (3,), (3,), ()))
-    q, s, z = apart(rng, 2, n), apart(rng, 2, n), apart(rng, 2, n, width, 4)
+    one, opened = words(rng, 2), words(rng, n, width)
+    base, over, both = (apart(rng, 2, n, width, *more) for more in ((), (3,), (3,)))
+    q = apart(rng, 2, n)
     public = u64([[v % M for v in told] for told in o_public(opened, f, bare)]).reshape(n, width, 3)
     a, b, at = public[..., 0], public[..., 1], public[None, :, :, 2:].astype(np.int64)
-    g, product, z_over = (np.take_along_axis(v, at, axis=3)[..., 0] for v in (over, both, z[..., 1:]))
+    g, product = (np.take_along_axis(v, at, axis=3)[..., 0] for v in (over, both))
     rows, squares = k.norm((base, over, both, q), one, opened, f, bare)
     k1 = one[:, None, None]
     same(rows, k1 * a + b * g - base)
     two = np.uint64(2)
     terms = two * b * (a * g - product) - two * a * base + b * b * g + k1 * a * a
     same(squares, q + terms.sum(axis=2, dtype=np.uint64))
-    times_s = s[:, :, None] * a - z[..., 0] + z_over * b
-    same(k.norm_scale(x, s, z, delta, opened, f, bare), x * delta[:, None] - times_s)
 
 
 @pytest.mark.parametrize("n", SOME)
@@ -941,7 +939,6 @@ def test_online_misuse(rng: np.random.Generator) -> None:
         lambda: k.trunc_if((x, x, over, words(rng, 2, 70, 4)), one, bits[:1], x[0], [(70, 20, 4, 61)]),
         lambda: k.trunc_if((x, x, over, over), one, bits, x[0], [(70, 20, 4, 61)]),
         lambda: k.norm((x[:, None], over[:, None], over[:, None], x[:, :1]), one, x[:1], 62, 0),
-        lambda: k.norm_scale(x[:, None], x[:, :1], over[:, None], x[0, :1], x[:1], 20, 4),
         lambda: k.drop(x, one, (50,), 15),
         lambda: k.drop(x, one, (0,), 0),
         lambda: k.Cosines(bits, 51, np.ones((3, 2)), waves.CIRCLE),
@@ -1070,17 +1067,20 @@ def test_gf_blend(level: str, rng: np.random.Generator, rows: int, n: int) -> No
 # ---- doubling one-hots ----
 
 
-@pytest.mark.parametrize(("n", "size", "have"), [(1, 2, 1), (3, 16, 4), (5, 64, 32), (2, 8, 2)])
-def test_double(level: str, rng: np.random.Generator, n: int, size: int, have: int) -> None:
-    e, b, out = words(rng, 2, n, size), words(rng, 2, n), words(rng, n, have)
-    want = out + e[0, :, :have] * (b[0] + b[1])[:, None] + e[1, :, :have] * b[0][:, None]
+@pytest.mark.parametrize("kind", [np.uint64, np.uint16, np.uint8])
+@pytest.mark.parametrize(("n", "size", "have"), [(1, 2, 1), (3, 16, 4), (2, 8, 2), (7, 256, 128)])
+def test_double(level: str, rng: np.random.Generator, n: int, size: int, have: int, kind: Any) -> None:
+    b = words(rng, 2, n)
+    e, out, high = (words(rng, *shape).astype(kind) for shape in ((2, n, size), (n, have), (n, have)))
+    small = b.astype(kind)
+    want = out + e[0, :, :have] * (small[0] + small[1])[:, None] + e[1, :, :have] * small[0][:, None]
     k.double_part(out, e, b)
-    same(out, want)
-    grown, high = e[0].copy(), words(rng, n, have)
+    np.testing.assert_array_equal(out, want)
+    grown = e[0].copy()
     k.double(grown, high)
-    same(grown[:, have : 2 * have], high)
-    same(grown[:, :have], e[0, :, :have] - high)
-    same(grown[:, 2 * have :], e[0, :, 2 * have :])
+    np.testing.assert_array_equal(grown[:, have : 2 * have], high)
+    np.testing.assert_array_equal(grown[:, :have], e[0, :, :have] - high)
+    np.testing.assert_array_equal(grown[:, 2 * have :], e[0, :, 2 * have :])
 
 
 def test_double_misuse(rng: np.random.Generator) -> None:
@@ -1092,6 +1092,8 @@ def test_double_misuse(rng: np.random.Generator) -> None:
         lambda: k.double(e[0], words(rng, 3, 5)),
         lambda: k.double(e[0], words(rng, 2, 4)),
         lambda: k.double(e[0], e[0].reshape(6, 4)[:3]),
+        lambda: k.double_part(words(rng, 3, 4), e.astype(np.uint8), b),
+        lambda: k.double(e[0].astype(np.uint16), words(rng, 3, 4)),
     )
 
 
@@ -1167,12 +1169,33 @@ def _hot(e: Any, b: U64, q: U64, r: U64) -> list[U64]:
 @pytest.mark.parametrize("kind", [np.uint64, np.uint16, np.uint8])
 @pytest.mark.parametrize(
     ("n", "size", "bits"),
-    [(0, 4, 2), (1, 1, 1), (5, 8, 3), (17, 2, 9), (67, 16, 4), (130, 33, 18), (66, 128, 48), (19, 512, 0)],
+    [
+        (0, 4, 2),
+        (1, 1, 1),
+        (5, 8, 3),
+        (17, 2, 9),
+        (67, 16, 4),
+        (130, 33, 18),
+        (66, 128, 48),
+        (19, 512, 0),
+        (0, 64, 6),
+        (300, 64, 6),
+        (131, 192, 7),
+        (259, 256, 8),
+        (2, 256, 8),
+    ],
 )
-def test_gr_hot(level: str, rng: np.random.Generator, n: int, size: int, bits: int, kind: Any) -> None:
-    """As `gr_mul01`, `gr_combine` and `gr_combine_cols` have it, which are tested above."""
+@pytest.mark.parametrize("largest", [False, True])
+def test_gr_hot(
+    level: str, rng: np.random.Generator, n: int, size: int, bits: int, kind: Any, largest: bool
+) -> None:
+    """As `gr_mul01`, `gr_combine` and `gr_combine_cols` have it, which are tested above; also where all that
+    is added is as large as can be.
+    """
     e, b, q, r = words(rng, n, size), words(rng, bits, n), words(rng, size), words(rng, n)
     e = e.astype(kind)
+    if largest:
+        e[...], q[...], r[...] = np.iinfo(kind).max, M - 1, M - 1
     wide, index = e.astype(np.uint64), np.zeros((n, 48), np.uint64)
     index[:, :bits] = b.T
     want = [k.gr_mul01(index, r), k.gr_combine(wide, q), k.gr_combine_cols(wide, r)]
@@ -1544,7 +1567,6 @@ def walk_fences() -> None:
             k.trunc(w(2, n), w(2, n, 3), w(2), w(n), [(n, 20, 4, 61)])
             k.trunc_if((w(2, n), w(2, n), w(2, n, 3), w(2, n, 4)), w(2), w(packed), w(n), [(n, 20, 4, 61)])
             k.norm((w(2, 3, n), w(2, 3, n, 3), w(2, 3, n, 3), w(2, 3)), w(2), w(3, n), 20, 4)
-            k.norm_scale(w(2, 3, n), w(2, 3), w(2, 3, n, 4), w(3), w(3, n), 20, 4)
             k.drop(w(2, n), w(2), (3, 5), 20)
             for count in (2, 3, 5):
                 hot, z = w(2, n, 2**count - 2), w(2, n, k.choose_places(count))
@@ -1569,6 +1591,10 @@ def walk_fences() -> None:
             for have in (1, 4):
                 k.double_part(w(n, have), w(2, n, 8), w(2, n))
                 k.double(w(n, 8), w(n, have))
+                for kind in (np.uint16, np.uint8):
+                    short = fence.empty((2, n, 8), kind)
+                    k.double_part(fence.empty((n, have), kind), short, w(2, n))
+                    k.double(fence.empty((n, 8), kind), fence.empty((n, have), kind))
             k.gr_mul(w(n, 48), w(n, 48))
             k.gr_inner(w(n, 48), w(n, 48))
             k.gr_mul01(w(n, 48), w(n))

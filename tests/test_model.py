@@ -839,7 +839,7 @@ def test_relu_is_exact_to_two_units(a_gpt2: Path) -> None:
     edit(a_gpt2, activation_function="relu")
     twin = FixedModel(load_checkpoint(a_gpt2))
     x = np.linspace(-40, 40, 10001)
-    got = twin._activate("test", np.rint(x * 4.0**16).astype(np.int64)) / 2.0**16
+    got = twin._activate("test", np.rint(x * 2.0**twin.fixed.relu_scale).astype(np.int64)) / 2.0**16
     assert np.abs(got - np.maximum(x, 0)).max() < 2.0**-14
 
 
@@ -860,6 +860,13 @@ def test_exponentials_are_right_where_they_matter(llama_twin: FixedModel, rng: n
     assert e[0, 0, 0] > 0 and e[0, 0, 1] == 0
 
 
+def normed(twin: FixedModel, h: Any) -> Any:
+    """The norm before the head."""
+    seen: list[Any] = []
+    twin._behind_norm("head", h, seen.append)
+    return seen[0]
+
+
 def test_norm_holds_over_many_orders_of_magnitude(llama_twin: FixedModel, rng: np.random.Generator) -> None:
     plan = llama_twin.plan
     for exponent in range(-4, 10):
@@ -867,9 +874,9 @@ def test_norm_holds_over_many_orders_of_magnitude(llama_twin: FixedModel, rng: n
         h = np.rint(x * 2.0**transformer.RESIDUAL_SCALE).astype(np.int64)
         real = h / 2.0**transformer.RESIDUAL_SCALE
         want = real / np.sqrt((real**2).mean(-1, keepdims=True) + plan.norm_eps)
-        assert np.abs(llama_twin._norm("test", h) / 2.0**16 - want).max() < 2e-3
+        assert np.abs(normed(llama_twin, h) / 2.0**transformer.NORMED_SCALE - want).max() < 2e-3
     with pytest.raises(OverflowError, match="leaves the range"):
-        llama_twin._norm("test", np.full((1, plan.width), 1 << 61))
+        normed(llama_twin, np.full((1, plan.width), 1 << 61))
 
 
 def test_reciprocal_over_its_whole_domain(llama_twin: FixedModel) -> None:
@@ -916,10 +923,9 @@ def test_products_wrap_as_the_ring_does(llama_twin: FixedModel, rng: np.random.G
         twin._product("that step", np.full((1, 4), 1 << 31), np.full((4, 1), 1 << 30))
     with pytest.raises(OverflowError, match="that step"):
         twin._times("that step", np.asarray([1 << 31]), np.asarray([1 << 32]))
-    with pytest.raises(OverflowError, match="that step"):
-        twin._norm("that step", np.full((1, 16), (1 << 61) - (1 << 40)))
-    with pytest.raises(OverflowError, match="that step"):
-        twin._norm("that step", np.full((1, 16), 1 << 62))
+    for large in ((1 << 61) - (1 << 40), 1 << 62):
+        with pytest.raises(OverflowError, match="head"):
+            normed(twin, np.full((1, 16), large))
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])

@@ -204,7 +204,7 @@ def mask_width(kind: prep.Kind, name: str) -> int | None:
         case prep.TruncIf():
             return {"r": 64, "ring": 1}.get(name)
         case prep.Norm():
-            return {"r": 64, "s": 64}.get(name)
+            return {"r": 64}.get(name)
         case prep.Lookup(rest, bits, _) | prep.Pieces(rest, bits, _):
             return rest + bits if name == "r" else None
         case prep.Select():
@@ -301,7 +301,7 @@ async def _matmul32(ctx: Context, x: Share) -> Any:
 
 
 async def _norm(ctx: Context, x: Share) -> Any:
-    return await nonlinear.rms_norm(ctx, "norm", x, 48, 1e-5, Settings())
+    return await nonlinear.rms_norm(ctx, "norm", x, 48, 1e-5, Settings(), 39)
 
 
 async def _reciprocal(ctx: Context, x: Share) -> Any:
@@ -321,25 +321,25 @@ async def _silu(ctx: Context, x: Share) -> Any:
 
 
 async def _relu(ctx: Context, x: Share) -> Any:
-    return await nonlinear.relu(ctx, "relu", x, Settings())
+    return await nonlinear.relu(ctx, "relu", x, Settings(), 32)
 
 
 async def _softmax(ctx: Context, x: Share, valid: Share) -> Any:
     allowed = np.ones(x.shape[1:], np.uint64)
-    ((e, total),) = await nonlinear.exponentials(ctx, "softmax", [Scores(x, allowed, valid)], Settings())
+    ((e, total),) = await nonlinear.exponentials(ctx, "softmax", [Scores(x, 32, allowed, valid)], Settings())
     return e, total
 
 
 async def _is_zero(ctx: Context, x: Share) -> Any:
-    return await ops.is_zero(ctx, "zero", x, 4)
+    return await ops.is_zero(ctx, "zero", x, 4, 8)
+
+
+async def _are_zero(ctx: Context, x: Share) -> Any:
+    return await ops.are_zero(ctx, "zero", x, 4)
 
 
 async def _are_below(ctx: Context, x: Share) -> Any:
-    return await ops.are_below(ctx, "below", x, 20, 6, [1, 40])
-
-
-async def _is_below(ctx: Context, x: Share) -> Any:
-    return await ops.is_below(ctx, "rough", x, 20, 5, 4, 7)
+    return await ops.are_below(ctx, "rough", x, 20, 5, 4, (7, 2))
 
 
 TABLES = np.arange(3 << 5, dtype=np.uint64).reshape(3, 1 << 5)
@@ -375,8 +375,8 @@ async def _truncate_if(ctx: Context, b: Bits, x: Share) -> Any:
     return await ops.truncate_if(ctx, "some", b, (x, 16))
 
 
-async def _truncate_rows(ctx: Context, x: Share, r: Share) -> Any:
-    return await (await ops.truncate_rows(ctx, "rows", x, 16)).scale(ctx, "scale", r)
+async def _truncate_rows(ctx: Context, x: Share) -> Any:
+    return await ops.truncate_rows(ctx, "rows", x, 16)
 
 
 async def _argmax(ctx: Context, x: Share) -> Any:
@@ -407,8 +407,8 @@ CASES: dict[str, Case] = {
     "relu": Case(_relu, ((2048,),), ((0,), (2047 << 32,), (-(2047 << 32),))),
     "softmax": Case(_softmax, ((1, 32, 32), (32,)), ((0, 0), (249 << 32, 1), (-(249 << 32), 1))),
     "is_zero": Case(_is_zero, ((4096,),), ((0,), (15,), (7,))),
-    "are_below": Case(_are_below, ((2048,),), ((0,), (60 << 20,), (39 << 20,))),
-    "is_below": Case(_is_below, ((2048,),), ((0,), (14 << 25,), (6 << 25,))),
+    "are_zero": Case(_are_zero, ((4096,),), ((0,), (15,), (7,))),
+    "are_below": Case(_are_below, ((2048,),), ((0,), (14 << 25,), (6 << 25,))),
     "wave": Case(_wave, ((2048,),), ((0,), ((1 << 63) - 1,), (-(1 << 63),), (-1,))),
     "decay": Case(_decay, ((2048,),), ((0,), (13 << 29,), (1 << 20,), ((5 << 29) - 1,))),
     "is_negative": Case(_is_negative, ((2048,),), ((0,), (1 << 42,), (-(1 << 42),), (-1,))),
@@ -416,7 +416,7 @@ CASES: dict[str, Case] = {
     "monomials": Case(_monomials, ((4, 1500),), ((0,), (-1,)), bits=(0,)),
     "pick": Case(_pick, ((32,), (2048, 3)), ((0, 0), (-1, -1), (-1, 1 << 63)), bits=(0,)),
     "truncate_if": Case(_truncate_if, ((32,), (2048,)), ((0, 0), (-1, BIG), (0, -BIG)), bits=(0,)),
-    "truncate_rows": Case(_truncate_rows, ((800, 3), (800,)), ((0, 0), (BIG, -1), (-BIG, 1 << 63))),
+    "truncate_rows": Case(_truncate_rows, ((800, 3),), ((0,), (BIG,), (-BIG,))),
     "argmax": Case(_argmax, ((24, 12),), ((0,), (1 << 25,), (-(1 << 25),))),
     "reenter": Case(_reenter, ((300,), (300,)), ((0, 0), (7, 7)), (("embed", 8, 8),)),
 }  # fmt: skip
@@ -491,11 +491,12 @@ SINGLE = [
     "matmul",
     "matmul modulo 2^32",
     "is_zero",
+    "are_zero",
     "to_ring",
     "monomials",
     "pick",
 ]
-SINGLE += ["truncate_if", "is_below", "wave", "decay", "read", "choose"]
+SINGLE += ["truncate_if", "are_below", "wave", "decay", "read", "choose"]
 
 
 @pytest.mark.parametrize("how", ["short", "known"])

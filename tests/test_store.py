@@ -267,7 +267,7 @@ def test_the_hash_of_a_component_says_nothing_to_who_has_the_others() -> None:
     assert hashlib.sha256(guess).hexdigest() != tensor.sha256
 
 
-@pytest.mark.parametrize("number", [1, 2, 3, 4])
+@pytest.mark.parametrize("number", [1, 2, 3, 4, 5])
 def test_a_share_of_an_older_format_is_refused_with_the_remedy(store: ModelStore, number: int) -> None:
     """Of before the seeds, today's key streams, and words of 4 bytes; on the wire and on disk."""
     made = sharing()
@@ -275,7 +275,7 @@ def test_a_share_of_an_older_format_is_refused_with_the_remedy(store: ModelStore
     if number == 1:
         old["tensors"] = [[name, shape, ["0" * 64] * 3] for name, shape, _ in old["tensors"]]
         del old["seeds"]
-    with pytest.raises(BadInput, match=rf"format {number}; this program reads 5: provision the model again"):
+    with pytest.raises(BadInput, match=rf"format {number}; this program reads 6: provision the model again"):
         store.begin(old, made.seeds(2))
     upload(store, made)
     home = store.root / made.manifest.digest()

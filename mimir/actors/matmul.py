@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
+from typing import Any
 
 from mimir.actors import Actor, Reply
 from mimir.mpc import ops
@@ -16,18 +18,24 @@ class Multiply:
     step: str
     factors: tuple[tuple[Share, str], ...]
     low: int | None
+    beside: Callable[[Context], Coroutine[Any, Any, None]] | None
     reply: Reply[Share]
 
 
 class MatmulActor(Actor[Multiply]):
     async def handle(self, message: Multiply) -> None:
         m = message
-        m.reply.set(await ops.matmul(m.ctx, m.step, *m.factors, low=m.low))
+        m.reply.set(await ops.matmul(m.ctx, m.step, *m.factors, low=m.low, beside=m.beside))
 
     async def matmul(
-        self, ctx: Context, step: str, *factors: tuple[Share, str], low: int | None = None
+        self,
+        ctx: Context,
+        step: str,
+        *factors: tuple[Share, str],
+        low: int | None = None,
+        beside: Callable[[Context], Coroutine[Any, Any, None]] | None = None,
     ) -> Share:
         """ops.matmul, by message."""
         reply: Reply[Share] = Reply()
-        await self.tell(Multiply(ctx, step, factors, low, reply))
+        await self.tell(Multiply(ctx, step, factors, low, beside, reply))
         return await reply.get()

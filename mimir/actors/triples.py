@@ -162,7 +162,8 @@ class TripleProducer(Actor[Prepare | Need]):
         for demand in demands:
             prep.add_demand(total, demand)
         made = []
-        for number, part in enumerate(parts(total, self._shapes)):
+        # Steps that were put together are made together.
+        for number, part in enumerate(parts(total, self._shapes) if len(demands) == 1 else [total]):
             work = prep.Batch(self._doors, self._weights, self._caches)
             name = f"prep/{batch.name}" + (f"/{number}" if number else "")
             made.append(await prep.produce(work, name, part))

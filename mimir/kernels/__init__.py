@@ -382,25 +382,36 @@ def bit_pick(planes: U64, rows: U64) -> U64:
 # ---- look-up ----
 
 
-def double_part(out: U64, e: U64, b: U64) -> None:
+def double_part(out: npt.NDArray[Any], e: npt.NDArray[Any], b: U64) -> None:
     """out += e0 b0 + e0 b1 + e1 b0, row by row: out (n, have), the first `have` entries of e (2, n, size),
-    b (2, n).
+    both of 64, 16 or 8 bits, b (2, n).
     """
-    n, have = _array("out", out, (None, None))
-    _, _, size = _array("e", e, (2, n, None))
+    kind, words = _entries(e)
+    kernels = {
+        np.uint64: _lib.mk_ring_double_part,
+        np.uint16: _lib.mk_half_double_part,
+        np.uint8: _lib.mk_byte_double_part,
+    }
+    n, have = _array("out", out, (None, None), kind)
+    _, _, size = _array("e", e, (2, n, None), kind)
     _array("b", b, (2, n))
     _count("have", have, 1, size)
-    _lib.mk_ring_double_part(_out(out), _in(e), n * size, _in(b), n, n, size, have)
+    room = _from_buffer(words, out, True)
+    kernels[kind](room, _from_buffer(words, e), n * size, _in(b), n, n, size, have)
 
 
-def double(e: U64, high: U64) -> None:
-    """In each row of e (n, size) the entries from `have` on become high (n, have), and the first lose it."""
-    n, size = _array("e", e, (None, None))
-    _, have = _array("high", high, (n, None))
+def double(e: npt.NDArray[Any], high: npt.NDArray[Any]) -> None:
+    """In each row of e (n, size) the entries from `have` on become high (n, have), and the first lose it. Of
+    64, 16 or 8 bits.
+    """
+    kind, words = _entries(e)
+    kernels = {np.uint64: _lib.mk_ring_double, np.uint16: _lib.mk_half_double, np.uint8: _lib.mk_byte_double}
+    n, size = _array("e", e, (None, None), kind)
+    _, have = _array("high", high, (n, None), kind)
     _count("have", have, 1, size // 2)
     if np.may_share_memory(e, high):
         raise LocalError("e overlaps high")
-    _lib.mk_ring_double(_out(e), _in(high), n, size, have)
+    kernels[kind](_from_buffer(words, e, True), _from_buffer(words, high), n, size, have)
 
 
 def rotate(e: npt.NDArray[Any], c: U64) -> npt.NDArray[Any]:
@@ -516,31 +527,6 @@ def norm(material: tuple[U64, U64, U64, U64], one: U64, opened: U64, f: int, bar
         bare,
     )
     return rows, squares
-
-
-def norm_scale(x: U64, s: U64, z: U64, delta: U64, opened: U64, f: int, bare: int) -> U64:
-    """delta x - s a + z_base - b z_over: x (parts, n, width), s (parts, n), z (parts, n, width, 4), public
-    delta (n,) and opened (n, width) -> (parts, n, width).
-    """
-    parts, n, width = _dims("x", x, 3)
-    _array("delta", delta, (n,))
-    _array("opened", opened, (n, width))
-    _dropped(f, bare)
-    out = np.empty((parts, n, width), np.uint64)
-    _lib.mk_ring_norm_scale(
-        _out(out),
-        *_apart("x", x, (parts, n, width)),
-        *_apart("s", s, (parts, n)),
-        *_apart("z", z, (parts, n, width, 4)),
-        _in(delta),
-        _in(opened),
-        parts,
-        n,
-        width,
-        f,
-        bare,
-    )
-    return out
 
 
 def drop(x: U64, one: U64, low: Sequence[int], width: int) -> U64:

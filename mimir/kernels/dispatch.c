@@ -112,11 +112,6 @@ MK_THUNK(mk_ring_norm,
           const uint64_t *opened, size_t parts, size_t n, size_t width, unsigned f, unsigned bare),
          (rows, squares, base, base_apart, over, over_apart, both, both_apart, q, q_apart, one, opened, parts, n, width,
           f, bare))
-MK_THUNK(mk_ring_norm_scale,
-         (uint64_t *out, const uint64_t *x, size_t x_apart, const uint64_t *s, size_t s_apart, const uint64_t *z,
-          size_t z_apart, const uint64_t *delta, const uint64_t *opened, size_t parts, size_t n, size_t width, unsigned
-          f, unsigned bare),
-         (out, x, x_apart, s, s_apart, z, z_apart, delta, opened, parts, n, width, f, bare))
 MK_THUNK(mk_ring_drop,
          (uint64_t *out, const uint64_t *x, size_t x_apart, const uint64_t *one, const uint64_t *low, size_t parts,
           size_t pieces, size_t n, unsigned width),
@@ -157,6 +152,14 @@ MK_THUNK(mk_bits_products,
          (uint64_t *out, const uint64_t *planes, size_t apart, size_t row_apart, const uint64_t *one, const uint64_t
           *opened, const uint64_t *plan, size_t parts, size_t products, size_t n),
          (out, planes, apart, row_apart, one, opened, plan, parts, products, n))
+MK_THUNK(mk_half_double_part,
+         (uint16_t *out, const uint16_t *e, size_t e_apart, const uint64_t *b, size_t b_apart, size_t n, size_t size, size_t have),
+         (out, e, e_apart, b, b_apart, n, size, have))
+MK_THUNK(mk_half_double, (uint16_t *e, const uint16_t *high, size_t n, size_t size, size_t have), (e, high, n, size, have))
+MK_THUNK(mk_byte_double_part,
+         (uint8_t *out, const uint8_t *e, size_t e_apart, const uint64_t *b, size_t b_apart, size_t n, size_t size, size_t have),
+         (out, e, e_apart, b, b_apart, n, size, have))
+MK_THUNK(mk_byte_double, (uint8_t *e, const uint8_t *high, size_t n, size_t size, size_t have), (e, high, n, size, have))
 MK_THUNK(mk_ring_rotate, (uint64_t *out, const uint64_t *e, const uint64_t *c, size_t n, size_t size),
          (out, e, c, n, size))
 MK_THUNK(mk_half_rotate, (uint16_t *out, const uint16_t *e, const uint64_t *c, size_t n, size_t size),

@@ -70,10 +70,17 @@ void mk_bits_pick(uint64_t *out, const uint64_t *planes, const uint64_t *row, si
 /* Doubling one-hot vectors, rows of e (2, n, size) of which the first `have` entries are in use, by bits b (2, n).
  * double_part: a party's term of e b, added to out (n, have): out += e0 b0 + e0 b1 + e1 b0; components lie _apart.
  * double: given one component e (n, size) and that of the product, high (n, have): the next `have` entries of each row
- * become high, and the first lose it. Here e is read and written. */
+ * become high, and the first lose it. Here e is read and written.
+ * half_, byte_: the same for entries of 16 and of 8 bits. */
 void mk_ring_double_part(uint64_t *out, const uint64_t *e, size_t e_apart, const uint64_t *b, size_t b_apart, size_t n,
                          size_t size, size_t have);
 void mk_ring_double(uint64_t *e, const uint64_t *high, size_t n, size_t size, size_t have);
+void mk_half_double_part(uint16_t *out, const uint16_t *e, size_t e_apart, const uint64_t *b, size_t b_apart, size_t n,
+                         size_t size, size_t have);
+void mk_half_double(uint16_t *e, const uint16_t *high, size_t n, size_t size, size_t have);
+void mk_byte_double_part(uint8_t *out, const uint8_t *e, size_t e_apart, const uint64_t *b, size_t b_apart, size_t n,
+                         size_t size, size_t have);
+void mk_byte_double(uint8_t *e, const uint8_t *high, size_t n, size_t size, size_t have);
 
 /* A secret one-hot vector e_i turned by a public amount c_i; size is a power of two.
  * rotate: out (n, size), out[i, j] = e[i, (c_i - j) mod size].
@@ -97,8 +104,7 @@ void mk_byte_rotate(uint8_t *out, const uint8_t *e, const uint64_t *c, size_t n,
  * trunc_if: with o the bits, sign = 1 - 2 o, of z (n, 4), first z_base, then z_over: out = (ring sign + o) a + (over o +
  * z_over sign) b - (base o + z_base sign).
  * norm: of base (n, width), over and both (n, width, 3), and q (n): rows as trunc, squares (parts, n) the sums of their
- * squares, which are q + sum of a^2 - 2 a base + 2 b (a over - both) + b^2 over.
- * norm_scale: out = delta_i x_i - s_i a + z_base - b z_over, z (n, width, 4). */
+ * squares, which are q + sum of a^2 - 2 a base + 2 b (a over - both) + b^2 over. */
 void mk_ring_trunc_mask(uint64_t *out, const uint64_t *x, size_t x_apart, const uint64_t *r, size_t r_apart,
                         const uint64_t *one, const uint64_t *items, size_t parts, size_t count);
 void mk_ring_trunc(uint64_t *out, const uint64_t *base, size_t base_apart, const uint64_t *over, size_t over_apart,
@@ -111,9 +117,6 @@ void mk_ring_norm(uint64_t *rows, uint64_t *squares, const uint64_t *base, size_
                   size_t over_apart, const uint64_t *both, size_t both_apart, const uint64_t *q, size_t q_apart,
                   const uint64_t *one, const uint64_t *opened, size_t parts, size_t n, size_t width, unsigned f,
                   unsigned bare);
-void mk_ring_norm_scale(uint64_t *out, const uint64_t *x, size_t x_apart, const uint64_t *s, size_t s_apart,
-                        const uint64_t *z, size_t z_apart, const uint64_t *delta, const uint64_t *opened, size_t parts,
-                        size_t n, size_t width, unsigned f, unsigned bare);
 
 /* Values that are read or compared.
  * drop: out (parts, pieces, n), x without its low_p lowest bits, after raising by 3 (2^low_p - 1), modulo 2^width;

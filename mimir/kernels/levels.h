@@ -29,11 +29,14 @@ void mk_ring32_product(uint32_t *c, const uint32_t *a, const uint32_t *b, size_t
     X(mk_bits_pick)                                                                                                    \
     X(mk_ring_double_part)                                                                                             \
     X(mk_ring_double)                                                                                                  \
+    X(mk_half_double_part)                                                                                             \
+    X(mk_half_double)                                                                                                  \
+    X(mk_byte_double_part)                                                                                             \
+    X(mk_byte_double)                                                                                                  \
     X(mk_ring_trunc_mask)                                                                                              \
     X(mk_ring_trunc)                                                                                                   \
     X(mk_ring_trunc_if)                                                                                                \
     X(mk_ring_norm)                                                                                                    \
-    X(mk_ring_norm_scale)                                                                                              \
     X(mk_ring_drop)                                                                                                    \
     X(mk_ring_pieces)                                                                                                  \
     X(mk_ring_choose)                                                                                                  \

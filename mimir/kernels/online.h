@@ -85,18 +85,6 @@ void MK(mk_ring_norm)(uint64_t *restrict rows, uint64_t *restrict squares, const
         }
 }
 
-void MK(mk_ring_norm_scale)(uint64_t *restrict out, const uint64_t *x, size_t x_apart, const uint64_t *s,
-                            size_t s_apart, const uint64_t *z, size_t z_apart, const uint64_t *delta,
-                            const uint64_t *opened, size_t parts, size_t n, size_t width, unsigned f, unsigned bare)
-{
-    for (size_t c = 0; c < parts; c++, x += x_apart, s += s_apart, z += z_apart)
-        for (size_t i = 0; i < n; i++, out += width)
-            for (size_t j = i * width, k = 0; k < width; j++, k++) {
-                trunc_told told = trunc_tell(opened[j], f, bare, 61);
-                out[k] = x[j] * delta[i] - s[i] * told.a + z[4 * j] - z[4 * j + 1 + told.at] * told.b;
-            }
-}
-
 /* ---- values that are read or compared ---- */
 
 void MK(mk_ring_drop)(uint64_t *restrict out, const uint64_t *x, size_t x_apart, const uint64_t *one,

@@ -263,24 +263,28 @@ void mk_bits_pick_ref(uint64_t *restrict out, const uint64_t *planes, const uint
 
 /* ---- look-up ---- */
 
-void mk_ring_double_part_ref(uint64_t *restrict out, const uint64_t *e, size_t e_apart, const uint64_t *b,
-                             size_t b_apart, size_t n, size_t size, size_t have)
-{
-    for (size_t i = 0; i < n; i++)
-        for (size_t j = 0; j < have; j++) {
-            uint64_t e0 = e[i * size + j], e1 = e[e_apart + i * size + j];
-            out[i * have + j] += e0 * (b[i] + b[b_apart + i]) + e1 * b[i];
-        }
-}
-
-void mk_ring_double_ref(uint64_t *restrict e, const uint64_t *high, size_t n, size_t size, size_t have)
-{
-    for (size_t i = 0; i < n; i++)
-        for (size_t j = 0; j < have; j++) {
-            e[i * size + have + j] = high[i * have + j];
-            e[i * size + j] -= high[i * have + j];
-        }
-}
+#define DOUBLE(part, whole, entry)                                                                                     \
+    void part(entry *restrict out, const entry *e, size_t e_apart, const uint64_t *b, size_t b_apart, size_t n,         \
+              size_t size, size_t have)                                                                                \
+    {                                                                                                                  \
+        for (size_t i = 0; i < n; i++)                                                                                 \
+            for (size_t j = 0; j < have; j++) {                                                                        \
+                uint64_t e0 = e[i * size + j], e1 = e[e_apart + i * size + j];                                         \
+                out[i * have + j] = (entry)(out[i * have + j] + e0 * (b[i] + b[b_apart + i]) + e1 * b[i]);             \
+            }                                                                                                          \
+    }                                                                                                                  \
+    void whole(entry *restrict e, const entry *high, size_t n, size_t size, size_t have)                               \
+    {                                                                                                                  \
+        for (size_t i = 0; i < n; i++)                                                                                 \
+            for (size_t j = 0; j < have; j++) {                                                                        \
+                e[i * size + have + j] = high[i * have + j];                                                           \
+                e[i * size + j] = (entry)(e[i * size + j] - high[i * have + j]);                                       \
+            }                                                                                                          \
+    }
+DOUBLE(mk_ring_double_part_ref, mk_ring_double_ref, uint64_t)
+DOUBLE(mk_half_double_part_ref, mk_half_double_ref, uint16_t)
+DOUBLE(mk_byte_double_part_ref, mk_byte_double_ref, uint8_t)
+#undef DOUBLE
 
 #define ROTATE(name, entry)                                                                                            \
     void name(entry *restrict out, const entry *e, const uint64_t *c, size_t n, size_t size)                           \

@@ -493,6 +493,27 @@ void MK(mk_ring_double)(uint64_t *restrict e, const uint64_t *high, size_t n, si
         }
 }
 
+#define DOUBLE(part, whole, entry)                                                                                     \
+    void MK(part)(entry *restrict out, const entry *e, size_t e_apart, const uint64_t *b, size_t b_apart, size_t n,     \
+                  size_t size, size_t have)                                                                            \
+    {                                                                                                                  \
+        const entry *other = e + e_apart;                                                                              \
+        for (size_t i = 0; i < n; i++, e += size, other += size, out += have) {                                        \
+            entry both = (entry)(b[i] + b[b_apart + i]), mine = (entry)b[i];                                           \
+            for (size_t j = 0; j < have; j++) out[j] = (entry)(out[j] + e[j] * both + other[j] * mine);                \
+        }                                                                                                              \
+    }                                                                                                                  \
+    void MK(whole)(entry *restrict e, const entry *high, size_t n, size_t size, size_t have)                           \
+    {                                                                                                                  \
+        for (size_t i = 0; i < n; i++, e += size, high += have) {                                                      \
+            memcpy(e + have, high, have * sizeof *high);                                                               \
+            for (size_t j = 0; j < have; j++) e[j] = (entry)(e[j] - high[j]);                                          \
+        }                                                                                                              \
+    }
+DOUBLE(mk_half_double_part, mk_half_double, uint16_t)
+DOUBLE(mk_byte_double_part, mk_byte_double, uint8_t)
+#undef DOUBLE
+
 #define ROTATE(name, entry)                                                                                            \
     void MK(name)(entry *restrict out, const entry *e, const uint64_t *c, size_t n, size_t size)                       \
     {                                                                                                                  \
@@ -1240,11 +1261,65 @@ void MK(mk_gr_half_hot)(uint64_t *restrict a, uint64_t *restrict w, uint64_t *re
     hot(a, w, columns, e, sizeof *e, b, q, r, n, size, bits);
 }
 
+/* Bytes are added four at once, in fields of 16 bits of a word, where sums of up to FIELD_TERMS of them have room: what
+ * comes out is the same. Rows are packed with those a quarter of a block apart, and columns likewise. */
+enum { FIELDS = 4, FIELD_BITS = 16, FIELD_TERMS = 257, FIELD_WORDS = 1 << 12 };
+
+/* out (quarter, size) of rows of which each holds those `quarter` apart, those beyond `rows` being 0. */
+static void pack_rows(uint64_t *restrict out, const uint8_t *e, size_t quarter, size_t rows, size_t size)
+{
+    memset(out, 0, quarter * size * sizeof *out);
+    for (size_t k = 0; k < FIELDS; k++) {
+        size_t from = least(k * quarter, rows), count = least(rows - from, quarter);
+        for (size_t j = 0; j < count * size; j++) out[j] |= (uint64_t)e[from * size + j] << (FIELD_BITS * k);
+    }
+}
+
+/* out (rows, size / 4) of columns of which each holds those size / 4 apart. */
+static void pack_columns(uint64_t *restrict out, const uint8_t *e, size_t rows, size_t size)
+{
+    size_t apart = size / FIELDS;
+    for (size_t i = 0; i < rows; i++, e += size, out += apart)
+        for (size_t j = 0; j < apart; j++) {
+            uint64_t low = e[j] | (uint64_t)e[apart + j] << FIELD_BITS;
+            uint64_t high = e[2 * apart + j] | (uint64_t)e[3 * apart + j] << FIELD_BITS;
+            out[j] = low | high << 2 * FIELD_BITS;
+        }
+}
+
+static void hot_fields(uint64_t *restrict a, uint64_t *restrict w, uint64_t *restrict columns, const uint8_t *e,
+                       const uint64_t *b, const uint64_t *q, const uint64_t *r, size_t n, size_t size, size_t bits)
+{
+    uint64_t packed[FIELD_WORDS] __attribute__((aligned(64)));
+    uint64_t sums[FIELD_TERMS / FIELDS * MK_GR] __attribute__((aligned(64)));
+    const uint64_t field = ((uint64_t)1 << FIELD_BITS) - 1;
+    size_t apart = size / FIELDS, step = least(FIELD_WORDS / apart, FIELD_TERMS - 1);
+    memset(columns, 0, size * MK_GR * sizeof *columns);
+    for (size_t i = 0; i < n; i += step) {
+        size_t rows = least(n - i, step), quarter = (rows + FIELDS - 1) / FIELDS;
+        pack_rows(packed, e + size * i, quarter, rows, size);
+        combine(sums, packed, q, size, 1, quarter, size);
+        for (size_t k = 0; k < FIELDS; k++) {
+            size_t from = least(k * quarter, rows), count = least(rows - from, quarter);
+            uint64_t *to = w + MK_GR * (i + from);
+            for (size_t j = 0; j < count * MK_GR; j++) to[j] = sums[j] >> (FIELD_BITS * k) & field;
+        }
+        pack_columns(packed, e + size * i, rows, size);
+        combine_some(sums, packed, r + i, 1, apart, apart, apart, rows, 0);
+        for (size_t k = 0; k < FIELDS; k++)
+            for (size_t j = 0; j < apart * MK_GR; j++)
+                columns[k * apart * MK_GR + j] += sums[j] >> (FIELD_BITS * k) & field;
+        for (size_t j = 0; j < rows; j++) mul_short(a + MK_GR * (i + j), b + i + j, n, bits, r[i + j]);
+    }
+    for (size_t u = 0; u < size; u += STRIP) turn_sums(columns + u * MK_GR);
+}
+
 void MK(mk_gr_byte_hot)(uint64_t *restrict a, uint64_t *restrict w, uint64_t *restrict columns, const uint8_t *e,
                         const uint64_t *b, const uint64_t *q, const uint64_t *r, size_t n,
                         size_t size, size_t bits)
 {
-    hot(a, w, columns, e, sizeof *e, b, q, r, n, size, bits);
+    if (size > 0 && size % (FIELDS * STRIP) == 0 && size < FIELD_TERMS) hot_fields(a, w, columns, e, b, q, r, n, size, bits);
+    else hot(a, w, columns, e, sizeof *e, b, q, r, n, size, bits);
 }
 
 /* Results of a cross, which come one by one: STRIP of them wait in `terms`, CROSS words each, to be added together. */

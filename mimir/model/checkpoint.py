@@ -40,7 +40,7 @@ MAX_SCALE_BITS = 62 - WEIGHT_BITS  # so that an encoded weight fits the signed 6
 # Fraction bits of weights shared modulo 2^32: of embeddings, which are added up as they are, and of matrices.
 EMBEDDING_SCALE = 16
 HALF_SCALE = 12
-ATTENTION_SCALE = 14  # of the matrix that takes what attention gives
+SHORT_SCALE = 14  # of matrices modulo 2^64 whose products have no truncation before them or behind them
 PUBLIC_FORMAT = 1  # version of the dictionary made by PlanSpec.public
 MAX_LAYERS = 512
 MAX_WIDTH = 1 << 16
@@ -181,18 +181,17 @@ class PlanSpec:
         return tuple(self.shapes())
 
     def halved(self, name: str) -> bool:
-        """Whether a tensor is shared modulo 2^32, in words of 4 bytes: embeddings, and a matrix behind a
-        norm, of whose product no more is needed. ReLU needs more range, a rotation all of its input.
+        """Whether a tensor is shared modulo 2^32, in words of 4 bytes: embeddings, and the large matrices
+        behind a norm, the head and those of gates, which wait for it. The others are multiplied beside it,
+        before it scales anything, which takes more bits.
         """
         part = name.rpartition(".")[2]
-        if part in ("qkv", "in"):
-            return self.positions != "rope" if part == "qkv" else self.act != "relu"
-        return part in ("embed", "pos", "head")
+        return part in ("embed", "pos", "head") or (part == "in" and self.act == "silu_glu")
 
     def scale(self, name: str, scale_bits: int) -> int:
         """Fraction bits at which a tensor is encoded."""
-        if name.endswith(".o"):
-            return ATTENTION_SCALE
+        if name.endswith((".o", ".qkv")) or (name.endswith(".in") and not self.halved(name)):
+            return SHORT_SCALE
         if not self.halved(name):
             return scale_bits
         return EMBEDDING_SCALE if name in ("embed", "pos") else HALF_SCALE

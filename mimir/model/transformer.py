@@ -1,15 +1,15 @@
 """The transformer in data order, over shares: one function a layer part, and the cache between them.
 
-Every quantity is a share but for shapes. Scales: keys, values and activations have f fraction bits
-(`fixed_point.scale_bits`); a product has 2f until it is truncated. The residual stream has RESIDUAL_SCALE,
-and is truncated where a norm opens it. Matrices behind norms are modulo 2^32 (`PlanSpec.halved`): of their
-inputs and products fewer bits are kept. Layer code knows shares, correlations and openings, and nothing of
-the backend.
+Every quantity is a share but for shapes. Scales: values and activations have f fraction bits
+(`fixed_point.scale_bits`), keys too or KEY_SCALE. The residual stream has RESIDUAL_SCALE, and is truncated
+where a norm opens it. What a norm feeds is a product at PRODUCT_SCALE: with a matrix modulo 2^32
+(`PlanSpec.halved`), of whose inputs fewer bits are kept, or with any other before the norm is known. Layer
+code knows shares, correlations and openings, and nothing of the backend.
 """
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, Final, Protocol
@@ -17,7 +17,7 @@ from typing import Any, Final, Protocol
 import numpy as np
 
 from mimir import kernels
-from mimir.model.checkpoint import EMBEDDING_SCALE, HALF_SCALE, PlanSpec
+from mimir.model.checkpoint import EMBEDDING_SCALE, HALF_SCALE, SHORT_SCALE, PlanSpec
 from mimir.mpc import nonlinear, ops, prep
 from mimir.mpc.domain import HALF_BITS, RING_BITS, Ring, encode
 from mimir.mpc.doors import Masked
@@ -29,8 +29,12 @@ from mimir.mpc.weights import array
 
 ROTARY_SCALE: Final = 14  # fraction bits of sines and cosines
 HALF_INPUT: Final = 9  # fraction bits of what is multiplied by a matrix modulo 2^32
-# Of such a product; |y| < 2^8, which is what a truncation leaves of 64 bits.
-HALF_PRODUCT: Final = HALF_INPUT + HALF_SCALE + RING_BITS - HALF_BITS
+# Of such a product, and of those with other matrices behind norms: |y| < 2^8, which is what a truncation
+# leaves of 64 bits. Of what ReLU takes |y| < 2^11.
+PRODUCT_SCALE: Final = HALF_INPUT + HALF_SCALE + RING_BITS - HALF_BITS
+RELU_SCALE: Final = PRODUCT_SCALE - 3
+NORMED_SCALE: Final = PRODUCT_SCALE - SHORT_SCALE  # of what a norm gives, or of products cut before it
+KEY_SCALE: Final = 14  # of queries and keys that are not rotated, and so known modulo 2^(64 - 25) alone
 # Of the residual stream, |h| < 2^13: that of embeddings that were read, and of what `o` makes of quotients.
 RESIDUAL_SCALE: Final = EMBEDDING_SCALE + RING_BITS - HALF_BITS
 CACHE_ROOM: Final = 64  # positions for which a cache that is full gets room
@@ -40,7 +44,12 @@ class Multiply(Protocol):
     """`ops.matmul`, or what calls it."""
 
     def __call__(
-        self, ctx: Context, step: str, *factors: tuple[Share, str], low: int | None = None
+        self,
+        ctx: Context,
+        step: str,
+        *factors: tuple[Share, str],
+        low: int | None = None,
+        beside: Callable[[Context], Coroutine[Any, Any, None]] | None = None,
     ) -> Awaitable[Share]: ...
 
 
@@ -196,7 +205,7 @@ async def attention(
     step: str,
     spec: PlanSpec,
     layer: int,
-    u: Share,
+    h: Share,
     turn: Share | None,
     caches: Sequence[Cache],
     fresh: Share | None,
@@ -204,19 +213,21 @@ async def attention(
     parts: Parts,
 ) -> Share:
     """Attention of the rows of each cache over everything in it and before them, without the output matrix:
-    (n, heads * hd) at QUOTIENT_SCALE. u is at scale f + `kept` bits. `fresh` are bits that tell which of
-    the rows hold a token, if not all do: the keys of the others become 0, as do scores with them.
+    (n, heads * hd) at QUOTIENT_SCALE. h is the residual stream. `fresh` are bits that tell which of the rows
+    hold a token, if not all do: the keys of the others become 0, as do scores with them.
     """
     f = s.scale_bits
-    n, hd, heads, kv = u.shape[0], spec.head_dim, spec.heads, spec.kv_heads
-    y, scale = await _after_norm(ctx, f"{step}/qkv", spec, u, f"{layer}.qkv", f, parts)
+    n, hd, heads, kv = h.shape[0], spec.head_dim, spec.heads, spec.kv_heads
+    y = await _behind_norm(ctx, f"{step}/qkv", spec, h, f"{layer}.qkv", s, parts, cut=(heads + kv) * hd)
     y = y.reshape(n, heads + 2 * kv, hd).swap(0, 1)  # (heads + 2 kv, n, hd)
     turned, v = y[: heads + kv], y[heads + kv :]
-    drop = scale - f
     if turn is not None:
         turned = await _rotate(ctx, f"{step}/rotate", turned, turn)
-        drop += ROTARY_SCALE
-    turned, v = await ops.truncate(ctx, f"{step}/qkv truncate", (turned, drop), (v, scale - f))
+        (turned,) = await ops.truncate(ctx, f"{step}/qk truncate", (turned, NORMED_SCALE + ROTARY_SCALE - f))
+        spare, scale = 0, 2 * f
+    else:
+        spare = NORMED_SCALE - KEY_SCALE  # room above, which scores do not need
+        turned, scale = ops.lower(turned, spare), 2 * KEY_SCALE + spare
     q, k = turned[:heads], turned[heads:]
     if fresh is not None and turn is None:  # a turn has made them 0
         rows = fresh.broadcast(kv, n).flat()
@@ -227,27 +238,34 @@ async def attention(
         [ctx.take(kind(layer, c.length, each, heads, kv, hd), 1, of=i) for i, c in enumerate(caches)]
         for kind in (prep.Keys, prep.Values)
     )
-    dq, dk, dv = await ctx.doors.open(
-        f"{step}/cache",
-        q + concat([m["x"] for m in keys], axis=1),
-        k + concat([m["new"] for m in keys], axis=1),
-        v + concat([m["new"] for m in values], axis=1),
-    )
-    scores, held = [], []
+
+    async def enter(ctx: Context) -> list[Ring]:
+        masked = (x + concat([m[name] for m in keys], axis=1) for x, name in ((q, "x"), (k, "new")))
+        return await ctx.doors.open(f"{step}/cache", *masked)
+
+    async def shorten(ctx: Context) -> Share:
+        return (await ops.truncate(ctx, f"{step}/v truncate", (v, PRODUCT_SCALE - f)))[0]
+
+    (dq, dk), v = await ops.together(ctx, enter, shorten)
+    scores = []
     for i, cache in enumerate(caches):
         own = slice(i * each, (i + 1) * each)
         all_k = _for_heads(cache.keys[layer].extend(dk[:, own], keys[i]["new"]), heads // kv)
-        held.append(_for_heads(cache.values[layer].extend(dv[:, own], values[i]["new"]), heads // kv))
         z = await _per_head(ctx, dq[:, own], keys[i]["x"], *all_k, keys[i]["z"], turned=True)
         slots = np.arange(cache.length + each)
         allowed = (slots[None, :] <= slots[cache.length :, None]).astype(np.uint64)
-        scores.append(Scores(z, allowed, cache.valid))
+        scores.append(Scores(z * (1 << spare), scale, allowed, cache.valid))
     weights = await parts.exponentials(ctx, f"{step}/softmax", scores, s)
 
     async def mix(ctx: Context) -> list[Share]:
-        opened = await ctx.doors.open(
-            f"{step}/weights", *(e + m["x"] for (e, _), m in zip(weights, values, strict=True))
+        new = v + concat([m["new"] for m in values], axis=1)
+        *opened, dv = await ctx.doors.open(
+            f"{step}/weights", *(e + m["x"] for (e, _), m in zip(weights, values, strict=True)), new
         )
+        held = []
+        for i, cache in enumerate(caches):
+            own = cache.values[layer].extend(dv[:, i * each : (i + 1) * each], values[i]["new"])
+            held.append(_for_heads(own, heads // kv))
         y = concat(
             [
                 await _per_head(ctx, delta, m["x"], *cached, m["z"])
@@ -270,54 +288,68 @@ async def attention(
     return out.reshape(heads, n, hd).swap(0, 1).reshape(n, heads * hd)
 
 
-def _bias(ctx: Context, name: str, above: int) -> Share:
-    """A bias as a row (1, m) at `above` more fraction bits than the f at which it is stored."""
+def _bias(ctx: Context, name: str) -> Share:
+    """A bias as a row (1, m), at the f bits at which it is stored."""
     v = np.stack([array(w) for w in ctx.weights.pair(name)[: ctx.bk.components]])
-    return ctx.share(v.reshape(len(v), 1, -1)) * (1 << above)
+    return ctx.share(v.reshape(len(v), 1, -1))
 
 
-def kept(spec: PlanSpec, name: str) -> int:
-    """Fraction bits above f that a norm keeps for the product with a matrix that follows: what is multiplied
-    modulo 2^32 loses low bits by itself, anything else would need another truncation.
+async def _behind_norm(
+    ctx: Context,
+    step: str,
+    spec: PlanSpec,
+    h: Share,
+    name: str,
+    s: Settings,
+    parts: Parts,
+    *,
+    to: int = PRODUCT_SCALE,
+    cut: int = 0,
+) -> Share:
+    """The norm of the residual stream h, times a matrix, and its bias: at scale `to`, but for the first `cut`
+    columns, which have SHORT_SCALE bits less. Four rounds, five for a matrix modulo 2^32.
+
+    Such a one is multiplied with what the norm gives; others with what it takes, while the inverse root of
+    its mean square is read, and then the root with the product. What is cut is truncated while a root is
+    chosen.
     """
-    return nonlinear.NORM_SCALE if spec.halved(name) else 0
-
-
-async def _norm(ctx: Context, step: str, spec: PlanSpec, h: Share, name: str, s: Settings) -> Share:
-    """The norm before a matrix, of the residual stream: at scale f + `kept`."""
-    return await nonlinear.rms_norm(ctx, step, h, RESIDUAL_SCALE, spec.norm_eps, s, extra=kept(spec, name))
-
-
-async def _after_norm(
-    ctx: Context, step: str, spec: PlanSpec, u: Share, name: str, f: int, parts: Parts
-) -> tuple[Share, int]:
-    """u at scale f + `kept`, times a matrix, and its bias; and the scale of that. One round."""
+    f = s.scale_bits
     if spec.halved(name):
-        y = await parts.matmul(ctx, step, (u, name), low=f + kept(spec, name) - HALF_INPUT)
-        scale = HALF_PRODUCT
-    else:
-        y, scale = await parts.matmul(ctx, step, (u, name)), 2 * f
-    return y + _bias(ctx, f"{name}_b", scale - f), scale
+        u = await nonlinear.rms_norm(ctx, f"{step}/norm", h, RESIDUAL_SCALE, spec.norm_eps, s, NORMED_SCALE)
+        y = await parts.matmul(ctx, step, (u, name), low=NORMED_SCALE - HALF_INPUT)
+        return y + _bias(ctx, f"{name}_b") * (1 << (PRODUCT_SCALE - f))
+    rows, squares = await ops.truncate_rows(ctx, f"{step}/norm", h, RESIDUAL_SCALE - f)
+    root = nonlinear.InverseRoot(f"{step}/root", squares, h.shape[1], spec.norm_eps, s)
+    y = await parts.matmul(ctx, step, (rows, name), beside=root.read)
+    width, scale = y.shape[1], to - SHORT_SCALE - f
+
+    async def shorten(ctx: Context) -> Share:
+        return (await ops.truncate(ctx, f"{step}/cut", (y[:, :cut], SHORT_SCALE)))[0] if cut else y[:, :0]
+
+    r, part = await ops.together(ctx, lambda ctx: root.choose(ctx, scale), shorten)
+    y = await ops.scale(ctx, f"{step}/scale", r, concat([part, y[:, cut:]], axis=1))
+    above = np.full(width, 1 << (to - f), np.uint64)
+    above[:cut] >>= np.uint64(SHORT_SCALE)
+    return y + _bias(ctx, f"{name}_b") * above
 
 
 async def mlp(
-    ctx: Context, step: str, spec: PlanSpec, layer: int, u: Share, s: Settings, parts: Parts
+    ctx: Context, step: str, spec: PlanSpec, layer: int, h: Share, s: Settings, parts: Parts
 ) -> Share:
-    """The inner part of a block: activation, gated or not, of u @ in: (n, hidden). u is at scale f + `kept`
-    bits.
-    """
-    f = s.scale_bits
-    h, scale = await _after_norm(ctx, f"{step}/in", spec, u, f"{layer}.in", f, parts)
+    """The inner part of a block: activation, gated or not, of the norm of h times `in`: (n, hidden)."""
+    f, name = s.scale_bits, f"{layer}.in"
     if spec.act == "relu":
-        return await nonlinear.relu(ctx, f"{step}/relu", h, s)
+        y = await _behind_norm(ctx, f"{step}/in", spec, h, name, s, parts, to=RELU_SCALE)
+        return await nonlinear.relu(ctx, f"{step}/relu", y, s, RELU_SCALE)
+    y = await _behind_norm(ctx, f"{step}/in", spec, h, name, s, parts)
     if spec.act != "silu_glu":
-        return await nonlinear.activation(ctx, f"{step}/{spec.act}", h, spec.act, s, scale)
+        return await nonlinear.activation(ctx, f"{step}/{spec.act}", y, spec.act, s, PRODUCT_SCALE)
 
     async def gating(ctx: Context) -> Share:
-        return await nonlinear.activation(ctx, f"{step}/silu", h[:, : spec.hidden], "silu", s, scale)
+        return await nonlinear.activation(ctx, f"{step}/silu", y[:, : spec.hidden], "silu", s, PRODUCT_SCALE)
 
     async def rising(ctx: Context) -> Share:
-        return (await ops.truncate(ctx, f"{step}/up", (h[:, spec.hidden :], scale - f)))[0]
+        return (await ops.truncate(ctx, f"{step}/up", (y[:, spec.hidden :], PRODUCT_SCALE - f)))[0]
 
     gate, up = await ops.together(ctx, gating, rising)
     (y,) = await ops.mul(ctx, f"{step}/gate", (gate, up))
@@ -346,14 +378,12 @@ async def forward(
             turn = await ops.scale(ctx, f"{step}/valid", fresh, turn)
     for layer in range(spec.layers):
         name = f"{step}/layer {layer}"
-        u = await _norm(ctx, f"{name}/norm 1", spec, h, f"{layer}.qkv", s)
-        a = await attention(ctx, f"{name}/attention", spec, layer, u, turn, caches, fresh, s, parts)
+        a = await attention(ctx, f"{name}/attention", spec, layer, h, turn, caches, fresh, s, parts)
         o = await parts.matmul(ctx, f"{name}/o", (a, f"{layer}.o"))
-        h = h + o + _bias(ctx, f"{layer}.o_b", RESIDUAL_SCALE - f)
-        u = await _norm(ctx, f"{name}/norm 2", spec, h, f"{layer}.in", s)
-        m = await mlp(ctx, f"{name}/mlp", spec, layer, u, s, parts)
-        m = await parts.matmul(ctx, f"{name}/out", (m, f"{layer}.out")) + _bias(ctx, f"{layer}.out_b", f)
-        h = h + m * (1 << (RESIDUAL_SCALE - 2 * f))
+        h = h + o + _bias(ctx, f"{layer}.o_b") * (1 << (RESIDUAL_SCALE - f))
+        m = await mlp(ctx, f"{name}/mlp", spec, layer, h, s, parts)
+        m = await parts.matmul(ctx, f"{name}/out", (m, f"{layer}.out"))
+        h = h + (m + _bias(ctx, f"{layer}.out_b") * (1 << f)) * (1 << (RESIDUAL_SCALE - 2 * f))
     for cache in caches:
         cache.length += each
     return h
@@ -363,12 +393,10 @@ async def logits(
     ctx: Context, step: str, spec: PlanSpec, h: Share, s: Settings, parts: Parts = DIRECT
 ) -> Share:
     """Logits (n, vocab) at scale LOGIT_SCALE of rows h (n, d)."""
-    u = await _norm(ctx, f"{step}/norm", spec, h, "head", s)
-    y, _ = await _after_norm(ctx, f"{step}/head", spec, u, "head", s.scale_bits, parts)
-    return y
+    return await _behind_norm(ctx, f"{step}/head", spec, h, "head", s, parts)
 
 
-LOGIT_SCALE: Final = HALF_PRODUCT
+LOGIT_SCALE: Final = PRODUCT_SCALE
 
 
 @dataclass(frozen=True, slots=True)

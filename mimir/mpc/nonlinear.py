@@ -39,19 +39,21 @@ EXP_REACH: Final = 23.5  # further below the shift a weight, less than e^-23.5, 
 REACH_REST: Final = 4  # that is told in bins of 2^4 halves, so that it is 0 from EXP_REACH + 8 + 3 / 2 on
 REACH_FROM: Final = 123  # the first bin that counts; the last but one must stay in reach of the carry
 REACH_LIFT: Final = REACH_FROM * 8 + EXP_REACH
-REACH_BITS: Final = 9  # a coarse reading tells whether an activation's input lies within 2^9
-REACH_FINE: Final = 4  # fraction bits of that
+REACH_BITS: Final = 7  # in so many bits
+ACTIVE_BITS: Final = 9  # a reading of whole numbers tells where in 2^9 of them an activation's input lies
+ACTIVE_REST: Final = 5  # fraction bits of that
 COARSE_BIN: Final = 2  # log2 of the resolution of the row maximum
 COARSE_BITS: Final = 7
 COARSE_REST: Final = 4
+COARSE_LANE: Final = 8  # the maximum's bin is needed modulo so much alone: exp and its reach see no more
+COUNT_BITS: Final = 8  # counts of keys up to here are tested by one-hots in the ring, larger ones over GF(2)
 SCORE_BOUND: Final = 250.0  # of a score: 2^(COARSE_BIN + COARSE_BITS - 1), less a margin of two bins
 EXP_SCALE: Final = 24
-INVERSE_SCALE: Final = 24
+INVERSE_SCALE: Final = 24  # a window's value has at most 56 more
 FINE_SCALE: Final = 23  # of sum(e v), or of the inverse of sum(e), whichever is small
 COARSE_SCALE: Final = 11  # of the other
 QUOTIENT_SCALE: Final = FINE_SCALE + COARSE_SCALE
 BELOW_ONE: Final = 3  # windows of sums below 1
-NORM_SCALE: Final = 20  # of an inverse root whose product is multiplied before it is truncated
 SUM_BITS: Final = 7  # of the index of a window
 NORM_BITS: Final = 8  # windows that are fewer and larger, as they see more octaves
 WINDOW_OVERLAP: Final = 3  # octaves that windows have in common
@@ -101,9 +103,9 @@ def _tables(q: Real, scale: int, rest: int) -> Ring:
 
 @dataclass(frozen=True, slots=True)
 class Cosines:
-    """An activation for |x| <= edge + 1/4: x / 2 + constant + sum of amplitude cos(2 pi turns x / 2^11),
-    to within 5.1e-5, of GELU by tanh 3e-5, of SiLU 6e-5. Beyond edge it is x or 0 to within 1.6e-5, of SiLU
-    1.3e-4.
+    """An activation between `left` and `right`: x / 2 + constant + sum of amplitude cos(2 pi turns x / 2^11),
+    to within 2.5e-5, of SiLU 9e-5. Below `left`, and from a bin of the reach and three of its units below
+    `right` on, it is 0 or x to within 2e-5, of SiLU 1.3e-4.
 
     Frequencies and amplitudes were sought for the least largest error; few are needed since frequencies need
     not be multiples of one another. At `scale` the function lies above -2^MOSTLY_ABOVE and
@@ -116,37 +118,59 @@ class Cosines:
     constant: float
     amplitudes: tuple[float, ...]
 
+    @property
+    def left(self) -> float:
+        return -self.edge
+
+    @property
+    def bins(self) -> int:
+        """From `left` to `right`."""
+        return math.ceil(2 * self.edge + 1 + 3 * 2.0**-ACTIVE_REST)
+
+    @property
+    def right(self) -> float:
+        return self.left + self.bins
+
 
 COSINES: Final = {
     "gelu": Cosines(
-        4.5,
+        4.453125,
         59,
-        (163, 458, 742, 1044),
-        1.5367809,
-        (-1.3539802, -0.1555663, -0.0251911, -0.0020635),
+        (133, 382, 622, 869, 1136),
+        1.90240963,
+        (-1.64017863, -0.20476417, -0.04864172, -0.00811975, -0.00068505),
     ),
     "gelu_tanh": Cosines(
-        4.3125,
+        4.453125,
         59,
-        (174, 486, 790, 1129),
-        1.4337641,
-        (-1.2737597, -0.1401732, -0.0187506, -0.0010516),
+        (132, 381, 624, 879, 1167),
+        1.918935,
+        (-1.6543778, -0.20740953, -0.04879076, -0.00771162, -0.00062123),
     ),
     "silu": Cosines(
-        11.4,
-        58,
-        (71, 204, 331, 455, 580, 714, 860, 1008),
-        3.5609269,
-        (-3.0493767, -0.3690324, -0.0999397, -0.029603, -0.0092571, -0.0027746, -0.0007206, -0.0001642),
+        11.453125,
+        57,
+        (65, 189, 311, 436, 565, 698, 835, 967),
+        3.90351139,
+        (
+            -3.32188321,
+            -0.4104742,
+            -0.11931511,
+            -0.03665878,
+            -0.01091528,
+            -0.00311633,
+            -0.00083798,
+            -0.00022315,
+        ),
     ),
 }
 
 
 async def activation(ctx: Context, step: str, x: Share, name: str, s: Settings, scale: int) -> Share:
-    """SiLU or GELU of x at `scale`, above f, |x| < ACTIVATION_BOUND, result at scale f. Three rounds.
+    """SiLU or GELU of x at `scale`, above f, |x| < ACTIVATION_BOUND, result at scale f. Two rounds.
 
-    What the function is above x / 2 is even, and a sum of cosines near zero; where a second reading, of
-    sixteenths, tells that x may lie beyond, the function is x or 0.
+    What the function is above x / 2 is even, and a sum of cosines near zero; where a second reading, of whole
+    numbers, tells that x may lie beyond, the function is x or 0.
     """
     a, to = COSINES[name], s.scale_bits
     flat = x.flat()
@@ -157,17 +181,16 @@ async def activation(ctx: Context, step: str, x: Share, name: str, s: Settings, 
         return await ops.wave(ctx, step, flat, wave) + flat * (1 << (a.scale - scale - 1))
 
     async def sides(ctx: Context) -> list[Bits]:
-        # The reading is up to 3 units too high.
-        left, right = -math.ceil(a.edge * 2**REACH_FINE), math.ceil(a.edge * 2**REACH_FINE) + 3
-        half = 1 << (REACH_BITS + REACH_FINE - 1)
-        lifted = _whole_words(flat + (1 << (scale + REACH_BITS - 1)))
+        first = math.ceil((1 << ACTIVE_BITS - 1) - 4 + a.left)  # the bin that begins at `left`
+        lifted = _whole_words(flat + round((first - a.left) * 2**scale))
         return await ops.are_below(
             ctx,
             f"{step}/reach",
             lifted,
-            scale - REACH_FINE,
-            REACH_BITS + REACH_FINE,
-            (half + left, half + right),
+            scale - ACTIVE_REST,
+            ACTIVE_REST,
+            ACTIVE_BITS,
+            (first, first + a.bins),
         )
 
     y, (left, not_right) = await ops.together(ctx, near, sides)
@@ -179,11 +202,11 @@ async def activation(ctx: Context, step: str, x: Share, name: str, s: Settings, 
     return (y + line).reshape(*x.shape)
 
 
-async def relu(ctx: Context, step: str, x: Share, s: Settings) -> Share:
-    """max(x, 0) of x at scale 2f, result at scale f. Three rounds."""
-    flat = x.flat()
-    negative = await ops.is_negative(ctx, f"{step}/sign", _whole_words(flat), s.scale_bits, RELU_WIDTH)
-    (y,) = await ops.truncate_if(ctx, f"{step}/truncate", ~negative, (flat, s.scale_bits))
+async def relu(ctx: Context, step: str, x: Share, s: Settings, scale: int) -> Share:
+    """max(x, 0) of x at `scale`, above f, result at scale f. Three rounds."""
+    flat, low = x.flat(), scale - s.scale_bits
+    negative = await ops.is_negative(ctx, f"{step}/sign", _whole_words(flat), low, RELU_WIDTH)
+    (y,) = await ops.truncate_if(ctx, f"{step}/truncate", ~negative, (flat, low))
     return y.reshape(*x.shape)
 
 
@@ -229,7 +252,19 @@ async def _climb(
     """Windows of x (n): (windows, n), of which the highest that is not empty has its value, at its scale, and
     the others 0. Two rounds.
     """
-    values, flags = await ops.read(ctx, f"{step}/index", x.flat(), *ladder)
+    found = await ops.read(ctx, f"{step}/index", x.flat(), *ladder)
+    return await _highest(ctx, step, ladder, found, scales)
+
+
+async def _highest(
+    ctx: Context,
+    step: str,
+    ladder: tuple[Piecewise, ...],
+    found: tuple[Share, Share],
+    scales: Sequence[int],
+) -> Share:
+    """The second round of `_climb`, behind what the first has read."""
+    values, flags = found
     drops = [p.scale - scale for p, scale in zip(ladder, scales, strict=True)]
     chosen = await ops.choose(ctx, f"{step}/choose", flags[0][1:].swap(0, 1), values.swap(0, 1), drops)
     return chosen.swap(0, 1)
@@ -307,25 +342,35 @@ def _sum_ladder(most: int, s: Settings) -> tuple[Piecewise, ...]:
     return _ladder("reciprocal", f, SUM_BITS, SUM_BASE, room, s, 2.0 ** (SUM_BASE - 1))
 
 
-async def rms_norm(
-    ctx: Context, step: str, x: Share, scale: int, eps: float, s: Settings, *, extra: int = 0
-) -> Share:
-    """x / sqrt(mean(x^2) + eps) for rows x (n, d) at `scale`, at scale f + `extra`, which is 0 or NORM_SCALE.
-    One opening truncates x and serves both its uses.
-
-    Rounds: 5, one fewer with extra bits.
+class InverseRoot:
+    """1 / sqrt(mean(x^2) + eps) of rows (n, d) at scale f, by the sums (n) of their squares, in two rounds
+    that others can share: `read`, and then `choose`.
     """
-    d = x.shape[1]
-    rows = await ops.truncate_rows(ctx, f"{step}/x", x, scale - s.scale_bits)
-    f = _inverse_root(d * 4.0**s.scale_bits, eps)
-    base = _norm_base(d, eps, s.scale_bits)
-    ladder = _ladder("inverse root", f, NORM_BITS, base, 1 << NORM_TOP, s, -np.inf)
-    windows = await _climb(ctx, f"{step}/root", rows.squares, ladder, [extra or INVERSE_SCALE] * len(ladder))
-    y = await rows.scale(ctx, f"{step}/scale", windows.sum(0))
-    if extra:
-        return y
-    (y,) = await ops.truncate(ctx, f"{step}/truncate", (y, INVERSE_SCALE))
-    return y
+
+    def __init__(self, step: str, squares: Share, width: int, eps: float, s: Settings) -> None:
+        f = _inverse_root(width * 4.0**s.scale_bits, eps)
+        base = _norm_base(width, eps, s.scale_bits)
+        self._step, self._squares = step, squares
+        self._ladder = _ladder("inverse root", f, NORM_BITS, base, 1 << NORM_TOP, s, -np.inf)
+        self._found: tuple[Share, Share] | None = None
+
+    async def read(self, ctx: Context) -> None:
+        self._found = await ops.read(ctx, f"{self._step}/index", self._squares, *self._ladder)
+
+    async def choose(self, ctx: Context, scale: int) -> Share:
+        """The roots (n) at `scale`."""
+        if self._found is None:
+            raise LocalError("an inverse root is read before it is chosen")
+        scales = [scale] * len(self._ladder)
+        return (await _highest(ctx, self._step, self._ladder, self._found, scales)).sum(0)
+
+
+async def rms_norm(ctx: Context, step: str, x: Share, scale: int, eps: float, s: Settings, to: int) -> Share:
+    """x / sqrt(mean(x^2) + eps) for rows x (n, d) at `scale`, at scale `to`, well above f. Four rounds."""
+    rows, squares = await ops.truncate_rows(ctx, f"{step}/x", x, scale - s.scale_bits)
+    root = InverseRoot(f"{step}/root", squares, x.shape[1], eps, s)
+    await root.read(ctx)
+    return await ops.scale(ctx, f"{step}/scale", await root.choose(ctx, to - s.scale_bits), rows)
 
 
 # --- softmax --------------------------------------------------------------------------------------------
@@ -333,12 +378,13 @@ async def rms_norm(
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Scores:
-    """Scores (heads, rows, keys) at scale 2f within +-SCORE_BOUND; which of them are allowed, publicly:
-    (rows, keys) of 0 and 1; and which keys are valid, secretly: (keys,) bits, or all of them. What is not
-    valid must have a score of 0.
+    """Scores (heads, rows, keys) at `scale`, at most 53, within +-SCORE_BOUND; which of them are allowed,
+    publicly: (rows, keys) of 0 and 1; and which keys are valid, secretly: (keys,) bits, or all of them. What
+    is not valid must have a score of 0.
     """
 
     values: Share
+    scale: int
     allowed: Ring
     valid: Share | None
 
@@ -367,9 +413,9 @@ async def exponentials(
     The shift is the row's maximum, rounded up by at most two coarse bins: it is found by counting, for every
     threshold, the valid scores above it, and by testing those counts for zero. What lies more than EXP_REACH
     below the shift may have weight 0, and has from 9.5 further on; a second, coarse reading tells. Blocks
-    share the 5 rounds.
+    share the 4 rounds; 5 if one has too many keys (`_highest_bins`).
     """
-    scale = 2 * s.scale_bits
+    scale = blocks[0].scale
     half = 1 << (COARSE_BIN + COARSE_BITS - 1)
     raised = concat([b.values.flat() for b in blocks]) + (half << scale)
     invalid = _invalid(blocks)
@@ -397,14 +443,8 @@ async def exponentials(
         lifted = below + round(REACH_LIFT * 2**scale)
         if invalid is not None:
             lifted = lifted - invalid * (round(REACH_LIFT * 2**scale) - (2 * half << scale))
-        far = await ops.is_below(
-            ctx,
-            f"{step}/reach",
-            _whole_words(lifted),
-            scale - 1,
-            REACH_REST,
-            REACH_BITS - 2,
-            REACH_FROM,
+        (far,) = await ops.are_below(
+            ctx, f"{step}/reach", _whole_words(lifted), scale - 1, REACH_REST, REACH_BITS, (REACH_FROM,)
         )
         return ~far
 
@@ -483,7 +523,9 @@ async def _coarse_bins(
 async def _highest_bins(
     ctx: Context, step: str, blocks: Sequence[Scores], one_hots: Sequence[Share]
 ) -> Share:
-    """For every row of every head the highest bin that one of its allowed scores lies in. Two rounds."""
+    """For every row of every head the highest bin that one of its allowed scores lies in, modulo
+    2^COARSE_LANE. One round up to 2^COUNT_BITS - 1 keys, else two.
+    """
     per_row = []
     for b, hot in zip(blocks, one_hots, strict=True):
         hot = b.kept(hot.reshape(*b.values.shape, -1), 1)
@@ -495,20 +537,24 @@ async def _highest_bins(
     # Counts of blocks of about as many keys are tested together.
     tests = _places([b.count_bits for b in blocks])
     parts = _by_row(blocks, at_least)
-    flat = [concat([parts[i] for i in group]).flat() for group in tests.values()]
-    padded = [_whole_words(x) for x in flat]
 
-    def test(x: Share, bits: int) -> Callable[[Context], Coroutine[Any, Any, Bits]]:
-        return lambda ctx: ops.is_zero(ctx, f"{step}/counts", x, bits)
+    def test(group: list[int], bits: int) -> Callable[[Context], Coroutine[Any, Any, Share]]:
+        x = concat([parts[i] for i in group]).flat()
 
-    empty = await ops.together(ctx, *(test(x, bits) for x, bits in zip(padded, tests, strict=True)))
-    lanes = Bits(np.concatenate([e.v for e in empty], axis=1), ctx.bk)
-    ring = _cut(
-        await ops.to_ring(ctx, f"{step}/inject", lanes, sum(x.size for x in padded)), [x.size for x in padded]
-    )
+        async def in_ring(ctx: Context) -> Share:
+            return await ops.is_zero(ctx, f"{step}/counts", x, bits, COARSE_LANE)
+
+        async def in_bits(ctx: Context) -> Share:
+            padded = _whole_words(x)
+            empty = await ops.are_zero(ctx, f"{step}/counts", padded, bits)
+            return (await ops.to_ring(ctx, f"{step}/inject", empty, padded.size))[: x.size]
+
+        return in_ring if bits <= COUNT_BITS else in_bits
+
+    empty = await ops.together(ctx, *(test(group, bits) for bits, group in tests.items()))
     none: list[Share] = list(parts)
-    for group, x, bits in zip(tests.values(), flat, ring, strict=True):
-        rows = bits[: x.size].reshape(-1, at_least.shape[1])
+    for group, bits in zip(tests.values(), empty, strict=True):
+        rows = bits.reshape(-1, at_least.shape[1])
         for i, part in zip(group, _by_row([blocks[i] for i in group], rows), strict=True):
             none[i] = part
     return -(concat(none).sum(1)) + at_least.shape[1]

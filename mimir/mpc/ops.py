@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any, Final, Protocol, TypeAlias, TypeVar
+from typing import Any, Final, Protocol, TypeAlias, TypeVar, cast
 
 import numpy as np
 
@@ -145,38 +145,18 @@ async def truncate_if(ctx: Context, step: str, bits: Bits, *items: Item) -> list
     return _split(ctx.share(y), items)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class TruncatedRows:
-    """Truncated rows `values` (n, d), the sums of their squares (n,), and what scaling them takes."""
-
-    squares: Share
-    values: Share
-    _dropped: tuple[int, int]  # f, and how many of these bits were not masked
-    _opened: Ring
-    _material: dict[str, Share]
-
-    async def scale(self, ctx: Context, step: str, r: Share) -> Share:
-        """r (n) times each row: (n, d). One round, 8 bytes a row. Once only."""
-        s, z = self._material["s"], self._material["z"]
-        (delta,) = await ctx.doors.open(step, r + s)
-        # r x = delta x - s x, s x = s a - s base + b s g, g as below
-        return ctx.share(kernels.norm_scale(self.values.v, s.v, z.v, delta, self._opened, *self._dropped))
-
-
-async def truncate_rows(ctx: Context, step: str, x: Share, f: int) -> TruncatedRows:
-    """`truncate` x (n, d) for its squares and for scaling: one round and 8 bytes an element for all uses,
-    which is exact, since all are sums of products with what was prepared, element by element.
+async def truncate_rows(ctx: Context, step: str, x: Share, f: int) -> tuple[Share, Share]:
+    """`truncate` x (n, d), and the sums (n) of the squares of what comes out: one round and 8 bytes an
+    element for both, which is exact, as both are sums of products with what was prepared, element by element.
 
     With g that one of `over` which counts, (a - base + b g)^2 = a^2 - 2 a base + base^2 + 2 b (a g - base g)
     + b^2 g, as g^2 = g.
     """
     c = ctx.take(prep.Norm(x.shape[1], f), x.shape[0])
     ((o,),) = await ctx.doors.open_all(step, _raised([(x, f)], [{"r": c["r"].flat()}]))
-    o = o.reshape(x.shape)
     material = (c["base"].v, c["over"].v, c["both"].v, c["q"].v)
-    dropped = f, prep.unmasked_bits(f)
-    rows, squares = kernels.norm(material, ctx.bk.one, o, *dropped)
-    return TruncatedRows(ctx.share(squares), ctx.share(rows), dropped, o, c)
+    rows, squares = kernels.norm(material, ctx.bk.one, o.reshape(x.shape), f, prep.unmasked_bits(f))
+    return ctx.share(rows), ctx.share(squares)
 
 
 def _raised(items: Sequence[Item], taken: Sequence[dict[str, Share]]) -> list[Masked]:
@@ -210,18 +190,26 @@ def _split(y: Share, items: Sequence[Item]) -> list[Share]:
     return out
 
 
-async def matmul(ctx: Context, step: str, *factors: tuple[Share, str], low: int | None = None) -> Share:
+async def matmul(
+    ctx: Context,
+    step: str,
+    *factors: tuple[Share, str],
+    low: int | None = None,
+    beside: Callable[[Context], Coroutine[Any, Any, None]] | None = None,
+) -> Share:
     """The sum over (x, name) of x (n, k) times the shared weight matrix `name` (k, m): (n, m) at the sum of
-    the scales. One round, 8 bytes an element of x.
+    the scales. One round, 8 bytes an element of x. `beside` is a branch of one round that shares it.
 
     With `low`, of matrices that are shared modulo 2^32: x loses so many bits, up to 1.5 units of what is
     left, and the product modulo 2^32 comes out times 2^32, as a ring element. 4 bytes.
     """
+    if beside is not None:
+        y, _ = await together(ctx, lambda ctx: matmul(ctx, step, *factors, low=low), beside)
+        return cast(Share, y)
     lane = RING_BITS if low is None else HALF_BITS
     taken = [ctx.take(prep.Weight(name, lane), x.shape[0]) for x, name in factors]
-    shown = [
-        (x if low is None else _halved(x, low)) + c["x"] for (x, _), c in zip(factors, taken, strict=True)
-    ]
+    fitting = [x if low is None else lower(x, low, HALF_BITS) for x, _ in factors]
+    shown = [x + c["x"] for x, c in zip(fitting, taken, strict=True)]
     opened = await ctx.doors.open_low(step, lane, *shown)
     pairs = [ctx.weights.pair(name) for _, name in factors]
     n, m = shown[0].shape[0], pairs[0][0].shape[1]
@@ -239,11 +227,11 @@ async def matmul(ctx: Context, step: str, *factors: tuple[Share, str], low: int 
     return ctx.share(await ctx.compute(2 * sum(x.size for x in shown) * m, local, (2, n, m)))
 
 
-def _halved(x: Share, low: int) -> Share:
-    """x, of either sign, without `low` bits modulo 2^32: within 1.5 units of x / 2^low, in the mean there. No
-    round.
+def lower(x: Share, low: int, width: int = RING_BITS) -> Share:
+    """x, of either sign, without `low` bits, modulo 2^(64 - low) or 2^width: within 1.5 units of x / 2^low,
+    in the mean there. No round.
     """
-    return drop(x - 3 * ((1 << low) - 1) // 2, low, HALF_BITS)
+    return drop(x - 3 * ((1 << low) - 1) // 2, low, min(width, RING_BITS - low))
 
 
 async def mul(ctx: Context, step: str, *pairs: tuple[Share, Share]) -> list[Share]:
@@ -359,8 +347,17 @@ def digits(width: int) -> tuple[int, ...]:
     return tuple(width // count + (i < width % count) for i in range(count))
 
 
-async def is_zero(ctx: Context, step: str, x: Share, bits: int) -> Bits:
-    """[x = 0] for x (n) in 0 .. 2^bits - 1, as words. One round, 4 bytes."""
+async def is_zero(ctx: Context, step: str, x: Share, bits: int, lane: int) -> Share:
+    """[x = 0] for x (n) in 0 .. 2^bits - 1, modulo 2^lane. One round, 4 bytes."""
+    c = ctx.take(prep.Lookup(0, bits, lane), x.size)
+    (o,) = await ctx.doors.open_low(step, bits, x + c["r"])
+    return Share(c["e"].v[:, np.arange(x.size), o].astype(np.uint64), ctx.bk)
+
+
+async def are_zero(ctx: Context, step: str, x: Share, bits: int) -> Bits:
+    """[x = 0] for x (n) in 0 .. 2^bits - 1, as words: 2^bits bits instead of numbers are prepared for each.
+    One round, 4 bytes.
+    """
     c = ctx.take(prep.Digits((bits,)), x.shape[0])
     (o,) = await ctx.doors.open_low(step, bits, x + c["r"])
     return Bits(_chosen(c["planes"].v, o), ctx.bk)
@@ -392,38 +389,24 @@ async def _at_most(
 
 
 async def are_below(
-    ctx: Context, step: str, x: Share, low: int, bits: int, thresholds: Sequence[int]
+    ctx: Context, step: str, x: Share, low: int, rest: int, bits: int, thresholds: Sequence[int]
 ) -> list[Bits]:
-    """[x < t * 2^low] for each t, x (n) in 0 .. 2^(low + bits) - 3 * 2^low, as words. Two rounds, one up to
-    DIGIT bits; 4 bytes, and some bits a threshold.
+    """For each t [x < t * 2^(low + rest)], for x (n) in 0 .. 2^(low + rest + bits) - 2^(low + rest) - 3 *
+    2^low, as words, where x is not within 2^(low + rest) + 3 * 2^low below that: there, either. One round,
+    rest + bits bits.
 
-    What is compared may be up to 3 units of 2^low above the floor of x. 0 < t < 2^bits. c = open(x + r), and
-    x < t if r lies within the t values up to c, modulo 2^bits.
-    """
-    sizes = digits(bits)
-    c = ctx.take(prep.Digits(sizes), x.shape[0])
-    (o,) = await ctx.doors.open_low(f"{step}/mask", bits, drop(x, low, bits) + c["r"])
-    below = [(o - np.uint64(t)) & np.uint64((1 << bits) - 1) for t in thresholds]
-    first, *others = await _at_most(ctx, f"{step}/digits", c["planes"].v, sizes, [o, *below])
-    return [
-        first ^ other ^ kernels.ring_lsb((o < np.uint64(t)).astype(np.uint64))
-        for other, t in zip(others, thresholds, strict=True)
-    ]
-
-
-async def is_below(ctx: Context, step: str, x: Share, low: int, rest: int, bits: int, threshold: int) -> Bits:
-    """[x < t * 2^(low + rest)], for x (n) in 0 .. 2^(low + rest + bits) - 2^(low + rest) - 3 * 2^low, as
-    words, where x is not within 2^(low + rest) + 3 * 2^low below that: there, either. One round, rest + bits
-    bits.
-
-    The opened value's upper bits, less the mask's, are those of x or one more, as the lower ones carry.
+    The opened value's upper bits, less the mask's, are those of x or one more, as the lower ones carry. 0 < t
+    < 2^bits: x < t if the mask's lie within the t values up to the opened ones, modulo 2^bits.
     """
     c = ctx.take(prep.Digits((bits,), rest), x.shape[0])
     (o,) = await ctx.doors.open_low(step, rest + bits, drop(x, low, rest + bits) + c["r"])
     upper = o >> np.uint64(rest)
-    below = (upper - np.uint64(threshold)) & np.uint64((1 << bits) - 1)
-    first, other = await _at_most(ctx, step, c["planes"].v, (bits,), [upper, below])
-    return first ^ other ^ kernels.ring_lsb((upper < np.uint64(threshold)).astype(np.uint64))
+    below = [(upper - np.uint64(t)) & np.uint64((1 << bits) - 1) for t in thresholds]
+    first, *others = await _at_most(ctx, step, c["planes"].v, (bits,), [upper, *below])
+    return [
+        first ^ other ^ kernels.ring_lsb((upper < np.uint64(t)).astype(np.uint64))
+        for other, t in zip(others, thresholds, strict=True)
+    ]
 
 
 async def is_negative(ctx: Context, step: str, x: Share, low: int, width: int) -> Bits:

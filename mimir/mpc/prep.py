@@ -22,7 +22,7 @@ A *kind* names one sort of correlation, with everything that fixes its shape:
     Mul()                a, b, ab
     Zero()               random components of 0
     Scale(m)             s, x (m), s x
-    Norm(m, f)           m of Trunc(f), sum of base^2, base times over, s, and s times base and over
+    Norm(m, f)           m of Trunc(f), sum of base^2, base times over
     Weight(name, l)      a mask row and its product with a shared weight matrix, modulo 2^l
     Keys(layer, ...)     masks of new keys and queries and the products with all cached key masks
     Values(layer, ...)   the same for attention weights and values
@@ -487,7 +487,7 @@ class Batch:
         for j in range(1 if of is None else 0, k):
             bit = np.ascontiguousarray(b[:, j])
             if lane < RING_BITS:
-                await self._double_lanes(f"{step}/double {j}", e, bit.astype(e.dtype), 1 << j)
+                await self._double_lanes(f"{step}/double {j}", e, bit, 1 << j)
                 continue
             part = bk.zero(n, 1 << j)
             await offload(4 * part.size, partial(kernels.double_part, part, e, bit))
@@ -495,7 +495,8 @@ class Batch:
             for i in range(2):
                 await offload(part.size, partial(kernels.double, e[i], high[i]))
         self.relations.append(check.OneHot(*self._in_parts(e, b), int(shift)))
-        self.zeros.append((e.sum(axis=2, dtype=np.uint64) - one) << shift)
+        short = np.uint32 if lane < RING_BITS else np.uint64  # as no more counts, and is added faster
+        self.zeros.append((e.sum(axis=2, dtype=short) - one) << shift)
         return e
 
     def _in_parts(self, e: npt.NDArray[Any], b: Ring) -> tuple[npt.NDArray[Any], Ring]:
@@ -513,22 +514,18 @@ class Batch:
         b[:, low:] = self.doors.bk.add_public(b[:, low:], np.zeros(1, np.uint64) - above)
         return e.reshape(2, n * parts, check.ENTRIES), b
 
-    async def _double_lanes(self, step: str, e: npt.NDArray[Any], bit: npt.NDArray[Any], have: int) -> None:
+    async def _double_lanes(self, step: str, e: npt.NDArray[Any], bit: Ring, have: int) -> None:
         """Double the first entries of one-hots of fewer bits than a word has, in which several travel."""
         n, lane = e.shape[1], 8 * e.itemsize
         both = self.doors.bk.random(_lane_words(n * have, lane)).view(e.dtype)
         part = both[0] - both[1]  # a share of zero, lane by lane
         part[n * have :] = 0
-
-        def local() -> None:
-            product = e[0, :, :have] * (bit[0] + bit[1])[:, None] + e[1, :, :have] * bit[0][:, None]
-            part[: n * have] += product.reshape(-1)
-
-        await offload(4 * n * have, local)
+        rows = part[: n * have].reshape(n, have)
+        await offload(n * have // 2, partial(kernels.double_part, rows, e, bit))
         (high,) = await self.doors.reshare(step, part.view(np.uint64))
-        product = self._filled(high, n * have, lane).view(e.dtype).reshape(2, n, have)
-        e[:, :, have : 2 * have] = product
-        e[:, :, :have] -= product
+        product = self._filled(high, n * have, lane)
+        for i in range(2):
+            kernels.double(e[i], product[i].view(e.dtype).reshape(n, have))
 
     async def times(self, step: str, v: Ring, x: Ring) -> Ring:
         """v (2, n) times each row of x (2, n, m), with its relation. One round."""
@@ -895,24 +892,18 @@ async def _scale(b: Batch, kind: Scale, n: int) -> dict[str, Ring]:
 async def _norm(b: Batch, kind: Norm, n: int, pairs: Mapping[str, Ring]) -> dict[str, Ring]:
     bk, lane = b.doors.bk, truncation_lane(kind.f)
     r, base = (np.ascontiguousarray(pairs[k]).reshape(2, n, kind.width) for k in ("r", "base"))
-    over = np.ascontiguousarray(pairs["over"]).reshape(2, n, 3 * kind.width)
-    s, flat, thrice = bk.random(n), over.reshape(2, -1), np.repeat(base.reshape(2, -1), 3, axis=1)
+    over = np.ascontiguousarray(pairs["over"]).reshape(2, -1)
+    thrice = np.repeat(base.reshape(2, -1), 3, axis=1)
     square = ((base[0] + base[1]) * base[0] + base[0] * base[1]).sum(axis=1, dtype=np.uint64) + bk.zero(n)
-    first, others, q, both = await b.exchange(
+    q, both = await b.exchange(
         f"norm {kind.width}.{kind.f}",
-        (await b.scaled(s, base), RING_BITS),
-        (await b.scaled(s, over), lane),
         (square, RING_BITS),
-        (kernels.rss_mul(flat, thrice, bk.zero(flat.shape[1])), lane),
+        (kernels.rss_mul(over, thrice, bk.zero(over.shape[1])), lane),
     )
-    b.state_scaled(s, base, first, RING_BITS)
-    b.state_scaled(s, over, others, lane)
     b.relations.append(check.SquareSum(base, q))
-    b.state_product(flat, thrice, both, lane)
+    b.state_product(over, thrice, both, lane)
     by_element = (2, n, kind.width, 3)
-    z = np.concatenate([first[..., None], others.reshape(by_element)], axis=3)
-    over, both = over.reshape(by_element), both.reshape(by_element)
-    return {"r": r, "base": base, "over": over, "both": both, "s": s, "z": z, "q": q}
+    return {"r": r, "base": base, "over": over.reshape(by_element), "both": both.reshape(by_element), "q": q}
 
 
 async def _weight(b: Batch, kind: Weight, n: int) -> dict[str, Ring]:
@@ -1012,8 +1003,7 @@ def shapes(kind: Kind, n: int, weight_shape: tuple[int, int] | None = None) -> d
             return {"s": (n,), "x": (n, kind.width), "z": (n, kind.width)}
         case Norm():
             row, thrice = (n, kind.width), (n, kind.width, 3)
-            pairs: dict[str, tuple[int, ...]] = {"r": row, "base": row, "over": thrice, "both": thrice}
-            return pairs | {"s": (n,), "z": (n, kind.width, 4), "q": (n,)}
+            return {"r": row, "base": row, "over": thrice, "both": thrice, "q": (n,)}
         case Weight():
             assert weight_shape is not None
             return {"x": (n, weight_shape[0]), "z": (n, weight_shape[1])}
