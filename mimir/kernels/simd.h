@@ -1037,6 +1037,20 @@ void MK(mk_gr_mul01)(uint64_t *restrict out, const uint64_t *a, const uint64_t *
     }
 }
 
+/* The same where registers are many, for one r and many elements, whose branches are foreseen then: shifts by less than a
+ * vector are made in registers, of which product and shifted element fill 19 of 32. */
+INLINE void gr_mul01_wide(vec p[2 * GV], const vec a[GV], uint64_t r)
+{
+    UNROLL for (int v = 0; v < 2 * GV; v++) p[v] = splat(0);
+    UNROLL for (int s = 0; s < LANES; s++)
+    {
+        vec t[GV + 1];
+        UNROLL for (int v = 0; v <= GV; v++) t[v] = behind(v ? a[v - 1] : splat(0), v < GV ? a[v] : splat(0), s);
+        UNROLL for (int q = 0; q < GV; q++) if (r >> (LANES * q + s) & 1)
+            UNROLL for (int v = 0; v <= GV; v++) if (q + v < 2 * GV) p[q + v] += t[v];
+    }
+}
+
 void MK(mk_gr_fold)(uint64_t *restrict out, const uint64_t *a, uint64_t xi, size_t half)
 {
     const uint64_t *b = a + MK_GR * half;
@@ -1044,9 +1058,13 @@ void MK(mk_gr_fold)(uint64_t *restrict out, const uint64_t *a, uint64_t xi, size
     struct powers k;
     powers_of(&k, xi);
     for (size_t j = 0; j < half; j++, a += MK_GR, b += MK_GR) {
-        vec p[2 * GV];
-        UNROLL for (int v = 0; v < MK_GR; v += LANES) store(room + MK_GR + v, load(b + v) - load(a + v));
-        gr_mul01(p, room + MK_GR, &k);
+        vec p[2 * GV], d[GV];
+        UNROLL for (int v = 0; v < GV; v++) d[v] = load(b + LANES * v) - load(a + LANES * v);
+        if (LANES == 8) gr_mul01_wide(p, d, xi);
+        else {
+            UNROLL for (int v = 0; v < GV; v++) store(room + MK_GR + LANES * v, d[v]);
+            gr_mul01(p, room + MK_GR, &k);
+        }
         gr_reduce(out + MK_GR * j, p, a);
     }
 }
