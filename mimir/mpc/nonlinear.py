@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -24,6 +24,7 @@ from mimir.mpc.ops import Context, Piecewise
 from mimir.mpc.share import Bits, Share, concat
 
 Real = npt.NDArray[np.floating[Any]]
+T = TypeVar("T")
 
 WAVE_UNIT: Final = 14  # fraction bits to which an activation's input is read
 WAVE_PERIOD: Final = 11  # every cosine of an activation has a period of 2^11 divided by an integer
@@ -413,7 +414,7 @@ async def exponentials(
     The shift is the row's maximum, rounded up by at most two coarse bins: it is found by counting, for every
     threshold, the valid scores above it, and by testing those counts for zero. What lies more than EXP_REACH
     below the shift may have weight 0, and has from 9.5 further on; a second, coarse reading tells. Blocks
-    share the 4 rounds; 5 if one has too many keys (`_highest_bins`).
+    share the 4 rounds; 5 if one has many rows or keys (`_highest_bins`).
     """
     scale = blocks[0].scale
     half = 1 << (COARSE_BIN + COARSE_BITS - 1)
@@ -489,9 +490,9 @@ def _invalid(blocks: Sequence[Scores]) -> Share | None:
     return concat(parts)
 
 
-def _places(alike: Sequence[int]) -> dict[int, list[int]]:
+def _places(alike: Sequence[T]) -> dict[T, list[int]]:
     """Where each number stands."""
-    out: dict[int, list[int]] = {}
+    out: dict[T, list[int]] = {}
     for i, value in enumerate(alike):
         out.setdefault(value, []).append(i)
     return out
@@ -524,7 +525,8 @@ async def _highest_bins(
     ctx: Context, step: str, blocks: Sequence[Scores], one_hots: Sequence[Share]
 ) -> Share:
     """For every row of every head the highest bin that one of its allowed scores lies in, modulo
-    2^COARSE_LANE. One round up to 2^COUNT_BITS - 1 keys, else two.
+    2^COARSE_LANE. One round for a row of up to 2^COUNT_BITS - 1 keys, as in decoding; else two, for a third
+    of the work: where rows or keys are many, processors and bytes take longer than a round.
     """
     per_row = []
     for b, hot in zip(blocks, one_hots, strict=True):
@@ -535,10 +537,10 @@ async def _highest_bins(
     counts = per_row[0] if len(per_row) == 1 else np.concatenate(per_row, axis=1)
     at_least = ctx.share(np.cumsum(counts[..., ::-1], axis=-1, dtype=np.uint64)[..., ::-1])[:, 1:]
     # Counts of blocks of about as many keys are tested together.
-    tests = _places([b.count_bits for b in blocks])
+    tests = _places([(b.count_bits, b.values.shape[1] == 1 and b.count_bits <= COUNT_BITS) for b in blocks])
     parts = _by_row(blocks, at_least)
 
-    def test(group: list[int], bits: int) -> Callable[[Context], Coroutine[Any, Any, Share]]:
+    def test(group: list[int], bits: int, ring: bool) -> Callable[[Context], Coroutine[Any, Any, Share]]:
         x = concat([parts[i] for i in group]).flat()
 
         async def in_ring(ctx: Context) -> Share:
@@ -549,9 +551,9 @@ async def _highest_bins(
             empty = await ops.are_zero(ctx, f"{step}/counts", padded, bits)
             return (await ops.to_ring(ctx, f"{step}/inject", empty, padded.size))[: x.size]
 
-        return in_ring if bits <= COUNT_BITS else in_bits
+        return in_ring if ring else in_bits
 
-    empty = await ops.together(ctx, *(test(group, bits) for bits, group in tests.items()))
+    empty = await ops.together(ctx, *(test(group, *how) for how, group in tests.items()))
     none: list[Share] = list(parts)
     for group, bits in zip(tests.values(), empty, strict=True):
         rows = bits.reshape(-1, at_least.shape[1])
