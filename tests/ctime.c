@@ -16,7 +16,7 @@
 #include "kernels.h"
 
 /* No multiple of any vector width, above one block of every kernel. */
-enum { N = 133, PACKED = (N + 63) / 64, SIZE = 128, DEPTH = 9, GR = 48, WORDS = 1 << 14 };
+enum { N = 133, PACKED = (N + 63) / 64, SIZE = 128, DEPTH = 9, GR = 48, WORDS = 1 << 15 };
 
 static uint64_t secret[WORDS], more[WORDS], public[WORDS], out[WORDS];
 
@@ -334,6 +334,7 @@ static void gr_byte_hot(void)
 {
     mk_gr_byte_hot(out, out + 19 * GR, out + 38 * GR, (uint8_t *)secret, more, public, public + 64, 19, 35, 5);
     mk_gr_byte_hot(out, out + 19 * GR, out + 38 * GR, (uint8_t *)secret, more, public, public + 64, 19, 64, 5);
+    mk_gr_byte_hot(out, out + 85 * GR, out + 170 * GR, (uint8_t *)secret, more, public, public + 192, 85, 192, 5);
 }
 
 static void gr_combine_cols(void)

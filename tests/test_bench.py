@@ -125,7 +125,7 @@ def test_three_parties_are_the_twin_to_its_own_rounding(read: Any) -> None:
 @pytest.mark.parametrize(
     "wrong",
     [
-        {"scale_bits": 9},
+        {"scale_bits": 10},
         {"half_input": 8},
         {"rotary_scale": 6},
         {"wave_unit": 6},

@@ -464,7 +464,7 @@ def test_weights_of_several_caches_are_those_of_each() -> None:
                 )
                 for i, (s, v) in enumerate(zip(scores, valid, strict=True))
             ]
-            return await nonlinear.exponentials(ctx, "softmax", blocks, SETTINGS)
+            return await nonlinear.exponentials(ctx, "softmax", blocks)
 
         ctx = await p.context(demand, "softmax")
         return [x.v for e, total in await op(ctx) for x in (e, total)]
@@ -480,7 +480,7 @@ def test_weights_of_several_caches_are_those_of_each() -> None:
             )
             for s, v in zip(scores, valid, strict=True)
         ]
-        await nonlinear.exponentials(ctx, "softmax", blocks, SETTINGS)
+        await nonlinear.exponentials(ctx, "softmax", blocks)
         return cost
 
     demand = plan.run(planned()).demand

@@ -123,7 +123,7 @@ def test_products_behind_norms_hold_what_is_promised() -> None:
     what queries and keys are known modulo holds their scores.
     """
     assert transformer.PRODUCT_SCALE + 8 <= TRUNCATION_BITS
-    assert transformer.RELU_SCALE + 11 <= TRUNCATION_BITS
+    assert nonlinear.RELU_BOUND <= 2 ** (TRUNCATION_BITS - transformer.RELU_SCALE)
     assert transformer.NORMED_SCALE + transformer.ROTARY_SCALE + 8 <= TRUNCATION_BITS
     assert nonlinear.ACTIVATION_BOUND < 2**8
     assert transformer.LOGIT_SCALE + sampling.LOGIT_BITS + 2 < RING_BITS
@@ -135,22 +135,24 @@ def test_products_behind_norms_hold_what_is_promised() -> None:
         assert 0 < transformer.NORMED_SCALE - scale < nonlinear.HEADROOM - 20
 
 
-def test_relu() -> None:
+@pytest.mark.parametrize("scale", [8, 13, 16, 20])
+def test_relu(scale: int) -> None:
     """max(x, 0), truncated, for x >= 0 and x <= -3 units, and x or 0 between; |x| < 2^11."""
-    rng = np.random.default_rng(1)
-    unit, bound = 2.0**-16, 2.0**11 - 2.0**-10
+    rng = np.random.default_rng(scale)
+    unit, entering = 2.0**-scale, transformer.RELU_SCALE
+    bound = nonlinear.RELU_BOUND - 4 * unit
     near = np.arange(-8, 9) * unit
     x = np.concatenate(
         [near, near / 7, [bound, -bound], rng.uniform(-bound, bound, 300), rng.normal(0, 1, 300)]
     )
-    x = encode(x, 32)
-    real = decode(x, 32)
+    x = encode(x, entering)
+    real = decode(x, entering)
 
     async def op(ctx: Context, sx: Share) -> Share:
-        return await nonlinear.relu(ctx, "relu", sx.reshape(-1, 1), Settings(), 32)
+        return await nonlinear.relu(ctx, "relu", sx.reshape(-1, 1), Settings(scale), entering)
 
     (got,) = compute(op, x)
-    value = decode(got.ravel(), 16)
+    value = decode(got.ravel(), scale)
     assert not value[real <= -3 * unit].any()
     assert (np.abs(value - real)[real >= 0] < 2 * unit).all()
     assert ((value == 0) | (np.abs(value - real) < 2 * unit)).all()
@@ -343,7 +345,7 @@ def softmax(
 
     async def op(ctx: Context, sx: Share, *v: Share) -> list[Share]:
         scores = Scores(sx, entering, allowed.astype(np.uint64), v[0] if v else None)
-        ((e, total),) = await nonlinear.exponentials(ctx, "softmax", [scores], s)
+        ((e, total),) = await nonlinear.exponentials(ctx, "softmax", [scores])
         (inverse,) = await nonlinear.reciprocals(ctx, "reciprocal", [(total, scores.keys)], s)
         return [e, total, *inverse]
 

@@ -8,6 +8,7 @@ from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ from mimir.client.connection import Connection, PartyError
 from mimir.client.provision import Seeds, ShareSeeds, Sharing, provision, seed_name
 from mimir.client.session import connect_all
 from mimir.errors import BadInput, MimirError
-from mimir.manifest import Manifest
+from mimir.manifest import FORMAT, Manifest
 from mimir.model.checkpoint import Plan, PlanSpec
 from mimir.mpc.weights import KeyStream, array
 from mimir.secret import ShareSeed
@@ -456,5 +457,12 @@ def test_seeds_are_never_found_again_for_other_weights_scale_or_parties() -> Non
         seed_name(plan(seed=3), 16, (keys[1], keys[0], keys[2])),
         seed_name(plan(spec("rope"), seed=3), 16, keys),
     }
-    assert len(names) == 5
+    for of, name, other in (  # what another version of the program may do otherwise
+        (PlanSpec, "scale", lambda self, name, bits: bits + 1),
+        (PlanSpec, "word_bytes", lambda self, name: 8),
+        (provisioning, "FORMAT", FORMAT + 1),
+    ):
+        with mock.patch.object(of, name, other):
+            names.add(seed_name(plan(seed=3), 16, keys))
+    assert len(names) == 8
     assert seed_name(plan(seed=3), 16, keys) in names

@@ -321,12 +321,12 @@ async def _silu(ctx: Context, x: Share) -> Any:
 
 
 async def _relu(ctx: Context, x: Share) -> Any:
-    return await nonlinear.relu(ctx, "relu", x, Settings(), 32)
+    return await nonlinear.relu(ctx, "relu", x, Settings(), transformer.RELU_SCALE)
 
 
 async def _softmax(ctx: Context, x: Share, valid: Share) -> Any:
     allowed = np.ones(x.shape[1:], np.uint64)
-    ((e, total),) = await nonlinear.exponentials(ctx, "softmax", [Scores(x, 32, allowed, valid)], Settings())
+    ((e, total),) = await nonlinear.exponentials(ctx, "softmax", [Scores(x, 32, allowed, valid)])
     return e, total
 
 
@@ -404,7 +404,7 @@ CASES: dict[str, Case] = {
     "read": Case(_read, ((1024,),), ((0,), (29 << 15,), (1 << 15,), ((1 << 15) - 1,))),
     "choose": Case(_choose, ((1024, 2), (1024, 3)), ((0, 0), (1, BIG), (0, -1), (1, 1 << 63))),
     "activation": Case(_silu, ((1024,),), ((0,), (249 << 53,), (-(249 << 53),))),
-    "relu": Case(_relu, ((2048,),), ((0,), (2047 << 32,), (-(2047 << 32),))),
+    "relu": Case(_relu, ((2048,),), ((0,), (2047 << 50,), (-(2047 << 50),))),
     "softmax": Case(_softmax, ((1, 32, 32), (32,)), ((0, 0), (249 << 32, 1), (-(249 << 32), 1))),
     "is_zero": Case(_is_zero, ((4096,),), ((0,), (15,), (7,))),
     "are_zero": Case(_are_zero, ((4096,),), ((0,), (15,), (7,))),
@@ -528,6 +528,8 @@ KINDS: dict[str, tuple[prep.Kind, int]] = {
     "trunc": (prep.Trunc(16), 1024),
     "trunc if": (prep.TruncIf(20), 1024),
     "lookup": (prep.Lookup(12, 3), 1024),
+    "lookup in bytes": (prep.Lookup(0, 6, 8), 1024),
+    "lookup in 16 bits": (prep.Lookup(3, 4, 16), 1024),
     "pieces": (prep.Pieces(12, 3, 2), 1024),
     "select": (prep.Select((16, 30, 40)), 800),
     "wave": (prep.Wave(20, (3, 7)), 900),

@@ -100,7 +100,7 @@ async def _gelu(ctx: Context, x: Share, _: Any) -> Share:
 async def _softmax(ctx: Context, x: Share, _: Any) -> Share:
     heads, rows, keys = x.shape
     allowed = np.ones((rows, keys), np.uint64)
-    ((e, total),) = await nonlinear.exponentials(ctx, "softmax", [Scores(x, 2 * F, allowed, None)], SETTINGS)
+    ((e, total),) = await nonlinear.exponentials(ctx, "softmax", [Scores(x, 2 * F, allowed, None)])
     ((large, small),) = await nonlinear.reciprocals(ctx, "reciprocal", [(total, keys)], SETTINGS)
     inverse = large * (1 << (nonlinear.FINE_SCALE - nonlinear.COARSE_SCALE)) + small
     y = await ops.scale(ctx, "divide", inverse.flat(), e.reshape(heads * rows, keys))

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from mimir.actors import Actor, Reply
 from mimir.mpc import nonlinear
-from mimir.mpc.nonlinear import Scores, Settings
+from mimir.mpc.nonlinear import Scores
 from mimir.mpc.ops import Context
 from mimir.mpc.share import Share
 
@@ -17,19 +17,18 @@ class Exponentiate:
     ctx: Context
     step: str
     blocks: Sequence[Scores]
-    settings: Settings
     reply: Reply[list[tuple[Share, Share]]]
 
 
 class SoftmaxActor(Actor[Exponentiate]):
     async def handle(self, message: Exponentiate) -> None:
         m = message
-        m.reply.set(await nonlinear.exponentials(m.ctx, m.step, m.blocks, m.settings))
+        m.reply.set(await nonlinear.exponentials(m.ctx, m.step, m.blocks))
 
     async def exponentials(
-        self, ctx: Context, step: str, blocks: Sequence[Scores], s: Settings
+        self, ctx: Context, step: str, blocks: Sequence[Scores]
     ) -> list[tuple[Share, Share]]:
         """nonlinear.exponentials, by message."""
         reply: Reply[list[tuple[Share, Share]]] = Reply()
-        await self.tell(Exponentiate(ctx, step, blocks, s, reply))
+        await self.tell(Exponentiate(ctx, step, blocks, reply))
         return await reply.get()

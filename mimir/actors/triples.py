@@ -34,7 +34,8 @@ MADE = Counter("mimir_triple_batches_total", "Batches of material made and verif
 SECONDS = Histogram("mimir_triple_batch_seconds", "Seconds to make and verify a batch")
 SENT = Counter("mimir_triple_sent_bytes_total", "Bytes sent to make material")
 
-BATCH_BYTES: Final = 80 << 20  # material made at once; making it takes three times as much memory
+# Material made at once, or twice as much if it is two tokens'; making it takes three times as much memory.
+BATCH_BYTES: Final = 80 << 20
 WHOLE: Final = 64  # items; kinds made of bit lanes can only be cut at whole words
 KEPT: Final = 1 << 30  # bytes of freed memory that wait for the next batch
 IN_HEAP: Final = 32 << 20  # arrays up to this size, the most that the C library allows, are kept

@@ -30,6 +30,7 @@ from mimir.client.session import gather
 from mimir.errors import BadInput, ClientError
 from mimir.manifest import (
     COMPONENTS,
+    FORMAT,
     Manifest,
     component_hash,
     holds,
@@ -263,10 +264,12 @@ class Seeds:
 def seed_name(plan: Plan, scale_bits: int, parties: Sequence[str]) -> str:
     """By which the seeds of an upload that was cut off are found again: a hash over all that is shared.
 
-    Other weights under the same seeds would show two parties the difference, so the name covers every weight.
+    Other words under the same seeds would show two parties the difference, so the name covers every weight
+    and how it is encoded, which may change from one version of this program to the next.
     """
-    digest = hashlib.sha256(f"mimir seeds 2 {scale_bits} {' '.join(parties)}\0".encode())
+    digest = hashlib.sha256(f"mimir seeds 3 {FORMAT} {scale_bits} {' '.join(parties)}\0".encode())
     for name in plan.names():
-        digest.update(name.encode() + b"\0")
+        encoding = f"{name} {plan.scale(name, scale_bits)} {plan.word_bytes(name)}\0"
+        digest.update(encoding.encode())
         digest.update(plan.tensor(name).reshape(-1).data)
     return digest.hexdigest()[:32]

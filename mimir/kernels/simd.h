@@ -493,13 +493,14 @@ void MK(mk_ring_double)(uint64_t *restrict e, const uint64_t *high, size_t n, si
         }
 }
 
+/* Products of entries of 16 bits would not fit an int. */
 #define DOUBLE(part, whole, entry)                                                                                     \
     void MK(part)(entry *restrict out, const entry *e, size_t e_apart, const uint64_t *b, size_t b_apart, size_t n,     \
                   size_t size, size_t have)                                                                            \
     {                                                                                                                  \
         const entry *other = e + e_apart;                                                                              \
         for (size_t i = 0; i < n; i++, e += size, other += size, out += have) {                                        \
-            entry both = (entry)(b[i] + b[b_apart + i]), mine = (entry)b[i];                                           \
+            uint32_t both = (entry)(b[i] + b[b_apart + i]), mine = (entry)b[i];                                        \
             for (size_t j = 0; j < have; j++) out[j] = (entry)(out[j] + e[j] * both + other[j] * mine);                \
         }                                                                                                              \
     }                                                                                                                  \
@@ -1056,11 +1057,11 @@ void MK(mk_gr_fold)(uint64_t *restrict out, const uint64_t *a, uint64_t xi, size
     const uint64_t *b = a + MK_GR * half;
     uint64_t room[3 * MK_GR] __attribute__((aligned(64))) = {0};
     struct powers k;
-    powers_of(&k, xi);
+    if (LANES < 8) powers_of(&k, xi);
     for (size_t j = 0; j < half; j++, a += MK_GR, b += MK_GR) {
         vec p[2 * GV], d[GV];
         UNROLL for (int v = 0; v < GV; v++) d[v] = load(b + LANES * v) - load(a + LANES * v);
-        if (LANES == 8) gr_mul01_wide(p, d, xi);
+        if (LANES >= 8) gr_mul01_wide(p, d, xi);
         else {
             UNROLL for (int v = 0; v < GV; v++) store(room + MK_GR + LANES * v, d[v]);
             gr_mul01(p, room + MK_GR, &k);
@@ -1311,7 +1312,7 @@ static void hot_fields(uint64_t *restrict a, uint64_t *restrict w, uint64_t *res
     uint64_t packed[FIELD_WORDS] __attribute__((aligned(64)));
     uint64_t sums[FIELD_TERMS / FIELDS * MK_GR] __attribute__((aligned(64)));
     const uint64_t field = ((uint64_t)1 << FIELD_BITS) - 1;
-    size_t apart = size / FIELDS, step = least(FIELD_WORDS / apart, FIELD_TERMS - 1);
+    size_t apart = size / FIELDS, step = least(FIELD_WORDS / size * FIELDS, FIELD_TERMS - 1);
     memset(columns, 0, size * MK_GR * sizeof *columns);
     for (size_t i = 0; i < n; i += step) {
         size_t rows = least(n - i, step), quarter = (rows + FIELDS - 1) / FIELDS;

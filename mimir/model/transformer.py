@@ -58,9 +58,9 @@ class Parts:
     """Who runs the two heavy parts of a layer: these functions, or actors that run them."""
 
     matmul: Multiply = ops.matmul
-    exponentials: Callable[
-        [Context, str, Sequence[Scores], Settings], Awaitable[list[tuple[Share, Share]]]
-    ] = nonlinear.exponentials
+    exponentials: Callable[[Context, str, Sequence[Scores]], Awaitable[list[tuple[Share, Share]]]] = (
+        nonlinear.exponentials
+    )
 
 
 DIRECT: Final = Parts()
@@ -255,7 +255,7 @@ async def attention(
         slots = np.arange(cache.length + each)
         allowed = (slots[None, :] <= slots[cache.length :, None]).astype(np.uint64)
         scores.append(Scores(z * (1 << spare), scale, allowed, cache.valid))
-    weights = await parts.exponentials(ctx, f"{step}/softmax", scores, s)
+    weights = await parts.exponentials(ctx, f"{step}/softmax", scores)
 
     async def mix(ctx: Context) -> list[Share]:
         new = v + concat([m["new"] for m in values], axis=1)

@@ -29,6 +29,7 @@ T = TypeVar("T")
 WAVE_UNIT: Final = 14  # fraction bits to which an activation's input is read
 WAVE_PERIOD: Final = 11  # every cosine of an activation has a period of 2^11 divided by an integer
 ACTIVATION_BOUND: Final = 250.0  # of an activation's input
+RELU_BOUND: Final = 2**11  # of ReLU's
 EXP_BITS: Final = 4  # of the index
 EXP_REST: Final = 13
 EXP_STRETCH: Final = 25, 5  # scores are read times 25 / 2^5, so that a bin is 2
@@ -204,14 +205,12 @@ async def activation(ctx: Context, step: str, x: Share, name: str, s: Settings, 
 
 
 async def relu(ctx: Context, step: str, x: Share, s: Settings, scale: int) -> Share:
-    """max(x, 0) of x at `scale`, above f, result at scale f. Three rounds."""
+    """max(x, 0) of x at `scale`, above f, |x| < RELU_BOUND, result at scale f. Three rounds."""
     flat, low = x.flat(), scale - s.scale_bits
-    negative = await ops.is_negative(ctx, f"{step}/sign", _whole_words(flat), low, RELU_WIDTH)
+    width = s.scale_bits + RELU_BOUND.bit_length()
+    negative = await ops.is_negative(ctx, f"{step}/sign", _whole_words(flat), low, width)
     (y,) = await ops.truncate_if(ctx, f"{step}/truncate", ~negative, (flat, low))
     return y.reshape(*x.shape)
-
-
-RELU_WIDTH: Final = 28  # sign of |x| < 2^27 at scale f, that is 2^11
 
 
 # --- a ladder of windows -----------------------------------------------------------------------------
@@ -405,9 +404,7 @@ class Scores:
         return self.keys.bit_length()
 
 
-async def exponentials(
-    ctx: Context, step: str, blocks: Sequence[Scores], s: Settings
-) -> list[tuple[Share, Share]]:
+async def exponentials(ctx: Context, step: str, blocks: Sequence[Scores]) -> list[tuple[Share, Share]]:
     """For each block weights e^(score - shift) (heads, rows, keys) at scale 24, 0 where not allowed or not
     valid, and their sums (heads, rows).
 
