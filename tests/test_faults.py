@@ -239,9 +239,8 @@ def test_wrong_weight_shares(story: str, seed: int) -> None:
         if event.where == "weight":
             faults += chosen(rng, list(itertools.product(COMPONENTS, ERRORS)), event)
     for t in examine(story, faults, seed):
-        # A bias enters at a larger scale: its topmost bits leave the ring and mean nothing. Of a logit's bias,
-        # and of a query's and a key's that is not rotated, the lowest bit is among those that every party
-        # drops by itself.
+        # A bias enters at a larger scale: its topmost bits leave the ring and mean nothing. Of a logit's, and
+        # of a query's and a key's that is not rotated, every party drops the lowest bit by itself.
         of, how = t.fault.at.step, t.fault.how
         dropped = of == "head_b" or (of.endswith("qkv_b") and story != "llama")
         lost = (of.endswith("_b") and how == "top bit") or (dropped and how == "one")
