@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import os
 import random
@@ -1484,6 +1485,57 @@ def test_those_who_never_prove_themselves_are_dropped_and_bounded(monkeypatch: p
             for stream in idle:
                 assert await hung_up(stream)
             await call_all_lanes(places[1])
+
+    run(test)
+
+
+def test_listeners_are_closed_with_the_mesh_though_nobody_calls_it() -> None:
+    async def test() -> None:
+        for party in range(PARTIES):
+            async with lone_mesh(party) as (_made, _places, listeners):
+                assert all(listener.socket.fileno() >= 0 for listener in listeners[party])
+            assert all(listener.socket.fileno() < 0 for listener in listeners[party]), party
+
+    run(test)
+
+
+def test_a_proof_that_comes_when_the_mesh_is_leaving_is_refused() -> None:
+    """All links have been cut by then: nobody would close this one."""
+
+    async def test() -> None:
+        async with lone_mesh() as (made, places, _):
+            made.close()
+            stream = await dial(places[1])
+            with pytest.raises(HandshakeError, match="generation: refused by the other end"):
+                await play(stream, end(0, dial=1))
+            assert await hung_up(stream)
+            assert not made._generations
+
+    run(test)
+
+
+def test_a_connection_that_cannot_be_tied_is_refused_and_harms_no_other() -> None:
+    failed = False
+
+    def bind(sock: Any) -> None:
+        nonlocal failed
+        taken = sock.getsockname()[1] != 0  # not one with which the mesh calls its other peer
+        if taken and not failed:
+            failed = True
+            raise OSError(errno.ENODEV, os.strerror(errno.ENODEV))
+
+    async def test() -> None:
+        with capture_logs() as logs:
+            async with lone_mesh(bind=bind) as (made, places, _):
+                assert await hung_up(await dial(places[1]))
+                streams = await call_all_lanes(places[1])
+                with trio.fail_after(5):
+                    while not made.up(0):
+                        await trio.sleep(0.01)
+                for stream in streams.values():
+                    await stream.aclose()
+        refused = [line for line in logs if line["event"] == "refused a connection"]
+        assert [line["why"] for line in refused] == [os.strerror(errno.ENODEV)]
 
     run(test)
 

@@ -18,6 +18,7 @@ import parties
 import pytest
 import trio
 
+from mimir.errors import LocalError
 from mimir.model import sampling, transformer
 from mimir.model.checkpoint import SHORT_SCALE, PlanSpec
 from mimir.model.sampling import Sampler
@@ -276,6 +277,17 @@ def test_rms_norm(width: int, rows: int, degree: int, eps: float, entering: int)
     allowed = relative * np.abs(want) + (0.5 + 2 / root) * 2.0**-16
     row = (error / allowed).max(axis=1).argmax()
     assert (error < allowed).all(), f"root mean square {root[row, 0]:.3g}: {error[row].max():.2e}"
+
+
+def test_an_inverse_root_is_read_before_it_is_chosen() -> None:
+    ctx, _ = planning({})
+    root = nonlinear.InverseRoot("root", ctx.share(np.zeros((1, 2), np.uint64)), 8, 1e-5, Settings())
+
+    async def choose() -> None:
+        await root.choose(ctx, 23)
+
+    with pytest.raises(LocalError, match="read before it is chosen"):
+        trio.run(choose)
 
 
 @pytest.mark.parametrize("width", [64, 288])

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
-from typing import Any
 
 from mimir.actors import Actor, Reply
 from mimir.mpc import ops
-from mimir.mpc.ops import Context
+from mimir.mpc.ops import Beside, Context
 from mimir.mpc.share import Share
 
 
@@ -18,7 +16,7 @@ class Multiply:
     step: str
     factors: tuple[tuple[Share, str], ...]
     low: int | None
-    beside: Callable[[Context], Coroutine[Any, Any, None]] | None
+    beside: Beside | None
     reply: Reply[Share]
 
 
@@ -33,7 +31,7 @@ class MatmulActor(Actor[Multiply]):
         step: str,
         *factors: tuple[Share, str],
         low: int | None = None,
-        beside: Callable[[Context], Coroutine[Any, Any, None]] | None = None,
+        beside: Beside | None = None,
     ) -> Share:
         """ops.matmul, by message."""
         reply: Reply[Share] = Reply()

@@ -9,7 +9,7 @@ code knows shares, correlations and openings, and nothing of the backend.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, Final, Protocol
@@ -22,7 +22,7 @@ from mimir.mpc import nonlinear, ops, prep
 from mimir.mpc.domain import HALF_BITS, RING_BITS, Ring, encode
 from mimir.mpc.doors import Masked
 from mimir.mpc.nonlinear import Scores, Settings
-from mimir.mpc.ops import Context
+from mimir.mpc.ops import Beside, Context
 from mimir.mpc.plan import Cost, planning
 from mimir.mpc.share import Backend, Share, concat
 from mimir.mpc.weights import array
@@ -49,7 +49,7 @@ class Multiply(Protocol):
         step: str,
         *factors: tuple[Share, str],
         low: int | None = None,
-        beside: Callable[[Context], Coroutine[Any, Any, None]] | None = None,
+        beside: Beside | None = None,
     ) -> Awaitable[Share]: ...
 
 

@@ -24,6 +24,7 @@ from mimir.mpc.share import Backend, Bits, Share, concat
 from mimir.mpc.weights import product
 
 T = TypeVar("T")
+Beside: TypeAlias = Callable[["Context"], Coroutine[Any, Any, None]]  # a branch that shares a round
 
 
 class Opening(Protocol):
@@ -195,7 +196,7 @@ async def matmul(
     step: str,
     *factors: tuple[Share, str],
     low: int | None = None,
-    beside: Callable[[Context], Coroutine[Any, Any, None]] | None = None,
+    beside: Beside | None = None,
 ) -> Share:
     """The sum over (x, name) of x (n, k) times the shared weight matrix `name` (k, m): (n, m) at the sum of
     the scales. One round, 8 bytes an element of x. `beside` is a branch of one round that shares it.
