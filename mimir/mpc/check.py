@@ -250,6 +250,45 @@ class OneHot:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class OneHotPlanes:
+    """The same over GF(2), lane by lane: planes e (2, K, w) are 1 where the bits b (2, k, w) say, and 0
+    elsewhere, given that the caller also checks the sum of the planes. One claim a lane, whatever K is.
+    """
+
+    e: Ring
+    b: Ring
+
+    def claims(self, draw: Draw) -> Iterator[Claim]:
+        size, n = self.e.shape[1:]
+        q, down = draw.field(size), draw.field(RING_BITS * n)
+        jq = kernels.gf_mul(q, np.arange(size, dtype=np.uint64))
+        columns, done = np.zeros((2, size), np.uint64), 0
+
+        def made(words: slice) -> tuple[Pair, Pair, Ring]:
+            lanes = RING_BITS * (words.stop - words.start)
+            mine = down[RING_BITS * words.start : RING_BITS * words.stop]
+            planes = kernels.bit_slice(mine, RING_BITS)
+            a = _each(
+                lambda b: kernels.gf_mul(kernels.bit_unslice(np.ascontiguousarray(b[:, words]), lanes), mine),
+                self.b,
+            )
+            w, some = np.zeros((2, lanes), np.uint64), np.empty_like(columns)
+            for i, at in itertools.product(range(2), range(0, size, kernels.MAX_ROWS)):
+                rows = slice(at, at + kernels.MAX_ROWS)
+                x = np.ascontiguousarray(self.e[i, rows, words].T)
+                w[i] ^= kernels.gf_blend(x, q[rows])
+                some[i, rows] = kernels.gf_combine(x, planes)
+            return a, (w[0], w[1]), some
+
+        step = BITS.block // RING_BITS
+        for a, w, some in spread(partial(made, slice(at, min(at + step, n))) for at in range(0, n, step)):
+            columns ^= some
+            done += len(a[0])
+            told = np.array([kernels.gf_inner(v, jq) for v in columns], np.uint64)
+            yield Claim(len(a[0]), a, w, told if done == RING_BITS * n else None)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class And:
     """x & y = z for words of bits, each (2, w)."""
 
@@ -934,8 +973,8 @@ def _claims(
     for f, v in zip(foldings, values, strict=True):
         if f.ext is ext:
             yield from f.claims(v, xi)
-    if ext is RING:
-        for r in others:
+    for r in others:
+        if isinstance(r, OneHotPlanes) == (ext is BITS):
             yield from r.claims(draw)
 
 

@@ -279,16 +279,20 @@ class Batch:
 
     async def conj(self, step: str, *pairs: tuple[Ring, Ring]) -> list[Ring]:
         """ANDs of words of bits (2, ...), with their relations. One round."""
-        masks = [self.doors.bk.zero_bits(*x.shape[1:]) for x, _ in pairs]
         solid = [(np.ascontiguousarray(x), np.ascontiguousarray(y)) for x, y in pairs]
-
-        def local() -> list[Ring]:
-            return [kernels.rss_and(x, y, mask) for (x, y), mask in zip(solid, masks, strict=True)]
-
-        summands = await offload(8 * sum(m.size for m in masks), local)
-        z = await self.doors.reshare(step, *summands)
+        z = await self.ands(step, *solid)
         self.gates.extend(check.And(x, y, r) for (x, y), r in zip(solid, z, strict=True))
         return z
+
+    async def ands(self, step: str, *pairs: tuple[Ring, Ring]) -> list[Ring]:
+        """ANDs of words of bits (2, ...), contiguous, of which the caller states what they are. One round."""
+        masks = [self.doors.bk.zero_bits(*x.shape[1:]) for x, _ in pairs]
+
+        def local() -> list[Ring]:
+            return [kernels.rss_and(x, y, mask) for (x, y), mask in zip(pairs, masks, strict=True)]
+
+        summands = await offload(8 * sum(m.size for m in masks), local)
+        return await self.doors.reshare(step, *summands)
 
     async def matmul(
         self, step: str, a: Ring, b: tuple[Sequence[Matrix], Sequence[Matrix]], lane: int = RING_BITS
@@ -495,8 +499,7 @@ class Batch:
             for i in range(2):
                 await offload(part.size, partial(kernels.double, e[i], high[i]))
         self.relations.append(check.OneHot(*self._in_parts(e, b), int(shift)))
-        short = np.uint32 if lane < RING_BITS else np.uint64  # as no more counts, and is added faster
-        self.zeros.append((e.sum(axis=2, dtype=short) - one) << shift)
+        self.zeros.append((e.sum(axis=2, dtype=e.dtype) - one) << shift)  # as no more counts
         return e
 
     def _in_parts(self, e: npt.NDArray[Any], b: Ring) -> tuple[npt.NDArray[Any], Ring]:
@@ -814,6 +817,9 @@ async def _decay(b: Batch, kind: Decay, n: int) -> dict[str, Ring]:
     return {"r": low + (bits * weights[:, None]).sum(axis=1, dtype=np.uint64), "e": e}
 
 
+STATED_WHOLE: Final = 6  # bits of a digit from which on its one-hot is stated at once, and not its products
+
+
 async def _digits(b: Batch, kind: Digits, n: int) -> dict[str, Ring]:
     """One-hots over GF(2) of the digits of r, as bit planes: opening c = x + r, x = j iff r = c - j."""
     bk = b.doors.bk
@@ -821,19 +827,23 @@ async def _digits(b: Batch, kind: Digits, n: int) -> dict[str, Ring]:
     name = f"digits {'.'.join(map(str, kind.sizes))}{f' over {kind.rest}' if kind.rest else ''}"
     bits = (await b.add3(name, r, kind.width, low=0))["sum"][:, kind.rest :]
     ones = np.full(bits.shape[2], 2**64 - 1, np.uint64)
-    hot, at = [], 0
-    for size in kind.sizes:
-        hot.append(np.stack([bk.xor_public(bits[:, at], ones), bits[:, at]], axis=1))
-        at += size
+    ends = np.cumsum(kind.sizes)
+    digits = [bits[:, end - size : end] for end, size in zip(ends, kind.sizes, strict=True)]
+    hot = [np.stack([bk.xor_public(digit[:, 0], ones), digit[:, 0]], axis=1) for digit in digits]
     for j in range(1, max(kind.sizes)):
         wide = [d for d, size in enumerate(kind.sizes) if size > j]
-        first = [sum(kind.sizes[:d]) for d in wide]
         pairs = [
-            (hot[d], np.ascontiguousarray(np.broadcast_to(bits[:, at + j : at + j + 1], hot[d].shape)))
-            for d, at in zip(wide, first, strict=True)
+            (hot[d], np.ascontiguousarray(np.broadcast_to(digits[d][:, j : j + 1], hot[d].shape))) for d in wide
         ]
-        for d, high in zip(wide, await b.conj(f"{name}/double {j}", *pairs), strict=True):
-            hot[d] = np.concatenate([hot[d] ^ high, high], axis=1)
+        highs = await b.ands(f"{name}/double {j}", *pairs)
+        for d, (low, bit), high in zip(wide, pairs, highs, strict=True):
+            if kind.sizes[d] < STATED_WHOLE:
+                b.gates.append(check.And(low, bit, high))
+            hot[d] = np.concatenate([low ^ high, high], axis=1)
+    for digit, planes in zip(digits, hot, strict=True):
+        if digit.shape[1] >= STATED_WHOLE:
+            b.relations.append(check.OneHotPlanes(planes, digit))
+            b.zero_bits.append(bk.xor_public(np.bitwise_xor.reduce(planes, axis=1), ones))
     return {"r": r, "planes": np.concatenate(hot, axis=1)}
 
 
