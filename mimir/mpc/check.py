@@ -147,6 +147,27 @@ class Dot:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class Complex:
+    """(a + i b) (p + i q) = u + i v, element by element: x = (a, b), with -b beside it, y = (p, q) and
+    z = (u, v). What is None in a is so in b.
+
+    Two sums of products of the same factors: each of these is blended once, and there are half as many rows
+    as for two `Dot`s. With coefficients beta and gamma of their columns, beta (a p - b q) + gamma (a q + b p)
+    is p (beta a + gamma b) + q (gamma a - beta b).
+    """
+
+    x: tuple[Sparse, Sparse]
+    minus: Sparse
+    y: tuple[Sparse, Sparse]
+    z: tuple[Ring, Ring]
+
+    @property
+    def dots(self) -> tuple[Dot, Dot]:
+        (a, b), (p, q), (u, v) = self.x, self.y, self.z
+        return Dot((a, self.minus), (p, q), u), Dot((a, b), (q, p), v)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class ScalarProduct:
     """s_n * x_nm = z_nm: s (2, n), x and z (2, n, m). One claim a row; narrow rows are cheaper as
     products.
@@ -413,6 +434,10 @@ def _summand(ext: Extension, x: Pair, y: Pair) -> Ring:
     return ext.add(ext.inner(ext.add(x[0], x[1]), y[0]), ext.inner(x[0], y[1]))
 
 
+def _dots(sums: Dot | Complex) -> Sequence[Dot]:
+    return sums.dots if isinstance(sums, Complex) else (sums,)
+
+
 def _given(f: Callable[[Ring], Ring], v: Sparse) -> Sparse:
     return None if v[0] is None else f(v[0]), None if v[1] is None else f(v[1])
 
@@ -453,6 +478,10 @@ def _point(ext: Extension, variables: int, draw: Draw) -> tuple[list[int], Ring,
     return xis, corners, values, inner
 
 
+# What one job adds to a claim: columns that are done, rows of each term, terms, and sums at corners.
+_Part = tuple[int, int, Terms, list[Ring]]
+
+
 class _Folding:
     """Many products and sums of products, or words of AND gates, turned into a claim of `rows` times fewer.
 
@@ -468,14 +497,15 @@ class _Folding:
     """
 
     def __init__(
-        self, ext: Extension, parts: Sequence[Product | And], draw: Draw, dots: Sequence[Dot] = ()
+        self, ext: Extension, parts: Sequence[Product | And], draw: Draw, dots: Sequence[Dot | Complex] = ()
     ) -> None:
-        sizes = [np.asarray(p.x).size // 2 for p in parts] + [len(d.x) * d.z.shape[1] for d in dots]
+        sizes = [np.asarray(p.x).size // 2 for p in parts]
+        sizes += [len(d.x) * d.z.shape[1] for sums in dots for d in _dots(sums)]
         self._lay(ext, [(p.x, p.y, p.z) for p in parts], _fold_rows(sum(sizes)), dots)
         self._coefficients = ext.coefficients(draw, self.columns)
 
     def _lay(
-        self, ext: Extension, parts: Sequence[tuple[Ring, ...]], rows: int, dots: Sequence[Dot] = ()
+        self, ext: Extension, parts: Sequence[tuple[Ring, ...]], rows: int, dots: Sequence[Dot | Complex] = ()
     ) -> None:
         """Long parts are folded where they lie; then come their ends and the short ones, put together; then
         sums of products, each in columns of its own, as zeros are not where they are in others.
@@ -488,8 +518,8 @@ class _Folding:
         self._short = [[v[:, n * rows :] for v in part] for part, n in zip(flat, whole, strict=True)]
         left = sum(sizes) - rows * sum(whole)
         self._first_dot = sum(whole) + -(-left // rows)
-        self._dots = [(d, -(-d.z.shape[1] // rows)) for d in dots]
-        self.columns = self._first_dot + sum(columns for _, columns in self._dots)
+        self._dots = [(d, -(-_dots(d)[0].z.shape[1] // rows)) for d in dots]
+        self.columns = self._first_dot + sum(columns * len(_dots(d)) for d, columns in self._dots)
 
     def _blocks(self, words: int, *which: int) -> Iterator[tuple[Ring, list[Pair]]]:
         """Coefficients, and x, y, z by number, each a pair of (n, rows), for columns of about so many words
@@ -521,18 +551,21 @@ class _Folding:
             yield self._of(at, n), [_each(lambda v: v.reshape(-1, self.rows), v) for v in out]
             at += n
 
-    def _dot_blocks(self, words: int) -> Iterator[tuple[Ring, Terms, Pair]]:
-        """Coefficients, terms, and z of sums of products: what is not None is (n, rows), for columns of about
-        so many words at a time.
-        """
-        step, at = max(1, words // self.rows), self._first_dot
-        for dot, columns in self._dots:
-            for lo in range(0, columns, step):
-                n = min(step, columns - lo)
-                cut = partial(self._columns, first=lo, n=n)
+    def _dot_blocks(self) -> Iterator[tuple[Ring, Terms]]:
+        """Coefficients and terms of sums of products, to be crossed: what is not None is (n, rows)."""
+        at = self._first_dot
+        for dot, columns in ((dot, columns) for sums, columns in self._dots for dot in _dots(sums)):
+            for cut, first, n in self._cuts(columns, AT_ONCE):
                 terms = [(_given(cut, x), _given(cut, y)) for x, y in zip(dot.x, dot.y, strict=True)]
-                yield self._of(at, n), terms, (cut(dot.z[0]), cut(dot.z[1]))
-                at += n
+                yield self._of(at + first, n), terms
+            at += columns
+
+    def _cuts(self, columns: int, words: int) -> Iterator[tuple[Callable[[Ring], Ring], int, int]]:
+        """Of columns of their own about so many words at a time: what cuts them out, the first, how many."""
+        step = max(1, words // self.rows)
+        for first in range(0, columns, step):
+            n = min(step, columns - first)
+            yield partial(self._columns, first=first, n=n), first, n
 
     def _columns(self, v: Ring, first: int, n: int) -> Ring:
         """Columns of a component that stands in columns of its own, with zeros after its end: (n, rows)."""
@@ -558,7 +591,7 @@ class _Folding:
         """What to cross for sums of products: x0 y0 + x0 y1 + x1 y0 is two products a b + c d if
         x = (a, c) and y = (d, b - d). Where this party has no part in a sum nothing is crossed.
         """
-        for mine, terms, _ in self._dot_blocks(AT_ONCE):
+        for mine, terms in self._dot_blocks():
             factors = _factors(terms)
             if len(factors) % 2:
                 zero = np.zeros_like(factors[0][0])
@@ -574,25 +607,51 @@ class _Folding:
         at_corners = self._stated_corners(crossed)
         left = self.columns
 
-        def made(mine: Ring, x: Pair, y: Pair, *z: Pair) -> tuple[int, Terms, list[Ring]]:
-            return len(x[0]), [claimed(mine, x, y)], [ext.combine(v, mine) for pair in z for v in pair]
+        def made(mine: Ring, x: Pair, y: Pair, *z: Pair) -> _Part:
+            n = len(x[0])
+            return n, n * ext.lanes, [claimed(mine, x, y)], [ext.combine(v, mine) for pair in z for v in pair]
 
-        def summed(mine: Ring, terms: Terms, z: Pair) -> tuple[int, Terms, list[Ring]]:
-            return len(z[0]), [claimed(mine, x, y) for x, y in terms], [ext.combine(v, mine) for v in z]
+        def summed(dot: Dot, cut: Callable[[Ring], Ring], mine: Ring) -> _Part:
+            terms = [claimed(mine, _given(cut, x), _given(cut, y)) for x, y in zip(dot.x, dot.y, strict=True)]
+            return len(mine), len(mine), terms, [ext.combine(cut(v), mine) for v in dot.z]
+
+        def turned(both: Complex, cut: Callable[[Ring], Ring], beta: Ring, gamma: Ring) -> _Part:
+            (a, b), (p, q) = ([_given(blended, _given(cut, v)) for v in pair] for pair in (both.x, both.y))
+            x: list[Ring | None] = [None, None]
+            y: list[Ring | None] = [None, None]
+            for i, (c, s) in enumerate(zip(a, b, strict=True)):
+                if c is not None and s is not None:
+                    x[i] = ext.add(ext.mix(c, beta), ext.mix(s, gamma))
+                    y[i] = ext.sub(ext.mix(c, gamma), ext.mix(s, beta))
+            u, v = both.z
+            told = [ext.combine(cut(u[i]), beta) + ext.combine(cut(v[i]), gamma) for i in range(2)]
+            n = len(beta)
+            return 2 * n, n, [((x[0], x[1]), p), ((y[0], y[1]), q)], told
 
         def claimed(mine: Ring, x: Sparse, y: Sparse) -> tuple[Sparse, Sparse]:
-            a = _given(lambda v: ext.mix(ext.blend(v, corners), mine), x)
-            return a, _given(lambda v: ext.blend(v, corners), y)
+            return _given(lambda v: ext.mix(blended(v), mine), x), _given(blended, y)
 
-        jobs = itertools.chain(
-            (partial(made, mine, *pairs) for mine, pairs in self._blocks(CLAIMED, *self.claimed)),
-            (partial(summed, *block) for block in self._dot_blocks(CLAIMED)),
+        def blended(v: Ring) -> Ring:
+            return ext.blend(v, corners)
+
+        def sums() -> Iterator[Callable[[], _Part]]:
+            at = self._first_dot
+            for dot, columns in self._dots:
+                for cut, first, n in self._cuts(columns, CLAIMED):
+                    if isinstance(dot, Dot):
+                        yield partial(summed, dot, cut, self._of(at + first, n))
+                    else:
+                        both = self._of(at + first, n), self._of(at + columns + first, n)
+                        yield partial(turned, dot, cut, *both)
+                at += columns * len(_dots(dot))
+
+        jobs: Iterator[Callable[[], _Part]] = itertools.chain(
+            (partial(made, mine, *pairs) for mine, pairs in self._blocks(CLAIMED, *self.claimed)), sums()
         )
-        for columns, terms, more in spread(jobs):
+        for columns, rows, terms, more in spread(jobs):
             if more:
                 at_corners = [ext.add(sums, v) for sums, v in zip(at_corners, more, strict=True)]
             left -= columns
-            rows = columns * ext.lanes
             for a, w in terms[:-1]:
                 yield Claim(rows, a, w)
             a, w = terms[-1]
@@ -993,7 +1052,7 @@ def _stated(
 async def verify(
     doors: Doors,
     step: str,
-    relations: Sequence[Product | Dot | SquareSum | Relation],
+    relations: Sequence[Product | Dot | Complex | SquareSum | Relation],
     gates: Sequence[And],
     zeros: Sequence[Ring],
     zero_bits: Sequence[Ring],
@@ -1008,11 +1067,13 @@ async def verify(
     draw = Draw(await coins.toss())
     narrow = [r for r in relations if isinstance(r, ScalarProduct) and r.x.shape[2] <= NARROW]
     products = [r for r in relations if isinstance(r, Product)] + [r.products() for r in narrow]
-    dots = [r for r in relations if isinstance(r, Dot)]
+    dots = [r for r in relations if isinstance(r, Dot | Complex)]
     sums = [r for r in relations if isinstance(r, SquareSum)]
     vectors = [r for r in relations if isinstance(r, MatrixProduct) and r.a.shape[2] == 1]
     aside = [*narrow, *vectors]
-    others = [r for r in relations if not isinstance(r, Product | Dot | SquareSum) and r not in aside]
+    others = [
+        r for r in relations if not isinstance(r, Product | Dot | Complex | SquareSum) and r not in aside
+    ]
     foldings: list[_Folding | _Vectors] = [_Folding(RING, products, draw, dots)] if products or dots else []
     foldings += [_Folding(BITS, gates, draw)] if gates else []
     foldings += [_Squares(sums, draw)] if sums else []

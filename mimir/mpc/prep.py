@@ -258,7 +258,7 @@ class Batch:
     weights: Weights
     caches: dict[tuple[str, int], list[Ring]]
     out: Made = field(default_factory=dict)
-    relations: list[check.Product | check.Dot | check.SquareSum | check.Relation] = field(
+    relations: list[check.Product | check.Dot | check.Complex | check.SquareSum | check.Relation] = field(
         default_factory=list
     )
     gates: list[check.And] = field(default_factory=list)
@@ -776,10 +776,8 @@ async def _wave(b: Batch, kind: Wave, n: int) -> dict[str, Ring]:
         re, im = (both[:, k, i].reshape(2, -1) for i in range(2))
         z_re, z_im = (z[:, k, i].reshape(2, -1) for i in range(2))
         p, q = (re[0], re[1]), (im[0], im[1])
-        b.relations.append(check.Dot((c[0], less[0]), (c[1], s[1]), re))
-        b.relations.append(check.Dot((c[0], s[0]), (s[1], c[1]), im))
-        b.relations.append(check.Dot((c[2], less[2]), (p, q), z_re))
-        b.relations.append(check.Dot((s[2], c[2]), (p, q), z_im))
+        b.relations.append(check.Complex((c[0], s[0]), less[0], (c[1], s[1]), (re, im)))
+        b.relations.append(check.Complex((c[2], s[2]), less[2], (p, q), (z_re, z_im)))
     waves = np.ascontiguousarray(np.moveaxis(z, 2, 3)).reshape(2, 3 * third, 2 * m)[:, :n]
     return {"r": r, "waves": waves}
 
@@ -833,7 +831,8 @@ async def _digits(b: Batch, kind: Digits, n: int) -> dict[str, Ring]:
     for j in range(1, max(kind.sizes)):
         wide = [d for d, size in enumerate(kind.sizes) if size > j]
         pairs = [
-            (hot[d], np.ascontiguousarray(np.broadcast_to(digits[d][:, j : j + 1], hot[d].shape))) for d in wide
+            (hot[d], np.ascontiguousarray(np.broadcast_to(digits[d][:, j : j + 1], hot[d].shape)))
+            for d in wide
         ]
         highs = await b.ands(f"{name}/double {j}", *pairs)
         for d, (low, bit), high in zip(wide, pairs, highs, strict=True):
