@@ -19,7 +19,7 @@ import os
 import random
 import re
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -351,6 +351,7 @@ W = np.arange(12, dtype=np.uint64).reshape(4, 3)
 HEADS = {"layer": 0, "first": 0, "rows": 2, "heads": 2, "kv_heads": 1, "head_dim": 3}
 AND = prep.Ands(((0, 1),))
 ANDS = prep.Ands(((0, 1), (0, 1, 2)))
+PLANES = prep.Digits((3, prep.STATED_WHOLE), 2)  # of the second digit the one-hot is stated
 WAVE = prep.Wave(20, (3, 7))
 DECAY = prep.Decay(4, 2, 2.0)
 PIECES = prep.Pieces(4, 3, 2)
@@ -370,6 +371,7 @@ DEMANDS: dict[prep.Kind, int] = {
     DECAY: 4,
     prep.Digits((3, 2)): 3,
     prep.Digits((3,), 2): 3,
+    PLANES: 3,
     ANDS: 2,
     prep.DaBit(): 3,
     prep.Pick(2): 3,
@@ -841,6 +843,125 @@ def test_values_off_the_corners_cannot_hide_a_wrong_sum_of_products(seed: int) -
             assert caught(ends_of_dots(9, lies, cheater, seed + number, cross), cheater)
 
 
+async def turned(p: Party, n: int, lies: Mapping[tuple[int, int], Any], cheater: int) -> list[check.Complex]:
+    """Complex products of what is one component alone, by block, with a general factor. `lies` are added to
+    the real part (0) or the imaginary one (1), and, of all blocks together, place.
+    """
+    bk = p.prep_doors.bk
+    v, x = bk.random(2, 3, n), bk.random(2, 3, n)
+    minus = np.zeros(1, np.uint64) - v
+
+    def part(of: Ring, t: int, j: int) -> check.Sparse:
+        a, b = (of[slot, t, j] if (bk.party + slot - j) % PARTIES == 0 else None for slot in range(2))
+        return a, b
+
+    share = bk.zero(2, 3, n)
+    for out, of, t, u in ((0, v, 0, 0), (0, minus, 1, 1), (1, v, 0, 1), (1, v, 1, 0)):
+        for j in range(3):
+            (c0, c1), f = part(of, t, j), x[:, u, j]
+            share[out, j] += (f[0] + f[1]) * c0 if c0 is not None else 0
+            share[out, j] += f[0] * c1 if c1 is not None else 0
+    if p.index == cheater:
+        for (out, at), e in lies.items():
+            share[out].reshape(-1)[at : at + 1] += np.uint64(e)
+    (z,) = await p.prep_doors.reshare("turn", share)
+    return [
+        check.Complex(
+            (part(v, 0, j), part(v, 1, j)),
+            part(minus, 1, j),
+            ((x[0, 0, j], x[1, 0, j]), (x[0, 1, j], x[1, 1, j])),
+            (z[:, 0, j], z[:, 1, j]),
+        )
+        for j in range(3)
+    ]
+
+
+def ends_of_turns(n: int, lies: Mapping[tuple[int, int], Any], cheater: int, seed: int) -> list[Any]:
+    async def state(p: Party) -> None:
+        await check.verify(p.prep_doors, "verify", await turned(p, n, lies, cheater), [], [], [])
+
+    return trial(state, seed)
+
+
+@pytest.mark.parametrize("rows", [rows for _, rows in check.FOLD_ROWS if rows <= 32])
+def test_one_wrong_complex_product_among_many(rows: int, seed: int) -> None:
+    """At each width of the folding, by every party: all right they pass; with one wrong bit in the real part
+    of one, or in the imaginary one, they do not.
+    """
+    n = next(least for least, number in check.FOLD_ROWS if number == rows) // 12 + 67
+    rng = np.random.default_rng([seed, rows])
+    assert not caught(ends_of_turns(n, {}, 0, seed), 0)
+    for cheater, part in itertools.product(range(PARTIES), range(2)):
+        lies = {(part, int(rng.integers(3 * n))): 1 << int(rng.integers(64))}
+        assert caught(ends_of_turns(n, lies, cheater, seed), cheater), lies
+
+
+def test_errors_of_both_parts_of_a_complex_product_cannot_cancel(seed: int) -> None:
+    """Errors e and -e in its real and imaginary part are found; were the coefficients of both the same, they
+    would pass.
+    """
+    lies = {(0, 5): 1 << 63, (1, 5): 1 << 63}
+    for cheater in range(PARTIES):
+        assert caught(ends_of_turns(40, lies, cheater, seed), cheater)
+    whole = check.Draw.exceptional
+    with mock.patch.object(check.Draw, "exceptional", lambda self, n: np.repeat(whole(self, 1), n)):
+        assert not caught(ends_of_turns(40, lies, 0, seed), 0)
+
+
+def ends_of_planes(k: int, words: int, lies: Iterable[tuple[int, int]], cheater: int, seed: int) -> list[Any]:
+    """One-hots over GF(2) of k random bits in each of 64 lanes of so many words. `lies` are (plane, lane)
+    that one party has the other way round.
+    """
+
+    async def state(p: Party) -> None:
+        rng, bk = np.random.default_rng(seed), p.prep_doors.bk
+        value = rng.integers(0, 1 << k, 64 * words, np.uint64)
+        hot = value == np.arange(1 << k, dtype=np.uint64)[:, None]
+        planes = kernels.bit_slice(hot.astype(np.uint64), 1)[:, 0]
+        clear = np.concatenate([kernels.bit_slice(value, k), planes])
+        a, b = rng.integers(0, 2**64, (2, *clear.shape), np.uint64)
+        summand = bk.zero_bits(*clear.shape) ^ (a, b, clear ^ a ^ b)[p.index]
+        for plane, lane in lies if p.index == cheater else ():
+            summand[k + plane, lane // 64] ^= np.uint64(1 << lane % 64)
+        (z,) = await p.prep_doors.reshare("spread", summand)
+        relation = check.OneHotPlanes(z[:, k:], z[:, :k])
+        await check.verify(p.prep_doors, "verify", [relation], [], [], [])
+
+    return trial(state, seed)
+
+
+@pytest.mark.parametrize(("k", "words"), [(1, 1), (3, 2), (6, 257), (9, 5)])
+def test_one_wrong_bit_of_one_hots_over_gf2(k: int, words: int, seed: int) -> None:
+    """Planes in one block or several, of lanes in one or several: all right they pass. With an entry more in
+    a lane, or in two, or with the one elsewhere, they do not; what has none is left to the sum.
+    """
+    rng = np.random.default_rng([seed, k])
+    value = np.random.default_rng(seed).integers(0, 1 << k, 64 * words, np.uint64).astype(int)
+    assert not caught(ends_of_planes(k, words, [], 0, seed), 0)
+    for cheater in range(PARTIES):
+        here, there = rng.permutation(64 * words)[:2]
+        one, other = ((value[lane] ^ rng.integers(1, 1 << k), lane) for lane in (here, there))
+        for lies in ([one], [one, (value[here], here)], [one, other]):
+            assert caught(ends_of_planes(k, words, lies, cheater, seed), cheater), lies
+        assert not caught(ends_of_planes(k, words, [(value[here], here)], cheater, seed), cheater)
+
+
+def test_one_hots_over_gf2_need_a_coin_for_each_entry_and_lane(seed: int) -> None:
+    """Three entries more of a lane whose numbers have the sum of three times its own are found, and the same
+    entry more in two lanes with the same index; with one coin for all they would pass.
+    """
+    value = np.random.default_rng(seed).integers(0, 8, 64, np.uint64)
+    index = int(value[0])
+    twin = next((i for i in range(1, 64) if value[i] == index), None)
+    more = [index ^ 1, index ^ 2, index ^ 3]  # (b + j) e_j: 1 + 2 + 3 = 0
+    tries = [[(j, 0) for j in more]] + [[(more[0], 0), (more[0], twin)]] * (twin is not None)
+    whole = check.Draw.field
+    for lies in tries:
+        assert caught(ends_of_planes(3, 1, lies, 1, seed), 1)
+        with mock.patch.object(check.Draw, "field", lambda self, n: np.repeat(whole(self, 1), n)):
+            assert not caught(ends_of_planes(3, 1, lies, 1, seed), 1)
+
+
 @pytest.mark.parametrize("inner", [1, 5, 8, 64, 200])
 def test_one_wrong_product_of_vectors_and_matrices(inner: int, seed: int) -> None:
     """Whatever the inner dimension, few matrices or many: all right they pass, one entry wrong in its top bit
@@ -1060,6 +1181,10 @@ CHOSEN = "b.state_scaled(ring, x, y, count)"
 ONE_HOTS = "self.relations.append(check.OneHot(*self._in_parts(e, b), int(shift)))"
 
 
+DEALT_WAVE = "b.relations.append(check.Complex((c[0], s[0]), less[0], (c[1], s[1]), (re, im)))"
+WHOLE_WAVE = "b.relations.append(check.Complex((c[2], s[2]), less[2], (p, q), (z_re, z_im)))"
+
+
 def cheat_opening(seed: int) -> bool:
     """One party sends another component than it holds: its neighbour computes another value."""
     cheater = seed % PARTIES
@@ -1233,6 +1358,14 @@ def cheat_other_entry(seed: int) -> bool:
     """A party guesses two bits of a mask and moves the one of its one-hot: that is one-hot still."""
     cheater, kind = seed % PARTIES, prep.Lookup(0, 4)
     ends = make({kind: 1}, cancelling({"lookup 0.4/double 1": 1}), cheater, seed)
+    return not caught(ends, cheater) and not sound(kind, [end and end[kind] for end in ends], cheater)
+
+
+def cheat_other_plane(seed: int) -> bool:
+    """The same over GF(2): the one of a party's one-hot lies elsewhere."""
+    cheater, size = seed % PARTIES, prep.STATED_WHOLE
+    kind = prep.Digits((size,))
+    ends = make({kind: 1}, cancelling({f"digits {size}/double {size - 1}": 1}), cheater, seed)
     return not caught(ends, cheater) and not sound(kind, [end and end[kind] for end in ends], cheater)
 
 
@@ -1470,7 +1603,17 @@ CHECKS: dict[str, Check] = {
     "ANDs": Check(
         "mpc.prep:Batch.conj",
         "self.gates.extend((check.And(x, y, r) for (x, y), r in zip(solid, z, strict=True)))",
+        spoiling(ANDS, "ands/degree 2"),
+    ),
+    "ANDs of short digits": Check(
+        "mpc.prep:_digits",
+        "b.gates.append(check.And(low, bit, high))",
         spoiling(prep.Digits((3, 2)), "digits 3.2/double 1"),
+    ),
+    "one-hots over GF(2)": Check(
+        "mpc.prep:_digits",
+        "b.relations.append(check.OneHotPlanes(planes, digit))",
+        spoiling(PLANES, f"digits 3.{prep.STATED_WHOLE} over 2/double 4"),
     ),
     "products of matrices": Check(
         "mpc.prep:Batch.matmul",
@@ -1509,22 +1652,22 @@ CHECKS: dict[str, Check] = {
     ),
     "waves: the dealt product's real part": Check(
         "mpc.prep:_wave",
-        "b.relations.append(check.Dot((c[0], less[0]), (c[1], s[1]), re))",
+        DEALT_WAVE,
         spoiling(WAVE, "wave 20/first", at=(0, 0, 0)),
     ),
     "waves: the dealt product's imaginary part": Check(
         "mpc.prep:_wave",
-        "b.relations.append(check.Dot((c[0], s[0]), (s[1], c[1]), im))",
+        DEALT_WAVE,
         spoiling(WAVE, "wave 20/first", at=(1, 0, 0)),
     ),
     "waves: cosines": Check(
         "mpc.prep:_wave",
-        "b.relations.append(check.Dot((c[2], less[2]), (p, q), z_re))",
+        WHOLE_WAVE,
         spoiling(WAVE, "wave 20/second", at=(0, 0, 0, 0)),
     ),
     "waves: sines": Check(
         "mpc.prep:_wave",
-        "b.relations.append(check.Dot((s[2], c[2]), (p, q), z_im))",
+        WHOLE_WAVE,
         spoiling(WAVE, "wave 20/second", at=(0, 1, 0, 0)),
     ),
     "decays: the dealt product": Check(
@@ -1687,8 +1830,13 @@ REDUNDANT: dict[str, Check] = {
     ),
     "one-hots: the sum is what was doubled": Check(
         "mpc.prep:Batch.one_hot",
-        "self.zeros.append(e.sum(axis=2, dtype=short) - one << shift)",
+        "self.zeros.append(e.sum(axis=2, dtype=e.dtype) - one << shift)",
         cheat_other_entry,
+    ),
+    "one-hots over GF(2): the sum is what was doubled": Check(
+        "mpc.prep:_digits",
+        "b.zero_bits.append(bk.xor_public(np.bitwise_xor.reduce(planes, axis=1), ones))",
+        cheat_other_plane,
     ),
 }
 

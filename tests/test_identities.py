@@ -488,14 +488,38 @@ def test_a_one_hot_of_1_proves_the_bits_that_values_stand_by() -> None:
     assert by_value[ring // 4, 0] == {True, False}, "alone the value tells whether it is even"
 
 
-def test_doubling_errors_never_cancel() -> None:
-    """One-hot of three bits by two doublings over Z_4, errors added to each product: only no error is right.
+def test_one_hot_relations_over_gf2() -> None:
+    """(b_t + j_t) e_j = 0 and sum e = 1 over GF(2): e is the unit vector at b; without the sum it may be 0.
+
+    With coins q for the entries, b <q, e> = sum_j j q_j e_j misses what is violated with 1 / |field| at most:
+    all e of length 4, all b, all q over GF(8).
+    """
+
+    def times(x: Array, y: Array) -> Array:  # modulo X^3 + X + 1
+        z = np.bitwise_xor.reduce([np.where(y >> i & 1, x << i, 0) for i in range(3)])
+        for i in (4, 3):
+            z = np.where(z >> i & 1, z ^ (0b1011 << i - 3), z)
+        return np.asarray(z)
+
+    e = np.array(list(itertools.product((0, 1), repeat=4)), np.int64)
+    q = np.array(list(itertools.product(range(8), repeat=4)), np.int64)
+    entries = np.arange(4)
+    for b in range(4):
+        fine = ~(e * (b ^ entries)).any(axis=1)
+        assert e[fine].tolist() == [[0] * 4, (entries == b).astype(int).tolist()]
+        value = np.bitwise_xor.reduce(times(q, b ^ entries)[None] * e[:, None], axis=2)
+        missed = (value == 0).mean(axis=1)
+        assert (missed[fine] == 1).all() and (missed[~fine] <= 1 / 8).all()
+
+
+@pytest.mark.parametrize("ring", [2, 4])
+def test_doubling_errors_never_cancel(ring: int) -> None:
+    """One-hot of three bits by two doublings, errors added to each product: only no error is right.
 
     The two halves of a doubling add up to what was doubled, so an error stays visible whatever the later
     bits are: the result differs from the true one-hot for *every* value of the bits, or for none. With the
     sum, and the relation that leaves only the true one-hot, acceptance therefore depends on the errors alone.
     """
-    ring = 4
     first = np.array(list(itertools.product(range(ring), repeat=2)), np.int64)
     second = np.array(list(itertools.product(range(ring), repeat=4)), np.int64)
     d1 = np.repeat(first, len(second), axis=0)
