@@ -43,6 +43,7 @@ from mimir.mpc.nonlinear import Settings
 from mimir.mpc.offload import spread
 from mimir.mpc.ops import Context, Piecewise
 from mimir.mpc.plan import Cost, planning
+from mimir.mpc.plan import run as run_plan
 from mimir.mpc.share import Bits, Share, concat
 from mimir.net.memory import Tapped
 
@@ -1894,6 +1895,22 @@ def test_cost_of_a_decode_step(backend: Replicated, spec: PlanSpec, sampler: str
 
 async def _cost(spec: PlanSpec, s: Settings, first: int, chooser: transformer.Choose | None) -> Cost:
     return await transformer.cost_of(spec, s, first, 1, prompt=False, sampler=chooser)
+
+
+@pytest.mark.parametrize("spec", [LLAMA, GPT2], ids=["llama", "gpt2"])
+@pytest.mark.parametrize(("first", "rows"), [(0, 3), (5, 1), (260, 1)])
+def test_what_layers_take_alike_is_planned_once(spec: PlanSpec, first: int, rows: int) -> None:
+    """The cost of five layers is what running all five over shapes says."""
+    deep, prompt = replace(spec, layers=5), rows > 1
+    choice = Sampler("greedy", 1.0, 1, spec.vocab)
+
+    async def chooser(ctx: Context, step: str, x: Share) -> Share:
+        return await sampling.choose(ctx, step, x, choice, sampling.no_noise)
+
+    how: dict[str, Any] = {"prompt": prompt, "sampler": chooser, "last": True, "padded": True}
+    whole = run_plan(transformer._cost_of(deep, Settings(), first, rows, **how))
+    assert run_plan(transformer.cost_of(deep, Settings(), first, rows, **how)) == whole
+    assert sum(isinstance(kind, prep.Keys) for kind in whole.demand) == 10
 
 
 def test_rounds_of_a_layer(backend: Replicated) -> None:

@@ -10,7 +10,7 @@ code knows shares, correlations and openings, and nothing of the backend.
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any, Final, Protocol
 
@@ -500,8 +500,52 @@ async def cost_of(
 ) -> Cost:
     """Plan one step: `rows` rows from slot `first`. A prompt enters by offsets, a decoded token by its index.
 
-    `last` adds the logits, `sampler` also the choice of a token.
+    `last` adds the logits, `sampler` also the choice of a token. All layers are alike, so the third and those
+    after it are planned by what the second adds to the first.
     """
+
+    async def of(layers: int) -> Cost:
+        return await _cost_of(
+            replace(spec, layers=layers),
+            s,
+            first,
+            rows,
+            prompt=prompt,
+            sampler=sampler,
+            last=last,
+            padded=padded,
+        )
+
+    if spec.layers <= 3:
+        return await of(spec.layers)
+    one, cost = await of(1), await of(2)
+    added = cost.less(one)
+    for layer in range(2, spec.layers):
+        cost.add(added, {kind: _of_layer(kind, layer) for kind in added.demand})
+    return cost
+
+
+def _of_layer(kind: prep.Kind, layer: int) -> prep.Kind:
+    """What the second layer takes, as another layer takes it."""
+    if isinstance(kind, prep.Keys):
+        return replace(kind, layer=layer)
+    if isinstance(kind, prep.Weight):
+        return replace(kind, name=f"{layer}.{kind.name.partition('.')[2]}")
+    return kind
+
+
+async def _cost_of(
+    spec: PlanSpec,
+    s: Settings,
+    first: int,
+    rows: int,
+    *,
+    prompt: bool,
+    sampler: Choose | None,
+    last: bool,
+    padded: bool,
+) -> Cost:
+    """Of every layer of the plan, one after another."""
     shapes = weight_shapes(spec)
     shapes |= {f"{k}_b": (1, v[1]) for k, v in shapes.items() if k not in ("embed", "pos")}
     ctx, cost = planning(shapes)

@@ -51,6 +51,18 @@ class Cost:
     opened: int = 0
     demand: dict[Kind, int] = field(default_factory=dict)
 
+    def less(self, o: Cost) -> Cost:
+        """What this takes and `o`, a part of it, does not."""
+        demand = {k: left for k, n in self.demand.items() if (left := n - o.demand.get(k, 0))}
+        return Cost(self.rounds - o.rounds, self.sent - o.sent, self.opened - o.opened, demand)
+
+    def add(self, o: Cost, names: Mapping[Kind, Kind]) -> None:
+        """Add what `o` takes, of which each kind is called as `names` says."""
+        self.rounds += o.rounds
+        self.sent += o.sent
+        self.opened += o.opened
+        prep.add_demand(self.demand, {names[k]: n for k, n in o.demand.items()})
+
 
 class _CountingDoors:
     def __init__(self, cost: Cost) -> None:
