@@ -157,6 +157,8 @@ def cases() -> list[Case]:
     add("bit_slice 16k x64", partial(k.bit_slice, z, 64), n, "el")
     planes, packed = k.bit_slice(z, 64), k.ring_lsb(z)
     add("bit_unslice 16k x64", partial(k.bit_unslice, planes, n), n, "el")
+    add("bytes_pack 16k, of 5", partial(k.bytes_pack, z, 5), n, "el")
+    add("bytes_unpack 16k, of 5", partial(k.bytes_unpack, k.bytes_pack(z, 5), n, 5), n, "el")
     add("bits_to_ring 16k", partial(k.bits_to_ring, packed, n), n, "el")
     add("ring_lsb 16k", partial(k.ring_lsb, z), n, "el")
     for size, degree in [(16, 1), (128, 3)]:

@@ -178,6 +178,8 @@ def examples(small: bool = False) -> dict[str, tuple[Any, ...]]:
         "rss_and": (w(2, n), w(2, n), w(n)),
         "bit_slice": (w(n), 64),
         "bit_unslice": (w(64, n // 64), n),
+        "bytes_pack": (w(n), 5),
+        "bytes_unpack": (w(5 * n // 8), n, 5),
         "bits_to_ring": (w(n // 64), n),
         "ring_lsb": (w(n),),
         "bit_pick": (w(32, n // 64), w(n) % np.uint64(32)),

@@ -417,6 +417,8 @@ RULES: Final[dict[str, Callable[..., tuple[tuple[Any, ...] | None, float]]]] = {
     "rss_and": lambda x, y, alpha: (alpha.shape, alpha.size),
     "bit_slice": lambda x, nbits: ((*x.shape[:-1], nbits, _words(x.shape[-1])), x.size),
     "bit_unslice": lambda planes, n: ((n,), n),
+    "bytes_pack": lambda x, size: ((-(-len(x) * size // 8),), len(x)),
+    "bytes_unpack": lambda words, n, size: ((n,), n),
     "bits_to_ring": lambda words, n: ((*words.shape[:-1], n), n * math.prod(words.shape[:-1])),
     "ring_lsb": lambda x: ((*x.shape[:-1], _words(x.shape[-1])), x.size),
     "bit_pick": lambda planes, rows: ((_words(len(rows)),), len(rows)),

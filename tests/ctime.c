@@ -113,6 +113,16 @@ static void bits_unslice(void)
     mk_bits_unslice(out, secret, N, 61);
 }
 
+static void bytes_pack(void)
+{
+    mk_bytes_pack(out, secret, N, 5);
+}
+
+static void bytes_unpack(void)
+{
+    mk_bytes_unpack(out, secret, N, 5);
+}
+
 static void bits_to_ring(void)
 {
     mk_bits_to_ring(out, secret, 2, N);
@@ -380,6 +390,8 @@ static void bytes_equal(void)
     X(rss_and)                                                                                                         \
     X(bits_slice)                                                                                                      \
     X(bits_unslice)                                                                                                    \
+    X(bytes_pack)                                                                                                      \
+    X(bytes_unpack)                                                                                                    \
     X(bits_to_ring)                                                                                                    \
     X(ring_lsb)                                                                                                        \
     X(ring_rotate)                                                                                                     \

@@ -487,6 +487,30 @@ def test_bit_pick(level: str, rng: np.random.Generator, n: int, count: int) -> N
     same(k.bit_pick(planes, rows), pack([bit(planes[int(rows[j])], j) for j in range(n)]))
 
 
+@pytest.mark.parametrize("n", [0, 1, 2, 3, 7, 8, 9, 64, 1001])
+def test_numbers_of_fewer_bytes(level: str, rng: np.random.Generator, n: int) -> None:
+    for size in range(1, 9):
+        x = words(rng, n)
+        told = b"".join(int(v).to_bytes(8, "little")[:size] for v in x)
+        packed = k.bytes_pack(x, size)
+        same(packed, np.frombuffer(told + bytes(-len(told) % 8), np.uint64))
+        dirty = np.frombuffer(told + b"\xff" * (-len(told) % 8), np.uint64)
+        for given in (packed, dirty):
+            same(k.bytes_unpack(given, n, size), [int(v) % (1 << 8 * size) for v in x])
+
+
+def test_bytes_misuse(rng: np.random.Generator) -> None:
+    x = words(rng, 9)
+    refuses(
+        lambda: k.bytes_pack(x, 0),
+        lambda: k.bytes_pack(x, 9),
+        lambda: k.bytes_pack(x[::2], 3),
+        lambda: k.bytes_unpack(x, 25, 3),
+        lambda: k.bytes_unpack(x, 8, 0),
+        lambda: k.bytes_unpack(x, -1, 3),
+    )
+
+
 def test_bit_misuse(rng: np.random.Generator) -> None:
     x = words(rng, 70)
     refuses(
@@ -1315,6 +1339,8 @@ WIDE: dict[str, Callable[[np.random.Generator], Any]] = {
         words(g, 4099),
         [(99, 16, 0, 61), (4000, 27, 11, 60)],
     ),
+    "bytes_pack": lambda g: k.bytes_pack(words(g, 4099), 5),
+    "bytes_unpack": lambda g: k.bytes_unpack(words(g, 2562), 4099, 5),
     "drop": lambda g: k.drop(words(g, 2, 4099), words(g, 2), (0, 5, 40), 21),
     "choose": lambda g: k.choose(
         words(g, 2, 999, 30),
@@ -1568,6 +1594,7 @@ def walk_fences() -> None:
             k.trunc_if((w(2, n), w(2, n), w(2, n, 3), w(2, n, 4)), w(2), w(packed), w(n), [(n, 20, 4, 61)])
             k.norm((w(2, 3, n), w(2, 3, n, 3), w(2, 3, n, 3), w(2, 3)), w(2), w(3, n), 20, 4)
             k.drop(w(2, n), w(2), (3, 5), 20)
+            k.bytes_unpack(k.bytes_pack(w(n), 5), n, 5)
             for count in (2, 3, 5):
                 hot, z = w(2, n, 2**count - 2), w(2, n, k.choose_places(count))
                 k.choose(hot, z, w((n * (count - 1) + 63) // 64), w(n, count), [(20, 4)] * count)

@@ -346,6 +346,24 @@ def bit_unslice(planes: U64, n: int) -> U64:
     return x
 
 
+def bytes_pack(x: U64, size: int) -> U64:
+    """(n,) -> (ceil(n size / 8),): the `size` lowest bytes of each, the lowest first, one after another; what
+    fills the last word is zero.
+    """
+    (n,) = _array("x", x, (None,))
+    words = np.empty(-(-n * _count("size", size, 1, 8) // 8), np.uint64)
+    _lib.mk_bytes_pack(_out(words), _in(x), n, size)
+    return words
+
+
+def bytes_unpack(words: U64, n: int, size: int) -> U64:
+    """(ceil(n size / 8),) -> (n,), the inverse of `bytes_pack`; what fills the last word is not read."""
+    _array("words", words, (-(-_count("n", n, 0) * _count("size", size, 1, 8) // 8),))
+    x = np.empty(n, np.uint64)
+    _lib.mk_bytes_unpack(_out(x), _in(words), n, size)
+    return x
+
+
 def bits_to_ring(words: U64, n: int, out: U64 | None = None) -> U64:
     """(.., ceil(n/64)) -> (.., n) of 0 and 1, written to `out` if there is one: element 64 w + l of a row is
     bit l of its word w.

@@ -89,6 +89,8 @@ MK_THUNK(mk_bits_rss_and, (uint64_t *out, const uint64_t *x, const uint64_t *y, 
          (out, x, y, alpha, n))
 MK_THUNK(mk_bits_slice, (uint64_t *planes, const uint64_t *x, size_t n, size_t nbits), (planes, x, n, nbits))
 MK_THUNK(mk_bits_unslice, (uint64_t *x, const uint64_t *planes, size_t n, size_t nbits), (x, planes, n, nbits))
+MK_THUNK(mk_bytes_pack, (uint64_t *words, const uint64_t *x, size_t n, size_t size), (words, x, n, size))
+MK_THUNK(mk_bytes_unpack, (uint64_t *out, const uint64_t *words, size_t n, size_t size), (out, words, n, size))
 MK_THUNK(mk_bits_to_ring, (uint64_t *out, const uint64_t *words, size_t rows, size_t n), (out, words, rows, n))
 MK_THUNK(mk_ring_lsb, (uint64_t *words, const uint64_t *x, size_t rows, size_t n), (words, x, rows, n))
 MK_THUNK(mk_bits_pick, (uint64_t *out, const uint64_t *planes, const uint64_t *row, size_t n),

@@ -60,6 +60,8 @@ void mk_bits_slice(uint64_t *planes, const uint64_t *x, size_t n, size_t nbits);
 void mk_bits_unslice(uint64_t *x, const uint64_t *planes, size_t n, size_t nbits);
 
 /* In each of so many rows: n packed bits to words 0 or 1, and the lowest bits of n words packed. */
+void mk_bytes_pack(uint64_t *words, const uint64_t *x, size_t n, size_t size);
+void mk_bytes_unpack(uint64_t *out, const uint64_t *words, size_t n, size_t size);
 void mk_bits_to_ring(uint64_t *out, const uint64_t *words, size_t rows, size_t n);
 void mk_ring_lsb(uint64_t *words, const uint64_t *x, size_t rows, size_t n);
 

@@ -24,6 +24,8 @@ void mk_ring32_product(uint32_t *c, const uint32_t *a, const uint32_t *b, size_t
     X(mk_bits_rss_and)                                                                                                 \
     X(mk_bits_slice)                                                                                                   \
     X(mk_bits_unslice)                                                                                                 \
+    X(mk_bytes_pack)                                                                                                   \
+    X(mk_bytes_unpack)                                                                                                 \
     X(mk_bits_to_ring)                                                                                                 \
     X(mk_ring_lsb)                                                                                                     \
     X(mk_bits_pick)                                                                                                    \

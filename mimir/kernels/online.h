@@ -1,5 +1,5 @@
-/* The local halves of online operations: what is sent before an opening, and what is made of what was opened. Plain
- * loops, one source for all levels: ref.c, avx2.c and avx512.c include this once each, and the compiler makes vectors
+/* The local halves of online operations: what is sent before an opening, and what is made of what was opened; and
+ * numbers as they travel. Plain loops, one source for all levels: ref.c, avx2.c and avx512.c include this once each, and the compiler makes vectors
  * of it. A pass over all components at once, since each costs more to call than to run. */
 #ifndef MK
 #error "include this where MK names the level"
@@ -83,6 +83,33 @@ void MK(mk_ring_norm)(uint64_t *restrict rows, uint64_t *restrict squares, const
             }
             *squares = sum;
         }
+}
+
+/* ---- numbers of fewer bytes than a word, as they travel: the lowest byte first, one number after another ---- */
+
+/* The whole word is written, and of what follows the number the next overwrites all; at the end there is no room. */
+void MK(mk_bytes_pack)(uint64_t *restrict words, const uint64_t *x, size_t n, size_t size)
+{
+    uint8_t *out = (uint8_t *)words;
+    size_t room = (n * size + 7) / 8 * 8, j = 0;
+    for (; j < n && j * size + 8 <= room; j++) memcpy(out + j * size, x + j, 8);
+    for (; j < n; j++) memcpy(out + j * size, x + j, size);
+    memset(out + n * size, 0, room - n * size);
+}
+
+void MK(mk_bytes_unpack)(uint64_t *restrict out, const uint64_t *words, size_t n, size_t size)
+{
+    const uint8_t *in = (const uint8_t *)words;
+    size_t room = (n * size + 7) / 8 * 8, j = 0;
+    uint64_t mask = ~(uint64_t)0 >> (64 - 8 * size);
+    for (; j < n && j * size + 8 <= room; j++) {
+        memcpy(out + j, in + j * size, 8);
+        out[j] &= mask;
+    }
+    for (; j < n; j++) {
+        out[j] = 0;
+        memcpy(out + j, in + j * size, size);
+    }
 }
 
 /* ---- values that are read or compared ---- */

@@ -443,9 +443,13 @@ class Batch:
         """
         told = await self.doors.reshare(step, *(_packed(v, lane) for v, lane in summands))
         return [
-            t if lane == RING_BITS else _widened(self._filled(t, v.size, lane), lane).reshape(2, *v.shape)
+            t if lane == RING_BITS else self._unpacked(t, v.size, lane).reshape(2, *v.shape)
             for t, (v, lane) in zip(told, summands, strict=True)
         ]
+
+    def _unpacked(self, told: Ring, size: int, lane: int) -> Ring:
+        self._filled(told, size, lane)
+        return np.stack([kernels.bytes_unpack(words, size, lane // 8) for words in told])
 
     def _filled(self, told: Ring, size: int, lane: int) -> npt.NDArray[np.uint8]:
         """The bytes of the first `size` lanes of words (2, w). States that the others, which fill the last
@@ -561,17 +565,7 @@ def _packed(v: Ring, lane: int) -> Ring:
     """The lowest `lane` bits of each, byte after byte, as words; or all of v as it is."""
     if lane == RING_BITS:
         return v
-    out, size = np.zeros(_lane_words(v.size, lane), np.uint64), lane // 8
-    low = np.ascontiguousarray(v).reshape(-1, 1).view(np.uint8)[:, :size]  # the lowest byte is the first
-    out.view(np.uint8)[: v.size * size].reshape(-1, size)[...] = low
-    return out
-
-
-def _widened(found: npt.NDArray[np.uint8], lane: int) -> Ring:
-    """Numbers of so many bits, of which the bytes are (2, ..), as words (2, n)."""
-    out = np.zeros((2, found.shape[1] * 8 // lane, 8), np.uint8)
-    out[:, :, : lane // 8] = found.reshape(2, -1, lane // 8)
-    return out.view(np.uint64)[:, :, 0]
+    return kernels.bytes_pack(np.ascontiguousarray(v).reshape(-1), lane // 8)
 
 
 TRUNCATED_BITS: Final = 16  # of the bits to be dropped so many are masked
