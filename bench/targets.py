@@ -18,7 +18,9 @@ measures the whole, with tunnel and client, at a short context; what lies betwee
               a full context fits no pool, so only that of these 16 is made, all of it before the first round
               online; what is ready may exceed triple_pool.memory_mib for that. Online: rounds and
               bytes of the last, seconds the median of the 15 between two tokens. Preprocessing: all 16, from
-              the entry's material on, by 16.
+              the entry's material on, by 16. Three such sessions, one after another in the same processes,
+              of which the median counts: a party serves for days, and the first one pays for memory that the
+              machine has not given yet. What that one took stands beside.
     prefill   32 rows from an empty cache, and the token that they give: as PUMA counts (32 in, 1 out).
     sessions  8 sessions as in `decode`, 4 tokens each at the end of the context. Their material is made one
               session after another, since making eight at once takes eight times the memory; then all go at
@@ -154,6 +156,7 @@ class Task:
     tokens: int
     sessions: int = 1
     spec: PlanSpec = SMALL
+    times: int = 1  # one after another
 
     @property
     def positions(self) -> int:
@@ -161,7 +164,7 @@ class Task:
 
 
 TASKS = (
-    Task("decode", CONTEXT - 1 - BLOCK, 1, BLOCK),
+    Task("decode", CONTEXT - 1 - BLOCK, 1, BLOCK, times=3),
     Task("prefill", 0, PROMPT, 1),
     Task("sessions", CONTEXT - 1 - PASSES, 1, PASSES, AT_ONCE),
     Task("billion", CONTEXT - 1 - LARGE_BLOCK, 1, LARGE_BLOCK, spec=LARGE),
@@ -273,9 +276,15 @@ class Client:
 
 
 async def sessions(
-    transport: Transport, spec: PlanSpec, weights: Any, task: Task, context: int, decoders: Decoders
+    transport: Transport,
+    spec: PlanSpec,
+    weights: Any,
+    task: Task,
+    context: int,
+    decoders: Decoders,
+    run: int = 0,
 ) -> list[list[dict[str, Any]]]:
-    """Run the sessions of a task at this party. Returns the marks of each."""
+    """Run the sessions of a task at this party, for the n-th time. Returns the marks of each."""
     start = Start(task.sessions)
     decoder = decoders.actor = DecodeActor(
         transport,
@@ -301,7 +310,7 @@ async def sessions(
         around.start_soon(decoder.run)
         async with trio.open_nursery() as nursery:
             for number, client in enumerate(clients):
-                name = hashlib.sha256(f"{task.name} {number}".encode()).digest()[:16]
+                name = hashlib.sha256(f"{task.name} {run} {number}".encode()).digest()[:16]
                 terms = Open(name, MODEL, (KEY,), (task.bucket,), task.tokens, Sampler(), False)
                 actor = Late(transport, terms, [client], spec, weights, SETTINGS, limits, decoder)
                 actor.before, client.actor = task.before, actor
@@ -386,7 +395,9 @@ async def party(index: int, folder: Path, names: Sequence[str]) -> None:
         for task in (t for t in TASKS if t.name in names):
             if task.spec is not of:
                 weights, of = Noise(task.spec, index), task.spec
-            marks = await sessions(mesh, task.spec, weights, task, CONTEXT, decoders)
+            marks = []
+            for run in range(task.times):
+                marks += await sessions(mesh, task.spec, weights, task, CONTEXT, decoders, run)
             (folder / f"{task.name}{index}.json").write_text(json.dumps(marks))
         if "argmax" in names:
             told = await argmaxes(mesh, SMALL, CHOICES)
@@ -436,21 +447,26 @@ def _grown(a: Mapping[str, Any], b: Mapping[str, Any], what: str) -> float:
 
 
 def decoded(parts: Sequence[Sequence[Sequence[Mapping[str, Any]]]], positions: int) -> dict[str, Any]:
-    """A token online and its preprocessing, from the marks of one session at each party."""
+    """A token online and its preprocessing, medians of the sessions of which each party has marks; and the
+    preprocessing of the first.
+    """
     online: list[dict[str, float]] = []
     made: list[dict[str, float]] = []
-    for (marks,) in parts:
-        pairs = list(pairwise(_of(marks, "token")))
+    first: list[dict[str, float]] = []
+    for sessions in parts:
+        pairs = [pair for marks in sessions for pair in pairwise(_of(marks, "token"))]
         told = {
             name: statistics.median(_grown(a, b, what) for a, b in pairs)
             for name, what in (("seconds", "at"), ("used", "used"))
         }
         online.append(told | {name: _grown(*pairs[-1], f"{name}_online") for name in ("rounds", "sent")})
-        first, last = _of(marks, "made")[0], _of(marks, "made")[-1]
         figures = {"seconds": "at", "used": "used"}
         figures |= {name: f"{name}_preprocessing" for name in ("rounds", "sent")}
-        made.append({name: _grown(first, last, what) / positions for name, what in figures.items()})
-    return {"online": _worst(online), "prep": _worst(made)}
+        ends = [(told[0], told[-1]) for told in (_of(marks, "made") for marks in sessions)]
+        each = [{name: _grown(*pair, what) / positions for name, what in figures.items()} for pair in ends]
+        first.append(each[0])
+        made.append({name: statistics.median(told[name] for told in each) for name in figures})
+    return {"online": _worst(online), "prep": _worst(made), "first": _worst(first)}
 
 
 def prefilled(parts: Sequence[Sequence[Sequence[Mapping[str, Any]]]]) -> dict[str, Any]:
@@ -629,6 +645,9 @@ def tables(result: dict[str, Any]) -> str:
             ),
             _used(token, told, p, m["cores"]),
         ]
+        if "first" in told:
+            cold = told["online"]["seconds"] + told["first"]["seconds"]
+            out.append(_line(token + "s together, the first session's", None, cold))
     if told := got.get("prefill"):
         row, p = f"prefill of {PROMPT} and a token: ", want["prefill"]
         out += [
