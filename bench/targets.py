@@ -647,7 +647,7 @@ def tables(result: dict[str, Any]) -> str:
         ]
         if "first" in told:
             cold = told["online"]["seconds"] + told["first"]["seconds"]
-            out.append(_line(token + "s together, the first session's", None, cold))
+            out.append(_line(token + "s together, with what the first session prepared", None, cold))
     if told := got.get("prefill"):
         row, p = f"prefill of {PROMPT} and a token: ", want["prefill"]
         out += [

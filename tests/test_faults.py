@@ -884,10 +884,12 @@ def ends_of_turns(n: int, lies: Mapping[tuple[int, int], Any], cheater: int, see
 
 
 @pytest.mark.parametrize("rows", [rows for _, rows in check.FOLD_ROWS if rows <= 32])
-def test_one_wrong_complex_product_among_many(rows: int, seed: int) -> None:
+def test_one_wrong_complex_product_among_many(rows: int, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """At each width of the folding, by every party: all right they pass; with one wrong bit in the real part
-    of one, or in the imaginary one, they do not.
+    of one, or in the imaginary one, they do not. They are crossed and claimed in several pieces.
     """
+    monkeypatch.setattr(check, "AT_ONCE", 3 * rows)
+    monkeypatch.setattr(check, "CLAIMED", 5 * rows)
     n = next(least for least, number in check.FOLD_ROWS if number == rows) // 12 + 67
     rng = np.random.default_rng([seed, rows])
     assert not caught(ends_of_turns(n, {}, 0, seed), 0)
@@ -900,7 +902,7 @@ def test_errors_of_both_parts_of_a_complex_product_cannot_cancel(seed: int) -> N
     """Errors e and -e in its real and imaginary part are found; were the coefficients of both the same, they
     would pass.
     """
-    lies = {(0, 5): 1 << 63, (1, 5): 1 << 63}
+    lies = {(0, 5): 3, (1, 5): 2**64 - 3}
     for cheater in range(PARTIES):
         assert caught(ends_of_turns(40, lies, cheater, seed), cheater)
     whole = check.Draw.exceptional
@@ -1362,7 +1364,9 @@ def cheat_other_entry(seed: int) -> bool:
 
 
 def cheat_other_plane(seed: int) -> bool:
-    """The same over GF(2): the one of a party's one-hot lies elsewhere."""
+    """An error in a doubling over GF(2): of one lane two planes are the other way round, and their sum as
+    before.
+    """
     cheater, size = seed % PARTIES, prep.STATED_WHOLE
     kind = prep.Digits((size,))
     ends = make({kind: 1}, cancelling({f"digits {size}/double {size - 1}": 1}), cheater, seed)
@@ -1987,7 +1991,7 @@ def test_redundant_statements(seed: int) -> None:
         for v in summands:
             v += rng.integers(1, 2**63, v.shape, np.uint64)
 
-    for kind in (LOOKUP, DECAY, PIECES, SELECT, prep.DaBit()):
+    for kind in (LOOKUP, DECAY, PIECES, SELECT, PLANES, prep.DaBit()):
         for number, step in enumerate(steps_of(kind)):
             stated: dict[int, tuple[Sequence[Ring], Sequence[Ring]]] = {}
 

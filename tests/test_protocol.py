@@ -1897,9 +1897,17 @@ async def _cost(spec: PlanSpec, s: Settings, first: int, chooser: transformer.Ch
     return await transformer.cost_of(spec, s, first, 1, prompt=False, sampler=chooser)
 
 
-@pytest.mark.parametrize("spec", [LLAMA, GPT2], ids=["llama", "gpt2"])
-@pytest.mark.parametrize(("first", "rows"), [(0, 3), (5, 1), (260, 1)])
-def test_what_layers_take_alike_is_planned_once(spec: PlanSpec, first: int, rows: int) -> None:
+@pytest.mark.parametrize(
+    "spec", [LLAMA, GPT2, replace(GPT2, act="relu")], ids=["llama", "gpt2", "gpt2 with relu"]
+)
+@pytest.mark.parametrize(
+    ("first", "rows", "padded"),
+    [(0, 3, True), (5, 1, True), (250, 10, False), (254, 1, False), (255, 1, True)],
+)
+@pytest.mark.parametrize("chosen", [True, False])
+def test_what_layers_take_alike_is_planned_once(
+    spec: PlanSpec, first: int, rows: int, padded: bool, chosen: bool
+) -> None:
     """The cost of five layers is what running all five over shapes says."""
     deep, prompt = replace(spec, layers=5), rows > 1
     choice = Sampler("greedy", 1.0, 1, spec.vocab)
@@ -1907,7 +1915,12 @@ def test_what_layers_take_alike_is_planned_once(spec: PlanSpec, first: int, rows
     async def chooser(ctx: Context, step: str, x: Share) -> Share:
         return await sampling.choose(ctx, step, x, choice, sampling.no_noise)
 
-    how: dict[str, Any] = {"prompt": prompt, "sampler": chooser, "last": True, "padded": True}
+    how: dict[str, Any] = {
+        "prompt": prompt,
+        "sampler": chooser if chosen else None,
+        "last": False,
+        "padded": padded,
+    }
     whole = run_plan(transformer._cost_of(deep, Settings(), first, rows, **how))
     assert run_plan(transformer.cost_of(deep, Settings(), first, rows, **how)) == whole
     assert sum(isinstance(kind, prep.Keys) for kind in whole.demand) == 10
@@ -1942,8 +1955,15 @@ def _said(threads: int) -> list[Ring]:
     products = [check.Product(*(w(2, n) for _ in range(3))) for n in (70_001, 333)]
     gates = [check.And(*(w(2, n) for _ in range(3))) for n in (140_003, 77)]
     some: list[check.Sparse] = [(w(9_001), None), (None, w(9_001)), (w(9_001), w(9_001)), (None, None)]
-    dots = [check.Dot((x,), (y,), w(2, 9_001)) for x in some for y in some]
+    dots: list[check.Dot | check.Complex] = [check.Dot((x,), (y,), w(2, 9_001)) for x in some for y in some]
     dots.append(check.Dot(tuple(some), tuple(reversed(some)), w(2, 9_001)))
+    whole = (w(40_001), w(40_001))
+    for a, b in (
+        ((w(40_001), None), (w(40_001), None)),
+        ((None, w(40_001)), (None, w(40_001))),
+        (whole, whole),
+    ):
+        dots.append(check.Complex((a, b), b, (whole, whole), (w(2, 40_001), w(2, 40_001))))
     vectors = [check.MatrixProduct(w(2, 3, 1, 601), (w(3, 601, 37), w(3, 601, 37)), w(2, 3, 1, 37))]
     foldings: list[Any] = [
         check._Folding(check.RING, products, draw, dots),
@@ -1953,6 +1973,7 @@ def _said(threads: int) -> list[Ring]:
     foldings += [check._Vectors(vectors, draw)]
     others = [
         check.OneHot(w(2, 1501, 16), w(2, 4, 1501)),
+        check.OneHotPlanes(w(2, 128, 601), w(2, 7, 601)),
         check.ScalarProduct(w(2, 9), w(2, 9, 99), w(2, 9, 99)),
         check.MatrixProduct(w(2, 3, 5, 64), (w(3, 64, 37), w(3, 64, 37)), w(2, 3, 5, 37)),
     ]

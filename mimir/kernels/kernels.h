@@ -59,9 +59,12 @@ void mk_bits_rss_and(uint64_t *out, const uint64_t *x, const uint64_t *y, const 
 void mk_bits_slice(uint64_t *planes, const uint64_t *x, size_t n, size_t nbits);
 void mk_bits_unslice(uint64_t *x, const uint64_t *planes, size_t n, size_t nbits);
 
-/* In each of so many rows: n packed bits to words 0 or 1, and the lowest bits of n words packed. */
+/* The `size` lowest bytes of n words, the lowest first, one after another in ceil(n size / 8) words, whose last is filled
+ * with zeros; and back. */
 void mk_bytes_pack(uint64_t *words, const uint64_t *x, size_t n, size_t size);
 void mk_bytes_unpack(uint64_t *out, const uint64_t *words, size_t n, size_t size);
+
+/* In each of so many rows: n packed bits to words 0 or 1, and the lowest bits of n words packed. */
 void mk_bits_to_ring(uint64_t *out, const uint64_t *words, size_t rows, size_t n);
 void mk_ring_lsb(uint64_t *words, const uint64_t *x, size_t rows, size_t n);
 

@@ -1,6 +1,6 @@
 /* The local halves of online operations: what is sent before an opening, and what is made of what was opened; and
- * numbers as they travel. Plain loops, one source for all levels: ref.c, avx2.c and avx512.c include this once each, and the compiler makes vectors
- * of it. A pass over all components at once, since each costs more to call than to run. */
+ * numbers as they travel. Plain loops, one source for all levels: ref.c, avx2.c and avx512.c include this once each,
+ * and the compiler makes vectors of it. A pass over all components at once, since each costs more to call than to run. */
 #ifndef MK
 #error "include this where MK names the level"
 #endif

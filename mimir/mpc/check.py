@@ -32,6 +32,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mimir import kernels
+from mimir.errors import LocalError
 from mimir.mpc.domain import RING_BITS, Ring
 from mimir.mpc.doors import Doors
 from mimir.mpc.offload import offload, spread
@@ -305,8 +306,9 @@ class OneHotPlanes:
         for a, w, some in spread(partial(made, slice(at, min(at + step, n))) for at in range(0, n, step)):
             columns ^= some
             done += len(a[0])
-            told = np.array([kernels.gf_inner(v, jq) for v in columns], np.uint64)
-            yield Claim(len(a[0]), a, w, told if done == RING_BITS * n else None)
+            last = done == RING_BITS * n
+            told = np.array([kernels.gf_inner(v, jq) for v in columns], np.uint64) if last else None
+            yield Claim(len(a[0]), a, w, told)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -434,8 +436,8 @@ def _summand(ext: Extension, x: Pair, y: Pair) -> Ring:
     return ext.add(ext.inner(ext.add(x[0], x[1]), y[0]), ext.inner(x[0], y[1]))
 
 
-def _dots(sums: Dot | Complex) -> Sequence[Dot]:
-    return sums.dots if isinstance(sums, Complex) else (sums,)
+def _dots(whole: Dot | Complex) -> Sequence[Dot]:
+    return whole.dots if isinstance(whole, Complex) else (whole,)
 
 
 def _given(f: Callable[[Ring], Ring], v: Sparse) -> Sparse:
@@ -478,7 +480,8 @@ def _point(ext: Extension, variables: int, draw: Draw) -> tuple[list[int], Ring,
     return xis, corners, values, inner
 
 
-# What one job adds to a claim: columns that are done, rows of each term, terms, and sums at corners.
+# What one job adds to a claim: columns that are done, rows of each term, terms, and sums at corners. With n
+# rows of a `Complex` 2 n columns are done.
 _Part = tuple[int, int, Terms, list[Ring]]
 
 
@@ -500,7 +503,7 @@ class _Folding:
         self, ext: Extension, parts: Sequence[Product | And], draw: Draw, dots: Sequence[Dot | Complex] = ()
     ) -> None:
         sizes = [np.asarray(p.x).size // 2 for p in parts]
-        sizes += [len(d.x) * d.z.shape[1] for sums in dots for d in _dots(sums)]
+        sizes += [len(d.x) * d.z.shape[1] for whole in dots for d in _dots(whole)]
         self._lay(ext, [(p.x, p.y, p.z) for p in parts], _fold_rows(sum(sizes)), dots)
         self._coefficients = ext.coefficients(draw, self.columns)
 
@@ -554,7 +557,7 @@ class _Folding:
     def _dot_blocks(self) -> Iterator[tuple[Ring, Terms]]:
         """Coefficients and terms of sums of products, to be crossed: what is not None is (n, rows)."""
         at = self._first_dot
-        for dot, columns in ((dot, columns) for sums, columns in self._dots for dot in _dots(sums)):
+        for dot, columns in ((dot, columns) for whole, columns in self._dots for dot in _dots(whole)):
             for cut, first, n in self._cuts(columns, AT_ONCE):
                 terms = [(_given(cut, x), _given(cut, y)) for x, y in zip(dot.x, dot.y, strict=True)]
                 yield self._of(at + first, n), terms
@@ -620,6 +623,8 @@ class _Folding:
             x: list[Ring | None] = [None, None]
             y: list[Ring | None] = [None, None]
             for i, (c, s) in enumerate(zip(a, b, strict=True)):
+                if (c is None) != (s is None):
+                    raise LocalError("both parts of a complex factor must have the same components")
                 if c is not None and s is not None:
                     x[i] = ext.add(ext.mix(c, beta), ext.mix(s, gamma))
                     y[i] = ext.sub(ext.mix(c, gamma), ext.mix(s, beta))
@@ -634,7 +639,7 @@ class _Folding:
         def blended(v: Ring) -> Ring:
             return ext.blend(v, corners)
 
-        def sums() -> Iterator[Callable[[], _Part]]:
+        def of_dots() -> Iterator[Callable[[], _Part]]:
             at = self._first_dot
             for dot, columns in self._dots:
                 for cut, first, n in self._cuts(columns, CLAIMED):
@@ -646,11 +651,11 @@ class _Folding:
                 at += columns * len(_dots(dot))
 
         jobs: Iterator[Callable[[], _Part]] = itertools.chain(
-            (partial(made, mine, *pairs) for mine, pairs in self._blocks(CLAIMED, *self.claimed)), sums()
+            (partial(made, mine, *pairs) for mine, pairs in self._blocks(CLAIMED, *self.claimed)), of_dots()
         )
         for columns, rows, terms, more in spread(jobs):
             if more:
-                at_corners = [ext.add(sums, v) for sums, v in zip(at_corners, more, strict=True)]
+                at_corners = [ext.add(v, part) for v, part in zip(at_corners, more, strict=True)]
             left -= columns
             for a, w in terms[:-1]:
                 yield Claim(rows, a, w)
@@ -1059,8 +1064,9 @@ async def verify(
 ) -> None:
     """Verify a whole batch or raise. Call when nothing in the batch will change any more.
 
-    Rounds: 9 + 2 log2(N / 32) for N the larger of claims and lanes left after folding. Sent: up to 255 kB for
-    the ring's products, 280 kB for sums of squares, 10 kB for vectors times matrices and 5 kB for gates.
+    Rounds: 9 + 2 log2(N / 32) for N the larger of the rows over both extensions: one for each product, or
+    lane of a gate, that folding leaves, and one for each one-hot. Sent: up to 255 kB for the ring's products,
+    280 kB for sums of squares, 10 kB for vectors times matrices and 5 kB for gates.
     """
     bk = doors.bk
     coins = await doors.commit(f"{step}/coin", 3 + LEVELS)

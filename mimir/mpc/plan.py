@@ -53,6 +53,8 @@ class Cost:
 
     def less(self, o: Cost) -> Cost:
         """What this takes and `o`, a part of it, does not."""
+        if any(n > self.demand.get(k, 0) for k, n in o.demand.items()):
+            raise LocalError("a plan takes less than a part of it")
         demand = {k: left for k, n in self.demand.items() if (left := n - o.demand.get(k, 0))}
         return Cost(self.rounds - o.rounds, self.sent - o.sent, self.opened - o.opened, demand)
 

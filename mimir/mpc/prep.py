@@ -285,7 +285,9 @@ class Batch:
         return z
 
     async def ands(self, step: str, *pairs: tuple[Ring, Ring]) -> list[Ring]:
-        """ANDs of words of bits (2, ...), contiguous, of which the caller states what they are. One round."""
+        """ANDs of words of bits (2, ...), contiguous. Unverified: the caller must state what they are, as
+        gates or by a relation. One round.
+        """
         masks = [self.doors.bk.zero_bits(*x.shape[1:]) for x, _ in pairs]
 
         def local() -> list[Ring]:
@@ -448,8 +450,9 @@ class Batch:
         ]
 
     def _unpacked(self, told: Ring, size: int, lane: int) -> Ring:
+        """Numbers (2, size) modulo 2^lane from the words that they travelled in."""
         self._filled(told, size, lane)
-        return np.stack([kernels.bytes_unpack(words, size, lane // 8) for words in told])
+        return np.stack([kernels.bytes_unpack(packed, size, lane // 8) for packed in told])
 
     def _filled(self, told: Ring, size: int, lane: int) -> npt.NDArray[np.uint8]:
         """The bytes of the first `size` lanes of words (2, w). States that the others, which fill the last
