@@ -720,6 +720,7 @@ async def _pieces(b: Batch, kind: Pieces, n: int) -> dict[str, Ring]:
 
 UNIT_SCALE: Final = 14  # of a component's cos and sin; one more for the first frequency, the largest
 FACTOR_SCALE: Final = 12  # of a component's e^-v; as above
+IN_CACHE: Final = 1 << 12  # masks at once, whose cosines and sines lie in a cache while they are computed
 
 
 def _blocks(party: int, v: Ring) -> list[tuple[check.Sparse, check.Sparse, check.Sparse]]:
@@ -750,9 +751,13 @@ async def _wave(b: Batch, kind: Wave, n: int) -> dict[str, Ring]:
     work = 100 * padded.size * m
 
     def units() -> tuple[Ring, Ring]:
-        both = [circle(fractions(v, kind.turns, kind.bits)) for v in padded]
-        cos, sin = (np.stack([integers(v, kind.scales) for v in part]) for part in zip(*both, strict=True))
-        return cos, sin  # (2, 3 third, m)
+        cos, sin = np.empty((2, 2, 3 * third, m), np.uint64)
+        for at in range(0, 3 * third, IN_CACHE):
+            some = slice(at, at + IN_CACHE)
+            for slot, v in enumerate(padded):
+                c, s = circle(fractions(v[some], kind.turns, kind.bits))
+                cos[slot, some], sin[slot, some] = integers(c, kind.scales), integers(s, kind.scales)
+        return cos, sin
 
     cos, sin = await offload(work, units)
     own_c, own_s = (v.reshape(2, 3, third, m)[:, bk.party] for v in (cos, sin))

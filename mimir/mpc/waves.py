@@ -51,7 +51,7 @@ def exponential(y: Real) -> Real:
 
 def integers(x: Real, scale: int | npt.NDArray[np.int64]) -> Ring:
     """x at this scale, or at one for each column, rounded to the nearest integer, as ring elements."""
-    return np.rint(np.ldexp(x, scale)).astype(np.int64).view(np.uint64)
+    return np.rint(x * np.ldexp(1.0, scale)).astype(np.int64).view(np.uint64)
 
 
 def fractions(r: Ring, turns: Sequence[int], bits: int) -> Real:
