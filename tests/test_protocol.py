@@ -1679,6 +1679,32 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
     assert faults("keep") < 20 < 100 < faults()
 
 
+@pytest.mark.parametrize("width", [1, 2, 3, 4, 5, 8, 9, 14, 16, 17, 23, 33])
+def test_bits_of_masks(backend: Replicated, width: int) -> None:
+    """The bits of the adder are those of the sum, and its carries those of each place asked for."""
+    n = 200
+
+    async def party(p: Party) -> tuple[Ring, list[dict[str, Ring]]]:
+        batch = prep.Batch(p.prep_doors, p.weights, p.caches)
+        r = p.prep_doors.bk.random(n) & np.uint64((1 << width) - 1)
+        told = [await batch.add3(f"from {low}", r, width, low=low) for low in {0, width // 2, width - 1}]
+        await check.verify(p.prep_doors, "verify", [], batch.gates, [], [])
+        return r, told
+
+    parts = backend.run(party)
+    each = np.stack([r[0] for r, _ in parts])
+    for number, low in enumerate({0, width // 2, width - 1}):
+        bits = {
+            name: backend.reconstruct_bits([told[number][name] for _, told in parts])
+            for name in parts[0][1][number]
+        }
+        whole = each.sum(axis=0) % np.uint64(1 << width)
+        assert np.array_equal(kernels.bit_unslice(bits["sum"], n), whole)
+        if low:
+            carried = sum(kernels.bits_to_ring(bits[f"carry_{c}"], n) for c in "ab")
+            assert np.array_equal(carried, (each % np.uint64(1 << low)).sum(axis=0) >> np.uint64(low))
+
+
 def test_all_kinds_are_tested() -> None:
     named = {type(kind) for kind, _ in KINDS} | {prep.Keys, prep.Values}
     assert named == {prep.Trunc, prep.TruncIf, prep.Norm, prep.Select, prep.Ands, *prep._MAKERS}

@@ -319,43 +319,47 @@ class Batch:
     # -- bits of masks --
 
     async def add3(self, step: str, r: Ring, width: int, *, low: int) -> dict[str, Ring]:
-        """Bits of r_0 + r_1 + r_2 for components (2, n) below 2^width.
+        """Bits of r_0 + r_1 + r_2 for components (2, n) below 2^width, modulo 2^width.
 
         Carry-save: the sum bits of the three are their shares, the majority costs one AND a bit; then a
         prefix adder. Returns, as words of bits (2, ..., w): "sum" (width); for carry out of bit low-1, if low
-        is not 0, "carry_a" + "carry_b". Rounds: 2 + log2(width).
+        is not 0, "carry_a" + "carry_b". Rounds: 2 + log2(width). low is below width.
         """
-        n = r.shape[1]
-        planes = np.stack([kernels.bit_slice(np.ascontiguousarray(r[i]), width) for i in range(2)])
-        bk = self.doors.bk
-        p0, p1, p2 = (bk.known(i, planes) for i in range(3))
+        s = np.stack([kernels.bit_slice(np.ascontiguousarray(r[i]), width) for i in range(2)])
+        if width == 1:
+            return {"sum": s}
+        bk, nothing = self.doors.bk, np.zeros_like(s[:, :1])
+        p0, p1, p2 = (bk.known(i, s[:, :-1]) for i in range(3))  # what leaves the top bit is not needed
         (maj,) = await self.conj(f"{step}/majority", (p0 ^ p2, p1 ^ p2))
         maj = maj ^ p2
-        s = planes
-        m = np.concatenate([np.zeros_like(maj[:, :1]), maj[:, :-1]], axis=1)  # the majority, shifted up
-        p = s ^ m
-        (g,) = await self.conj(f"{step}/generate", (s[:, 1:], m[:, 1:]))
-        g = np.concatenate([np.zeros_like(s[:, :1]), g], axis=1)
-        carries = await self._prefix(f"{step}/prefix", p, g)  # carry out of each bit
-        into = np.concatenate([np.zeros_like(carries[:, :1]), carries[:, :-1]], axis=1)
-        out = {"sum": p ^ into}
+        m = np.concatenate([nothing, maj], axis=1)  # the majority, shifted up
+        p, g = s ^ m, nothing
+        if width > 2:
+            (more,) = await self.conj(f"{step}/generate", (s[:, 1:-1], m[:, 1:-1]))
+            g = np.concatenate([nothing, more], axis=1)
+        carries = await self._prefix(f"{step}/prefix", p[:, :-1], g)  # out of each bit but the top
+        out = {"sum": p ^ np.concatenate([nothing, carries], axis=1)}
         if low:
             out["carry_a"] = maj[:, low - 1]
             out["carry_b"] = carries[:, low - 1]
-        assert words(n) == planes.shape[2]
         return out
 
     async def _prefix(self, step: str, p: Ring, g: Ring) -> Ring:
-        """Carries out of every bit (Sklansky): log2 rounds, at most width ANDs each."""
+        """Carries out of every bit (Sklansky): log2 rounds, at most width ANDs each, and fewer where a group
+        reaches down to bit 0: whether all of it propagates is not asked again.
+        """
         width = p.shape[1]
         span = 1
         p, g = p.copy(), g.copy()
         while span < width:
             hi = np.array([i for i in range(width) if i & span])
             lo = (hi & ~np.int64(2 * span - 1)) + span - 1
-            a, b = await self.conj(f"{step} {span}", (p[:, hi], g[:, lo]), (p[:, hi], p[:, lo]))
+            above = hi >= 2 * span
+            pairs = [(p[:, hi], g[:, lo]), (p[:, hi[above]], p[:, lo[above]])]
+            a, *b = await self.conj(f"{step} {span}", *pairs[: 1 + above.any()])
             g[:, hi] ^= a
-            p[:, hi] = b
+            if b:
+                p[:, hi[above]] = b[0]
             span *= 2
         return g
 
