@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import traceback
 from collections.abc import Sequence
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mimir import __version__
-from mimir.errors import BadInput, LocalError, MimirError
+from mimir.errors import AttestationError, BadInput, LocalError, MimirError
 
 if TYPE_CHECKING:
     from mimir.secret import StorageKey
@@ -76,7 +77,9 @@ def _call(options: argparse.Namespace) -> int:
 
 
 def _report(error: BaseException, as_json: bool) -> int:
-    """Print an error in one line, or a bug with its traceback; return the exit code."""
+    """Print an error in one line, with `--json` as an object, or a bug with its traceback; return the exit
+    code.
+    """
     if isinstance(error, BaseExceptionGroup) and error.subgroup(KeyboardInterrupt):
         error = KeyboardInterrupt()  # whatever else went wrong then is a consequence
     while isinstance(error, BaseExceptionGroup):
@@ -92,9 +95,15 @@ def _report(error: BaseException, as_json: bool) -> int:
     if not _known(error):
         traceback.print_exception(error)
         return LocalError.exit_code
-    if not as_json:
+    code = int(error.exit_code)  # type: ignore[attr-defined]
+    if as_json:
+        told = {"code": code, "kind": type(error).__name__, "message": str(error)}
+        if isinstance(error, AttestationError):
+            told |= {"step": error.step, "expected": error.expected, "got": error.got}
+        print(json.dumps({"event": "error", **told}), flush=True)
+    else:
         print(f"mimir: {error}", file=sys.stderr)
-    return int(error.exit_code)  # type: ignore[attr-defined]
+    return code
 
 
 def _known(error: BaseException) -> bool:

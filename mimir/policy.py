@@ -11,7 +11,7 @@ from pathlib import Path
 from mimir.attest import appraisal, collateral, evidence, policy, snp, tdx
 from mimir.attest.trail import Step, Trail, shown, stamp
 from mimir.client.terminal import Terminal
-from mimir.errors import AttestationError, BadInput, MimirError
+from mimir.errors import AttestationError, BadInput
 from mimir.net.identity import Identity
 
 NOT_WANTED = AttestationError.exit_code
@@ -19,18 +19,8 @@ Command = Callable[[argparse.Namespace, Terminal], int]
 
 
 def run(command: Command, options: argparse.Namespace) -> int:
-    """Run one of the commands below; with `--json` an error is an event as well."""
-    terminal = Terminal(options.json)
-    try:
-        return command(options, terminal)
-    except MimirError as error:
-        more = (
-            {"step": error.step, "expected": error.expected, "got": error.got}
-            if isinstance(error, AttestationError)
-            else {}
-        )
-        terminal.event("error", code=error.exit_code, kind=type(error).__name__, message=str(error), **more)
-        raise
+    """Run one of the commands below."""
+    return command(options, Terminal(options.json))
 
 
 def new(options: argparse.Namespace, terminal: Terminal) -> int:

@@ -28,14 +28,6 @@ NOT_TAKEN = AttestationError.exit_code
 def run(options: argparse.Namespace) -> int:
     """Change, sign, show, push: what the options ask for, in this order."""
     terminal = Terminal(options.json)
-    try:
-        return _run(options, terminal)
-    except MimirError as error:
-        terminal.event("error", code=error.exit_code, kind=type(error).__name__, message=str(error))
-        raise
-
-
-def _run(options: argparse.Namespace, terminal: Terminal) -> int:
     path = Path(options.statement)
     federation = federation_file.load(options.federation) if options.federation else None
     if options.fetch:

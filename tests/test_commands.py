@@ -289,6 +289,22 @@ def test_what_cannot_be_done_is_said_in_one_line(
     assert err.splitlines()[-1].startswith("mimir: ") and "Traceback" not in err
 
 
+def test_every_command_tells_an_error_in_json(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """An error is one object on standard output, once, whichever command it is."""
+    nothing = str(tmp_path / "nothing")
+    for words in (
+        ["cost", "--model", nothing],
+        ["policy", "check", nothing, "--owners", "00" * 32, "--threshold", "1"],
+        ["revoke", "--statement", nothing, "--federation", nothing],
+        ["generate", "--federation", nothing],
+    ):
+        code = main([*words, "--json"])
+        out, err = capsys.readouterr()
+        told = [event for event in events(out) if event.get("event") == "error"]
+        assert code in (2, 3, 4) and err == "", (words, code, err)
+        assert len(told) == 1 and told[0]["code"] == code and "nothing" in told[0]["message"], (words, out)
+
+
 def test_an_abort_is_exit_code_7_also_in_json(
     start: Callable[..., Running], capsys: pytest.CaptureFixture[str]
 ) -> None:

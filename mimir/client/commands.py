@@ -543,13 +543,6 @@ def _run(options: argparse.Namespace, command: Any) -> int:
     try:
         code: int = trio.run(command, options, terminal)
         return code
-    except MimirError as error:
-        terminal.clear()
-        more = {}
-        if isinstance(error, AttestationError):
-            more = {"step": error.step, "expected": error.expected, "got": error.got}
-        terminal.event("error", code=error.exit_code, kind=type(error).__name__, message=str(error), **more)
-        raise
     finally:
         terminal.clear()
 
