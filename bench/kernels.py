@@ -181,12 +181,10 @@ def cases() -> list[Case]:
     add("gr_cross 512x64", partial(k.gr_cross, blocks, blocks, columns), blocks[0].size, "word")
     n = 1024
     p, q, r, s = w(n, 48), w(n, 48), w(n), w(n)
-    add("gr_mul 1k", partial(k.gr_mul, p, q), n, "mul", 0, n * 48 * 48)
     add("gr_inner 1k", partial(k.gr_inner, p, q), n, "mul", 0, n * 48 * 48)
     add("gr_mul01 1k", partial(k.gr_mul01, p, r), n, "mul")
     add("gr_fold 1k", partial(k.gr_fold, p, 0x123456789ABC), n // 2, "mul")
     add("gr_halves 1k", partial(k.gr_halves, p, q, p, q), n // 2, "pair")
-    add("gr_scale 1k", partial(k.gr_scale, s, p), n, "mul", 0, n * 48)
     add("gr_scale01 1k", partial(k.gr_scale01, s, r), n, "mul")
     for m, n in [(1, 1 << 16), (16, 1 << 12), (512, 768)]:
         x, r = w(m, n), w(n)

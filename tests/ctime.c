@@ -295,11 +295,6 @@ static void byte_double(void)
     mk_byte_double((uint8_t *)out, (uint8_t *)more, 7, 16, 8);
 }
 
-static void gr_mul(void)
-{
-    mk_gr_mul(out, secret, more, 5);
-}
-
 static void gr_inner(void)
 {
     mk_gr_inner(out, secret, more, 5);
@@ -313,11 +308,6 @@ static void gr_mul01(void)
 static void gr_fold(void)
 {
     mk_gr_fold(out, secret, public[0], 5);
-}
-
-static void gr_scale(void)
-{
-    mk_gr_scale(out, secret, more, 5);
 }
 
 static void gr_scale01(void)
@@ -366,11 +356,6 @@ static void bytes_wipe(void)
 {
     memcpy(out, secret, 8 * N);
     mk_bytes_wipe((uint8_t *)out, 8 * N);
-}
-
-static void bytes_equal(void)
-{
-    out[0] = (uint64_t)mk_bytes_equal((uint8_t *)secret, (uint8_t *)more, 8 * N);
 }
 
 #define ALL(X)                                                                                                         \
@@ -423,11 +408,9 @@ static void bytes_equal(void)
     X(ring_double)                                                                                                     \
     X(half_double)                                                                                                     \
     X(byte_double)                                                                                                     \
-    X(gr_mul)                                                                                                          \
     X(gr_inner)                                                                                                        \
     X(gr_mul01)                                                                                                        \
     X(gr_fold)                                                                                                         \
-    X(gr_scale)                                                                                                        \
     X(gr_scale01)                                                                                                      \
     X(gr_combine)                                                                                                      \
     X(gr_hot)                                                                                                          \
@@ -436,8 +419,7 @@ static void bytes_equal(void)
     X(gr_combine_cols)                                                                                                 \
     X(gr_cross)                                                                                                        \
     X(gr_halves)                                                                                                       \
-    X(bytes_wipe)                                                                                                      \
-    X(bytes_equal)
+    X(bytes_wipe)
 
 static const struct {
     const char *name;

@@ -247,13 +247,13 @@ def test_kernel_rules_agree_with_the_kernels(small: bool) -> None:
         assert units > 0, name
 
 
-def test_a_kernel_without_a_rule_is_really_run() -> None:
-    assert "gr_mul" not in dryrun.RULES
+def test_a_kernel_without_a_rule_is_really_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(dryrun.RULES, "gr_mul01")
     tally = dryrun.Tally()
     with dryrun._nothing_real(tally):
-        x = dryrun.stretched((64, kernels.GR_DEGREE))
+        x, r = dryrun.stretched((64, kernels.GR_DEGREE)), dryrun.stretched((64,))
         token = dryrun._lane.set(PREP)
-        out = dryrun._Kernels().gr_mul(x, x)
+        out = dryrun._Kernels().gr_mul01(x, r)
         dryrun._lane.reset(token)
         assert out.shape == x.shape and isinstance(out, dryrun.Stretched)
     assert tally.lanes[PREP].work["nanoseconds"] > 0

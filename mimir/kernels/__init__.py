@@ -960,15 +960,6 @@ def _cross_arrays(x: Sequence[U64], y: Sequence[U64]) -> tuple[int, ...]:
 # in one word, bit i for X^i; its bits 48 and up are ignored.
 
 
-def gr_mul(a: U64, b: U64) -> U64:
-    """a_j b_j: (n, 48), (n, 48) -> (n, 48)."""
-    n, _ = _array("a", a, (None, GR_DEGREE))
-    _array("b", b, (n, GR_DEGREE))
-    out = np.empty((n, GR_DEGREE), np.uint64)
-    _lib.mk_gr_mul(_out(out), _in(a), _in(b), n)
-    return out
-
-
 def gr_inner(a: U64, b: U64) -> U64:
     """Sum of a_j b_j: (n, 48), (n, 48) -> (48,)."""
     n, _ = _array("a", a, (None, GR_DEGREE))
@@ -1010,15 +1001,6 @@ def gr_halves(a0: U64, a1: U64, w0: U64, w1: U64) -> U64:
         raise LocalError(f"a0 must have an even length, not {n}")
     out = np.empty((2, GR_DEGREE), np.uint64)
     _lib.mk_gr_halves(_out(out), _in(a0), _in(a1), _in(w0), _in(w1), n // 2)
-    return out
-
-
-def gr_scale(x: U64, g: U64) -> U64:
-    """x_j g_j: x (n,) ring words, g (n, 48) -> (n, 48)."""
-    (n,) = _array("x", x, (None,))
-    _array("g", g, (n, GR_DEGREE))
-    out = np.empty((n, GR_DEGREE), np.uint64)
-    _lib.mk_gr_scale(_out(out), _in(x), _in(g), n)
     return out
 
 
@@ -1093,9 +1075,3 @@ def wipe(arr: npt.NDArray[Any] | bytearray | memoryview) -> None:
     except (BufferError, TypeError, ValueError) as error:
         raise LocalError("only writable, contiguous memory can be wiped") from error
     _lib.mk_bytes_wipe(view, len(view))
-
-
-def ct_equal(a: Bytes, b: Bytes) -> bool:
-    """Whether the bytes agree, in time that depends on the lengths alone; lengths are public."""
-    left, right = _ffi.from_buffer("uint8_t[]", a), _ffi.from_buffer("uint8_t[]", b)
-    return len(left) == len(right) and _lib.mk_bytes_equal(left, right, len(left)) == 0

@@ -26,12 +26,6 @@ static inline uint64_t ct_mask(uint64_t word, unsigned i, uint64_t one)
     return (uint64_t)0 - ((word >> i) & one);
 }
 
-/* 0 if x is zero, else 1. */
-static inline uint64_t ct_nonzero(uint64_t x)
-{
-    return ct_hide(x | ((uint64_t)0 - x)) >> 63;
-}
-
 /* Zero n bytes; the barrier makes the compiler believe that somebody reads them. */
 static inline void ct_wipe(void *p, size_t n)
 {

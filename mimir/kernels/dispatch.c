@@ -70,13 +70,6 @@ int mk_level_force(int level)
     return 0;
 }
 
-int mk_bytes_equal(const uint8_t *a, const uint8_t *b, size_t n)
-{
-    uint64_t differ = 0;
-    for (size_t i = 0; i < n; i++) differ |= (uint64_t)(a[i] ^ b[i]);
-    return -(int)ct_nonzero(differ);
-}
-
 #define MK_THUNK(name, parameters, arguments)                                                                          \
     void name parameters                                                                                               \
     {                                                                                                                  \
@@ -180,13 +173,11 @@ MK_THUNK(mk_gf_combine, (uint64_t *out, const uint64_t *x, const uint64_t *plane
          (out, x, planes, rows, n))
 MK_THUNK(mk_gf_blend, (uint64_t *out, const uint64_t *x, const uint64_t *w, size_t rows, size_t n),
          (out, x, w, rows, n))
-MK_THUNK(mk_gr_mul, (uint64_t *out, const uint64_t *a, const uint64_t *b, size_t n), (out, a, b, n))
 MK_THUNK(mk_gr_inner, (uint64_t *out, const uint64_t *a, const uint64_t *b, size_t n), (out, a, b, n))
 MK_THUNK(mk_gr_fold, (uint64_t *out, const uint64_t *a, uint64_t xi, size_t half), (out, a, xi, half))
 MK_THUNK(mk_gr_halves,
          (uint64_t *out, const uint64_t *a0, const uint64_t *a1, const uint64_t *w0, const uint64_t *w1, size_t half),
          (out, a0, a1, w0, w1, half))
-MK_THUNK(mk_gr_scale, (uint64_t *out, const uint64_t *x, const uint64_t *g, size_t n), (out, x, g, n))
 MK_THUNK(mk_gr_scale01, (uint64_t *out, const uint64_t *x, const uint64_t *r, size_t n), (out, x, r, n))
 MK_THUNK(mk_gr_combine_cols, (uint64_t *out, const uint64_t *x, const uint64_t *r, size_t m, size_t n),
          (out, x, r, m, n))

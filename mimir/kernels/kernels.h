@@ -211,8 +211,8 @@ void mk_gf_blend(uint64_t *out, const uint64_t *x, const uint64_t *w, size_t row
 
 /* The Galois ring GR(2^64, 48) = Z_2^64[X] / (X^48 + X^5 + X^3 + X^2 + 1); an element is 48 words, word i the
  * coefficient of X^i. A "01" element has coefficients 0 and 1 and is packed in one word, bit i for X^i; bits 48 and
- * up are ignored. Names: x ring words, r and xi 01 elements, a, b, g full elements.
- * mul: a_j b_j.  inner: sum a_j b_j, one element.  mul01: a_j r_j.  scale: x_j g_j.  scale01: x_j r_j.
+ * up are ignored. Names: x ring words, r and xi 01 elements, a, b full elements.
+ * inner: sum a_j b_j, one element.  mul01: a_j r_j.  scale01: x_j r_j.
  * fold: out_j = a_j + xi (a_{half+j} - a_j), a has 2 half elements.
  * halves: for replicated vectors of 2 half elements, given by component, out has two elements: with a.w short for
  * sum (a0 + a1)_j w0_j + a0_j w1_j, the first is a.w over the lower halves, the second over upper less lower halves.
@@ -223,13 +223,11 @@ void mk_gf_blend(uint64_t *out, const uint64_t *x, const uint64_t *w, size_t row
  * half_hot, byte_hot: the same for entries of 16 and of 8 bits.
  * Public: xi, q and all r. */
 #define MK_ENTRIES 512
-void mk_gr_mul(uint64_t *out, const uint64_t *a, const uint64_t *b, size_t n);
 void mk_gr_inner(uint64_t *out, const uint64_t *a, const uint64_t *b, size_t n);
 void mk_gr_mul01(uint64_t *out, const uint64_t *a, const uint64_t *r, size_t n);
 void mk_gr_fold(uint64_t *out, const uint64_t *a, uint64_t xi, size_t half);
 void mk_gr_halves(uint64_t *out, const uint64_t *a0, const uint64_t *a1, const uint64_t *w0, const uint64_t *w1,
                   size_t half);
-void mk_gr_scale(uint64_t *out, const uint64_t *x, const uint64_t *g, size_t n);
 void mk_gr_scale01(uint64_t *out, const uint64_t *x, const uint64_t *r, size_t n);
 void mk_gr_combine(uint64_t *out, const uint64_t *x, const uint64_t *r, size_t m, size_t n);
 void mk_gr_combine_cols(uint64_t *out, const uint64_t *x, const uint64_t *r, size_t m, size_t n);
@@ -240,9 +238,7 @@ void mk_gr_hot(uint64_t *a, uint64_t *w, uint64_t *columns, const uint64_t *e, c
 void mk_gr_half_hot(uint64_t *a, uint64_t *w, uint64_t *columns, const uint16_t *e, const uint64_t *b, const uint64_t *q, const uint64_t *r, size_t n, size_t size, size_t bits);
 void mk_gr_byte_hot(uint64_t *a, uint64_t *w, uint64_t *columns, const uint8_t *e, const uint64_t *b, const uint64_t *q, const uint64_t *r, size_t n, size_t size, size_t bits);
 
-/* Zero n bytes in a way no compiler drops. equal: 0 if all n bytes agree, else -1; the result alone is public.
- * One level only: both are bound by memory. */
+/* Zero n bytes in a way no compiler drops. One level only: it is bound by memory. */
 void mk_bytes_wipe(uint8_t *out, size_t n);
-int mk_bytes_equal(const uint8_t *a, const uint8_t *b, size_t n);
 
 #endif

@@ -464,15 +464,6 @@ static void gr_mul01_add(uint64_t *restrict p, const uint64_t *a, uint64_t r)
     }
 }
 
-void mk_gr_mul_ref(uint64_t *restrict out, const uint64_t *a, const uint64_t *b, size_t n)
-{
-    for (size_t j = 0; j < n; j++) {
-        uint64_t p[2 * MK_GR] = {0};
-        gr_mul_add(p, a + MK_GR * j, b + MK_GR * j);
-        gr_reduce(out + MK_GR * j, p);
-    }
-}
-
 void mk_gr_inner_ref(uint64_t *restrict out, const uint64_t *a, const uint64_t *b, size_t n)
 {
     uint64_t p[2 * MK_GR] = {0};
@@ -524,12 +515,6 @@ void mk_gr_halves_ref(uint64_t *restrict out, const uint64_t *a0, const uint64_t
     }
     gr_reduce(out, low);
     gr_reduce(out + MK_GR, slope);
-}
-
-void mk_gr_scale_ref(uint64_t *restrict out, const uint64_t *x, const uint64_t *g, size_t n)
-{
-    for (size_t j = 0; j < n; j++)
-        for (int i = 0; i < MK_GR; i++) out[MK_GR * j + i] = x[j] * g[MK_GR * j + i];
 }
 
 void mk_gr_scale01_ref(uint64_t *restrict out, const uint64_t *x, const uint64_t *r, size_t n)

@@ -755,30 +755,6 @@ void MK(mk_gf_blend)(uint64_t *restrict out, const uint64_t *x, const uint64_t *
 
 enum { GV = MK_GR / LANES }; /* vectors in an element */
 
-/* X^s b for s < LANES, one vector longer than b; reads b alone. */
-INLINE void gr_shift(vec t[GV + 1], const uint64_t *b, size_t s)
-{
-    t[0] = load_rest(b - s, s);
-    UNROLL for (int q = 1; q < GV; q++) t[q] = load(b + LANES * q - s);
-    t[GV] = load_first(b + MK_GR - s, s);
-}
-
-/* p += a b. Shifts by whole vectors are free: they rename the vectors of p. */
-INLINE void gr_mul_add(sum p[2 * GV], const uint64_t *a, const uint64_t *b)
-{
-    for (size_t s = 0; s < LANES; s++) {
-        vec t[GV + 1];
-        factor f[GV + 1];
-        gr_shift(t, b, s);
-        UNROLL for (int v = 0; v <= GV; v++) f[v] = factor_of(t[v]);
-        UNROLL for (int q = 0; q < GV; q++)
-        {
-            factor g = factor_splat(a + LANES * q + s);
-            UNROLL for (int v = 0; v <= GV; v++) if (q + v < 2 * GV) p[q + v] = sum_mul(p[q + v], g, f[v]);
-        }
-    }
-}
-
 /* The words s places before those of cur, which the words of before precede; s < LANES. Through memory they would be
  * waited for: what is stored as two vectors cannot be forwarded to a load of one. */
 INLINE vec behind(vec before, vec cur, const int s)
@@ -807,23 +783,6 @@ INLINE void gr_reduce(uint64_t *out, const vec p[2 * GV], const uint64_t *lo)
         r -= LANES > 5 ? behind(h[v + 1], h[v + 2], 5 % LANES) : behind(h[v], h[v + 1], 5 % LANES);
         if (lo) r += load(lo + LANES * v);
         store(out + LANES * v, r);
-    }
-}
-
-INLINE void gr_finish(uint64_t *out, const sum s[2 * GV])
-{
-    vec p[2 * GV];
-    UNROLL for (int v = 0; v < 2 * GV; v++) p[v] = sum_value(s[v]);
-    gr_reduce(out, p, NULL);
-}
-
-void MK(mk_gr_mul)(uint64_t *restrict out, const uint64_t *a, const uint64_t *b, size_t n)
-{
-    for (size_t j = 0; j < n; j++) {
-        sum p[2 * GV];
-        UNROLL for (int v = 0; v < 2 * GV; v++) p[v] = sum_zero();
-        gr_mul_add(p, a + MK_GR * j, b + MK_GR * j);
-        gr_finish(out + MK_GR * j, p);
     }
 }
 
@@ -1067,14 +1026,6 @@ void MK(mk_gr_fold)(uint64_t *restrict out, const uint64_t *a, uint64_t xi, size
             gr_mul01(p, room + MK_GR, &k);
         }
         gr_reduce(out + MK_GR * j, p, a);
-    }
-}
-
-void MK(mk_gr_scale)(uint64_t *restrict out, const uint64_t *x, const uint64_t *g, size_t n)
-{
-    for (size_t j = 0; j < n; j++, out += MK_GR, g += MK_GR) {
-        vec f = splat(x[j]);
-        UNROLL for (int v = 0; v < GV; v++) store(out + LANES * v, product(f, load(g + LANES * v)));
     }
 }
 
