@@ -329,7 +329,9 @@ def rates(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Of this machine, measured once by the command's own calibration."""
     file = tmp_path_factory.mktemp("rates") / "rates.json"
     measured = cost.calibrate(best_of=1, least=0.0, memory=4 * calibration.PIECE)
-    assert set(measured.seconds) == calibration.keys() and min(measured.seconds.values()) > 0
+    assert set(measured.seconds) == calibration.keys()
+    # What a call takes is a difference of two times, and none on a machine that is busy enough.
+    assert all(each > 0 or key == dryrun.KERNEL and each == 0 for key, each in measured.seconds.items())
     assert measured.cores == os.cpu_count() and 0 <= measured.near <= 4 * calibration.PIECE
     measured.write(file)
     return file
