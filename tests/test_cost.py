@@ -331,7 +331,7 @@ def rates(tmp_path_factory: pytest.TempPathFactory) -> Path:
     measured = cost.calibrate(best_of=1, least=0.0, memory=4 * calibration.PIECE)
     assert set(measured.seconds) == calibration.keys()
     # What a call takes is a difference of two times, and none on a machine that is busy enough.
-    assert all(each > 0 or key == dryrun.KERNEL and each == 0 for key, each in measured.seconds.items())
+    assert all(each > 0 or (key == dryrun.KERNEL and each == 0) for key, each in measured.seconds.items())
     assert measured.cores == os.cpu_count() and 0 <= measured.near <= 4 * calibration.PIECE
     measured.write(file)
     return file
