@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import traceback
 from collections.abc import Sequence
@@ -73,7 +72,10 @@ def _call(options: argparse.Namespace) -> int:
         code: int = options.call(options)
         return code
     except BaseException as error:
-        return _report(error, getattr(options, "json", False))
+        try:
+            return _report(error, getattr(options, "json", False))
+        except BrokenPipeError as closed:  # by who was to read what went wrong
+            return _report(closed, False)
 
 
 def _report(error: BaseException, as_json: bool) -> int:
@@ -97,10 +99,12 @@ def _report(error: BaseException, as_json: bool) -> int:
         return LocalError.exit_code
     code = int(error.exit_code)  # type: ignore[attr-defined]
     if as_json:
+        from mimir.client.terminal import Terminal
+
         told = {"code": code, "kind": type(error).__name__, "message": str(error)}
         if isinstance(error, AttestationError):
             told |= {"step": error.step, "expected": error.expected, "got": error.got}
-        print(json.dumps({"event": "error", **told}), flush=True)
+        Terminal(as_json).event("error", **told)
     else:
         print(f"mimir: {error}", file=sys.stderr)
     return code
@@ -265,18 +269,20 @@ def _policy(name: str) -> Any:
     def call(options: argparse.Namespace) -> int:
         from mimir import policy
         from mimir.attest.collateral import https_get
+        from mimir.client.terminal import Terminal
 
         options.get = https_get
-        return policy.run(getattr(policy, name), options)
+        return int(getattr(policy, name)(options, Terminal(options.json)))
 
     return call
 
 
 def _attester(name: str) -> Any:
     def call(options: argparse.Namespace) -> int:
-        from mimir import attester, policy
+        from mimir import attester
+        from mimir.client.terminal import Terminal
 
-        return policy.run(getattr(attester, name), options)
+        return int(getattr(attester, name)(options, Terminal(options.json)))
 
     return call
 

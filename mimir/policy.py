@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -15,12 +14,6 @@ from mimir.errors import AttestationError, BadInput
 from mimir.net.identity import Identity
 
 NOT_WANTED = AttestationError.exit_code
-Command = Callable[[argparse.Namespace, Terminal], int]
-
-
-def run(command: Command, options: argparse.Namespace) -> int:
-    """Run one of the commands below."""
-    return command(options, Terminal(options.json))
 
 
 def new(options: argparse.Namespace, terminal: Terminal) -> int:

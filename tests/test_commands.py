@@ -305,6 +305,16 @@ def test_every_command_tells_an_error_in_json(capsys: pytest.CaptureFixture[str]
         assert len(told) == 1 and told[0]["code"] == code and "nothing" in told[0]["message"], (words, out)
 
 
+def test_an_error_that_nobody_reads_any_more_is_no_bug(tmp_path: Path) -> None:
+    """Whoever read the JSON is gone: exit code 1, and no traceback."""
+    ours, theirs = os.pipe()
+    os.close(ours)
+    words = [sys.executable, "-m", "mimir", "cost", "--model", str(tmp_path / "nothing"), "--json"]
+    told = subprocess.run(words, stdout=theirs, stderr=subprocess.PIPE, text=True)
+    os.close(theirs)
+    assert (told.returncode, told.stderr) == (1, "")
+
+
 def test_an_abort_is_exit_code_7_also_in_json(
     start: Callable[..., Running], capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -53,13 +53,6 @@ static inline vec load_first(const uint64_t *p, size_t count)
     return count == LANES ? load(p) : (vec)_mm256_maskload_epi64((const long long *)p, lanes_below(count));
 }
 
-/* All but the first count words at p, zero in the first lanes. */
-static inline vec load_rest(const uint64_t *p, size_t count)
-{
-    __m256i rest = _mm256_xor_si256(lanes_below(count), _mm256_set1_epi64x(-1));
-    return (vec)_mm256_maskload_epi64((const long long *)p, rest);
-}
-
 static inline void store_first(uint64_t *p, size_t count, vec v)
 {
     if (count == LANES) store(p, v);
@@ -97,11 +90,6 @@ static inline vec keep(bitmask k, vec v)
 static inline vec add_where(vec to, bitmask k, vec v)
 {
     return to + (v & k);
-}
-
-static inline vec xor_where(vec to, bitmask k, vec v)
-{
-    return to ^ (v & k);
 }
 
 /* The lowest bits of the lanes, packed. */

@@ -42,11 +42,6 @@ static inline vec load_first(const uint64_t *p, size_t count)
     return (vec)_mm512_maskz_loadu_epi64(lanes_below(count), p);
 }
 
-static inline vec load_rest(const uint64_t *p, size_t count)
-{
-    return (vec)_mm512_maskz_loadu_epi64((__mmask8)~lanes_below(count), p);
-}
-
 static inline void store_first(uint64_t *p, size_t count, vec v)
 {
     _mm512_mask_storeu_epi64(p, lanes_below(count), (__m512i)v);
@@ -80,11 +75,6 @@ static inline vec keep(bitmask k, vec v)
 static inline vec add_where(vec to, bitmask k, vec v)
 {
     return (vec)_mm512_mask_add_epi64((__m512i)to, k, (__m512i)to, (__m512i)v);
-}
-
-static inline vec xor_where(vec to, bitmask k, vec v)
-{
-    return (vec)_mm512_mask_xor_epi64((__m512i)to, k, (__m512i)to, (__m512i)v);
 }
 
 static inline uint64_t lowest_bits(vec v)
