@@ -80,7 +80,7 @@ from mimir.loopback import Decoders  # noqa: E402
 from mimir.manifest import tensors_of  # noqa: E402
 from mimir.model import sampling, transformer  # noqa: E402
 from mimir.model.checkpoint import PlanSpec  # noqa: E402
-from mimir.mpc import plan, prep  # noqa: E402
+from mimir.mpc import ops, plan, prep  # noqa: E402
 from mimir.mpc.domain import encode  # noqa: E402
 from mimir.mpc.doors import Doors  # noqa: E402
 from mimir.mpc.nonlinear import Settings  # noqa: E402
@@ -502,7 +502,7 @@ def chosen(parts: Sequence[Sequence[Mapping[str, Any]]], spec: PlanSpec) -> dict
     """Medians of the argmaxes; raises if an index is not that of the largest logit."""
     out: dict[str, Any] = {}
     for number in range(len(parts[0])):
-        index = sum(p[number]["components"][0] for p in parts) % 2**64
+        index = sum(p[number]["components"][0] for p in parts) % 2**ops.INDEX_BITS
         if index != int(logits(spec, number).argmax()):
             raise SystemExit(f"targets: argmax {number} gave {index}, which is wrong")
     for lane in ("online", "prep"):

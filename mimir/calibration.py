@@ -194,7 +194,7 @@ def examples(small: bool = False) -> dict[str, tuple[Any, ...]]:
         "decay": (w(2, m, 16), w(m), bins),
         "bits_mask": (w(2, m // 64), w(2, m)),
         "ring_unmask": (w(2, m), one, w(m // 64)),
-        "ring_pick": (w(2, m), w(2, m, 2), w(2, m, 2), w(m, 2), w(m // 64)),
+        "ring_pick": (w(2, m, 11), one, w(m, 2), w(2, m // 64)),
         "bits_at_most": (w(2, 96, m // 64), (5, 5, 5), w(2, m)),
         "bits_products": (w(2, 7, few), one, w(3, few), kernels.Products([(range(3), range(7))])),
         "rotate": (w(4 * few, slots), w(4 * few)),

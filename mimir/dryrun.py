@@ -433,7 +433,7 @@ RULES: Final[dict[str, Callable[..., tuple[tuple[Any, ...] | None, float]]]] = {
     "decay": lambda e, opened, bins: (e.shape[:2], e.size),
     "bits_mask": lambda bits, ring: (bits.shape, ring.size),
     "ring_unmask": lambda ring, one, bits: (ring.shape, ring.size),
-    "ring_pick": lambda bit, x, z, delta, bits: (x.shape, x.size),
+    "ring_pick": lambda w, one, delta, bits: ((len(w), len(delta), delta.shape[1] + 1), w.size),
     "bits_at_most": lambda planes, sizes, told: (
         (len(planes), 2 * len(sizes) - 1, len(told), _words(told.shape[1])),
         len(planes) * len(sizes) * told.size,

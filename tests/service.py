@@ -30,7 +30,7 @@ from mimir.errors import BadInput
 from mimir.model.checkpoint import PlanSpec
 from mimir.net.control import ClientHandle, Evidence, serve_control
 from mimir.net.identity import Identity
-from mimir.net.messages import Message, Open
+from mimir.net.messages import TOKEN_BITS, Message, Open
 from mimir.store import ComponentsDiffer, ModelStore
 
 VOCAB = 300
@@ -187,8 +187,11 @@ class FakeParty:
             await trio.sleep(0.002)
         for step in range(max_new):
             await self._send(client, self._progress("decode", step, max_new))
-            parts = [int(part) for part in fake.components(f"{session} {turn} token {step}", 1)[:, 0]]
-            parts[2] = (fake.answer(conversation, turn, step) - parts[0] - parts[1]) % 2**64
+            parts = [
+                int(part) % 2**TOKEN_BITS
+                for part in fake.components(f"{session} {turn} token {step}", 1)[:, 0]
+            ]
+            parts[2] = (fake.answer(conversation, turn, step) - parts[0] - parts[1]) % 2**TOKEN_BITS
             pair = [parts[self.party], parts[(self.party + 1) % 3]]
             await self._send(client, {"t": "token", "step": step, "components": pair})
         await self._send(client, {"t": "done", "stats": {"rounds": 5, "party": self.party}})

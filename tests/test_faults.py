@@ -356,6 +356,7 @@ WAVE = prep.Wave(20, (3, 7))
 DECAY = prep.Decay(4, 2, 2.0)
 PIECES = prep.Pieces(4, 3, 2)
 SELECT = prep.Select((16, 35, 20))
+PICK = prep.Pick(1, 2, 24)
 DEMANDS: dict[prep.Kind, int] = {
     prep.Trunc(16): 3,
     prep.TruncIf(35): 3,
@@ -375,6 +376,7 @@ DEMANDS: dict[prep.Kind, int] = {
     ANDS: 2,
     prep.DaBit(): 3,
     prep.Pick(2): 3,
+    PICK: 8,  # eight numbers of three bytes fill words
     prep.Mul(): 3,
     prep.Zero(): 3,
     prep.Scale(3): 2,
@@ -560,8 +562,15 @@ def sound(kind: prep.Kind, parts: Sequence[Made], cheater: int) -> bool:
         case prep.DaBit():
             return bool(np.isin(v["ring"], (0, 1)).all())
         case prep.Pick():
-            bit = v["ring"]
-            return bool(np.isin(bit, (0, 1)).all()) and np.array_equal(v["z"], bit[:, None] * v["x"])
+            low, m = np.uint64((1 << kind.lane) - 1), kind.width
+            w = v["w"] & low
+            row = np.concatenate([np.ones_like(w[:, :1]), w[:, :m]], axis=1)
+            for f in range(kind.flags):
+                bit = w[:, (m + 1 << f) - 1]
+                if not np.isin(bit, (0, 1)).all():
+                    return False
+                row = np.concatenate([row, row * bit[:, None]], axis=1)
+            return np.array_equal(w, row[:, 1:] & low)
         case prep.Zero():
             return not v["zero"].any()
         case prep.Mul():
@@ -1180,6 +1189,7 @@ FILLING = "mpc.prep:Batch._filled", "self.zeros.append(rest << np.uint64(RING_BI
 PRODUCT = "self.relations.append(check.Product(_up(x, lane), y, _up(z, lane)))"
 SCALED = "self.relations.append(check.ScalarProduct(_up(v, lane), x, _up(z, lane)))"
 CHOSEN = "b.state_scaled(ring, x, y, count)"
+PICKED = "b.state_scaled(bit, w, z, kind.lane)"
 ONE_HOTS = "self.relations.append(check.OneHot(*self._in_parts(e, b), int(shift)))"
 
 
@@ -1711,10 +1721,12 @@ CHECKS: dict[str, Check] = {
         ONE_HOTS,
         spoiling(SELECT, f"{SELECTS}/value 0/double 1 and 1 more", number=1),
     ),
-    "rows times a bit": Check(
-        "mpc.prep:Batch.times",
-        "self.state_scaled(v, x, z, RING_BITS)",
-        spoiling(prep.Pick(2), "pick 2/times"),
+    "rows times a number": Check(
+        "mpc.prep:Batch.times", "self.state_scaled(v, x, z, RING_BITS)", spoiling(prep.Scale(3), "scale 3")
+    ),
+    "picks: times the first bit": Check("mpc.prep:_pick", PICKED, spoiling(PICK, "pick 1.2.24/times 0")),
+    "picks: products of bits": Check(
+        "mpc.prep:_pick", PICKED, spoiling(PICK, "pick 1.2.24/times 1", at=(0, 1))
     ),
     "triples": Check("mpc.prep:Batch.mul", "self.state_product(x, y, z, lane)", spoiling(prep.Mul(), "mul")),
     "truncations: both bits of a mask": Check(

@@ -844,9 +844,27 @@ def test_masks_of_bits(level: str, rng: np.random.Generator, n: int) -> None:
     sign = np.uint64(1) - np.uint64(2) * o
     bits = packed[0].copy()
     same(k.ring_unmask(ring, one, bits), ring * sign + one[:, None] * o)
-    chosen, x, z, delta = words(rng, 2, n), apart(rng, 2, n, 3), apart(rng, 2, n, 3), words(rng, n, 3)
-    want = chosen[:, :, None] * delta - x * o[:, None] - z * sign[:, None]
-    same(k.ring_pick(chosen, x, z, delta, bits), want)
+
+
+@pytest.mark.parametrize("n", SOME)
+@pytest.mark.parametrize("flags", [1, 2, 3, 4])
+@pytest.mark.parametrize("m", [1, 3])
+def test_ring_pick(level: str, rng: np.random.Generator, n: int, flags: int, m: int) -> None:
+    """Whatever stands in the rows of w: the sum over sets of flags, each with its sign."""
+    w, one, delta = apart(rng, 2, n, ((m + 1) << flags) - 1), words(rng, 2), words(rng, n, m)
+    bits = words(rng, flags, (n + 63) // 64)
+    o = np.stack([k.bits_to_ring(row.copy(), n) for row in bits])
+    bit, times = np.zeros((2, n), np.uint64), np.zeros((2, n, m), np.uint64)
+    for subset in range(1 << flags):
+        factor = np.ones(n, np.uint64)
+        for f in range(flags):
+            factor = factor * (1 - 2 * o[f] if subset >> f & 1 else o[f])
+        at = subset * (m + 1) - 1
+        bit += factor * (w[:, :, at] if subset else one[:, None])
+        times += factor[:, None] * w[:, :, at + 1 : at + 1 + m]
+    got = k.ring_pick(w, one, delta, bits)
+    same(got[:, :, 0], bit)
+    same(got[:, :, 1:], bit[:, :, None] * delta - times)
 
 
 @pytest.mark.parametrize("n", SOME)
@@ -978,7 +996,8 @@ def test_online_misuse(rng: np.random.Generator) -> None:
         lambda: k.decay(words(rng, 2, 70, 4), x[0, :69], bins),
         lambda: k.bits_mask(words(rng, 2, 1), x),
         lambda: k.ring_unmask(x, one, bits[:1]),
-        lambda: k.ring_pick(x, words(rng, 2, 70, 2), words(rng, 2, 70, 3), words(rng, 70, 2), bits),
+        lambda: k.ring_pick(words(rng, 2, 70, 6), one, words(rng, 70, 2), bits[None]),
+        lambda: k.ring_pick(words(rng, 2, 70, 63), one, words(rng, 70, 1), words(rng, 5, 2)),
         lambda: k.bits_at_most(words(rng, 2, 9, 2), (3,), x),
         lambda: k.bits_at_most(words(rng, 2, 1 << 11, 2), (11,), x),
         lambda: k.bits_products(words(rng, 2, 2, 70), one, x, products),
@@ -1606,7 +1625,7 @@ def walk_fences() -> None:
             k.decay(w(2, n, 4), w(n), k.Bins(np.ones(4), 9, 1.0, 0.5, waves.EXP))
             k.bits_mask(w(2, packed), w(2, n))
             k.ring_unmask(w(2, n), w(2), w(packed))
-            k.ring_pick(w(2, n), w(2, n, 3), w(2, n, 3), w(n, 3), w(packed))
+            k.ring_pick(w(2, n, 15), w(2), w(n, 3), w(2, packed))
             k.bits_at_most(w(2, 14, packed), (3, 2, 1), w(2, n))
             k.bits_products(w(2, 7, n), w(2), w(3, n), k.Products([(range(3), range(7))]))
             k.gf_mul(w(n), w(n))

@@ -490,7 +490,7 @@ def choose(logits: Real, sampler: Sampler, seeds: Sequence[bytes], f: int = 16) 
         return out
 
     given.extend(seeds)
-    return [int(v[0]) for v in compute(op, encode(logits, transformer.LOGIT_SCALE))]
+    return [int(v[0]) % (1 << ops.INDEX_BITS) for v in compute(op, encode(logits, transformer.LOGIT_SCALE))]
 
 
 def plain_choice(logits: Real, temperature: float, k: int, seed: bytes) -> tuple[int, float]:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import math
 import pickle
 import subprocess
 import sys
@@ -678,17 +679,21 @@ def test_monomials(backend: Replicated, drawn: list[int], seed: int, n: int) -> 
 
 
 @examples(3)
-@given(drawn=integers, seed=seeds, m=st.integers(1, 4), n=st.integers(1, 150))
-def test_pick(backend: Replicated, drawn: list[int], seed: int, m: int, n: int) -> None:
-    x, packed = vector(drawn, seed, n * m).reshape(n, m), vector([], seed + 1, words(n))
-    widths = [64, 32, 40, 5][:m]
+@given(drawn=integers, seed=seeds, m=st.integers(1, 4), n=st.integers(1, 150), flags=st.integers(1, 4))
+def test_pick(backend: Replicated, drawn: list[int], seed: int, m: int, n: int, flags: int) -> None:
+    """Where all bits are set, in the whole ring and modulo less, of which what is above means nothing."""
+    x, packed = vector(drawn, seed, n * m).reshape(n, m), vector([], seed + 1, flags * words(n))
+    packed = packed.reshape(flags, -1) | packed[:1]  # all are set more often than once in 2^flags
+    widths = [40, 32, 24, 5][:m]
 
     async def op(ctx: Context, s: Share, b: Bits) -> list[Share]:
-        return [*await ops.pick(ctx, "pick", b, s), (await ops.pick(ctx, "narrow", b, s, widths))[0]]
+        whole = await ops.pick(ctx, "pick", b, s, [64] * m, 64)
+        return [*whole, *await ops.pick(ctx, "narrow", b, s, widths, 40)]
 
-    whole, bit, narrow = execute(backend, op, x, BitWords(packed), seed=seed)
-    said = bits_of(packed, n).astype(np.uint64)
+    whole, bit, narrow, low = execute(backend, op, x, BitWords(packed), seed=seed)
+    said = np.bitwise_and.reduce([bits_of(row, n) for row in packed]).astype(np.uint64)
     assert np.array_equal(bit, said) and np.array_equal(whole, x * said[:, None])
+    assert np.array_equal(exact(low) % (1 << 40), said)
     for j, width in enumerate(widths):
         assert np.array_equal(exact(narrow[:, j]) % (1 << width), exact(whole[:, j]) % (1 << width))
 
@@ -1214,7 +1219,8 @@ def test_argmax(backend: Replicated, n: int) -> None:
 
     got = execute(backend, op, *map(ring, rows))
     for row, value, index in zip(rows, got[::2], got[1::2], strict=True):
-        assert int(value) % (1 << width) == max(row) % (1 << width) and int(index) == int(np.argmax(row))
+        assert int(value) % (1 << width) == max(row) % (1 << width)
+        assert int(index) % (1 << ops.INDEX_BITS) == int(np.argmax(row))
 
 
 @pytest.mark.parametrize("n", [1, 2, 5, 12, 40, 70, 300])
@@ -1236,20 +1242,63 @@ def test_argmax_with_dropped_bits(backend: Replicated, n: int) -> None:
 
     got = execute(backend, op, *map(ring, rows))
     for row, value, index in zip(rows, got[::2], got[1::2], strict=True):
-        chosen = int(row[int(index)])
+        chosen = int(row[int(index) % (1 << ops.INDEX_BITS)])
         assert max(row) - chosen < 4 << low
         assert -(2 << low) < (int(signed(value)) << low) - chosen < 5 << low
 
 
 @pytest.mark.parametrize("n", [2, 3, 10, 100, 2000, 32000, 50257, 151936])
 def test_tournaments_are_short(n: int) -> None:
-    """Levels of 3 rounds for pairs and 4 for larger groups: what is planned ends with one winner."""
+    """What is planned ends with one winner, whose bits are enough, and values that meet near ones often are
+    told apart exactly.
+    """
     left = n
-    for size in ops.tournament(n):
-        left = left // size + left % size
+    for level in ops.tournament(n):
+        assert level.flags * math.prod(level.products) >= level.size - 1
+        assert level.coarser <= max(0, math.log2(left / level.size) - 7)
+        left = left // level.size + left % level.size
     assert left == 1
-    rounds = sum(3 if size == 2 else 4 for size in ops.tournament(n))
-    assert rounds <= 6 + 1.4 * n.bit_length()
+    assert sum(level.rounds for level in ops.tournament(n)) <= (16 if n <= 50257 else 23)
+
+
+LARGE = 5_000
+
+
+@pytest.mark.parametrize("gap", ["clear", "near", "neighbours"])
+def test_argmax_of_many(backend: Replicated, gap: str) -> None:
+    """Of thousands the first are compared more coarsely: the largest is found if it is clearly so, wherever
+    it stands; and else one nearly as large, but where the next one stands beside it, which is not in its
+    group.
+    """
+    width, coarser = 22, ops.tournament(LARGE)[0].coarser
+    assert coarser > 1
+    rng = np.random.default_rng(len(gap))
+    rows = []
+    for at in (0, 1, LARGE // 2, LARGE - 2):
+        row = rng.integers(-(1 << 20), 1 << 19, LARGE)
+        row[at] = (1 << 19) + (3 << coarser)
+        if gap == "near":
+            row[rng.permutation(np.delete(np.arange(LARGE), at))[: LARGE // 2]] = row[at] - 2
+        elif gap == "neighbours":
+            row[at + 1] = row[at] - 1
+        rows.append(row)
+
+    async def op(ctx: Context, *shares: Share) -> list[Share]:
+        return [part for s in shares for part in await ops.argmax(ctx, "argmax", s, 0, width)]
+
+    got = execute(backend, op, *map(ring, rows))
+    for row, value, index in zip(rows, got[::2], got[1::2], strict=True):
+        chosen = int(index) % (1 << ops.INDEX_BITS)
+        assert int(value) % (1 << width) == row[chosen] % (1 << width)
+        if gap == "near":
+            assert row[chosen] >= row.max() - 2
+        else:
+            assert chosen == row.argmax()
+
+
+def test_an_argmax_of_too_many_is_refused(backend: Replicated) -> None:
+    with pytest.raises(LocalError, match="at most 2\\^24"):
+        plan(lambda ctx, s: ops.argmax(ctx, "argmax", s, 0, 22), [np.zeros(1 << 24, np.uint64)], {})
 
 
 # --- side by side -------------------------------------------------------------------------------------------
@@ -1395,6 +1444,9 @@ KINDS: list[tuple[prep.Kind, int]] = [
     (prep.DaBit(), 130),
     (prep.Pick(1), 70),
     (prep.Pick(3), 5),
+    (prep.Pick(1, 1, 24), 70),
+    (prep.Pick(2, 3, 24), 70),
+    (prep.Pick(1, 2, 48), 5),
     (prep.Mul(), 33),
     (prep.Zero(), 33),
     (prep.Scale(1), 3),
@@ -1542,9 +1594,14 @@ def relation(
             assert np.isin(got["ring"], (0, 1)).all()
             assert n < 64 or len(np.unique(got["ring"])) == 2  # fewer may all be equal
         case prep.Pick():
-            assert np.isin(got["ring"], (0, 1)).all()
-            assert n < 64 or len(np.unique(got["ring"])) == 2
-            assert np.array_equal(got["z"], got["x"] * got["ring"][:, None])
+            m, low = kind.width, np.uint64((1 << kind.lane) - 1)
+            w = got["w"] & low
+            bits = [w[:, (m + 1 << f) - 1] for f in range(kind.flags)]
+            assert np.isin(bits, (0, 1)).all() and (n < 64 or all(len(np.unique(bit)) == 2 for bit in bits))
+            row = np.concatenate([np.ones((n, 1), np.uint64), w[:, :m]], axis=1)
+            for bit in bits:
+                row = np.concatenate([row, row * bit[:, None]], axis=1)
+            assert np.array_equal(w, row[:, 1:] & low)
         case prep.Mul():
             assert np.array_equal(got["z"], got["x"] * got["y"])
         case prep.Zero():

@@ -217,8 +217,10 @@ def mask_width(kind: prep.Kind, name: str) -> int | None:
             return kind.width if name == "r" else None
         case prep.Ands():
             return 64
-        case prep.DaBit() | prep.Pick():
-            return {"ring": 1, "x": 32}.get(name)  # the low bit masks; some of x is opened modulo 2^32
+        case prep.DaBit():
+            return {"ring": 1}.get(name)  # the low bit masks
+        case prep.Pick():
+            return None  # some of its only array, see `spoil_masks`
         case prep.Keys():  # and Values
             return 64 if name in ("x", "new") else None
         case prep.Weight(_, lane):
@@ -248,20 +250,28 @@ def spoil_masks(how: Spoil, party: int, store: prep.Store) -> None:
     """
     for kind, arrays in store.material.items():
         for name, v in arrays.items():
-            if how == "reused" and isinstance(kind, prep.Select):
-                arrays[name] = np.repeat(v[:, ::2], 2, axis=1)[:, : v.shape[1]]
-            width = None if how == "reused" else mask_width(kind, name)
-            if width is None:
-                continue
-            v = v.copy()
-            if how == "short":
-                v &= v.dtype.type((1 << (width - min(8, (width + 1) // 2))) - 1)
-            elif how == "known":  # component 0 is held by parties 0 and 2
-                if party == 0:
-                    v[0] = 0
-                elif party == 2:
-                    v[1] = 0
-            arrays[name] = v
+            if how == "reused":
+                if isinstance(kind, prep.Select):
+                    arrays[name] = np.repeat(v[:, ::2], 2, axis=1)[:, : v.shape[1]]
+            elif isinstance(kind, prep.Pick):
+                arrays[name] = v = v.copy()
+                for column in range(kind.width):  # of which some are opened modulo 2^24
+                    v[:, :, column] = broken(how, party, v[:, :, column], 24)
+                for flag in range(kind.flags):
+                    column = (kind.width + 1 << flag) - 1
+                    v[:, :, column] = broken(how, party, v[:, :, column], 1)
+            elif width := mask_width(kind, name):
+                arrays[name] = broken(how, party, v, width)
+
+
+def broken(how: Spoil, party: int, v: Ring, width: int) -> Ring:
+    """A mask, shortened or with component 0 made 0, which parties 0 and 2 hold."""
+    v = v.copy()
+    if how == "short":
+        v &= v.dtype.type((1 << (width - min(8, (width + 1) // 2))) - 1)
+    elif how == "known" and party != 1:
+        v[0 if party == 0 else 1] = 0
+    return v
 
 
 # --- operations ---------------------------------------------------------------------------------------------
@@ -368,7 +378,7 @@ async def _monomials(ctx: Context, x: Bits) -> Any:
 
 
 async def _pick(ctx: Context, b: Bits, x: Share) -> Any:
-    return await ops.pick(ctx, "pick", b, x, (64, 32, 40))
+    return await ops.pick(ctx, "pick", b, x, (64, 32, 40), 64)
 
 
 async def _truncate_if(ctx: Context, b: Bits, x: Share) -> Any:
@@ -414,7 +424,7 @@ CASES: dict[str, Case] = {
     "is_negative": Case(_is_negative, ((2048,),), ((0,), (1 << 42,), (-(1 << 42),), (-1,))),
     "to_ring": Case(_to_ring, ((1024,),), ((0,), (-1,), (0x5555555555555555,)), bits=(0,)),
     "monomials": Case(_monomials, ((4, 1500),), ((0,), (-1,)), bits=(0,)),
-    "pick": Case(_pick, ((32,), (2048, 3)), ((0, 0), (-1, -1), (-1, 1 << 63)), bits=(0,)),
+    "pick": Case(_pick, ((2, 32), (2048, 3)), ((0, 0), (-1, -1), (-1, 1 << 63)), bits=(0,)),
     "truncate_if": Case(_truncate_if, ((32,), (2048,)), ((0, 0), (-1, BIG), (0, -BIG)), bits=(0,)),
     "truncate_rows": Case(_truncate_rows, ((800, 3),), ((0,), (BIG,), (-BIG,))),
     "argmax": Case(_argmax, ((24, 12),), ((0,), (1 << 25,), (-(1 << 25),))),
@@ -539,6 +549,7 @@ KINDS: dict[str, tuple[prep.Kind, int]] = {
     "dabit": (prep.DaBit(), 2048),
     "ands": (prep.Ands(((0, 1), (1, 2, 3))), 1500),
     "pick": (prep.Pick(2), 1024),
+    "pick modulo 2^24": (prep.Pick(1, 2, 24), 1536),
     "mul": (prep.Mul(), 3000),
     "zero": (prep.Zero(), 3000),
     "scale": (prep.Scale(3), 800),

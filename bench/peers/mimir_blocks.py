@@ -27,11 +27,11 @@ import trio
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from mimir.model import transformer  # noqa: E402
+from mimir.model import sampling, transformer  # noqa: E402
 from mimir.model.checkpoint import PlanSpec  # noqa: E402
 from mimir.model.transformer import Cache, Rows  # noqa: E402
 from mimir.mpc import nonlinear, ops, plan, prep  # noqa: E402
-from mimir.mpc.domain import Ring, decode, encode  # noqa: E402
+from mimir.mpc.domain import RING_BITS, Ring, decode, encode  # noqa: E402
 from mimir.mpc.doors import Doors  # noqa: E402
 from mimir.mpc.nonlinear import Scores, Settings  # noqa: E402
 from mimir.mpc.ops import Context  # noqa: E402
@@ -46,7 +46,7 @@ UP_SECONDS = 60.0
 ROUND_SECONDS = 600.0
 SETTINGS = Settings()
 F = SETTINGS.scale_bits
-LOGIT_WIDTH = F + 12  # as the sampler compares logits
+INDEX_SCALE = RING_BITS - ops.INDEX_BITS
 SPEC = PlanSpec(
     family="gpt2",
     layers=1,
@@ -109,7 +109,8 @@ async def _softmax(ctx: Context, x: Share, _: Any) -> Share:
 
 
 async def _argmax(ctx: Context, x: Share, _: Any) -> Share:
-    return (await ops.argmax(ctx, "argmax", x, F, LOGIT_WIDTH))[1].reshape(1)
+    _, index = await ops.argmax(ctx, "argmax", x, 2 * F - sampling.CHOICE_SCALE, sampling.WIDTH)
+    return index.reshape(1) * (1 << INDEX_SCALE)
 
 
 TABLE = {
@@ -119,7 +120,7 @@ TABLE = {
     "64x768 by 768x3072": Block(_matmul, F, F, 1),
     "GELU 64x3072": Block(_gelu, 2 * F, F, 1, slices=4),
     "softmax 768 rows of 64": Block(_softmax, 2 * F, F, 1),
-    "argmax of 50257": Block(_argmax, 2 * F, 0, 1),
+    "argmax of 50257": Block(_argmax, 2 * F, INDEX_SCALE, 1),
 }
 
 

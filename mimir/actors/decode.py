@@ -36,13 +36,14 @@ from mimir.model.checkpoint import PlanSpec
 from mimir.model.sampling import Sampler
 from mimir.model.transformer import Cache, Parts
 from mimir.mpc import prep
-from mimir.mpc.domain import Ring
+from mimir.mpc.domain import U64, Ring
 from mimir.mpc.doors import Doors
 from mimir.mpc.nonlinear import Settings
 from mimir.mpc.ops import Context
 from mimir.mpc.prep import Joint, Store, Weights
 from mimir.mpc.share import Share, concat
 from mimir.net import SESSION_BYTES, Transport
+from mimir.net.messages import TOKEN_BITS
 
 log = structlog.get_logger("mimir.decode")
 
@@ -112,7 +113,9 @@ async def decode(
     layers: Layers,
     choices: Sequence[Choice],
 ) -> tuple[Share, Ring]:
-    """One pass: the next token of each row (n,), and its components (2, n) for the session's clients."""
+    """One pass: the next token of each row (n,) modulo 2^INDEX_BITS, and its components (2, n) modulo
+    2^TOKEN_BITS for the session's clients.
+    """
     for row in rows:
         row.cache.admit(ctx.bk)
     tokens, positions = concat([r.token for r in rows]), concat([r.position for r in rows])
@@ -136,7 +139,7 @@ async def choose(
     logits = await transformer.logits(ctx, step, spec, hidden, settings, layers.parts)
     chosen = await layers.sampler.choose(ctx, step, logits, choices)
     (components,) = await doors.reveal("token", ctx.take(prep.Zero(), chosen.size)["zero"], chosen)
-    return chosen, components
+    return chosen, components % U64(1 << TOKEN_BITS)  # what is above means nothing
 
 
 @dataclass(slots=True, eq=False)

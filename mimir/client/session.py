@@ -29,7 +29,7 @@ from mimir.client.federation import Federation
 from mimir.errors import AttestationError, BadInput, ClientError, LocalError, MimirError, ModelError
 from mimir.model.checkpoint import PlanSpec
 from mimir.net.identity import Identity
-from mimir.net.messages import SESSION_BYTES, Message, Open, Sampler
+from mimir.net.messages import SESSION_BYTES, TOKEN_BITS, Message, Open, Sampler
 
 Words = npt.NDArray[np.uint64]
 
@@ -336,7 +336,7 @@ class Session:
             if share["step"] != step:
                 raise ClientError(f"party {name} sent token {share['step']} where token {step} is due")
         pairs = np.array([share["components"] for share in shares], np.uint64)[..., None]  # (3, 2, 1)
-        value = int(join(names, pairs, f"token {step}")[0])
+        value = int(join(names, pairs, f"token {step}")[0]) % (1 << TOKEN_BITS)
         if value >= self._vocab:
             raise ClientError(f"token {step} is no token of this model; nothing more is accepted")
         self._due -= 1

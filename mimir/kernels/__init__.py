@@ -41,6 +41,7 @@ MAX_DIGIT = 10  # MK_DIGIT
 MAX_TURNS = 16  # MK_TURNS
 EXACT_BITS = 50  # MK_EXACT
 MAX_MONOMIAL = 16  # MK_MONOMIAL
+MAX_FLAGS = 4  # MK_FLAGS
 MAX_THREADS = 64  # MK_THREADS
 
 
@@ -714,25 +715,29 @@ def ring_unmask(ring: U64, one: U64, bits: U64) -> U64:
     return out
 
 
-def ring_pick(bit: U64, x: U64, z: U64, delta: U64, bits: U64) -> U64:
-    """bit delta - x o - z (1 - 2 o), row by row: bit (parts, n), x and z (parts, n, m), public delta (n, m)
-    and words of opened bits o -> (parts, n, m).
+def ring_pick(w: U64, one: U64, delta: U64, bits: U64) -> U64:
+    """Products of opened bits xor masks, and values times them: w (parts, n, 2^flags (m + 1) - 1), public
+    delta (n, m) and words of bits (flags, ceil(n/64)) -> (parts, n, m + 1).
+
+    A row of w has for each set of flags, in binary order, the product of their masks, and times this x (m);
+    1, that of the empty set, is left out. What comes out is the product of all bits, and times that
+    delta - x.
     """
-    parts, n, m = _dims("x", x, 3)
-    _array("bit", bit, (parts, n))
-    _array("delta", delta, (n, m))
-    _array("bits", bits, (_words(n),))
-    out = np.empty((parts, n, m), np.uint64)
+    n, m = _array("delta", delta, (None, None))
+    (flags, _) = _array("bits", bits, (None, _words(n)))
+    _count("flags", flags, 1, MAX_FLAGS)
+    parts, *_ = _dims("w", w, 3)
+    out = np.empty((parts, n, m + 1), np.uint64)
     _lib.mk_ring_pick(
         _out(out),
-        _in(bit),
-        *_apart("x", x, (parts, n, m)),
-        *_apart("z", z, (parts, n, m)),
+        *_apart("w", w, (parts, n, ((m + 1) << flags) - 1)),
+        _one(one, parts),
         _in(delta),
         _in(bits),
         parts,
         n,
         m,
+        flags,
     )
     return out
 

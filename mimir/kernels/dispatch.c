@@ -136,9 +136,9 @@ MK_THUNK(mk_ring_unmask,
           parts, size_t n),
          (out, ring, ring_apart, one, bits, parts, n))
 MK_THUNK(mk_ring_pick,
-         (uint64_t *out, const uint64_t *bit, const uint64_t *x, size_t x_apart, const uint64_t *z, size_t z_apart,
-          const uint64_t *delta, const uint64_t *bits, size_t parts, size_t n, size_t width),
-         (out, bit, x, x_apart, z, z_apart, delta, bits, parts, n, width))
+         (uint64_t *out, const uint64_t *w, size_t apart, const uint64_t *one, const uint64_t *delta, const uint64_t
+          *bits, size_t parts, size_t n, size_t width, unsigned flags),
+         (out, w, apart, one, delta, bits, parts, n, width, flags))
 MK_THUNK(mk_bits_at_most,
          (uint64_t *out, const uint64_t *planes, size_t apart, size_t row_apart, const uint64_t *sizes, const uint64_t
           *told, size_t parts, size_t digits, size_t count, size_t n),

@@ -167,8 +167,10 @@ void mk_ring_decay(uint64_t *out, const uint64_t *e, size_t apart, const uint64_
 
 /* Bits, as words of lanes or as ring elements 0 or 1.
  * mask: out = bits ^ the lowest bits of ring (n), packed; padding is that of bits.
- * unmask: out = ring (1 - 2 o) + o, o the opened bits.  pick: of bit (parts, n), dense, x and z (n, width), and delta (n,
- * width): out = bit delta - x o - z (1 - 2 o).
+ * unmask: out = ring (1 - 2 o) + o, o the opened bits.
+ * pick: of w (n, 2^flags (width + 1) - 1) and delta (n, width), bits (flags, ceil(n/64)) opened: out (parts, n, width + 1).
+ * A row of w has for each set of flags, in binary order, the product of their masks, and times this x (width); 1, that of
+ * the empty set, is left out. out has first the product of all o xor masks, and then times that delta - x.
  * at_most: planes hold for each digit, the lowest first, the one-hot of its value, 2^sizes[d] rows `row_apart` words
  * apart; told (count, n). out (parts, 2 digits - 1, count, ceil(n/64)): whether the highest digit is below that of
  * told; then whether digits are equal, from the highest to the second; then whether they are below, from the second
@@ -178,12 +180,13 @@ void mk_ring_decay(uint64_t *out, const uint64_t *e, size_t apart, const uint64_
  * product of the x_v of each subset but the empty one, in binary order; at most MK_MONOMIAL variables. */
 #define MK_DIGIT 10
 #define MK_MONOMIAL 16
+#define MK_FLAGS 4
 void mk_bits_mask(uint64_t *out, const uint64_t *bits, size_t bits_apart, const uint64_t *ring, size_t ring_apart,
                   size_t parts, size_t n);
 void mk_ring_unmask(uint64_t *out, const uint64_t *ring, size_t ring_apart, const uint64_t *one, const uint64_t *bits,
                     size_t parts, size_t n);
-void mk_ring_pick(uint64_t *out, const uint64_t *bit, const uint64_t *x, size_t x_apart, const uint64_t *z,
-                  size_t z_apart, const uint64_t *delta, const uint64_t *bits, size_t parts, size_t n, size_t width);
+void mk_ring_pick(uint64_t *out, const uint64_t *w, size_t apart, const uint64_t *one, const uint64_t *delta,
+                  const uint64_t *bits, size_t parts, size_t n, size_t width, unsigned flags);
 void mk_bits_at_most(uint64_t *out, const uint64_t *planes, size_t apart, size_t row_apart, const uint64_t *sizes,
                      const uint64_t *told, size_t parts, size_t digits, size_t count, size_t n);
 void mk_bits_products(uint64_t *out, const uint64_t *planes, size_t apart, size_t row_apart, const uint64_t *one,

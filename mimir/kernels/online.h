@@ -304,14 +304,27 @@ void MK(mk_ring_unmask)(uint64_t *restrict out, const uint64_t *ring, size_t rin
         }
 }
 
-void MK(mk_ring_pick)(uint64_t *restrict out, const uint64_t *bit, const uint64_t *x, size_t x_apart,
-                      const uint64_t *z, size_t z_apart, const uint64_t *delta, const uint64_t *bits, size_t parts,
-                      size_t n, size_t width)
+void MK(mk_ring_pick)(uint64_t *restrict out, const uint64_t *w, size_t apart, const uint64_t *one,
+                      const uint64_t *delta, const uint64_t *bits, size_t parts, size_t n, size_t width, unsigned flags)
 {
-    for (size_t c = 0; c < parts; c++, bit += n, x += x_apart, z += z_apart)
-        for (size_t j = 0; j < n; j++) {
-            uint64_t o = bits[j / 64] >> (j % 64) & 1, sign = 1 - 2 * o;
-            for (size_t k = j * width; k < (j + 1) * width; k++) *out++ = bit[j] * delta[k] - x[k] * o - z[k] * sign;
+    size_t row = width + 1, sets = (size_t)1 << flags, packed = (n + 63) / 64;
+    for (size_t c = 0; c < parts; c++, w += apart)
+        for (size_t j = 0; j < n; j++, out += row) {
+            const uint64_t *of = w + j * (row * sets - 1); /* 1, of the empty set, is not there */
+            uint64_t factor[1 << MK_FLAGS] = {1};
+            for (unsigned f = 0; f < flags; f++) {
+                uint64_t o = bits[f * packed + j / 64] >> (j % 64) & 1;
+                for (size_t s = (size_t)1 << f; s--;) {
+                    factor[s + ((size_t)1 << f)] = factor[s] * (1 - 2 * o);
+                    factor[s] *= o;
+                }
+            }
+            out[0] = factor[0] * one[c];
+            for (size_t s = 1; s < sets; s++) out[0] += factor[s] * of[s * row - 1];
+            for (size_t k = 1; k < row; k++) {
+                out[k] = out[0] * delta[j * width + k - 1];
+                for (size_t s = 0; s < sets; s++) out[k] -= factor[s] * of[s * row + k - 1];
+            }
         }
 }
 

@@ -21,9 +21,10 @@ from mimir.mpc.drbg import HmacDrbg
 from mimir.mpc.ops import Context
 from mimir.mpc.share import Share, concat
 
-LOGIT_BITS: Final = 8  # a logit stays below 2^8
+LOGIT_BITS: Final = 8  # a logit stays below 2^8 - 1
 CHOICE_SCALE: Final = 12  # fraction bits of logits that are compared: more than they are good for
-WIDTH: Final = CHOICE_SCALE + 11  # room for differences, and for values set aside
+WIDTH: Final = CHOICE_SCALE + LOGIT_BITS + 2  # room for differences
+ASIDE_WIDTH: Final = WIDTH + 1  # and for those from values set aside
 NOISE_SCALE: Final = 10  # fraction bits of 1 / temperature
 NOISE_GRID: Final = 12  # noise is rounded to 2^-12, so that libraries that differ in the last digit agree
 NOISE_WIDTH: Final = 22  # sign of (logit / temperature + noise) differences below 2^(22 - 1)
@@ -52,7 +53,7 @@ def gumbel(seed: bytes, count: int) -> Ring:
 
 
 async def choose(ctx: Context, step: str, logits: Share, sampler: Sampler, noise: Noise) -> Share:
-    """Index (1,) of the next token from logits (vocab,) at LOGIT_SCALE."""
+    """Index (1,), modulo 2^INDEX_BITS, of the next token from logits (vocab,) at LOGIT_SCALE."""
     low = LOGIT_SCALE - CHOICE_SCALE
     if sampler.kind == "greedy":
         _, index = await ops.argmax(ctx, f"{step}/argmax", logits, low, WIDTH)
@@ -62,7 +63,7 @@ async def choose(ctx: Context, step: str, logits: Share, sampler: Sampler, noise
     indices: list[Share] = []
     kt = index_bits(sampler.vocab)
     for i in range(k):
-        value, index = await ops.argmax(ctx, f"{step}/top {i}", logits, low, WIDTH)
+        value, index = await ops.argmax(ctx, f"{step}/top {i}", logits, low, ASIDE_WIDTH)
         values.append(value.reshape(1))
         indices.append(index.reshape(1))
         if i + 1 < k:
@@ -76,7 +77,7 @@ async def choose(ctx: Context, step: str, logits: Share, sampler: Sampler, noise
     inverse = round(2**NOISE_SCALE / sampler.temperature)
     total = CHOICE_SCALE + NOISE_SCALE
     shift = total - NOISE_GRID
-    value = await ops.lift(ctx, f"{step}/lift", concat(values), WIDTH)
+    value = await ops.lift(ctx, f"{step}/lift", concat(values), ASIDE_WIDTH)
     noisy = value * inverse + (public << np.uint64(shift) if shift >= 0 else public)
     won = await _largest(ctx, f"{step}/choose", noisy, total)
     (picked,) = await ops.mul(ctx, f"{step}/pick", (won, concat(indices)))

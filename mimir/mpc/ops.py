@@ -6,14 +6,16 @@ ended. Costs are stated per element; `rounds` counts lockstep rounds.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+import math
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Any, Final, Protocol, TypeAlias, TypeVar, cast
 
 import numpy as np
 
 from mimir import kernels
+from mimir.errors import LocalError
 from mimir.mpc import prep, waves
 from mimir.mpc.branches import ask, side_by_side
 from mimir.mpc.domain import HALF_BITS, RING_BITS, TRUNCATION_BITS, Ring, constant, words
@@ -307,25 +309,26 @@ def joined(rows: Bits, n: int) -> Bits:
 
 
 async def pick(
-    ctx: Context, step: str, bits: Bits, x: Share, widths: Sequence[int] | None = None
+    ctx: Context, step: str, bits: Bits, x: Share, widths: Sequence[int], lane: int
 ) -> tuple[Share, Share]:
-    """x (n, m) where a bit is set, 0 elsewhere, for words of bits; and the bits as ring elements (n).
+    """x (n, m) where all of some bits are set, 0 elsewhere, for rows of words of bits (flags, w); and the
+    product of the bits as ring elements (n). Both are meant modulo 2^lane, and x modulo 2^width, column by
+    column; no width is above lane.
 
-    One round, 8 bytes an element and a bit a row. `widths` tells for each column of x modulo which power of 2
-    it is meant, and so is the result then.
+    One round, `width` bits an element and `flags` bits a row. A product of opened bits xor random ones is a
+    public combination of products of the random ones, of which each subset was prepared, also times the mask.
     """
     n, m = x.shape
-    c = ctx.take(prep.Pick(m), n)
-    asked = [
-        Masked([(x[:, j] + c["x"][:, j])], w) for j, w in enumerate(widths if widths else (RING_BITS,) * m)
-    ]
-    ring = c["ring"].v
-    asked.insert(0, Masked([Bits(kernels.bits_mask(bits.v, ring), ctx.bk)]))
+    flags = bits.shape[0]
+    w = ctx.take(prep.Pick(m, flags, lane), n)["w"].v
+    masks = [np.ascontiguousarray(w[:, :, ((m + 1) << f) - 1]) for f in range(flags)]
+    shown = np.stack([kernels.bits_mask(bits[f].v, mask) for f, mask in enumerate(masks)], axis=1)
+    asked = [Masked([Bits(shown, ctx.bk)])]
+    asked += [Masked([x[:, j] + Share(w[:, :, j], ctx.bk)], width) for j, width in enumerate(widths)]
     (o,), *columns = await ctx.doors.open_all(step, asked)
     delta = np.stack([column for (column,) in columns], axis=1)
-    bit = kernels.ring_unmask(ring, ctx.bk.one, o)
-    # bit x = bit delta - bit mask, and bit = opened + sign ring
-    return ctx.share(kernels.ring_pick(bit, c["x"].v, c["z"].v, delta, o)), ctx.share(bit)
+    found = ctx.share(kernels.ring_pick(w, ctx.bk.one, delta, o))
+    return found[:, 1:], found[:, 0]
 
 
 def drop(x: Share, low: int, width: int) -> Share:
@@ -380,13 +383,18 @@ async def _at_most(
     rows = kernels.bits_at_most(planes, sizes, np.stack(publics))
     result = Bits(rows[:, 0], ctx.bk)  # the highest digit
     if count > 1:
-        # variables: equal, from the highest digit but the lowest; then less, from the second highest digit
-        cases = tuple((*range(i), count - 2 + i) for i in range(1, count))
         variables = Bits(rows[:, 1:], ctx.bk).reshape(2 * count - 2, -1)
-        products = await monomials(ctx, step, cases, Bits(variables.v, ctx.bk))
+        products = await monomials(ctx, step, _lesser(count), Bits(variables.v, ctx.bk))
         either = np.bitwise_xor.reduce(products.v, axis=1).reshape(result.v.shape)
         result = Bits(result.v ^ either, ctx.bk)
     return [result[i] for i in range(len(publics))]
+
+
+def _lesser(count: int) -> tuple[tuple[int, ...], ...]:
+    """The cases in which a number of so many digits is less, below the highest one, as products of: equal,
+    from the highest digit but the lowest; then less, from the second highest digit.
+    """
+    return tuple((*range(i), count - 2 + i) for i in range(1, count))
 
 
 async def are_below(
@@ -596,50 +604,49 @@ async def coarse_index(ctx: Context, step: str, x: Share, low: int, rest: int, b
 
 
 async def argmax(ctx: Context, step: str, x: Share, low: int, width: int) -> tuple[Share, Share]:
-    """Largest of x (n), and its index: two shares (). The largest is divided by 2^low, and meant modulo
-    2^width (`lift` gives it in the ring).
+    """Largest of x (n), and its index, modulo 2^INDEX_BITS: two shares (). The largest is divided by 2^low,
+    and meant modulo 2^width (`lift` gives it in the ring).
 
-    Differences are below 2^(low + width - 1) - 3 * 2^low. x loses `low` bits before it is compared, so values
-    closer than 3 * 2^low may go either way; what is left is compared exactly, ties to the lower index. A
-    tournament in groups: all pairs of a group are compared at once, the winner beats every other. Rounds: 3 a
-    level of pairs, 4 a level of larger groups.
+    x loses `low` bits before it is compared, so values closer than 3 * 2^low may go either way; what is left
+    is compared exactly, ties to the lower index. Of more than some hundred values the first are compared more
+    coarsely, see `Level.coarser`. Differences are below 2^(low + width - 1) - 3 * 2^(low + coarser).
+
+    A tournament in groups: all pairs of a group are compared at once, the winner beats every other. Rounds: 3
+    a level, and one for each product of bits that it takes before the winner is picked.
     """
+    if x.shape[0] >> INDEX_BITS:
+        raise LocalError(f"the largest of {x.shape[0]:,} values: at most 2^{INDEX_BITS} have an index")
     value, index = drop(x, low, width), None
-    for level, size in enumerate(tournament(x.shape[0])):
-        n = value.shape[0]
+    lane = max(INDEX_BITS, -(-width // 8) * 8)
+    for number, level in enumerate(tournament(x.shape[0])):
+        n, size = value.shape[0], level.size
         groups = n // size
-        name = f"{step}/level {level}"
-        v = value[: groups * size].reshape(groups, size)
-        # Indices are public at first.
-        i = None if index is None else index[: groups * size].reshape(groups, size)
-        if size == 2:
-            second = await _signs(ctx, f"{name}/compare", v[:, 0] - v[:, 1], width)  # first < second
-            steps = [(w[:, 1] - w[:, 0]).reshape(groups, 1) for w in (v, i) if w is not None]
-            best, bit = await pick(ctx, f"{name}/pick", second, concat(steps, axis=1), _widths(steps, width))
-            value_to = v[:, 0] + best[:, 0]
-            index_to = i[:, 0] + best[:, 1] if i is not None else bit + _evens(groups, 2)
+        name, last = f"{step}/level {number}", size - 1
+        apart = groups if level.coarser else 1  # between members of a group
+
+        def grouped(v: Share, groups: int = groups, size: int = size, apart: int = apart) -> Share:
+            inside = v[: groups * size]
+            return inside.reshape(groups, size) if apart == 1 else inside.reshape(size, groups).swap(0, 1)
+
+        v, i = grouped(value), None if index is None else grouped(index)  # indices are public at first
+        flags = await _winners(ctx, name, v, width, level)
+        steps = [(w[:, :-1] - w[:, -1:]).reshape(groups * last, 1) for w in (v, i) if w is not None]
+        widths = (width, INDEX_BITS)[: len(steps)]
+        best, won = await pick(ctx, f"{name}/pick", flags, concat(steps, axis=1), widths, lane)
+        best = best.reshape(groups, last, len(steps)).sum(1)
+        value_to = v[:, -1] + best[:, 0]
+        if i is not None:
+            index_to = i[:, -1] + best[:, 1]
         else:
-            won = await _winners(ctx, name, v, width)  # words, group by group
-            columns = [w.reshape(groups * size, 1) for w in (v, i) if w is not None]
-            best, bit = await pick(ctx, f"{name}/pick", won, concat(columns, axis=1), _widths(columns, width))
-            best = best.reshape(groups, size, len(columns)).sum(1)
-            value_to = best[:, 0]
-            public = np.arange(groups * size, dtype=np.uint64)
-            index_to = best[:, 1] if i is not None else (bit * public).reshape(groups, size).sum(1)
+            first = np.arange(groups, dtype=np.uint64) * np.uint64(1 if level.coarser else size)
+            back = np.arange(size - 1, 0, -1, dtype=np.uint64) * np.uint64(apart)  # from the last of a group
+            index_to = (won.reshape(groups, last) * (np.uint64(0) - back)).sum(1) + (first + back[0])
         left = np.arange(groups * size, n, dtype=np.uint64)  # have no group, and go on
         rest = index[groups * size :] if index is not None else value[groups * size :] * 0 + left
         value, index = concat([value_to, value[groups * size :]]), concat([index_to, rest])
     if index is None:  # of one
         index = value * 0
     return value[0], index[0]
-
-
-def _widths(columns: Sequence[Share], width: int) -> tuple[int, ...]:
-    return (max(width, 32), *[RING_BITS] * (len(columns) - 1))
-
-
-def _evens(count: int, apart: int) -> Ring:
-    return np.arange(count, dtype=np.uint64) * np.uint64(apart)
 
 
 async def lift(ctx: Context, step: str, x: Share, width: int) -> Share:
@@ -650,34 +657,112 @@ async def lift(ctx: Context, step: str, x: Share, width: int) -> Share:
     return (await truncate(ctx, step, (x * (1 << up), up)))[0]
 
 
-# What a tournament is chosen by: bytes, online and before, a pair compared and an element picked; and bytes
-# that are worth a round, about 15 ms at 100 Mbit/s.
-_PAIR_BYTES: Final = 56
-_PICK_BYTES: Final = 45
-_ROUND_BYTES: Final = 200_000
-_LARGEST_GROUP: Final = 14
+INDEX_BITS: Final = 24  # of the numbers modulo which an index is found
+
+# What a tournament is chosen by, in bytes: a gate, a product, an injected bit, and a round. The former with
+# the processor time of all three parties for preparing them, 6 bytes a microsecond; a round as 50 ms at
+# 100 Mbit/s, which is a way between cities.
+_GATE_BYTES: Final = 0.16
+_PRODUCT_BYTES: Final = 4
+_BIT_BYTES: Final = 5.5
+_ROUND_BYTES: Final = 600_000
+_GROUPS: Final = (*range(2, 14), 15, 17, 19, 21, 25, 29, 33, 41, 49)  # sizes that are tried
+_WHOLE: Final = 256  # up to so many values may be one group
+_PRODUCT: Final = 10  # bits of a product at most: every subset of them is prepared
+_FLAGS: Final = 3  # bits by which a value is picked at most
+_CHOICE_WIDTH: Final = 22  # of the values of a tournament, as far as its cost is concerned
+_COARSE_BITS: Final = 12  # that are left of a value at least
+
+
+@dataclass(frozen=True, slots=True)
+class Level:
+    """One level of a tournament: `size` values of each group are compared, and whether one beats all others
+    is a product of size - 1 bits. It is taken in rounds, of so many factors each as `products` says, until
+    `flags` bits are left, all of which are set if it wins.
+
+    `coarser` bits more are dropped before values are compared, so that those closer than 3 * 2^coarser may go
+    either way. Of n values in groups of g the largest one meets the next by a chance of g / n, and coarser is
+    at most log2(n / g) - 7: all levels together add a few percent to how often the next one wins because
+    values are rounded. Members of a group are far apart then, since neighbours may have to do with one
+    another, as the tokens of digits do.
+    """
+
+    size: int
+    flags: int
+    products: tuple[int, ...]
+    coarser: int
+
+    @property
+    def rounds(self) -> int:
+        return 3 + len(self.products)
+
+
+def _coarser(n: int, size: int) -> int:
+    return max(0, (n // size).bit_length() - 8)
+
+
+def _ways(n: int, size: int) -> Iterator[Level]:
+    """How the winners of groups may be found."""
+    bits, coarser = size - 1, _coarser(n, size)
+    for flags in range(1, min(bits, _FLAGS) + 1):
+        each = -(-bits // flags)
+        root = math.isqrt(each - 1) + 1
+        for products in ((), (each,), (root, -(-each // root))):
+            if math.prod(products) * flags >= bits and all(1 < p <= _PRODUCT for p in products):
+                yield Level(size, flags, products, coarser)
+
+
+def _level_cost(n: int, level: Level, first: bool) -> float:
+    groups, beaten = n // level.size, level.size - 1
+    width = _CHOICE_WIDTH - level.coarser
+    variables = 2 * len(digits(width - 1)) - 2
+    pairs = groups * level.size * beaten / 2
+    cost = pairs * (comparison_ands(width) * _GATE_BYTES + (width + variables) / 8)
+    lanes = level.flags * math.prod(level.products)
+    for factors in level.products:
+        cost += groups * beaten * lanes / 8  # opened
+        lanes //= factors
+        cost += groups * beaten * lanes * ((1 << factors) - 1 - factors) * _GATE_BYTES
+    columns = 1 if first else 2
+    products = (columns + 1 << level.flags) - 1 - columns - level.flags
+    picked = products * _PRODUCT_BYTES + level.flags * (_BIT_BYTES + 1 / 8) + columns * _CHOICE_WIDTH / 8
+    return cost + groups * beaten * picked + level.rounds * _ROUND_BYTES
+
+
+@cache
+def _level(n: int, size: int, first: bool) -> tuple[float, Level]:
+    return min(((_level_cost(n, way, first), way) for way in _ways(n, size)), key=lambda found: found[0])
 
 
 @lru_cache(maxsize=4096)
-def _cheapest(n: int) -> tuple[float, tuple[int, ...]]:
+def _cheapest(n: int, first: bool) -> tuple[float, tuple[Level, ...]]:
     if n == 1:
         return 0, ()
     options = []
-    for size in range(2, min(n, _LARGEST_GROUP) + 1):
-        groups = n // size
-        cost, sizes = _cheapest(n - groups * (size - 1))
-        cost += groups * size * (size - 1) / 2 * _PAIR_BYTES + 3 * _ROUND_BYTES
-        if size == 2:
-            cost += groups * _PICK_BYTES
-        else:  # products of size - 1 bits are prepared
-            cost += groups * size * (_PICK_BYTES + (1 << size) / 16) + _ROUND_BYTES
-        options.append((cost, (size, *sizes)))
-    return min(options)
+    for size in sorted({s for s in _GROUPS if s < n} | ({n} if n <= _WHOLE else set())):
+        here, level = _level(n, size, first)
+        rest, levels = _cheapest(n - n // size * (size - 1), False)
+        options.append((here + rest, (level, *levels)))
+    return min(options, key=lambda found: found[0])
 
 
-def tournament(n: int) -> tuple[int, ...]:
-    """Sizes of the groups, level by level, in which the largest of n is found."""
-    return _cheapest(n)[1]
+def tournament(n: int) -> tuple[Level, ...]:
+    """The levels in which the largest of n is found."""
+    return _cheapest(n, True)[1]
+
+
+@lru_cache(maxsize=64)
+def comparison_ands(width: int) -> int:
+    """ANDs that are prepared for the sign of a number of so many bits (`is_negative`)."""
+    sizes = digits(width - 1)
+    hot = sum((1 << size) - 2 for size in sizes)
+    added, span = 2 * width - 3, 1
+    while span < width - 1:
+        high = [i for i in range(width - 1) if i & span]
+        added += len(high) + sum(i >= 2 * span for i in high)
+        span *= 2
+    kind = prep.Ands(_lesser(len(sizes)))
+    return hot + added + (len(kind.subsets) - (2 * len(sizes) - 2) if len(sizes) > 1 else 0)
 
 
 async def _signs(ctx: Context, step: str, x: Share, width: int) -> Bits:
@@ -691,17 +776,28 @@ def _whole_words(x: Share) -> Share:
     return Share(np.pad(x.v, [(0, 0), (0, more)]), x.bk)
 
 
-async def _winners(ctx: Context, step: str, v: Share, width: int) -> Bits:
-    """[v beats all others of its row] for v (groups, size), as words of groups * size lanes."""
+async def _winners(ctx: Context, step: str, v: Share, width: int, level: Level) -> Bits:
+    """Bits of each but the last of a row of v (groups, size), meant modulo 2^width, all of which are set if
+    it beats all others: (flags, words of groups * (size - 1) lanes).
+    """
     groups, size = v.shape
     first, second = np.triu_indices(size, 1)
+    width -= level.coarser
+    v = drop(v, level.coarser, width)
     lost = await _signs(ctx, f"{step}/compare", (v[:, first] - v[:, second]).flat(), width)
     lost_first = lanes(Bits(lost.v[:, None], ctx.bk), groups * len(first))[0].reshape(groups, len(first))
     pair = np.zeros((size, size), np.int64)
     pair[first, second] = pair[second, first] = np.arange(len(first))
-    others = np.array([[b for b in range(size) if b != a] for a in range(size)])
-    own = np.arange(size)[:, None]
-    # What each element does to each of the others, in the low bit: (groups, size, size - 1).
+    others = np.array([[b for b in range(size) if b != a] for a in range(size - 1)])
+    # A product of more bits than there are has some of them twice.
+    others = others[:, np.minimum(np.arange(level.flags * math.prod(level.products)), size - 2)]
+    own = np.arange(size - 1)[:, None]
+    # What each element does to each of the others, in the low bit: (bits, groups * (size - 1)).
     beats = lost_first[:, pair[own, others]] + (others > own).astype(np.uint64)
-    packed = low_bits(beats.reshape(groups * size, size - 1).swap(0, 1))
-    return (await monomials(ctx, f"{step}/all", (tuple(range(size - 1)),), packed))[0]
+    rows = beats.reshape(groups * (size - 1), -1).swap(0, 1)
+    for number, factors in enumerate(level.products):
+        rows = rows.reshape(factors, -1)
+        name = f"{step}/all {number}"
+        product = await monomials(ctx, name, (tuple(range(factors)),), low_bits(rows))
+        rows = lanes(product, rows.shape[1])
+    return low_bits(rows.reshape(level.flags, -1))

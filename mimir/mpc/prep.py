@@ -18,7 +18,7 @@ A *kind* names one sort of correlation, with everything that fixes its shape:
     Digits(k_0, ..)      one-hots of bits of the digits of a value: zero, threshold and sign tests
     Ands(m_0, ..)        random bits and the products that opening bits under them needs for these monomials
     DaBit()              a random bit in both domains
-    Pick(m)              a random bit, x (m), bit x
+    Pick(m, t, lane)     t random bits, x (m); products of all sets of bits, and x times them, modulo 2^lane
     Mul()                a, b, ab
     Zero()               random components of 0
     Scale(m)             s, x (m), s x
@@ -161,6 +161,13 @@ class DaBit:
 @dataclass(frozen=True, slots=True)
 class Pick:
     width: int
+    flags: int = 1
+    lane: int = RING_BITS  # modulo which power of 2 it counts, in whole bytes
+
+    @property
+    def size(self) -> int:
+        """Numbers a row: for each set of bits their product, but for the empty one's, then x times it."""
+        return ((self.width + 1) << self.flags) - 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -878,11 +885,16 @@ async def _dabit(b: Batch, kind: DaBit, n: int) -> dict[str, Ring]:
 
 
 async def _pick(b: Batch, kind: Pick, n: int) -> dict[str, Ring]:
-    bk = b.doors.bk
-    name = f"pick {kind.width}"
-    bits, x = bk.random(1, words(n)), bk.random(n, kind.width)
-    ring = np.ascontiguousarray((await b.inject(name, bits, n))[:, 0])
-    return {"ring": ring, "x": x, "z": await b.times(f"{name}/times", ring, x)}
+    """What is there of the bits so far, times the next one: a round for each bit."""
+    bk, name = b.doors.bk, f"pick {kind.width}.{kind.flags}.{kind.lane}"
+    bits, w = bk.random(kind.flags, words(n)), bk.random(n, kind.width)
+    ring = await b.inject(f"{name}/inject", bits, n, lane=kind.lane)
+    for number in range(kind.flags):
+        bit = np.ascontiguousarray(ring[:, number])
+        (z,) = await b.exchange(f"{name}/times {number}", (await b.scaled(bit, w), kind.lane))
+        b.state_scaled(bit, w, z, kind.lane)
+        w = np.concatenate([w, bit[:, :, None], z], axis=2)
+    return {"w": w}
 
 
 async def _mul(b: Batch, kind: Mul, n: int) -> dict[str, Ring]:
@@ -1009,7 +1021,7 @@ def shapes(kind: Kind, n: int, weight_shape: tuple[int, int] | None = None) -> d
         case DaBit():
             return {"ring": (n,)}
         case Pick():
-            return {"ring": (n,), "x": (n, kind.width), "z": (n, kind.width)}
+            return {"w": (n, kind.size)}
         case Mul():
             return {"x": (n,), "y": (n,), "z": (n,)}
         case Zero():

@@ -37,6 +37,7 @@ from mimir.errors import BadInput, MimirError
 from mimir.hpke import PUBLIC_BYTES
 from mimir.secret import KEY_BYTES
 
+TOKEN_BITS = 24  # tokens are revealed modulo 2^24
 MAX_MESSAGE = 8 << 20  # bytes of one message on the wire, sealed
 MAX_CHUNK = 1 << 20  # bytes of one piece of a component
 MAX_STATEMENT = 256 << 10  # bytes of what owners say is revoked
@@ -247,7 +248,10 @@ FROM_PARTY: dict[str, dict[str, Rule]] = {
         "sent": _count,  # bytes by this party
         "seconds": _seconds,
     },
-    "token": {"step": _whole(0, MAX_SLOTS), "components": _list(_whole(0, (1 << 64) - 1), 2, least=2)},
+    "token": {
+        "step": _whole(0, MAX_SLOTS),
+        "components": _list(_whole(0, (1 << TOKEN_BITS) - 1), 2, least=2),
+    },
     "done": {"stats": _free},
     "error": {"code": _text(32), "message": _text(MAX_TEXT)},
     # Bytes that are here of each explicit component that the party holds.
