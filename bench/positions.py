@@ -64,7 +64,7 @@ from session_fixture import run as run_virtual  # noqa: E402
 from mimir.model import Plan, Tokenizer, load_checkpoint, sampling, transformer  # noqa: E402
 from mimir.model.checkpoint import Floats  # noqa: E402
 from mimir.mpc.domain import Ring, decode  # noqa: E402
-from mimir.mpc.ops import Context  # noqa: E402
+from mimir.mpc.ops import INDEX_BITS, Context  # noqa: E402
 from mimir.mpc.replicated import Replicated  # noqa: E402
 from mimir.mpc.share import Share  # noqa: E402
 from mimir.net.memory import MemoryNet  # noqa: E402
@@ -130,7 +130,7 @@ def engine(plan: Plan, weights: Sequence[Any], ids: Sequence[int], bucket: int, 
         raise RuntimeError(f"the session did not go as it was led: {outcome.plain()}")
     scale = transformer.LOGIT_SCALE
     logits = [decode(reconstruct(list(parts)), scale) for parts in zip(*rows, strict=True)]
-    chosen = [int(reconstruct(list(parts))[0]) for parts in zip(*choices, strict=True)]
+    chosen = [int(reconstruct(list(parts))[0]) % (1 << INDEX_BITS) for parts in zip(*choices, strict=True)]
     return Reading(np.stack(logits[bucket - prompt :]), chosen)
 
 

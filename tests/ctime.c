@@ -198,7 +198,7 @@ static void ring_unmask(void)
 
 static void ring_pick(void)
 {
-    mk_ring_pick(out, secret, secret + 2 * N, 2 * N, more, 2 * N, public, public + 2 * N, 2, N, 2);
+    mk_ring_pick(out, secret, 11 * N, more, public, public + 2 * N, 2, N, 2, 2);
 }
 
 static void bits_at_most(void)

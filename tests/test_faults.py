@@ -1725,8 +1725,8 @@ CHECKS: dict[str, Check] = {
         "mpc.prep:Batch.times", "self.state_scaled(v, x, z, RING_BITS)", spoiling(prep.Scale(3), "scale 3")
     ),
     "picks: times the first bit": Check("mpc.prep:_pick", PICKED, spoiling(PICK, "pick 1.2.24/times 0")),
-    "picks: products of bits": Check(
-        "mpc.prep:_pick", PICKED, spoiling(PICK, "pick 1.2.24/times 1", at=(0, 1))
+    "picks: times further bits": Check(
+        "mpc.prep:_pick", PICKED, spoiling(PICK, "pick 1.2.24/times 1", at=(1,))
     ),
     "triples": Check("mpc.prep:Batch.mul", "self.state_product(x, y, z, lane)", spoiling(prep.Mul(), "mul")),
     "truncations: both bits of a mask": Check(

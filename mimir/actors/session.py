@@ -10,6 +10,7 @@ import time
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, nullcontext
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any, Final, Protocol
 
 import numpy as np
@@ -41,6 +42,7 @@ log = structlog.get_logger("mimir.session")
 
 PROMPT_ROWS: Final = 32  # prompt rows of one step at most
 DECODE_BATCH: Final = 8  # decode steps whose material is made together at most
+PLANNED: Final = 512  # steps whose plans are kept for the next session, 25 kB each for GPT-2 small
 CHECK_ROWS: Final = 1 << 15  # inner dimensions of matrices checked together (memory: 1.5 kB each)
 VALID_BITS: Final = 64
 MASKS: Final = 3  # that clients get of a row: of its token, its position, and whether it holds one
@@ -259,16 +261,12 @@ class SessionActor(Actor[Any]):
 
     def _demand(self, step: Step) -> Demand:
         """What a step takes: planned, so that it cannot differ from what the layers ask for."""
-        cost = plan.run(
-            transformer.cost_of(
-                self.spec, self.settings, step.first, step.rows, prompt=step.prompt, last=step.choose
-            )
-        )
+        demand = dict(_planned(self.spec, self.settings, replace(step, name="")))
         if step.choose:
             if self._choice is None:
                 self._choice = plan.run(transformer.cost_of_choice(self.spec, self._choose_plan)).demand
-            prep.add_demand(cost.demand, self._choice)
-        return cost.demand
+            prep.add_demand(demand, self._choice)
+        return demand
 
     async def _sizes(self) -> None:
         """How much to make at once and to keep ready, by what a position takes at the end of the context.
@@ -542,6 +540,14 @@ class SessionActor(Actor[Any]):
             "sent_preprocessing": making.sent,
             "seconds": time.monotonic() - self._began,
         }
+
+
+@lru_cache(maxsize=PLANNED)
+def _planned(spec: PlanSpec, settings: Settings, alike: Step) -> Demand:
+    """What a step takes but for the choice of its token, planned once for all sessions that come this far."""
+    first, rows = alike.first, alike.rows
+    cost = transformer.cost_of(spec, settings, first, rows, prompt=alike.prompt, last=alike.choose)
+    return plan.run(cost).demand
 
 
 def _weights_of(demand: Demand, names: frozenset[str] | None = None) -> Demand:
