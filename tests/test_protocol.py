@@ -1255,10 +1255,10 @@ def test_tournaments_are_short(n: int) -> None:
     left = n
     for level in ops.tournament(n):
         assert level.flags * math.prod(level.products) >= level.size - 1
-        assert level.coarser <= max(0, math.log2(left / level.size) - 7)
+        assert level.coarser <= max(0, math.log2(left / level.size) - 5)
         left = left // level.size + left % level.size
     assert left == 1
-    assert sum(level.rounds for level in ops.tournament(n)) <= (16 if n <= 50257 else 23)
+    assert sum(level.rounds for level in ops.tournament(n)) <= (16 if n <= 50257 else 20)
 
 
 LARGE = 5_000

@@ -22,7 +22,7 @@ from mimir.mpc.ops import Context
 from mimir.mpc.share import Share, concat
 
 LOGIT_BITS: Final = 8  # a logit stays below 2^8 - 1
-CHOICE_SCALE: Final = 12  # fraction bits of logits that are compared: more than they are good for
+CHOICE_SCALE: Final = 10  # fraction bits of logits that are compared: ten times finer than they are good for
 WIDTH: Final = CHOICE_SCALE + LOGIT_BITS + 2  # room for differences
 ASIDE_WIDTH: Final = WIDTH + 1  # and for those from values set aside
 NOISE_SCALE: Final = 10  # fraction bits of 1 / temperature

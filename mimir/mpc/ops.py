@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cache, lru_cache
+from functools import lru_cache
 from typing import Any, Final, Protocol, TypeAlias, TypeVar, cast
 
 import numpy as np
@@ -659,18 +659,19 @@ async def lift(ctx: Context, step: str, x: Share, width: int) -> Share:
 
 INDEX_BITS: Final = 24  # of the numbers modulo which an index is found
 
-# What a tournament is chosen by, in bytes: a gate, a product, an injected bit, and a round. The former with
-# the processor time of all three parties for preparing them, 6 bytes a microsecond; a round as 50 ms at
-# 100 Mbit/s, which is a way between cities.
+# What a tournament is chosen by, in bytes: a gate, a product and an injected bit, with the processor time of
+# all three parties for preparing them, 6 bytes a microsecond; and a round as 20 ms at 100 Mbit/s, or, until
+# there are few enough of them, more.
 _GATE_BYTES: Final = 0.16
 _PRODUCT_BYTES: Final = 4
 _BIT_BYTES: Final = 5.5
-_ROUND_BYTES: Final = 600_000
-_GROUPS: Final = (*range(2, 14), 15, 17, 19, 21, 25, 29, 33, 41, 49)  # sizes that are tried
+_ROUND_BYTES: Final = (250_000, 500_000, 1_000_000)
+_FEW_ROUNDS: Final = 16
+_GROUPS: Final = (2, 3, 4, 5, 6, 7, 8, 10, 12, 15, 19, 25, 33)  # sizes that are tried
 _WHOLE: Final = 256  # up to so many values may be one group
 _PRODUCT: Final = 10  # bits of a product at most: every subset of them is prepared
 _FLAGS: Final = 3  # bits by which a value is picked at most
-_CHOICE_WIDTH: Final = 22  # of the values of a tournament, as far as its cost is concerned
+_CHOICE_WIDTH: Final = 20  # of the values of a tournament, as far as its cost is concerned
 _COARSE_BITS: Final = 12  # that are left of a value at least
 
 
@@ -682,8 +683,8 @@ class Level:
 
     `coarser` bits more are dropped before values are compared, so that those closer than 3 * 2^coarser may go
     either way. Of n values in groups of g the largest one meets the next by a chance of g / n, and coarser is
-    at most log2(n / g) - 7: all levels together add a few percent to how often the next one wins because
-    values are rounded. Members of a group are far apart then, since neighbours may have to do with one
+    at most log2(n / g) - 5: all levels together add a tenth to how often the next one wins because values
+    are rounded. Members of a group are far apart then, since neighbours may have to do with one
     another, as the tokens of digits do.
     """
 
@@ -698,7 +699,7 @@ class Level:
 
 
 def _coarser(n: int, size: int) -> int:
-    return max(0, (n // size).bit_length() - 8)
+    return min(max(0, (n // size).bit_length() - 6), _CHOICE_WIDTH - _COARSE_BITS)
 
 
 def _ways(n: int, size: int) -> Iterator[Level]:
@@ -712,7 +713,7 @@ def _ways(n: int, size: int) -> Iterator[Level]:
                 yield Level(size, flags, products, coarser)
 
 
-def _level_cost(n: int, level: Level, first: bool) -> float:
+def _level_cost(n: int, level: Level, first: bool, round_bytes: int) -> float:
     groups, beaten = n // level.size, level.size - 1
     width = _CHOICE_WIDTH - level.coarser
     variables = 2 * len(digits(width - 1)) - 2
@@ -726,29 +727,30 @@ def _level_cost(n: int, level: Level, first: bool) -> float:
     columns = 1 if first else 2
     products = (columns + 1 << level.flags) - 1 - columns - level.flags
     picked = products * _PRODUCT_BYTES + level.flags * (_BIT_BYTES + 1 / 8) + columns * _CHOICE_WIDTH / 8
-    return cost + groups * beaten * picked + level.rounds * _ROUND_BYTES
-
-
-@cache
-def _level(n: int, size: int, first: bool) -> tuple[float, Level]:
-    return min(((_level_cost(n, way, first), way) for way in _ways(n, size)), key=lambda found: found[0])
+    return cost + groups * beaten * picked + level.rounds * round_bytes
 
 
 @lru_cache(maxsize=4096)
-def _cheapest(n: int, first: bool) -> tuple[float, tuple[Level, ...]]:
+def _cheapest(n: int, first: bool, round_bytes: int) -> tuple[float, tuple[Level, ...]]:
     if n == 1:
         return 0, ()
     options = []
     for size in sorted({s for s in _GROUPS if s < n} | ({n} if n <= _WHOLE else set())):
-        here, level = _level(n, size, first)
-        rest, levels = _cheapest(n - n // size * (size - 1), False)
+        ways = ((_level_cost(n, way, first, round_bytes), way) for way in _ways(n, size))
+        here, level = min(ways, key=lambda found: found[0])
+        rest, levels = _cheapest(n - n // size * (size - 1), False, round_bytes)
         options.append((here + rest, (level, *levels)))
     return min(options, key=lambda found: found[0])
 
 
+@lru_cache(maxsize=64)
 def tournament(n: int) -> tuple[Level, ...]:
     """The levels in which the largest of n is found."""
-    return _cheapest(n, True)[1]
+    for round_bytes in _ROUND_BYTES:
+        _, levels = _cheapest(n, True, round_bytes)
+        if sum(level.rounds for level in levels) <= _FEW_ROUNDS:
+            break
+    return levels
 
 
 @lru_cache(maxsize=64)
