@@ -222,6 +222,19 @@ def examples(small: bool = False) -> dict[str, tuple[Any, ...]]:
             w(slots),
             w(e),
         ),
+        "gr8_hot": (
+            w(e, slots).astype(np.uint8),
+            w(slots.bit_length() - 1, e),
+            w(slots),
+            w(e),
+            *np.empty((2, -(-e // kernels.GROUP), degree, kernels.GROUP), np.uint8),
+            np.empty((degree, slots), np.uint8),
+        ),
+        "gr8_fold": (np.ones((2 * of(64, 1), degree, kernels.GROUP), np.uint8), xi),
+        "gr8_inner": (
+            np.ones((of(64, 1), degree, kernels.GROUP), np.uint8),
+            np.ones((of(64, 1), degree, kernels.GROUP), np.uint8),
+        ),
         "gr_cross": (w(2, few, rows), w(2, few, rows), w(few)),
     }
 

@@ -460,6 +460,9 @@ RULES: Final[dict[str, Callable[..., tuple[tuple[Any, ...] | None, float]]]] = {
     "gr_combine": lambda x, r: ((len(x), DEGREE), x.size),
     "gr_combine_cols": lambda x, r: ((x.shape[1], DEGREE), x.size),
     "gr_hot": lambda a, w, columns, e, b, q, r: (None, e.size),
+    "gr8_hot": lambda e, b, q, r, a, w, columns: (None, e.size),
+    "gr8_fold": lambda a, xi: ((len(a) // 2, *a.shape[1:]), len(a) * kernels.GROUP),
+    "gr8_inner": lambda a, b: ((DEGREE,), len(a) * kernels.GROUP),
     "gr_cross": lambda x, y, r: ((kernels.crosses(x[0].shape[1]), DEGREE), _crossed(x)),
 }
 
@@ -491,7 +494,7 @@ class _Kernels:
                 return 0
             if isinstance(shape[0], tuple):
                 return tuple(_blank(each, np.dtype(np.uint64)) for each in shape)
-            dtype = args[0].dtype if name in ("matmul32", "rotate") else np.dtype(np.uint64)
+            dtype = args[0].dtype if name in ("matmul32", "rotate", "gr8_fold") else np.dtype(np.uint64)
             if out is not None:
                 if out.shape != shape:
                     raise LocalError(f"{name}: out must have shape {shape}, not {out.shape}")

@@ -330,11 +330,21 @@ static void gr_half_hot(void)
     mk_gr_half_hot(out, out + 19 * GR, out + 38 * GR, (uint16_t *)secret, more, public, public + 64, 19, 35, 5);
 }
 
-static void gr_byte_hot(void)
+static void gr8_hot(void)
 {
-    mk_gr_byte_hot(out, out + 19 * GR, out + 38 * GR, (uint8_t *)secret, more, public, public + 64, 19, 35, 5);
-    mk_gr_byte_hot(out, out + 19 * GR, out + 38 * GR, (uint8_t *)secret, more, public, public + 64, 19, 64, 5);
-    mk_gr_byte_hot(out, out + 85 * GR, out + 170 * GR, (uint8_t *)secret, more, public, public + 192, 85, 192, 5);
+    uint8_t *o = (uint8_t *)out, *e = (uint8_t *)secret;
+    mk_gr8_hot(o, o + 2 * GR * MK_GROUP, o + 4 * GR * MK_GROUP, e, more, public, public + 64, 19, 35, 5);
+    mk_gr8_hot(o, o + 2 * GR * MK_GROUP, o + 4 * GR * MK_GROUP, e, more, public, public + 192, 85, 192, 5);
+}
+
+static void gr8_fold(void)
+{
+    mk_gr8_fold((uint8_t *)out, (uint8_t *)secret, public[0], 2);
+}
+
+static void gr8_inner(void)
+{
+    mk_gr8_inner(out, (uint8_t *)secret, (uint8_t *)more, 3);
 }
 
 static void gr_combine_cols(void)
@@ -415,7 +425,9 @@ static void bytes_wipe(void)
     X(gr_combine)                                                                                                      \
     X(gr_hot)                                                                                                          \
     X(gr_half_hot)                                                                                                     \
-    X(gr_byte_hot)                                                                                                     \
+    X(gr8_hot)                                                                                                         \
+    X(gr8_fold)                                                                                                        \
+    X(gr8_inner)                                                                                                       \
     X(gr_combine_cols)                                                                                                 \
     X(gr_cross)                                                                                                        \
     X(gr_halves)                                                                                                       \

@@ -973,6 +973,83 @@ def test_one_hots_over_gf2_need_a_coin_for_each_entry_and_lane(seed: int) -> Non
             assert not caught(ends_of_planes(3, 1, lies, 1, seed), 1)
 
 
+def ends_of_bytes(
+    values: Sequence[Ring], bits: int, lies: Sequence[tuple[int, int, int, int]], cheater: int, seed: int
+) -> list[Any]:
+    """How the check of one-hots modulo 2^8 of the values of each stack ends, if a cheater adds to entries: of
+    which stack and row, the entry, and what.
+    """
+
+    async def state(p: Party) -> None:
+        rng, relations = np.random.default_rng([seed, 7]), []
+        for number, value in enumerate(values):
+            clear = (value[:, None] == np.arange(1 << bits, dtype=np.uint64)).astype(np.uint8)
+            a, b = rng.integers(0, 256, (2, *clear.shape), np.uint8)
+            summand = (a, b, clear - a - b)[p.index].copy()
+            for stack, row, entry, what in lies if p.index == cheater else ():
+                if stack == number:
+                    summand[row, entry : entry + 1] += np.uint8(what)
+            index = np.stack([value >> np.uint64(t) & np.uint64(1) for t in range(bits)])
+            c, d = rng.integers(0, 2**64, (2, *index.shape), np.uint64)
+            told = await p.prep_doors.reshare(
+                f"spread {number}", summand.view(np.uint64), (c, d, index - c - d)[p.index]
+            )
+            relations.append(check.OneHot(told[0].view(np.uint8), told[1], 56))
+        await check.verify(p.prep_doors, "verify", relations, [], [], [])
+
+    return trial(state, seed)
+
+
+@pytest.mark.parametrize("rows", [(1,), (64,), (65,), (130, 3, 200), (64 * 130,)])
+def test_one_wrong_byte_of_one_hots_modulo_2_8(rows: tuple[int, ...], seed: int) -> None:
+    """Of one group of elements or of several, an odd number or an even one, of one kind or of three: all
+    right they pass, and with a number where none should be, if only in its top bit, they do not. What stands
+    where the one should be is left to the sum.
+    """
+    rng, bits = np.random.default_rng([seed, *rows]), 4
+    values = [rng.integers(0, 1 << bits, n, np.uint64) for n in rows]
+    assert not caught(ends_of_bytes(values, bits, [], 0, seed), 0)
+    for cheater, what in zip(range(PARTIES), (1, 128, 255), strict=True):
+        stack = int(rng.integers(len(rows)))
+        row = int(rng.integers(rows[stack]))
+        right = int(values[stack][row])
+        wrong = right ^ int(rng.integers(1, 1 << bits))
+        for lies in (
+            [(stack, row, wrong, what)],
+            [(stack, row, wrong, what), (stack, row, right, 256 - what)],
+        ):
+            assert caught(ends_of_bytes(values, bits, lies, cheater, seed), cheater), lies
+        lies = [(stack, row, right, what)]
+        assert not caught(ends_of_bytes(values, bits, lies, cheater, seed), cheater)
+
+
+def test_one_hots_modulo_2_8_need_a_coin_for_each_row(seed: int) -> None:
+    """What is added to a row and taken from another one of the same index, in another group, is found; with
+    one coin for all rows it would pass.
+    """
+    values, whole = [np.full(200, 5, np.uint64)], check.Draw.exceptional
+    lies = [(0, 3, 6, 7), (0, 150, 6, 249)]
+    assert caught(ends_of_bytes(values, 3, lies, 1, seed), 1)
+    with mock.patch.object(check.Draw, "exceptional", lambda self, n: np.repeat(whole(self, 1), n)):
+        assert not caught(ends_of_bytes(values, 3, lies, 1, seed), 1)
+
+
+@pytest.mark.parametrize("depth", [0, 1])
+def test_values_of_a_halving_cannot_hide_a_wrong_byte(depth: int, seed: int) -> None:
+    """A cheater may add anything to what is told of halves modulo 2^8; whatever it adds, it is caught."""
+    values, rng = [np.random.default_rng(seed).integers(0, 16, 500, np.uint64)], np.random.default_rng(seed)
+
+    def halve(summands: list[Ring]) -> None:
+        v = summands[-1].view(np.uint8)
+        v[0, int(rng.integers(check.DEGREE))] += np.uint8(rng.integers(1, 256))
+
+    for cheater in range(PARTIES):
+        with lying(cheater, {f"verify/halve {depth}": halve}):
+            assert caught(ends_of_bytes(values, 4, [], cheater, seed + cheater), cheater)
+            wrong = [(0, 77, int(values[0][77]) ^ 1, 128)]
+            assert caught(ends_of_bytes(values, 4, wrong, cheater, seed + cheater), cheater)
+
+
 @pytest.mark.parametrize("inner", [1, 5, 8, 64, 200])
 def test_one_wrong_product_of_vectors_and_matrices(inner: int, seed: int) -> None:
     """Whatever the inner dimension, few matrices or many: all right they pass, one entry wrong in its top bit

@@ -31,6 +31,7 @@ from mimir.kernels import build
 from mimir.mpc import waves
 
 U64 = npt.NDArray[np.uint64]
+U8 = npt.NDArray[np.uint8]
 U32 = npt.NDArray[np.uint32]
 M = 1 << 64
 ONES = M - 1
@@ -1214,25 +1215,25 @@ def _hot(e: Any, b: U64, q: U64, r: U64) -> list[U64]:
     return out
 
 
-@pytest.mark.parametrize("kind", [np.uint64, np.uint16, np.uint8])
-@pytest.mark.parametrize(
-    ("n", "size", "bits"),
-    [
-        (0, 4, 2),
-        (1, 1, 1),
-        (5, 8, 3),
-        (17, 2, 9),
-        (67, 16, 4),
-        (130, 33, 18),
-        (66, 128, 48),
-        (19, 512, 0),
-        (0, 64, 6),
-        (300, 64, 6),
-        (131, 192, 7),
-        (259, 256, 8),
-        (2, 256, 8),
-    ],
-)
+HOTS = [
+    (0, 4, 2),
+    (1, 1, 1),
+    (5, 8, 3),
+    (17, 2, 9),
+    (67, 16, 4),
+    (130, 33, 18),
+    (66, 128, 48),
+    (19, 512, 0),
+    (0, 64, 6),
+    (300, 64, 6),
+    (131, 192, 7),
+    (259, 256, 8),
+    (2, 256, 8),
+]
+
+
+@pytest.mark.parametrize("kind", [np.uint64, np.uint16])
+@pytest.mark.parametrize(("n", "size", "bits"), HOTS)
 @pytest.mark.parametrize("largest", [False, True])
 def test_gr_hot(
     level: str, rng: np.random.Generator, n: int, size: int, bits: int, kind: Any, largest: bool
@@ -1249,6 +1250,55 @@ def test_gr_hot(
     want = [k.gr_mul01(index, r), k.gr_combine(wide, q), k.gr_combine_cols(wide, r)]
     for got, one in zip(_hot(e, b, q, r), want, strict=True):
         same(got, one)
+
+
+def _groups(n: int) -> U8:
+    return np.full((-(-n // k.GROUP), 48, k.GROUP), 77, np.uint8)
+
+
+def _elements(groups: U8) -> U64:
+    """Those of groups, one after another, as words."""
+    return np.ascontiguousarray(groups.swapaxes(1, 2)).reshape(-1, 48).astype(np.uint64)
+
+
+def _hot8(e: U8, b: U64, q: U64, r: U64) -> tuple[U8, U8, U8]:
+    n, size = e.shape
+    out = _groups(n), _groups(n), np.full((48, size), 77, np.uint8)
+    k.gr8_hot(e, b, q, r, *out)
+    return out
+
+
+@pytest.mark.parametrize(("n", "size", "bits"), HOTS)
+@pytest.mark.parametrize("largest", [False, True])
+def test_gr8_hot(level: str, rng: np.random.Generator, n: int, size: int, bits: int, largest: bool) -> None:
+    """What `gr_hot` gives of words, modulo 2^8, and zeros in lanes that no row has."""
+    e, b, q, r = (
+        rng.integers(0, 256, (n, size), np.uint8),
+        words(rng, bits, n),
+        words(rng, size),
+        words(rng, n),
+    )
+    if largest:
+        e[...], b[...], q[...], r[...] = 255, M - 1, M - 1, M - 1
+    want = [v & np.uint64(255) for v in _hot(e.astype(np.uint64), b, q, r)]
+    a, w, columns = _hot8(e, b, q, r)
+    same(columns.T.astype(np.uint64), want[2])
+    for got, one in zip((a, w), want, strict=False):
+        same(_elements(got)[:n], one)
+        assert not _elements(got)[n:].any()
+
+
+@pytest.mark.parametrize("groups", [0, 1, 2, 7])
+def test_gr8(level: str, rng: np.random.Generator, groups: int) -> None:
+    """Folding and inner products are those over words, modulo 2^8; also of the largest numbers."""
+    for a in (
+        rng.integers(0, 256, (2 * groups, 48, 64), np.uint8),
+        np.full((2 * groups, 48, 64), 255, np.uint8),
+    ):
+        b = rng.permutation(a.reshape(-1)).reshape(a.shape)
+        same(k.gr8_inner(a, b), k.gr_inner(_elements(a), _elements(b)) & np.uint64(255))
+        for xi in (0, 1, 1 << 47, (1 << 48) - 1, int(rng.integers(0, 1 << 48))):
+            same(_elements(k.gr8_fold(a, xi)), k.gr_fold(_elements(a), xi) & np.uint64(255))
 
 
 @pytest.mark.parametrize(("rows", "n"), CROSSES)
@@ -1321,6 +1371,7 @@ def test_gr_is_a_ring_with_units(level: str, rng: np.random.Generator) -> None:
 
 def test_gr_misuse(rng: np.random.Generator) -> None:
     a, r, x = words(rng, 3, 48), words(rng, 3), words(rng, 2, 3)
+    g, c = np.zeros((1, 48, k.GROUP), np.uint8), np.zeros((48, 3), np.uint8)
     refuses(
         lambda: k.gr_inner(a, a[:2]),
         lambda: k.gr_inner(a[:, :47], a[:, :47]),
@@ -1341,6 +1392,15 @@ def test_gr_misuse(rng: np.random.Generator) -> None:
         lambda: k.gr_hot(a, a.copy(), words(rng, 513, 48), words(rng, 3, 513), x, words(rng, 513), r),
         lambda: k.gr_hot(a, a.copy(), a.copy(), words(rng, 3, 3), words(rng, 49, 3), r, r),
         lambda: k.gr_hot(a, a.copy(), a.copy(), words(rng, 3, 3), words(rng, 2, 3), r[:2], r),
+        lambda: k.gr_hot(a, a.copy(), a.copy(), words(rng, 3, 3).astype(np.uint8), words(rng, 2, 3), r, r),
+        lambda: k.gr8_hot(words(rng, 3, 3), words(rng, 2, 3), r, r, g, g.copy(), c),  # type: ignore[arg-type]
+        lambda: k.gr8_hot(c[:3], words(rng, 2, 3), r, r, g, g.copy(), c[:40].copy()),
+        lambda: k.gr8_hot(c[:3], words(rng, 2, 3), r[:2], r, g, g.copy(), c.copy()),
+        lambda: k.gr8_hot(c[:3], words(rng, 2, 3), r, r, g, np.concatenate([g, g]), c.copy()),
+        lambda: k.gr8_fold(g, 1),
+        lambda: k.gr8_fold(np.concatenate([g, g]), 1 << 48),
+        lambda: k.gr8_fold(np.concatenate([g, g]), 1, c),
+        lambda: k.gr8_inner(g, np.concatenate([g, g])),
     )
 
 
@@ -1393,6 +1453,14 @@ WIDE: dict[str, Callable[[np.random.Generator], Any]] = {
     "bit_slice": lambda g: k.bit_slice(words(g, 4099), 64),
     "gr_hot": lambda g: np.concatenate(
         _hot(words(g, 301, 128), words(g, 7, 301), words(g, 128), words(g, 301))
+    ),
+    "gr8_hot": lambda g: np.concatenate(
+        [
+            v.reshape(-1)
+            for v in _hot8(
+                g.integers(0, 256, (301, 128), np.uint8), words(g, 7, 301), words(g, 128), words(g, 301)
+            )
+        ]
     ),
 }
 
@@ -1653,7 +1721,13 @@ def walk_fences() -> None:
             k.gr_combine(w(n, 5), w(5))
             k.gr_combine_cols(w(n, 5), w(n))
             k.gr_combine_cols(w(5, n), w(5))
-            narrow = [fence.empty(s, kind) for s in ((n, 5), (5, n)) for kind in (np.uint16, np.uint8)]
+            narrow = [fence.empty(s, np.uint16) for s in ((n, 5), (5, n))]
+            for size in (5, 64, 70):
+                groups = [fence.empty((-(-n // 64), 48, 64), np.uint8) for _ in range(2)]
+                out = [*groups, fence.empty((48, size), np.uint8)]
+                k.gr8_hot(fence.empty((n, size), np.uint8), w(3, n), w(size), w(n), *out)
+                k.gr8_inner(*groups)
+                k.gr8_fold(fence.empty((2, 48, 64), np.uint8), 5)
             for e in (w(n, 5), w(5, n), *narrow):
                 out = [fence.empty((rows, 48), np.uint64) for rows in (len(e), len(e), e.shape[1])]
                 k.gr_hot(*out, e, w(3, len(e)), w(e.shape[1]), w(len(e)))

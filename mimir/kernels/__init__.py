@@ -24,6 +24,7 @@ from mimir.errors import ConfigError, EnvironmentMissing, LocalError
 
 U64: TypeAlias = npt.NDArray[np.uint64]
 U32: TypeAlias = npt.NDArray[np.uint32]
+U8: TypeAlias = npt.NDArray[np.uint8]
 Real: TypeAlias = npt.NDArray[np.float64]
 Bytes: TypeAlias = bytes | bytearray | memoryview
 
@@ -35,6 +36,7 @@ KEY_BYTES = 32
 BLOCK_BYTES = 16  # of the generator
 MAX_ROWS = 64  # MK_ROWS
 MAX_ENTRIES = 512  # MK_ENTRIES
+GROUP = 64  # MK_GROUP
 MAX_DEGREE = 8  # MK_DEGREE
 MAX_CHOICES = 16  # of which one is chosen
 MAX_DIGIT = 10  # MK_DIGIT
@@ -66,6 +68,7 @@ _ffi, _lib = _load()
 _from_buffer: Any = _ffi.from_buffer if not isinstance(_ffi, _Missing) else None
 _WORDS: Any = _ffi.typeof("uint64_t[]") if not isinstance(_ffi, _Missing) else None
 _WORDS32: Any = _ffi.typeof("uint32_t[]") if not isinstance(_ffi, _Missing) else None
+_BYTES: Any = _ffi.typeof("uint8_t[]") if not isinstance(_ffi, _Missing) else None
 _DOUBLES: Any = _ffi.typeof("double[]") if not isinstance(_ffi, _Missing) else None
 
 
@@ -1052,7 +1055,7 @@ def gr_cross(x: Sequence[U64], y: Sequence[U64], r: U64) -> U64:
 
 
 def gr_hot(a: U64, w: U64, columns: U64, e: npt.NDArray[Any], b: U64, q: U64, r: U64) -> None:
-    """Of one component of one-hots e (n, K), of 64, 16 or 8 bits, and of their bits b (k, n), with 01
+    """Of one component of one-hots e (n, K), of 64 or 16 bits, and of their bits b (k, n), with 01
     elements q (K,) and r (n,): a_i = r_i sum_t b[t, i] X^t and w_i = sum_j e[i, j] q_j, both (n, 48), and
     columns_j = sum_i e[i, j] r_i (K, 48). K is at most MAX_ENTRIES, k at most 48.
     """
@@ -1065,9 +1068,52 @@ def gr_hot(a: U64, w: U64, columns: U64, e: npt.NDArray[Any], b: U64, q: U64, r:
         _array(name, value, (length,))
     for rows, out in ((n, a), (n, w), (size, columns)):
         _room(out, (rows, GR_DEGREE), e, b, q, r)
-    kernels = {np.uint64: _lib.mk_gr_hot, np.uint16: _lib.mk_gr_half_hot, np.uint8: _lib.mk_gr_byte_hot}
+    if kind is np.uint8:
+        raise LocalError("e of bytes is for gr8_hot")
+    kernels = {np.uint64: _lib.mk_gr_hot, np.uint16: _lib.mk_gr_half_hot}
     entries = _from_buffer(words, e)
     kernels[kind](_out(a), _out(w), _out(columns), entries, _in(b), _in(q), _in(r), n, size, bits)
+
+
+# ---- GR(2^8, 48), the same ring modulo 2^8 ----
+# Of n elements GROUP are a group, (48, GROUP) bytes, lane by lane; the last one has zeros where none is left.
+
+
+def gr8_hot(e: U8, b: U64, q: U64, r: U64, a: U8, w: U8, columns: U8) -> None:
+    """As gr_hot, of bytes e (n, K), and of b (k, n) the lowest 8 bits: a and w are groups, (ceil(n / GROUP),
+    48, GROUP), and columns is (48, K).
+    """
+    n, size = _array("e", e, (None, None), np.uint8)
+    bits, _ = _array("b", b, (None, n))
+    _count("the second dimension of e", size, 0, MAX_ENTRIES)
+    _count("the first dimension of b", bits, 0, GR_DEGREE)
+    for name, value, length in (("q", q, size), ("r", r, n)):
+        _array(name, value, (length,))
+    groups = (-(-n // GROUP), GR_DEGREE, GROUP)
+    for shape, out in ((groups, a), (groups, w), ((GR_DEGREE, size), columns)):
+        _room(out, shape, e, b, q, r, dtype=np.uint8)
+    bytes_of = [_from_buffer(_BYTES, v, True) for v in (a, w, columns)]
+    _lib.mk_gr8_hot(*bytes_of, _from_buffer(_BYTES, e), _in(b), _in(q), _in(r), n, size, bits)
+
+
+def gr8_fold(a: U8, xi: int, out: U8 | None = None) -> U8:
+    """As gr_fold, of an even number of groups: (2 n, 48, GROUP) -> (n, 48, GROUP)."""
+    n, *_ = _array("a", a, (None, GR_DEGREE, GROUP), np.uint8)
+    if n % 2:
+        raise LocalError(f"a must have an even number of groups, not {n}")
+    out = _room(out, (n // 2, GR_DEGREE, GROUP), a, dtype=np.uint8)
+    word = _word("xi", xi, GR_DEGREE)
+    _lib.mk_gr8_fold(_from_buffer(_BYTES, out, True), _from_buffer(_BYTES, a), word, n // 2)
+    return out
+
+
+def gr8_inner(a: U8, b: U8) -> U64:
+    """Sum of a_j b_j over all elements of groups (n, 48, GROUP): (48,) words below 2^8."""
+    n, *_ = _array("a", a, (None, GR_DEGREE, GROUP), np.uint8)
+    _array("b", b, (n, GR_DEGREE, GROUP), np.uint8)
+    out = np.empty(GR_DEGREE, np.uint64)
+    _lib.mk_gr8_inner(_out(out), _from_buffer(_BYTES, a), _from_buffer(_BYTES, b), n)
+    return out
 
 
 # ---- bytes ----

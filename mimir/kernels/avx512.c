@@ -173,6 +173,7 @@ static inline vec swap_high(vec a, vec b, int s)
 #include "simd.h"
 
 #include "online.h"
+#include "gr8.h"
 
 #define AES_NAME mk_prg_aes_avx512
 #define AES_WIDE 4

@@ -25,7 +25,7 @@ LIBRARY = "_native.abi3.so"  # the name setuptools gives it too: cffi keeps to t
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
-HEADERS = ("kernels.h", "levels.h", "ct.h", "simd.h", "online.h", "aes.h", "pool.h")
+HEADERS = ("kernels.h", "levels.h", "ct.h", "simd.h", "online.h", "gr8.h", "aes.h", "pool.h")
 
 
 def declarations(header: str) -> str:

@@ -191,9 +191,11 @@ MK_THUNK(mk_gr_hot,
 MK_THUNK(mk_gr_half_hot,
          (uint64_t *a, uint64_t *w, uint64_t *columns, const uint16_t *e, const uint64_t *b, const uint64_t *q, const uint64_t *r, size_t n, size_t size, size_t bits),
          (a, w, columns, e, b, q, r, n, size, bits))
-MK_THUNK(mk_gr_byte_hot,
-         (uint64_t *a, uint64_t *w, uint64_t *columns, const uint8_t *e, const uint64_t *b, const uint64_t *q, const uint64_t *r, size_t n, size_t size, size_t bits),
+MK_THUNK(mk_gr8_hot,
+         (uint8_t *a, uint8_t *w, uint8_t *columns, const uint8_t *e, const uint64_t *b, const uint64_t *q, const uint64_t *r, size_t n, size_t size, size_t bits),
          (a, w, columns, e, b, q, r, n, size, bits))
+MK_THUNK(mk_gr8_fold, (uint8_t *out, const uint8_t *a, uint64_t xi, size_t half), (out, a, xi, half))
+MK_THUNK(mk_gr8_inner, (uint64_t *out, const uint8_t *a, const uint8_t *b, size_t groups), (out, a, b, groups))
 
 /* ---- long kernels, which are split over threads ---- */
 

@@ -223,7 +223,7 @@ void mk_gf_blend(uint64_t *out, const uint64_t *x, const uint64_t *w, size_t row
  * cross: as over GF(2^64), of ring words: x0, x1, y0, y1 (n, rows), out_t = sum_g r_g (x0 y0 + x0 y1 + x1 y0)[t, g].
  * hot: what the claims of one-hots are made of (see check.py), for one component e (n, size), size at most MK_ENTRIES, and
  * b (bits, n), bits at most 48: a_i = r_i sum_t b[t, i] X^t, w_i = sum_j e[i, j] q_j, columns_j = sum_i e[i, j] r_i.
- * half_hot, byte_hot: the same for entries of 16 and of 8 bits.
+ * half_hot: the same for entries of 16 bits.
  * Public: xi, q and all r. */
 #define MK_ENTRIES 512
 void mk_gr_inner(uint64_t *out, const uint64_t *a, const uint64_t *b, size_t n);
@@ -239,7 +239,15 @@ void mk_gr_cross(uint64_t *out, const uint64_t *x0, const uint64_t *x1, const ui
 
 void mk_gr_hot(uint64_t *a, uint64_t *w, uint64_t *columns, const uint64_t *e, const uint64_t *b, const uint64_t *q, const uint64_t *r, size_t n, size_t size, size_t bits);
 void mk_gr_half_hot(uint64_t *a, uint64_t *w, uint64_t *columns, const uint16_t *e, const uint64_t *b, const uint64_t *q, const uint64_t *r, size_t n, size_t size, size_t bits);
-void mk_gr_byte_hot(uint64_t *a, uint64_t *w, uint64_t *columns, const uint8_t *e, const uint64_t *b, const uint64_t *q, const uint64_t *r, size_t n, size_t size, size_t bits);
+
+/* The same ring modulo 2^8, for claims of one-hots of bytes: groups of MK_GROUP elements, (48, MK_GROUP) bytes each, lane
+ * by lane; of n elements the last group has zeros. e, b, q, r, xi as above, of b the lowest 8 bits count.
+ * hot: as hot, columns (48, size).  fold: out (half groups) of a (2 half), as fold.  inner: sum of a_j b_j over all
+ * lanes of all groups, 48 words below 2^8. */
+#define MK_GROUP 64
+void mk_gr8_hot(uint8_t *a, uint8_t *w, uint8_t *columns, const uint8_t *e, const uint64_t *b, const uint64_t *q, const uint64_t *r, size_t n, size_t size, size_t bits);
+void mk_gr8_fold(uint8_t *out, const uint8_t *a, uint64_t xi, size_t half);
+void mk_gr8_inner(uint64_t *out, const uint8_t *a, const uint8_t *b, size_t groups);
 
 /* Zero n bytes in a way no compiler drops. One level only: it is bound by memory. */
 void mk_bytes_wipe(uint8_t *out, size_t n);

@@ -69,7 +69,9 @@ void mk_ring32_product(uint32_t *c, const uint32_t *a, const uint32_t *b, size_t
     X(mk_gr_cross)                                                                                                     \
     X(mk_gr_hot)                                                                                                       \
     X(mk_gr_half_hot)                                                                                                  \
-    X(mk_gr_byte_hot)
+    X(mk_gr8_hot)                                                                                                      \
+    X(mk_gr8_fold)                                                                                                     \
+    X(mk_gr8_inner)
 
 #define MK_DECLARE(name)                                                                                               \
     __typeof__(name) name##_ref;                                                                                       \

@@ -588,9 +588,12 @@ static void hot_row(uint64_t *a, uint64_t *w, uint64_t *columns, const uint64_t 
     }
 HOT(mk_gr_hot_ref, uint64_t)
 HOT(mk_gr_half_hot_ref, uint16_t)
-HOT(mk_gr_byte_hot_ref, uint8_t)
 #undef HOT
 
 /* ---- the local halves of online operations ---- */
 
 #include "online.h"
+
+/* ---- one-hots modulo 2^8 ---- */
+
+#include "gr8.h"

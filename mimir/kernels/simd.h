@@ -1199,16 +1199,15 @@ enum { HOT_ROWS = 64, HOT_WORDS = 1 << 13 };
 INLINE void hot(uint64_t *a, uint64_t *w, uint64_t *columns, const void *e, const size_t width, const uint64_t *b,
                 const uint64_t *q, const uint64_t *r, size_t n, size_t size, size_t bits)
 {
-    const uint64_t *whole = e; /* or entries of `width` bytes, which are widened as they come */
+    const uint64_t *whole = e; /* or entries of 2 bytes, which are widened as they come */
     const uint16_t *half = e;
-    const uint8_t *byte = e;
     uint64_t room[HOT_WORDS] __attribute__((aligned(64)));
     size_t strips = size / STRIP * STRIP, step = size ? least(HOT_ROWS, HOT_WORDS / size) : HOT_ROWS;
     memset(columns, 0, size * MK_GR * sizeof *columns);
     for (size_t i = 0; i < n; i += step) {
         size_t rows = least(n - i, step);
         if (width < sizeof *room)
-            for (size_t j = 0; j < rows * size; j++) room[j] = width == 1 ? byte[size * i + j] : half[size * i + j];
+            for (size_t j = 0; j < rows * size; j++) room[j] = half[size * i + j];
         const uint64_t *block = width < sizeof *room ? room : whole + size * i;
         combine(w + MK_GR * i, block, q, size, 1, rows, size);
         combine_some(columns, block, r + i, 1, size, strips, size, rows, 1);
@@ -1229,67 +1228,6 @@ void MK(mk_gr_half_hot)(uint64_t *restrict a, uint64_t *restrict w, uint64_t *re
                         size_t size, size_t bits)
 {
     hot(a, w, columns, e, sizeof *e, b, q, r, n, size, bits);
-}
-
-/* Bytes are added four at once, in fields of 16 bits of a word, where sums of up to FIELD_TERMS of them have room: what
- * comes out is the same. Rows are packed with those a quarter of a block apart, and columns likewise. */
-enum { FIELDS = 4, FIELD_BITS = 16, FIELD_TERMS = 257, FIELD_WORDS = 1 << 12 };
-
-/* out (quarter, size) of rows of which each holds those `quarter` apart, those beyond `rows` being 0. */
-static void pack_rows(uint64_t *restrict out, const uint8_t *e, size_t quarter, size_t rows, size_t size)
-{
-    memset(out, 0, quarter * size * sizeof *out);
-    for (size_t k = 0; k < FIELDS; k++) {
-        size_t from = least(k * quarter, rows), count = least(rows - from, quarter);
-        for (size_t j = 0; j < count * size; j++) out[j] |= (uint64_t)e[from * size + j] << (FIELD_BITS * k);
-    }
-}
-
-/* out (rows, size / 4) of columns of which each holds those size / 4 apart. */
-static void pack_columns(uint64_t *restrict out, const uint8_t *e, size_t rows, size_t size)
-{
-    size_t apart = size / FIELDS;
-    for (size_t i = 0; i < rows; i++, e += size, out += apart)
-        for (size_t j = 0; j < apart; j++) {
-            uint64_t low = e[j] | (uint64_t)e[apart + j] << FIELD_BITS;
-            uint64_t high = e[2 * apart + j] | (uint64_t)e[3 * apart + j] << FIELD_BITS;
-            out[j] = low | high << 2 * FIELD_BITS;
-        }
-}
-
-static void hot_fields(uint64_t *restrict a, uint64_t *restrict w, uint64_t *restrict columns, const uint8_t *e,
-                       const uint64_t *b, const uint64_t *q, const uint64_t *r, size_t n, size_t size, size_t bits)
-{
-    uint64_t packed[FIELD_WORDS] __attribute__((aligned(64)));
-    uint64_t sums[FIELD_TERMS / FIELDS * MK_GR] __attribute__((aligned(64)));
-    const uint64_t field = ((uint64_t)1 << FIELD_BITS) - 1;
-    size_t apart = size / FIELDS, step = least(FIELD_WORDS / size * FIELDS, FIELD_TERMS - 1);
-    memset(columns, 0, size * MK_GR * sizeof *columns);
-    for (size_t i = 0; i < n; i += step) {
-        size_t rows = least(n - i, step), quarter = (rows + FIELDS - 1) / FIELDS;
-        pack_rows(packed, e + size * i, quarter, rows, size);
-        combine(sums, packed, q, size, 1, quarter, size);
-        for (size_t k = 0; k < FIELDS; k++) {
-            size_t from = least(k * quarter, rows), count = least(rows - from, quarter);
-            uint64_t *to = w + MK_GR * (i + from);
-            for (size_t j = 0; j < count * MK_GR; j++) to[j] = sums[j] >> (FIELD_BITS * k) & field;
-        }
-        pack_columns(packed, e + size * i, rows, size);
-        combine_some(sums, packed, r + i, 1, apart, apart, apart, rows, 0);
-        for (size_t k = 0; k < FIELDS; k++)
-            for (size_t j = 0; j < apart * MK_GR; j++)
-                columns[k * apart * MK_GR + j] += sums[j] >> (FIELD_BITS * k) & field;
-        for (size_t j = 0; j < rows; j++) mul_short(a + MK_GR * (i + j), b + i + j, n, bits, r[i + j]);
-    }
-    for (size_t u = 0; u < size; u += STRIP) turn_sums(columns + u * MK_GR);
-}
-
-void MK(mk_gr_byte_hot)(uint64_t *restrict a, uint64_t *restrict w, uint64_t *restrict columns, const uint8_t *e,
-                        const uint64_t *b, const uint64_t *q, const uint64_t *r, size_t n,
-                        size_t size, size_t bits)
-{
-    if (size > 0 && size % (FIELDS * STRIP) == 0 && size < FIELD_TERMS) hot_fields(a, w, columns, e, b, q, r, n, size, bits);
-    else hot(a, w, columns, e, sizeof *e, b, q, r, n, size, bits);
 }
 
 /* Results of a cross, which come one by one: STRIP of them wait in `terms`, CROSS words each, to be added together. */
