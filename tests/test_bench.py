@@ -246,10 +246,12 @@ def test_late_sessions_are_what_the_model_counts(monkeypatch: pytest.MonkeyPatch
         assert told["prep"]["sent"] == pytest.approx(cost.each(made, "sent"), rel=0.2)
         starts = [m["at"] for p in parts for m in p[number] if m["kind"] == "start"]
         assert min(starts) > max(m["at"] for p in parts for s in p for m in s if m["kind"] == "made")
-    rate = targets.side_by_side(parts)
+    rate = targets.side_by_side(parts, 2)
     # Sessions wait for each other's first token, after which each has two.
     assert 2 < rate["passes"] <= 4 and rate["sessions"] == 2
-    assert rate["rate"] == rate["passes"] / rate["seconds"]
+    assert rate["rate"] == rate["passes"] / rate["seconds"] == rate["first"]
+    twice = targets.side_by_side([[*p, *reversed(p)] for p in parts], 2)
+    assert twice == rate
 
 
 def test_the_whole_prefill_is_told() -> None:
