@@ -406,7 +406,8 @@ class FixedModel:
             y = self._product(name, h, self.weights[name])
             y = np.concatenate([self._truncate(y[:, :cut], fx.short_scale), y[:, cut:]], axis=1)
             y = self._times(name, y, r)
-        self._fits(name, float(np.abs((y + bias).astype(np.float64)).max()))
+        room = 256 / 255 if name == "head" else 1.0  # for a choice logits must stay below 255
+        self._fits(name, room * float(np.abs((y + bias).astype(np.float64)).max()))
         return y + bias
 
     def _lowered(self, x: Ints, low: int) -> Ints:

@@ -519,7 +519,7 @@ def test_greedy_is_argmax(vocab: int, top: float) -> None:
 
 @pytest.mark.parametrize("gap", [8, 1000])
 def test_greedy_tells_near_ties_apart(gap: int) -> None:
-    """Logits that differ by 8 units of 2^-12 or more are told apart, wherever the larger stands."""
+    """Logits that differ by 8 units of 2^-10 or more are told apart, wherever the larger stands."""
     for at in (0, 5, 10):
         logits = np.full(11, -3.0)
         logits[at] += gap * 2.0**-sampling.CHOICE_SCALE

@@ -34,7 +34,7 @@ from mimir import kernels
 from mimir.actors import triples
 from mimir.errors import LocalError
 from mimir.model import sampling, transformer
-from mimir.model.checkpoint import PlanSpec
+from mimir.model.checkpoint import MAX_VOCAB, PlanSpec
 from mimir.model.sampling import Sampler
 from mimir.model.transformer import Cache, LayerCache
 from mimir.mpc import check, ops, prep, waves
@@ -47,6 +47,7 @@ from mimir.mpc.plan import Cost, planning
 from mimir.mpc.plan import run as run_plan
 from mimir.mpc.share import Bits, Share, concat
 from mimir.net.memory import Tapped
+from mimir.net.messages import TOKEN_BITS
 
 RING = 1 << 64
 Party = parties.Party
@@ -1298,7 +1299,14 @@ def test_argmax_of_many(backend: Replicated, gap: str) -> None:
 
 def test_an_argmax_of_too_many_is_refused(backend: Replicated) -> None:
     with pytest.raises(LocalError, match="at most 2\\^24"):
-        plan(lambda ctx, s: ops.argmax(ctx, "argmax", s, 0, 22), [np.zeros(1 << 24, np.uint64)], {})
+        plan(lambda ctx, s: ops.argmax(ctx, "argmax", s, 0, 22), [np.zeros((1 << 24) + 1, np.uint64)], {})
+    with pytest.raises(LocalError, match="20 bits or more, not at 19"):
+        plan(lambda ctx, s: ops.argmax(ctx, "argmax", s, 0, 19), [np.zeros(LARGE, np.uint64)], {})
+
+
+def test_tokens_are_revealed_modulo_no_more_than_they_are_known() -> None:
+    """What is above would be sums of unrelated parts of shares; and every vocabulary fits."""
+    assert TOKEN_BITS <= ops.INDEX_BITS and MAX_VOCAB <= 1 << TOKEN_BITS
 
 
 # --- side by side -------------------------------------------------------------------------------------------

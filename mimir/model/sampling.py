@@ -1,8 +1,9 @@
 """Choosing the next token from secret logits: nobody sees a logit, a probability or the choice.
 
-Greedy takes the largest logit. Sampling takes the k largest in turn, divides by the temperature, adds
-Gumbel noise that is public but tossed only after the logits are fixed, and takes the largest of these: that
-draws from the softmax of the k logits exactly, and noise independent of the secrets says nothing about them.
+Greedy takes the largest logit, as finely as they are compared (ops.argmax). Sampling takes the k largest in
+turn, divides by the temperature, adds Gumbel noise that is public but tossed only after the logits are fixed,
+and takes the largest of these: that draws from the softmax of these k logits, and noise independent of the
+secrets says nothing about them.
 """
 
 from __future__ import annotations

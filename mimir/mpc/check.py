@@ -1,13 +1,13 @@
 """Verifying the preprocessing ("sacrifice"): relations, coins, one inner product, recursive halving.
 
 Everything a batch contains is stated as *relations* over shares. After the whole batch is fixed the parties
-toss a coin, and random linear combinations turn all relations of a batch into one claim <a, w> = c over an
-extension: GR(2^64, 48) for ring elements, GF(2^64) for bits.
+toss a coin, and random linear combinations turn all relations of a batch into one claim <a, w> = c over each
+of three extensions: GR(2^64, 48) for ring elements, GR(2^8, 48) for one-hots of bytes, GF(2^64) for bits.
 
 Products of ring elements and AND gates, by far the most, and sums of squares are folded up to 64 to 1 before
 they become elements of the extension, 48 or 64 times larger (`_Folding`); vectors times matrices are folded
 8 to 1 when half of them have (`_Vectors`). What remains is halved (Boyle et al., CCS 2019) with two extension
-elements and two rounds per level, ring and bits side by side; the last few entries are opened under a random
+elements and two rounds per level, the three side by side; the last few entries are opened under a random
 mask.
 
 Coefficients are drawn from the 2^48 elements of GR(2^64, 48) with coordinates 0 and 1. The difference of two
@@ -1194,7 +1194,7 @@ def _stated(
 ) -> list[_Recursion]:
     """All that a batch claims, over each extension one inner product, and one modulo 2^8."""
     made = [_Recursion(ext, _claims(ext, foldings, values, others, draw, xi)) for ext in (RING, BITS)]
-    if hots := [r for r in others if _of_bytes(r)]:
+    if hots := [r for r in others if _of_bytes(r) and r.e.shape[1]]:
         made.append(_Bytes(hots, draw))
     return [r for r in made if r.length]
 
@@ -1209,7 +1209,7 @@ async def verify(
 ) -> None:
     """Verify a whole batch or raise. Call when nothing in the batch will change any more.
 
-    Rounds: 9 + 2 log2(N / 32) for N the larger of the rows over both extensions: one for each product, or
+    Rounds: 9 + 2 log2(N / 32) for N the most rows over an extension: one for each product, or
     lane of a gate, that folding leaves, and one for each one-hot. Sent: up to 255 kB for the ring's products,
     280 kB for sums of squares, 10 kB for vectors times matrices and 5 kB for gates.
     """

@@ -608,14 +608,17 @@ async def argmax(ctx: Context, step: str, x: Share, low: int, width: int) -> tup
     and meant modulo 2^width (`lift` gives it in the ring).
 
     x loses `low` bits before it is compared, so values closer than 3 * 2^low may go either way; what is left
-    is compared exactly, ties to the lower index. Of more than some hundred values the first are compared more
-    coarsely, see `Level.coarser`. Differences are below 2^(low + width - 1) - 3 * 2^(low + coarser).
+    is compared exactly, ties to the lower index. Of more than a hundred values or so the first are compared
+    more coarsely, see `Level.coarser`, and ties go anywhere. Differences are below 2^(low + width - 1) - 3 *
+    2^(low + coarser).
 
     A tournament in groups: all pairs of a group are compared at once, the winner beats every other. Rounds: 3
     a level, and one for each product of bits that it takes before the winner is picked.
     """
-    if x.shape[0] >> INDEX_BITS:
+    if x.shape[0] > 1 << INDEX_BITS:
         raise LocalError(f"the largest of {x.shape[0]:,} values: at most 2^{INDEX_BITS} have an index")
+    if width < CHOICE_WIDTH and any(level.coarser for level in tournament(x.shape[0])):
+        raise LocalError(f"so many values are compared at {CHOICE_WIDTH} bits or more, not at {width}")
     value, index = drop(x, low, width), None
     lane = max(INDEX_BITS, -(-width // 8) * 8)
     for number, level in enumerate(tournament(x.shape[0])):
@@ -671,7 +674,7 @@ _GROUPS: Final = (2, 3, 4, 5, 6, 7, 8, 10, 12, 15, 19, 25, 33)  # sizes that are
 _WHOLE: Final = 256  # up to so many values may be one group
 _PRODUCT: Final = 10  # bits of a product at most: every subset of them is prepared
 _FLAGS: Final = 3  # bits by which a value is picked at most
-_CHOICE_WIDTH: Final = 20  # of the values of a tournament, as far as its cost is concerned
+CHOICE_WIDTH: Final = 20  # of the values of a tournament, at least if there are many
 _COARSE_BITS: Final = 12  # that are left of a value at least
 
 
@@ -699,7 +702,7 @@ class Level:
 
 
 def _coarser(n: int, size: int) -> int:
-    return min(max(0, (n // size).bit_length() - 6), _CHOICE_WIDTH - _COARSE_BITS)
+    return min(max(0, (n // size).bit_length() - 6), CHOICE_WIDTH - _COARSE_BITS)
 
 
 def _ways(n: int, size: int) -> Iterator[Level]:
@@ -715,7 +718,7 @@ def _ways(n: int, size: int) -> Iterator[Level]:
 
 def _level_cost(n: int, level: Level, first: bool, round_bytes: int) -> float:
     groups, beaten = n // level.size, level.size - 1
-    width = _CHOICE_WIDTH - level.coarser
+    width = CHOICE_WIDTH - level.coarser
     variables = 2 * len(digits(width - 1)) - 2
     pairs = groups * level.size * beaten / 2
     cost = pairs * (comparison_ands(width) * _GATE_BYTES + (width + variables) / 8)
@@ -726,7 +729,7 @@ def _level_cost(n: int, level: Level, first: bool, round_bytes: int) -> float:
         cost += groups * beaten * lanes * ((1 << factors) - 1 - factors) * _GATE_BYTES
     columns = 1 if first else 2
     products = (columns + 1 << level.flags) - 1 - columns - level.flags
-    picked = products * _PRODUCT_BYTES + level.flags * (_BIT_BYTES + 1 / 8) + columns * _CHOICE_WIDTH / 8
+    picked = products * _PRODUCT_BYTES + level.flags * (_BIT_BYTES + 1 / 8) + columns * CHOICE_WIDTH / 8
     return cost + groups * beaten * picked + level.rounds * round_bytes
 
 
