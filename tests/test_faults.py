@@ -1266,7 +1266,7 @@ FILLING = "mpc.prep:Batch._filled", "self.zeros.append(rest << np.uint64(RING_BI
 PRODUCT = "self.relations.append(check.Product(_up(x, lane), y, _up(z, lane)))"
 SCALED = "self.relations.append(check.ScalarProduct(_up(v, lane), x, _up(z, lane)))"
 CHOSEN = "b.state_scaled(ring, x, y, count)"
-PICKED = "b.state_scaled(bit, w, z, kind.lane)"
+TIMES = "self.state_scaled(v, x, z, lane)"
 ONE_HOTS = "self.relations.append(check.OneHot(*self._in_parts(e, b), int(shift)))"
 
 
@@ -1798,12 +1798,10 @@ CHECKS: dict[str, Check] = {
         ONE_HOTS,
         spoiling(SELECT, f"{SELECTS}/value 0/double 1 and 1 more", number=1),
     ),
-    "rows times a number": Check(
-        "mpc.prep:Batch.times", "self.state_scaled(v, x, z, RING_BITS)", spoiling(prep.Scale(3), "scale 3")
-    ),
-    "picks: times the first bit": Check("mpc.prep:_pick", PICKED, spoiling(PICK, "pick 1.2.24/times 0")),
+    "rows times a number": Check("mpc.prep:Batch.times", TIMES, spoiling(prep.Scale(3), "scale 3")),
+    "picks: times the first bit": Check("mpc.prep:Batch.times", TIMES, spoiling(PICK, "pick 1.2.24/times 0")),
     "picks: times further bits": Check(
-        "mpc.prep:_pick", PICKED, spoiling(PICK, "pick 1.2.24/times 1", at=(1,))
+        "mpc.prep:Batch.times", TIMES, spoiling(PICK, "pick 1.2.24/times 1", at=(1,))
     ),
     "triples": Check("mpc.prep:Batch.mul", "self.state_product(x, y, z, lane)", spoiling(prep.Mul(), "mul")),
     "truncations: both bits of a mask": Check(

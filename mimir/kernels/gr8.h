@@ -5,7 +5,9 @@
 
 typedef uint8_t group __attribute__((vector_size(MK_GROUP)));
 enum { QUAD8 = 4, SUBSETS8 = 1 << QUAD8 };
-#define UNROLL8 _Pragma("GCC unroll 16")
+#ifndef UNROLL
+#define UNROLL _Pragma("GCC unroll 16")
+#endif
 
 /* A row of lanes in memory, wherever it lies. */
 typedef uint8_t lanes_at __attribute__((vector_size(MK_GROUP), aligned(1), may_alias));
@@ -71,7 +73,7 @@ static void group_combine(group *s, const uint8_t *rows, size_t apart, size_t co
         sums[0] = (group){0};
         for (size_t k = 0; k < QUAD8 && l + k < count; k++)
             for (size_t old = 0; old < (size_t)1 << k; old++) sums[old | (size_t)1 << k] = sums[old] + FROM(rows + k * apart);
-        UNROLL8 for (size_t c = 0; c < MK_GR; c++) s[c] += sums[planes[c * words + l / 64] >> l % 64 & (SUBSETS8 - 1)];
+        UNROLL for (size_t c = 0; c < MK_GR; c++) s[c] += sums[planes[c * words + l / 64] >> l % 64 & (SUBSETS8 - 1)];
     }
 }
 
@@ -148,13 +150,13 @@ void MK(mk_gr8_inner)(uint64_t *restrict out, const uint8_t *a, const uint8_t *b
             for (size_t g = 0; g < groups; g++)
                 for (size_t l = 0; l < MK_GROUP; l += BYTES8) {
                     pairs x[LEFT8], y[RIGHT8];
-                    UNROLL8 for (size_t k = 0; k < LEFT8; k++) x[k] = *(const pairs_at *)(a + g * one + (i + k) * MK_GROUP + l);
-                    UNROLL8 for (size_t m = 0; m < RIGHT8; m++) y[m] = *(const pairs_at *)(b + g * one + (j + m) * MK_GROUP + l);
-                    UNROLL8 for (size_t k = 0; k < LEFT8; k++)
-                        UNROLL8 for (size_t m = 0; m < RIGHT8; m++) sum[k][m] += x[k] * y[m] + (x[k] >> 8) * (y[m] >> 8);
+                    UNROLL for (size_t k = 0; k < LEFT8; k++) x[k] = *(const pairs_at *)(a + g * one + (i + k) * MK_GROUP + l);
+                    UNROLL for (size_t m = 0; m < RIGHT8; m++) y[m] = *(const pairs_at *)(b + g * one + (j + m) * MK_GROUP + l);
+                    UNROLL for (size_t k = 0; k < LEFT8; k++)
+                        UNROLL for (size_t m = 0; m < RIGHT8; m++) sum[k][m] += x[k] * y[m] + (x[k] >> 8) * (y[m] >> 8);
                 }
-            UNROLL8 for (size_t k = 0; k < LEFT8; k++)
-                UNROLL8 for (size_t m = 0; m < RIGHT8; m++)
+            UNROLL for (size_t k = 0; k < LEFT8; k++)
+                UNROLL for (size_t m = 0; m < RIGHT8; m++)
                     for (size_t l = 0; l < BYTES8 / 2; l++) t[i + k + j + m] += sum[k][m][l];
         }
     for (size_t i = 2 * MK_GR - 2; i >= MK_GR; i--) {

@@ -1116,12 +1116,11 @@ class _Bytes(_Recursion):
             self._halves = sum(spread(partial(self._part, at) for at in starts), np.zeros_like(self.c))
             return
         up = np.uint64(RING_BITS - 8)
-        elements = [
-            np.ascontiguousarray(v[0].T).astype(np.uint64) for v in self._groups.reshape(4, 1, DEGREE, -1)
-        ]
-        a0, a1, *w = elements
+        a0, a1, w0, w1 = (
+            np.ascontiguousarray(v.T).astype(np.uint64) for v in self._groups.reshape(4, DEGREE, -1)
+        )
         self.c <<= up
-        self._blocks = [_Block(kernels.GROUP, (a0 << up, a1 << up), (w[0], w[1]))]
+        self._blocks = [_Block(kernels.GROUP, (a0 << up, a1 << up), (w0, w1))]
         self._halves = self._blocks[0].halves(RING)
 
     def _part(self, at: int) -> Ring:

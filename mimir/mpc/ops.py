@@ -721,7 +721,7 @@ def _level_cost(n: int, level: Level, first: bool, round_bytes: int) -> float:
     width = CHOICE_WIDTH - level.coarser
     variables = 2 * len(digits(width - 1)) - 2
     pairs = groups * level.size * beaten / 2
-    cost = pairs * (comparison_ands(width) * _GATE_BYTES + (width + variables) / 8)
+    cost = pairs * (_comparison_ands(width) * _GATE_BYTES + (width + variables) / 8)
     lanes = level.flags * math.prod(level.products)
     for factors in level.products:
         cost += groups * beaten * lanes / 8  # opened
@@ -757,7 +757,7 @@ def tournament(n: int) -> tuple[Level, ...]:
 
 
 @lru_cache(maxsize=64)
-def comparison_ands(width: int) -> int:
+def _comparison_ands(width: int) -> int:
     """ANDs that are prepared for the sign of a number of so many bits (`is_negative`)."""
     sizes = digits(width - 1)
     hot = sum((1 << size) - 2 for size in sizes)

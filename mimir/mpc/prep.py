@@ -548,10 +548,10 @@ class Batch:
         for i in range(2):
             kernels.double(e[i], product[i].view(e.dtype).reshape(n, have))
 
-    async def times(self, step: str, v: Ring, x: Ring) -> Ring:
-        """v (2, n) times each row of x (2, n, m), with its relation. One round."""
-        (z,) = await self.doors.reshare(step, await self.scaled(v, x))
-        self.state_scaled(v, x, z, RING_BITS)
+    async def times(self, step: str, v: Ring, x: Ring, lane: int = RING_BITS) -> Ring:
+        """v (2, n) times each row of x (2, n, m) modulo 2^lane, with its relation. One round."""
+        (z,) = await self.exchange(step, (await self.scaled(v, x), lane))
+        self.state_scaled(v, x, z, lane)
         return z
 
     async def scaled(self, v: Ring, x: Ring) -> Ring:
@@ -891,8 +891,7 @@ async def _pick(b: Batch, kind: Pick, n: int) -> dict[str, Ring]:
     ring = await b.inject(f"{name}/inject", bits, n, lane=kind.lane)
     for number in range(kind.flags):
         bit = np.ascontiguousarray(ring[:, number])
-        (z,) = await b.exchange(f"{name}/times {number}", (await b.scaled(bit, w), kind.lane))
-        b.state_scaled(bit, w, z, kind.lane)
+        z = await b.times(f"{name}/times {number}", bit, w, kind.lane)
         w = np.concatenate([w, bit[:, :, None], z], axis=2)
     return {"w": w}
 
