@@ -93,7 +93,7 @@ from mimir.net.messages import Message, Open, Sampler  # noqa: E402
 
 RESULTS = HERE / "results" / "targets"
 CONTEXT = 128
-BLOCK = 16  # positions that `decode` reads
+BLOCK = 32
 LARGE_BLOCK = 8  # of the 1.1 B shape
 PROMPT = 32
 AT_ONCE = 8

@@ -30,7 +30,6 @@ from session_fixture import (
 )
 
 import mimir.actors.session as session_module
-import mimir.actors.triples as triples_module
 from mimir import calibration, cost, dryrun, kernels, loopback
 from mimir.__main__ import main
 from mimir.actors.lane import open_lane
@@ -112,7 +111,7 @@ def test_material_made_in_parts_and_a_prompt_in_steps(monkeypatch: pytest.Monkey
     """Little memory: the same tokens, predicted as exactly; with more of it a prompt takes fewer rounds."""
     story = Story(LLAMA, prompts=((2, 4, 6, 8),), bucket=8)
     at_once, whole = counted(story), run_session(story)
-    monkeypatch.setattr(triples_module, "BATCH_BYTES", 1 << 17)
+    monkeypatch.setattr(session_module, "batch_bytes", lambda memory: 1 << 17)
     parts = counted(story)
     assert parts[ONLINE] == at_once[ONLINE] and parts[PREP][0] > at_once[PREP][0]
     assert exchanged(story) == [parts] * 3

@@ -1675,17 +1675,17 @@ def test_every_kind_holds_exactly(backend: Replicated, seed: int) -> None:
         relation(kind, n, got, parts, w)
 
 
-def test_a_batch_made_in_parts_holds_exactly(backend: Replicated, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_batch_made_in_parts_holds_exactly(backend: Replicated) -> None:
     """Parts cover the demand, in order and at whole words, and what they are joined to is as if made at once;
     what the parts held is wiped.
     """
     shapes = {"w": WEIGHT, "half": WEIGHT}
     total = {kind: (n if isinstance(kind, prep.Weight) else n + 128) for kind, n in KINDS}
-    monkeypatch.setattr(triples, "BATCH_BYTES", 600_000)
-    cut = [dict(part) for part in triples.parts(total, shapes)]
+    at_once = 600_000
+    cut = [dict(part) for part in triples.parts(total, shapes, at_once)]
     summed: dict[prep.Kind, int] = {}
     for part in cut:
-        assert triples.bytes_of(part, shapes) < 2 * triples.BATCH_BYTES
+        assert triples.bytes_of(part, shapes) < 2 * at_once
         prep.add_demand(summed, part)
     assert summed == total and len(cut) > 2
     assert sum(any(isinstance(k, prep.Weight) for k in part) for part in cut) == 1

@@ -21,7 +21,7 @@ from mimir.actors import Actor, cause_of
 from mimir.actors.decode import DecodeActor, Layers, Row, choose, decode
 from mimir.actors.lane import END_SECONDS, close_lane, open_lane
 from mimir.actors.sampler import Choice, Noise
-from mimir.actors.triples import BATCH_BYTES, Batch, TripleProducer, bytes_of
+from mimir.actors.triples import Batch, TripleProducer, batch_bytes, bytes_of
 from mimir.errors import AbortError, BadInput, PeerError
 from mimir.model import sampling, transformer
 from mimir.model.checkpoint import PlanSpec
@@ -208,7 +208,9 @@ class SessionActor(Actor[Any]):
         await self._online.agree("terms", self.terms.digest())
         await self._sizes()
         self.layers = Layers()
-        self.triples = TripleProducer(self._making, self.model, self._shapes, self._ahead, self._made)
+        self.triples = TripleProducer(
+            self._making, self.model, self._shapes, self._ahead, self._at_once, self._made
+        )
         self._noise = Noise(self._online, self.terms.deterministic_seed)
         self._how = Choice(self._sampler, self._noise.draw)
         async with trio.open_nursery() as nursery:
@@ -286,9 +288,10 @@ class SessionActor(Actor[Any]):
         _, row = await sizes(Step("plan", min(slots, max(self.limits.prompt_buckets)) - 1, 1, True, False))
         self._chunk = max(1, min(PROMPT_ROWS, half // row))
         # Two take an eighth less of the processors than one by one.
-        pair = 2 if rest <= min(BATCH_BYTES, half // 2) else 1
-        self._group = max(pair, min(DECODE_BATCH, BATCH_BYTES // rest))
-        self._block = max(self._chunk, BATCH_BYTES // weights)
+        self._at_once = batch_bytes(self.limits.memory)
+        pair = 2 if rest <= min(self._at_once, half // 2) else 1
+        self._group = max(pair, min(DECODE_BATCH, self._at_once // rest))
+        self._block = max(self._chunk, self._at_once // weights)
         self._ahead = max(1, min(self.limits.ahead, half // rest))
 
     async def _prepare(self, turn: Turn) -> int:

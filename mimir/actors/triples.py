@@ -34,8 +34,10 @@ MADE = Counter("mimir_triple_batches_total", "Batches of material made and verif
 SECONDS = Histogram("mimir_triple_batch_seconds", "Seconds to make and verify a batch")
 SENT = Counter("mimir_triple_sent_bytes_total", "Bytes sent to make material")
 
-# Material made at once, or twice as much if it is two tokens'; making it takes three times as much memory.
+# Material made at once at least, or twice as much if it is two tokens'; making it takes three times as much
+# memory. A batch costs many rounds and calls whatever is in it, so more is better where there is room.
 BATCH_BYTES: Final = 80 << 20
+BATCH_PART: Final = 12  # of what a session may hold, a batch may be this part
 WHOLE: Final = 64  # items; kinds made of bit lanes can only be cut at whole words
 KEPT: Final = 1 << 30  # bytes of freed memory that wait for the next batch
 IN_HEAP: Final = 32 << 20  # arrays up to this size, the most that the C library allows, are kept
@@ -91,14 +93,18 @@ class TripleProducer(Actor[Prepare | Need]):
         weights: Weights,
         shapes: Mapping[str, tuple[int, int]],
         ahead: int,
+        at_once: int,
         progress: Callable[[int], Awaitable[None]],
     ) -> None:
-        """`shapes` are those of the weight matrices by name; at most `ahead` positions are kept ready."""
+        """`shapes` are those of the weight matrices by name; at most `ahead` positions are kept ready, and a
+        step of more than `at_once` bytes is made in parts.
+        """
         super().__init__()
         self._doors = doors
         self._weights = weights
         self._shapes = shapes
         self.ahead = ahead
+        self._at_once = at_once
         self._progress = progress
         self._caches: dict[tuple[str, int], list[Ring]] = {}
         self._todo: deque[Batch] = deque()
@@ -164,7 +170,8 @@ class TripleProducer(Actor[Prepare | Need]):
             prep.add_demand(total, demand)
         made = []
         # Steps that were put together are made together.
-        for number, part in enumerate(parts(total, self._shapes) if len(demands) == 1 else [total]):
+        cut = parts(total, self._shapes, self._at_once) if len(demands) == 1 else [total]
+        for number, part in enumerate(cut):
             work = prep.Batch(self._doors, self._weights, self._caches)
             name = f"prep/{batch.name}" + (f"/{number}" if number else "")
             made.append(await prep.produce(work, name, part))
@@ -187,13 +194,18 @@ class TripleProducer(Actor[Prepare | Need]):
         await self._progress(self._made)
 
 
-def parts(total: Demand, weights: Mapping[str, tuple[int, int]]) -> Iterator[Demand]:
-    """Cut what is made into parts of about BATCH_BYTES, kind after kind in one order. Products with weights
-    are not cut, for their check costs the same anew.
+def batch_bytes(memory: int) -> int:
+    """Material made at once by a session that may hold so much."""
+    return max(BATCH_BYTES, memory // BATCH_PART)
+
+
+def parts(total: Demand, weights: Mapping[str, tuple[int, int]], at_once: int) -> Iterator[Demand]:
+    """Cut what is made into parts of about `at_once` bytes, kind after kind in one order. Products with
+    weights are not cut, for their check costs the same anew.
     """
     cut = {k: bytes_of({k: n}, weights) for k, n in total.items() if not isinstance(k, prep.Weight)}
     size = sum(cut.values())
-    limit = size / max(1, round(size / BATCH_BYTES))
+    limit = size / max(1, round(size / at_once))
     part: dict[prep.Kind, int] = {k: n for k, n in total.items() if k not in cut}
     filled = 0.0
     for kind in sorted(cut, key=prep.order):
