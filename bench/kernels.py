@@ -189,6 +189,10 @@ def cases() -> list[Case]:
     for m, n in [(1, 1 << 16), (16, 1 << 12), (512, 768)]:
         x, r = w(m, n), w(n)
         add(f"gr_combine {m}x{n}", partial(k.gr_combine, x, r), m * n, "mul")
+    for m, n in [(64, 1 << 12), (768, 3072)]:
+        x, r = w(m, n), w(n)
+        add(f"gr_combine {m}x{n}", partial(k.gr_combine, x, r), m * n, "mul")
+        add(f"gr_combine32 {m}x{n}", partial(k.gr_combine32, x.astype(np.uint32), r), m * n, "mul")
     for m, n in [(16, 1 << 12), (1024, 1024)]:
         x, r = w(m, n), w(m)
         add(f"gr_combine_cols {m}x{n}", partial(k.gr_combine_cols, x, r), m * n, "mul")

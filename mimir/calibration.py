@@ -213,6 +213,7 @@ def examples(small: bool = False) -> dict[str, tuple[Any, ...]]:
         "gr_halves": (w(e, degree), w(e, degree), w(e, degree), w(e, degree)),
         "gr_scale01": (w(e), w(e)),
         "gr_combine": (weights.reshape(-1, of(4096, 16)), w(of(4096, 16))),
+        "gr_combine32": (halves.reshape(-1, of(4096, 16)), w(of(4096, 16))),
         "gr_combine_cols": (w(rows, of(8192, 16)), w(rows)),
         "gr_hot": (
             *w(2, e, degree),

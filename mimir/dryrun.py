@@ -458,6 +458,7 @@ RULES: Final[dict[str, Callable[..., tuple[tuple[Any, ...] | None, float]]]] = {
     "gr_halves": lambda a0, a1, w0, w1: ((2, DEGREE), len(a0)),
     "gr_scale01": lambda x, r: ((len(x), DEGREE), len(x)),
     "gr_combine": lambda x, r: ((len(x), DEGREE), x.size),
+    "gr_combine32": lambda x, r: ((len(x), DEGREE), x.size),
     "gr_combine_cols": lambda x, r: ((x.shape[1], DEGREE), x.size),
     "gr_hot": lambda a, w, columns, e, b, q, r: (None, e.size),
     "gr8_hot": lambda e, b, q, r, a, w, columns: (None, e.size),

@@ -320,6 +320,11 @@ static void gr_combine(void)
     mk_gr_combine(out, secret, public, 35, 9);
 }
 
+static void gr_combine32(void)
+{
+    mk_gr_combine32(out, (uint32_t *)secret, public, 35, 9);
+}
+
 static void gr_hot(void)
 {
     mk_gr_hot(out, out + 19 * GR, out + 38 * GR, secret, more, public, public + 64, 19, 35, 5);
@@ -423,6 +428,7 @@ static void bytes_wipe(void)
     X(gr_fold)                                                                                                         \
     X(gr_scale01)                                                                                                      \
     X(gr_combine)                                                                                                      \
+    X(gr_combine32)                                                                                                    \
     X(gr_hot)                                                                                                          \
     X(gr_half_hot)                                                                                                     \
     X(gr8_hot)                                                                                                         \

@@ -1206,6 +1206,46 @@ def test_gr_combine(level: str, rng: np.random.Generator, shape: tuple[int, int]
 
     same(k.gr_combine(x, r), [combined(row, r) for row in x])
     same(k.gr_combine_cols(x, s), [combined(column, s) for column in x.T])
+    short = words32(rng, m, n)
+    same(k.gr_combine32(short, r), [combined(row, r) for row in short])
+
+
+def combinations() -> list[str]:
+    """Of the library, all that this processor can run: avx512 has two, and the level shows one of them."""
+    names = ["ref" if name == "portable" else name for name in k.available()]
+    if "avx512" in names and " avx512_vnni " in Path("/proc/cpuinfo").read_text():
+        names.append("vnni")
+    return names
+
+
+@pytest.mark.parametrize("name", combinations())
+@pytest.mark.parametrize("kind", [np.uint64, np.uint32])
+def test_every_combination_gives_the_same_anywhere_in_memory(
+    name: str, kind: Any, rng: np.random.Generator
+) -> None:
+    """Rows in strips and those left over, more words than are laid out at once, words in any place, and
+    all ones; each function of the library called by itself.
+    """
+    library = ctypes.CDLL(str(build.HERE / build.LIBRARY))
+    run = library[f"mk_gr_combine{'32' if kind is np.uint32 else ''}_{name}"]
+    run.argtypes = [ctypes.c_void_p] * 3 + [ctypes.c_size_t] * 2
+    run.restype = None
+    shapes = [(16, 16), (17, 1), (18, 15), (19, 33), (21, 1024), (22, 1025), (70, 129), (129, 70), (3, 2100)]
+    for m, n in [*shapes, (16, 0), (33, 2500)]:
+        for ones in (False, True):
+            full = np.iinfo(kind).max
+            x = np.full((m, n), full, kind) if ones else rng.integers(0, full, (m, n), kind, endpoint=True)
+            r = np.full(n, M - 1, np.uint64) if ones else words(rng, n)
+            each = x.astype(np.uint64)
+            bits = [(r >> np.uint64(t) & np.uint64(1)) for t in range(48)]
+            want = np.stack([(each * b).sum(axis=1, dtype=np.uint64) for b in bits], axis=1)
+            at = int(rng.integers(0, 8)) * x.itemsize
+            room = np.full(at + x.nbytes + 64, 0xA5, np.uint8)
+            room[at : at + x.nbytes] = x.reshape(-1).view(np.uint8)
+            out = np.full((m + 1, 48), 0xA5, np.uint64)
+            run(out.ctypes.data, room.ctypes.data + at, r.ctypes.data, m, n)
+            np.testing.assert_array_equal(out[:m], want)
+            assert (out[m] == 0xA5).all()
 
 
 def _hot(e: Any, b: U64, q: U64, r: U64) -> list[U64]:
@@ -1383,6 +1423,8 @@ def test_gr_misuse(rng: np.random.Generator) -> None:
         lambda: k.gr_fold(a[:2], 1 << 48),
         lambda: k.gr_scale01(r, r[:2]),
         lambda: k.gr_combine(x, r[:2]),
+        lambda: k.gr_combine32(x.astype(np.uint32), r[:2]),
+        lambda: k.gr_combine32(x, words(rng, 48)),  # type: ignore[arg-type]
         lambda: k.gr_combine_cols(x, r),
         lambda: k.gr_combine(x.T, r[:2]),
         lambda: k.gr_cross(words(rng, 2, 3, 6), words(rng, 2, 3, 6), r),
@@ -1449,6 +1491,8 @@ WIDE: dict[str, Callable[[np.random.Generator], Any]] = {
     "gr_inner": lambda g: k.gr_inner(words(g, 301, 48), words(g, 301, 48)),
     "gr_mul01": lambda g: k.gr_mul01(words(g, 301, 48), words(g, 301)),
     "gr_combine": lambda g: k.gr_combine(words(g, 13, 1001), words(g, 1001)),
+    "gr_combine, more": lambda g: k.gr_combine(words(g, 35, 1301), words(g, 1301)),
+    "gr_combine32": lambda g: k.gr_combine32(words32(g, 35, 1301), words(g, 1301)),
     "gr_combine_cols": lambda g: k.gr_combine_cols(words(g, 101, 103), words(g, 101)),
     "bit_slice": lambda g: k.bit_slice(words(g, 4099), 64),
     "gr_hot": lambda g: np.concatenate(
@@ -1511,6 +1555,7 @@ LONG: dict[str, Callable[[np.random.Generator], npt.NDArray[Any]]] = {
         words32(g, 3, 401), words32(g, 401, 1999), out=words32(g, 3, 1999), add=True
     ),
     "gr_combine": lambda g: k.gr_combine(words(g, 277, 501), words(g, 501)),
+    "gr_combine32": lambda g: k.gr_combine32(words32(g, 277, 501), words(g, 501)),
     "gr_mul01": lambda g: k.gr_mul01(words(g, 1001, 48), words(g, 1001)),
     "double": lambda g: _doubled(words(g, 1501, 256), words(g, 1501, 101)),
     "double_part": lambda g: _added(words(g, 1501, 101), words(g, 2, 1501, 256), words(g, 2, 1501)),
@@ -1719,6 +1764,9 @@ def walk_fences() -> None:
             k.gr_scale01(w(n), w(n))
             k.gr_combine(w(5, n), w(n))
             k.gr_combine(w(n, 5), w(5))
+            k.gr_combine(w(17, n), w(n))
+            k.gr_combine32(h(17, n), w(n))
+            k.gr_combine32(h(n, 5), w(5))
             k.gr_combine_cols(w(n, 5), w(n))
             k.gr_combine_cols(w(5, n), w(5))
             narrow = [fence.empty(s, np.uint16) for s in ((n, 5), (5, n))]

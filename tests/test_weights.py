@@ -99,30 +99,6 @@ def test_results_are_those_of_an_array(
     assert array(want) is want
 
 
-@pytest.mark.parametrize("fails", [False, True])
-def test_what_words_of_32_bits_are_widened_in_is_wiped(monkeypatch: pytest.MonkeyPatch, fails: bool) -> None:
-    """Shares of weights: also where a combination breaks off."""
-    seen: list[Ring] = []
-    honest = kernels.gr_combine
-
-    def watched(rows: Ring, r: Ring, out: Ring) -> None:
-        seen.append(rows)
-        assert rows.dtype == np.uint64 and rows.any()
-        if fails:
-            raise LocalError("broken off")
-        honest(rows, r, out=out)
-
-    monkeypatch.setattr(kernels, "gr_combine", watched)
-    for form in (whole((40, 66), np.uint32), *forms((40, 66), np.uint32)):
-        try:
-            combine(form, np.ones(66, np.uint64), np.empty((40, kernels.GR_DEGREE), np.uint64))
-        except LocalError:
-            assert fails
-        gc.collect()
-        assert seen and not any(rows.any() for rows in seen)
-        seen.clear()
-
-
 @pytest.mark.parametrize("shape", VECTORS, ids=str)
 def test_a_vector_is_one_row(shape: tuple[int]) -> None:
     for form in forms(shape, np.uint64):

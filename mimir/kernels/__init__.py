@@ -1032,6 +1032,15 @@ def gr_combine(x: U64, r: U64, out: U64 | None = None) -> U64:
     return out
 
 
+def gr_combine32(x: U32, r: U64, out: U64 | None = None) -> U64:
+    """`gr_combine` of words of 32 bits, as numbers from 0 to 2^32 - 1."""
+    m, n = _array("x", x, (None, None), np.uint32)
+    _array("r", r, (n,))
+    out = _room(out, (m, GR_DEGREE), x, r)
+    _lib.mk_gr_combine32(_out(out), _from_buffer(_WORDS32, x), _in(r), m, n)
+    return out
+
+
 def gr_combine_cols(x: U64, r: U64) -> U64:
     """sum_i x[i, j] r_i: x (m, n) ring words, r (m,) 01 elements -> (n, 48)."""
     m, n = _array("x", x, (None, None))

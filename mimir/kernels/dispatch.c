@@ -49,6 +49,10 @@ __attribute__((constructor)) static void choose(void)
 #if MK_X86
     __builtin_cpu_init();
     if (__builtin_cpu_supports("vaes")) levels[1].mk_prg_aes = mk_prg_aes_vaes;
+    if (__builtin_cpu_supports("avx512vnni")) {
+        levels[2].mk_gr_combine = mk_gr_combine_vnni;
+        levels[2].mk_gr_combine32 = mk_gr_combine32_vnni;
+    }
 #endif
     atomic_store(&active, &levels[best_level()]);
 }
@@ -249,6 +253,10 @@ enum { COMBINED = 64 };
 
 MK_SPLIT(mk_gr_combine, (uint64_t *out, const uint64_t *x, const uint64_t *r, size_t m, size_t n),
          MK_GIVEN(uint64_t *out; const uint64_t *x, *r; size_t n;), MK_GIVEN(out, x, r, n),
+         m, COMBINED, 2 * m * n, (j->out + MK_GR * first, j->x + j->n * first, j->r, count, j->n))
+
+MK_SPLIT(mk_gr_combine32, (uint64_t *out, const uint32_t *x, const uint64_t *r, size_t m, size_t n),
+         MK_GIVEN(uint64_t *out; const uint32_t *x; const uint64_t *r; size_t n;), MK_GIVEN(out, x, r, n),
          m, COMBINED, 2 * m * n, (j->out + MK_GR * first, j->x + j->n * first, j->r, count, j->n))
 
 MK_SPLIT(mk_gr_mul01, (uint64_t *out, const uint64_t *a, const uint64_t *r, size_t n),

@@ -233,6 +233,7 @@ void mk_gr_halves(uint64_t *out, const uint64_t *a0, const uint64_t *a1, const u
                   size_t half);
 void mk_gr_scale01(uint64_t *out, const uint64_t *x, const uint64_t *r, size_t n);
 void mk_gr_combine(uint64_t *out, const uint64_t *x, const uint64_t *r, size_t m, size_t n);
+void mk_gr_combine32(uint64_t *out, const uint32_t *x, const uint64_t *r, size_t m, size_t n);
 void mk_gr_combine_cols(uint64_t *out, const uint64_t *x, const uint64_t *r, size_t m, size_t n);
 void mk_gr_cross(uint64_t *out, const uint64_t *x0, const uint64_t *x1, const uint64_t *y0, const uint64_t *y1,
                  const uint64_t *r, size_t rows, size_t n);

@@ -65,6 +65,7 @@ void mk_ring32_product(uint32_t *c, const uint32_t *a, const uint32_t *b, size_t
     X(mk_gr_halves)                                                                                                    \
     X(mk_gr_scale01)                                                                                                   \
     X(mk_gr_combine)                                                                                                   \
+    X(mk_gr_combine32)                                                                                                 \
     X(mk_gr_combine_cols)                                                                                              \
     X(mk_gr_cross)                                                                                                     \
     X(mk_gr_hot)                                                                                                       \
@@ -82,6 +83,10 @@ MK_EACH(MK_DECLARE)
 
 /* The generator of the avx2 level where the processor has VAES: the same bits, two blocks at a time. */
 __typeof__(mk_prg_aes) mk_prg_aes_vaes;
+
+/* Combinations of the avx512 level where the processor has VNNI: the same numbers. */
+__typeof__(mk_gr_combine) mk_gr_combine_vnni;
+__typeof__(mk_gr_combine32) mk_gr_combine32_vnni;
 
 /* avx2 asks of the machine AVX2, PCLMULQDQ and AES-NI; avx512 asks F, DQ, BW, VL, VPCLMULQDQ and VAES on top. */
 #if defined(__x86_64__) && defined(__GNUC__)

@@ -535,6 +535,17 @@ void mk_gr_combine_ref(uint64_t *restrict out, const uint64_t *x, const uint64_t
     }
 }
 
+void mk_gr_combine32_ref(uint64_t *restrict out, const uint32_t *x, const uint64_t *r, size_t m, size_t n)
+{
+    uint64_t one = ct_one();
+    for (size_t i = 0; i < m; i++) {
+        uint64_t sum[MK_GR] = {0};
+        for (size_t j = 0; j < n; j++)
+            for (int t = 0; t < MK_GR; t++) sum[t] += x[i * n + j] & ct_mask(r[j], t, one);
+        memcpy(out + MK_GR * i, sum, sizeof sum);
+    }
+}
+
 void mk_gr_combine_cols_ref(uint64_t *restrict out, const uint64_t *x, const uint64_t *r, size_t m, size_t n)
 {
     uint64_t one = ct_one();

@@ -1193,8 +1193,24 @@ INLINE void mul_short(uint64_t *out, const uint64_t *b, size_t down, size_t bits
     gr_reduce(out, p, NULL);
 }
 
-/* Few rows of one-hots at a time, so that all that is made of them lies in the first-level cache. */
+/* Few rows of one-hots, or of halves, at a time, so that all that is made of them lies in the first-level cache. */
 enum { HOT_ROWS = 64, HOT_WORDS = 1 << 13 };
+
+void MK(mk_gr_combine32)(uint64_t *restrict out, const uint32_t *x, const uint64_t *r, size_t m, size_t n)
+{
+    enum { SPAN = HOT_WORDS / HOT_ROWS };
+    uint64_t room[HOT_WORDS] __attribute__((aligned(64)));
+    size_t strips = n >= QUAD ? m / STRIP * STRIP : 0;
+    if (n == 0) memset(out, 0, MK_GR * m * sizeof *out);
+    for (size_t i = 0; i < m; i += HOT_ROWS)
+        for (size_t at = 0; at < n; at += SPAN) {
+            size_t rows = least(m - i, HOT_ROWS), words = least(n - at, SPAN), laned = i < strips ? least(strips - i, rows) : 0;
+            for (size_t j = 0; j < rows; j++)
+                for (size_t w = 0; w < words; w++) room[j * words + w] = x[(i + j) * n + at + w];
+            combine_some(out + MK_GR * i, room, r + at, words, 1, laned, rows, words, at > 0);
+        }
+    for (size_t u = 0; u < strips; u += STRIP) turn_sums(out + u * MK_GR);
+}
 
 INLINE void hot(uint64_t *a, uint64_t *w, uint64_t *columns, const void *e, const size_t width, const uint64_t *b,
                 const uint64_t *q, const uint64_t *r, size_t n, size_t size, size_t bits)

@@ -175,35 +175,12 @@ def product(x: Words, w: Matrix, out: Words, *, add: bool = False) -> Words:
 def combine(w: Matrix, r: Ring, out: Ring) -> None:
     """out = sum_j w[i, j] r_j over GR(2^64, 48): w (k, n), r (n,) with coordinates 0 and 1, out (k, 48).
 
-    Words of 32 bits are taken as they are, zeros above them: of what is stated of them only products with
-    multiples of 2^32 count.
+    Words of 32 bits are taken as numbers below 2^32: of what is stated of them only products with multiples
+    of 2^32 count.
     """
-    for first, rows in _wide(w):
-        kernels.gr_combine(rows, r, out=out[first : first + len(rows)])
-
-
-def _wide(w: Matrix) -> Iterator[tuple[int, Ring]]:
-    """Rows of w as words of 64 bits: all at once, or as many as lie in a cache, good until the next are asked
-    for. What they were widened in is wiped.
-    """
-    if w.dtype == FULL:
-        yield from ((0, np.ascontiguousarray(w)),) if isinstance(w, np.ndarray) else w.blocks()
-        return
-    step = _rows_at_once(w.shape[-1], FULL, 1)
-    narrow = (
-        ((at, w[at : at + step]) for at in range(0, len(w), step))
-        if isinstance(w, np.ndarray)
-        else w.blocks()
-    )
-    room = np.empty((0, w.shape[-1]), np.uint64)
-    try:
-        for first, rows in narrow:
-            if len(rows) > len(room):  # the first, which no other is higher than
-                room = np.empty(rows.shape, np.uint64)
-            room[: len(rows)] = rows
-            yield first, room[: len(rows)]
-    finally:
-        kernels.wipe(room)
+    combined = kernels.gr_combine if w.dtype == FULL else kernels.gr_combine32
+    for first, rows in ((0, np.ascontiguousarray(w)),) if isinstance(w, np.ndarray) else w.blocks():
+        combined(rows, r, out=out[first : first + len(rows)])
 
 
 def array(w: Matrix) -> Words:
