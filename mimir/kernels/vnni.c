@@ -79,7 +79,7 @@ INLINE __m256i numbers(const __m512i s[POWERS])
 }
 
 /* out += for so many rows, n numbers apart, some of their words times elements; or = if they are the first. The last
- * row stands for those that lack. */
+ * row stands for those that lack. Meanwhile the next rows are fetched, of which what is read here is a short run. */
 INLINE void some_rows(uint64_t *out, const char *x, const struct coefficients *r, size_t rows, size_t n, size_t words,
                       int wide, int add)
 {
@@ -96,6 +96,7 @@ INLINE void some_rows(uint64_t *out, const char *x, const struct coefficients *r
             const __mmask16 there = left < SOME ? (__mmask16)((1u << left) - 1) : (__mmask16)0xffff;
             const __m512i *c = r->v[t][b];
             __m512i v[ALL];
+            if (t < ALL) _mm_prefetch(row[0] + size * n * (most + t / each) + 64 * (b * each + t % each), _MM_HINT_T0);
             UNROLL for (unsigned i = 0; i < most; i++)
             {
                 if (wide) bytes_of_wide(v + 2 * i, (const uint64_t *)row[i] + b * SOME, there);
