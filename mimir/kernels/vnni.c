@@ -1,6 +1,6 @@
-/* Combinations of the avx512 level where the processor has VNNI, which multiplies bytes: 64 at once, adding four
- * neighbours each. Coefficients of 01 elements are such bytes, 0 or 1, and words are taken apart into theirs: so a sum of
- * words times elements is 48 sums a byte, shifted and added. */
+/* Combinations of words of 32 bits at the avx512 level where the processor has VNNI, which multiplies bytes: 64 at once,
+ * adding four neighbours each. Coefficients of 01 elements are such bytes, 0 or 1, and words are taken apart into theirs:
+ * so a sum of words times elements is 48 sums a byte, shifted and added. For words of 64 bits sums of subsets are as fast. */
 #include "ct.h"
 #include "levels.h"
 
@@ -10,64 +10,47 @@
 #include <string.h>
 
 #define UNROLL _Pragma("GCC unroll 16")
-#define INLINE static inline __attribute__((always_inline))
 
-/* SOME words make one vector, or two if they are of 64 bits; POWERS coefficients and so many vectors of words form a
- * block of sums that stays in registers, over CHUNK words. Coefficients of a chunk, 192 kB, stay in the second-level
- * cache. For fewer than LEAST results they are not laid out. */
-enum { SOME = 16, POWERS = 4, SUMS = 6, BLOCKS = 64, CHUNK = SOME * BLOCKS, LEAST = 16 };
+/* SOME words make one vector. So many POWERS of so many ROWS form a block of sums that stays in registers, over CHUNK
+ * words. Coefficients of a chunk, 192 kB, stay in the second-level cache. For fewer than LEAST results they are not laid
+ * out. */
+enum { SOME = 16, POWERS = 4, ROWS = 6, BLOCKS = 64, CHUNK = SOME * BLOCKS, LEAST = 16 };
 
 /* Coefficients: [power / POWERS][block of SOME words][power % POWERS], a vector each. */
 struct coefficients {
     __m512i v[MK_GR / POWERS][BLOCKS][POWERS];
 };
 
-/* In each 128 bits the coefficients of four words, four times. Which four: those whose bytes `bytes` puts there. */
-static void lay_out(struct coefficients *to, const uint64_t *r, size_t n, int wide)
+/* In each 128 bits the coefficients of four words, four times. */
+static void lay_out(struct coefficients *to, const uint64_t *r, size_t n)
 {
     uint64_t planes[MK_GR * (CHUNK / 64)];
     const __m512i spread = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
-    const __m128i as_they_lie = _mm_setr_epi8(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-    const __m128i in_pairs = _mm_setr_epi8(0, 1, 8, 9, 2, 3, 10, 11, 4, 5, 12, 13, 6, 7, 14, 15);
-    const __m128i order = wide ? in_pairs : as_they_lie;
     const size_t words = (n + 63) / 64;
     mk_bits_slice_avx512(planes, r, n, MK_GR);
     for (size_t t = 0; t < MK_GR; t++)
         for (size_t b = 0; b * SOME < n; b++) {
-            __mmask16 bits = (__mmask16)(planes[t * words + b * SOME / 64] >> b * SOME % 64);
-            __m128i ones = _mm_shuffle_epi8(_mm_maskz_set1_epi8(bits, 1), order);
+            __m128i ones = _mm_maskz_set1_epi8((__mmask16)(planes[t * words + b * SOME / 64] >> b * SOME % 64), 1);
             to->v[t / POWERS][b][t % POWERS] = _mm512_permutexvar_epi32(spread, _mm512_castsi128_si512(ones));
         }
 }
 
-/* SOME words of 32 bits, in each 128 bits the lowest bytes of four, then the next ones, and so on. */
-INLINE __m512i bytes(const uint32_t *x, __mmask16 there)
+/* SOME words, in each 128 bits the lowest bytes of four, then the next ones, and so on. */
+static inline __m512i bytes(const uint32_t *x, __mmask16 there)
 {
     const __m128i turn = _mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
     return _mm512_shuffle_epi8(_mm512_maskz_loadu_epi32(there, x), _mm512_broadcast_i32x4(turn));
 }
 
-/* SOME words of 64 bits: their four lower bytes so, and their four upper ones. In the k-th 128 bits these are of words
- * 2 k, 2 k + 1, 2 k + 8 and 2 k + 9. */
-INLINE void bytes_of_wide(__m512i out[2], const uint64_t *x, __mmask16 there)
-{
-    const __m128i turn = _mm_setr_epi8(0, 8, 1, 9, 2, 10, 3, 11, 4, 12, 5, 13, 6, 14, 7, 15);
-    __m512i a = _mm512_maskz_loadu_epi64((__mmask8)there, x), b = _mm512_maskz_loadu_epi64((__mmask8)(there >> 8), x + 8);
-    a = _mm512_shuffle_epi8(a, _mm512_broadcast_i32x4(turn));
-    b = _mm512_shuffle_epi8(b, _mm512_broadcast_i32x4(turn));
-    out[0] = _mm512_unpacklo_epi16(a, b);
-    out[1] = _mm512_unpackhi_epi16(a, b);
-}
-
-/* Of each of POWERS sums by byte: all of byte j in 32 bits j. */
-INLINE __m128i by_byte(__m512i v)
+/* Of a sum by byte: all of byte j in 32 bits j. */
+static inline __m128i by_byte(__m512i v)
 {
     __m256i half = _mm256_add_epi32(_mm512_castsi512_si256(v), _mm512_extracti64x4_epi64(v, 1));
     return _mm_add_epi32(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
 }
 
 /* The POWERS numbers that sums by byte make, each below 2^42. */
-INLINE __m256i numbers(const __m512i s[POWERS])
+static inline __m256i numbers(const __m512i s[POWERS])
 {
     __m128i v0 = by_byte(s[0]), v1 = by_byte(s[1]), v2 = by_byte(s[2]), v3 = by_byte(s[3]);
     __m128i a = _mm_unpacklo_epi32(v0, v1), b = _mm_unpacklo_epi32(v2, v3);
@@ -78,67 +61,48 @@ INLINE __m256i numbers(const __m512i s[POWERS])
     return _mm256_add_epi64(sum, _mm256_slli_epi64(_mm256_cvtepu32_epi64(_mm_unpackhi_epi64(c, d)), 24));
 }
 
-/* out += for so many rows, n numbers apart, some of their words times elements; or = if they are the first. The last
- * row stands for those that lack. Meanwhile the next rows are fetched, of which what is read here is a short run. */
-INLINE void some_rows(uint64_t *out, const char *x, const struct coefficients *r, size_t rows, size_t n, size_t words,
-                      int wide, int add)
+/* out += for so many rows, n words apart, some of their words times elements; or = if they are the first. The last row
+ * stands for those that lack. Meanwhile the next rows are fetched, of which what is read here is a short run. */
+static void some_rows(uint64_t *out, const uint32_t *x, const struct coefficients *r, size_t rows, size_t n, size_t words,
+                      int add)
 {
-    enum { ALL = SUMS };
-    const size_t size = wide ? sizeof(uint64_t) : sizeof(uint32_t);
-    const unsigned each = wide ? 2 : 1, most = SUMS / each;
-    const char *row[ALL];
-    UNROLL for (unsigned i = 0; i < most; i++) row[i] = x + size * n * (i < rows ? i : rows - 1);
+    const uint32_t *row[ROWS];
+    UNROLL for (unsigned i = 0; i < ROWS; i++) row[i] = x + n * (i < rows ? i : rows - 1);
     for (size_t t = 0; t < MK_GR / POWERS; t++) {
-        __m512i s[ALL][POWERS];
-        UNROLL for (unsigned i = 0; i < ALL; i++) UNROLL for (unsigned j = 0; j < POWERS; j++) s[i][j] = _mm512_setzero_si512();
+        __m512i s[ROWS][POWERS];
+        UNROLL for (unsigned i = 0; i < ROWS; i++) UNROLL for (unsigned j = 0; j < POWERS; j++) s[i][j] = _mm512_setzero_si512();
         for (size_t b = 0; b * SOME < words; b++) {
             const size_t left = words - b * SOME;
             const __mmask16 there = left < SOME ? (__mmask16)((1u << left) - 1) : (__mmask16)0xffff;
             const __m512i *c = r->v[t][b];
-            __m512i v[ALL];
-            if (t < ALL) _mm_prefetch(row[0] + size * n * (most + t / each) + 64 * (b * each + t % each), _MM_HINT_T0);
-            UNROLL for (unsigned i = 0; i < most; i++)
-            {
-                if (wide) bytes_of_wide(v + 2 * i, (const uint64_t *)row[i] + b * SOME, there);
-                else v[i] = bytes((const uint32_t *)row[i] + b * SOME, there);
-            }
+            __m512i v[ROWS];
+            if (t < ROWS) _mm_prefetch((const char *)(x + n * (ROWS + t) + b * SOME), _MM_HINT_T0);
+            UNROLL for (unsigned i = 0; i < ROWS; i++) v[i] = bytes(row[i] + b * SOME, there);
             UNROLL for (unsigned j = 0; j < POWERS; j++)
-                UNROLL for (unsigned i = 0; i < ALL; i++) s[i][j] = _mm512_dpbusd_epi32(s[i][j], v[i], c[j]);
+                UNROLL for (unsigned i = 0; i < ROWS; i++) s[i][j] = _mm512_dpbusd_epi32(s[i][j], v[i], c[j]);
         }
-        UNROLL for (unsigned i = 0; i < most; i++)
+        UNROLL for (unsigned i = 0; i < ROWS; i++)
         {
             if (i >= rows) break;
-            __m256i *to = (__m256i *)(out + MK_GR * i + POWERS * t), sum = numbers(s[each * i]);
-            if (wide) sum = _mm256_add_epi64(sum, _mm256_slli_epi64(numbers(s[2 * i + 1]), 32));
-            if (add) sum = _mm256_add_epi64(sum, _mm256_loadu_si256(to));
-            _mm256_storeu_si256(to, sum);
+            __m256i *to = (__m256i *)(out + MK_GR * i + POWERS * t), sum = numbers(s[i]);
+            _mm256_storeu_si256(to, add ? _mm256_add_epi64(sum, _mm256_loadu_si256(to)) : sum);
         }
     }
-}
-
-INLINE void combine(uint64_t *out, const char *x, const uint64_t *r, size_t m, size_t n, int wide)
-{
-    struct coefficients laid;
-    const size_t size = wide ? sizeof(uint64_t) : sizeof(uint32_t), most = wide ? SUMS / 2 : SUMS;
-    if (n == 0) memset(out, 0, MK_GR * m * sizeof *out);
-    for (size_t at = 0; at < n; at += CHUNK) {
-        size_t words = n - at < CHUNK ? n - at : CHUNK;
-        lay_out(&laid, r + at, words, wide);
-        for (size_t i = 0; i < m; i += most)
-            some_rows(out + MK_GR * i, x + size * (i * n + at), &laid, m - i < most ? m - i : most, n, words, wide, at > 0);
-    }
-}
-
-void mk_gr_combine_vnni(uint64_t *restrict out, const uint64_t *x, const uint64_t *r, size_t m, size_t n)
-{
-    if (m < LEAST) mk_gr_combine_avx512(out, x, r, m, n);
-    else combine(out, (const char *)x, r, m, n, 1);
 }
 
 void mk_gr_combine32_vnni(uint64_t *restrict out, const uint32_t *x, const uint64_t *r, size_t m, size_t n)
 {
-    if (m < LEAST) mk_gr_combine32_avx512(out, x, r, m, n);
-    else combine(out, (const char *)x, r, m, n, 0);
+    struct coefficients laid;
+    if (m < LEAST || n == 0) {
+        mk_gr_combine32_avx512(out, x, r, m, n);
+        return;
+    }
+    for (size_t at = 0; at < n; at += CHUNK) {
+        size_t words = n - at < CHUNK ? n - at : CHUNK;
+        lay_out(&laid, r + at, words);
+        for (size_t i = 0; i < m; i += ROWS)
+            some_rows(out + MK_GR * i, x + i * n + at, &laid, m - i < ROWS ? m - i : ROWS, n, words, at > 0);
+    }
 }
 
 #endif
