@@ -495,6 +495,12 @@ def _parser(program: str) -> argparse.ArgumentParser:
         help="triple_pool.memory_mib (default: that of a party's file)",
     )
     cost.add_argument(
+        "--round-trip",
+        type=_not_negative,
+        metavar="MS",
+        help="scheduler.round_trip_ms (default: that of a party's file)",
+    )
+    cost.add_argument(
         "--keep-mib",
         type=_not_negative,
         default=4096,

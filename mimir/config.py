@@ -253,6 +253,7 @@ class Scheduler:
     output_buckets: Annotated[tuple[int, ...], buckets_rule] = (16, 32, 64, 128)
     max_sessions: Annotated[int, integer_rule(1, 64)] = 4  # at once
     max_batch: Annotated[int, integer_rule(1, 32)] = 8  # sessions whose tokens are decoded together
+    round_trip_ms: Annotated[int, integer_rule(0, 1000)] = 20  # between parties: what a round may cost
 
 
 @dataclass(frozen=True)
@@ -522,6 +523,7 @@ class Config:
             "scheduler.prompt_buckets": list(self.scheduler.prompt_buckets),
             "scheduler.output_buckets": list(self.scheduler.output_buckets),
             "scheduler.max_batch": self.scheduler.max_batch,
+            "scheduler.round_trip_ms": self.scheduler.round_trip_ms,
             "triple_pool.min_size": self.triple_pool.min_size,
             "triple_pool.memory_mib": self.triple_pool.memory_mib,
             "topk": self.topk,

@@ -66,7 +66,7 @@ from typing import Any, Final, NamedTuple
 
 from mimir import dryrun
 from mimir.calibration import Rates, calibrate
-from mimir.config import Cheby, FixedPoint, TriplePool
+from mimir.config import Cheby, FixedPoint, Scheduler, TriplePool
 from mimir.dryrun import ONLINE, PREP, Counts
 from mimir.errors import BadInput
 from mimir.model import transformer
@@ -306,7 +306,8 @@ def command(options: argparse.Namespace) -> int:
         if file is not None:
             rates.write(file)
     link = Link(options.rtt, options.rate, options.parties_here)
-    settings = Settings(FixedPoint().scale_bits, Cheby().deg)
+    apart = Scheduler().round_trip_ms if options.round_trip is None else options.round_trip
+    settings = Settings(FixedPoint().scale_bits, Cheby().deg, apart)
     told = predict(
         spec,
         settings,

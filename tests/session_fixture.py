@@ -120,6 +120,7 @@ class Story:
     max_new: int = 2
     sampler: Sampler = GREEDY
     one_seed: bool = False
+    settings: Settings = SETTINGS
 
     def terms(self) -> Open:
         """Of a new session."""
@@ -269,7 +270,14 @@ async def hold(
     seats = [Seat(i, taps or Taps()) for i in range(PARTIES)]
     sessions = [
         SessionActor(
-            net.party(i), terms, [seats[i]], story.spec, weights[i], SETTINGS, limits_of(story), decoders[i]
+            net.party(i),
+            terms,
+            [seats[i]],
+            story.spec,
+            weights[i],
+            story.settings,
+            limits_of(story),
+            decoders[i],
         )
         for i in range(PARTIES)
     ]
@@ -324,9 +332,11 @@ async def hold(
 class Decoders:
     """Three parties' decode actors of one model, as their services keep them."""
 
-    def __init__(self, net: MemoryNet, spec: PlanSpec, most: int, nursery: trio.Nursery) -> None:
+    def __init__(
+        self, net: MemoryNet, spec: PlanSpec, most: int, settings: Settings, nursery: trio.Nursery
+    ) -> None:
         self._new = lambda i: DecodeActor(
-            net.party(i), MODEL, spec, tiny_weights(spec)[i], SETTINGS, most=most, round_seconds=ROUND_SECONDS
+            net.party(i), MODEL, spec, tiny_weights(spec)[i], settings, most=most, round_seconds=ROUND_SECONDS
         )
         self._nursery = nursery
         self._scopes: list[trio.CancelScope] = []
@@ -359,10 +369,12 @@ class Decoders:
 
 
 @asynccontextmanager
-async def decoders(net: MemoryNet, spec: PlanSpec, most: int = 8) -> AsyncIterator[Decoders]:
+async def decoders(
+    net: MemoryNet, spec: PlanSpec, most: int = 8, settings: Settings = SETTINGS
+) -> AsyncIterator[Decoders]:
     """Decode actors that run."""
     async with trio.open_nursery() as nursery:
-        yield Decoders(net, spec, most, nursery)
+        yield Decoders(net, spec, most, settings, nursery)
         nursery.cancel_scope.cancel()
 
 

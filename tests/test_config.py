@@ -226,6 +226,7 @@ OWN = {  # one's own business: the digest stays
 SAME = {  # common: the digest changes
     "fixed_point.scale_bits": 12, "cheby.deg": 2, "scheduler.max_context": 512,
     "scheduler.prompt_buckets": [16], "scheduler.output_buckets": [16], "triple_pool.min_size": 1,
+    "scheduler.max_batch": 2, "scheduler.round_trip_ms": 1,
     "topk": 8, "tunnel.rotate_seconds": 0, "peers.1.identity": "cd" * 32,
 }  # fmt: skip
 

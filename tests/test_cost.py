@@ -75,7 +75,7 @@ def exchanged(story: Story) -> list[dict[str, tuple[int, int]]]:
 
     async def main() -> None:
         net = MemoryNet()
-        async with decoders(net, story.spec) as running:
+        async with decoders(net, story.spec, settings=story.settings) as running:
             outcome = await hold(story, net, actors=actors, decoders=running.actors)
             assert outcome.client is None and outcome.parties == [None] * 3
             for actor, lanes in zip(actors, opened, strict=True):
@@ -90,7 +90,7 @@ def counted(story: Story) -> dict[str, tuple[int, int]]:
     limits = limits_of(story)
     dry = dryrun.run(
         story.spec,
-        SETTINGS,
+        story.settings,
         bucket=story.bucket,
         tokens=story.max_new,
         max_context=limits.max_context,
@@ -100,6 +100,16 @@ def counted(story: Story) -> dict[str, tuple[int, int]]:
     )
     assert dry.tokens == story.max_new
     return {lane: (c.rounds, c.sent) for lane, c in dry.lanes.items()}
+
+
+def test_parties_on_one_site_take_more_rounds_for_less() -> None:
+    """The same tokens, and figures as predicted; of two tokens each takes two rounds more a layer."""
+    apart = Story(LLAMA, prompts=((2, 4, 6, 8),), bucket=4, max_new=3)
+    near = replace(apart, settings=replace(SETTINGS, round_trip=1))
+    few, more = counted(apart), counted(near)
+    assert more[ONLINE][0] >= few[ONLINE][0] + 4 * LLAMA.layers and more[PREP][1] < few[PREP][1]
+    assert exchanged(near) == [more] * 3
+    assert run_session(near).tokens == apart.expected
 
 
 @pytest.mark.parametrize("name", STORIES)

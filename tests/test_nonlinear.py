@@ -101,9 +101,10 @@ def activation_points(n: int, seed: int) -> Real:
 
 
 @pytest.mark.parametrize(("scale", "entering"), [(16, 32), (16, 53), (8, 16), (8, 53), (12, 53), (20, 53)])
-def test_activations_over_their_whole_domain(scale: int, entering: int) -> None:
+@pytest.mark.parametrize("round_trip", [1, 20])
+def test_activations_over_their_whole_domain(scale: int, entering: int, round_trip: float) -> None:
     """Of inputs at twice the scale, or as products behind norms; beyond the edge the result is x, or 0."""
-    s = Settings(scale)
+    s = Settings(scale, round_trip=round_trip)
     assert entering in (2 * scale, transformer.PRODUCT_SCALE)
     x = encode(activation_points(400, entering), entering)
     real = decode(x, entering)
@@ -356,7 +357,7 @@ def softmax(
     x = encode(scores, entering)
 
     async def op(ctx: Context, sx: Share, *v: Share) -> list[Share]:
-        scores = Scores(sx, entering, allowed.astype(np.uint64), v[0] if v else None)
+        scores = Scores(sx, entering, allowed.astype(np.uint64), v[0] if v else None, s.few_rounds)
         ((e, total),) = await nonlinear.exponentials(ctx, "softmax", [scores])
         (inverse,) = await nonlinear.reciprocals(ctx, "reciprocal", [(total, scores.keys)], s)
         return [e, total, *inverse]
@@ -402,6 +403,16 @@ def test_softmax_of_causal_rows(keys: int, degree: int) -> None:
     rng = np.random.default_rng([keys, degree])
     scores = rng.standard_normal((2, rows, keys)) * np.array([1.0, 6.0])[:, None, None]
     close(softmax(scores, causal(rows, keys), None, Settings(16, degree)), Settings(16, degree))
+
+
+@pytest.mark.parametrize("keys", [1, 2, 7, 64, 127, 128])
+@pytest.mark.parametrize("round_trip", [1, 20])
+def test_softmax_of_single_rows(keys: int, round_trip: float) -> None:
+    """As in decoding, where counts are tested in the ring, or over GF(2)."""
+    rng = np.random.default_rng(keys)
+    scores = rng.standard_normal((3, 1, keys)) * np.array([1.0, 6.0, 40.0])[:, None, None]
+    s = Settings(round_trip=round_trip)
+    close(softmax(scores, np.ones((1, keys), bool), None, s), s)
 
 
 def test_softmax_of_hard_rows() -> None:

@@ -782,9 +782,13 @@ def test_are_zero(backend: Replicated, bits: int) -> None:
         (3, 1, 2, (2, 3)),
     ],
 )
-def test_are_below(backend: Replicated, low: int, rest: int, bits: int, thresholds: tuple[int, ...]) -> None:
-    """Never from a threshold on, always a bin and three units below it; between them rarely or often, as a
-    value lies near the one or the other. What is below one threshold is below the next.
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_are_below(
+    backend: Replicated, low: int, rest: int, bits: int, thresholds: tuple[int, ...], count: int
+) -> None:
+    """Whatever digits the bits are cut into: never from a threshold on, always a bin and three units below
+    it; between them rarely or often, as a value lies near the one or the other. What is below one threshold
+    is below the next.
     """
     unit, size = 1 << low, 1 << (low + rest)
     end = (1 << (low + rest + bits)) - size - (3 << low) + 1
@@ -796,8 +800,11 @@ def test_are_below(backend: Replicated, low: int, rest: int, bits: int, threshol
     near += [j * size + e for j in range(1 << bits) for e in (-1, 0)]
     x = [v for v in near if 0 <= v < end] * 4 + [int(v * end) for v in rng.random(301)]
 
+    count = min(count, bits)
+    sizes = tuple(bits // count + (i < bits % count) for i in range(count))
+
     async def op(ctx: Context, s: Share) -> list[Bits]:
-        return await ops.are_below(ctx, "below", s, low, rest, bits, thresholds)
+        return await ops.are_below(ctx, "below", s, low, rest, sizes, thresholds)
 
     said = np.stack([bits_of(got, len(x)) for got in execute(backend, op, ring(x))])
     assert (np.diff(said[np.argsort(thresholds)].astype(int), axis=0) >= 0).all()
@@ -815,7 +822,7 @@ def test_are_below_near_the_threshold_errs_only_below(backend: Replicated) -> No
     xs = [limit - 1, limit - size // 4, limit - size // 2, limit - 3 * size // 4, limit - size - (3 << low)]
 
     async def op(ctx: Context, *shares: Share) -> list[Bits]:
-        return [bits for s in shares for bits in await ops.are_below(ctx, "below", s, low, rest, 4, (5,))]
+        return [bits for s in shares for bits in await ops.are_below(ctx, "below", s, low, rest, (4,), (5,))]
 
     rates = [bits_of(g, n).mean() for g in execute(backend, op, *(ring([v] * n) for v in xs))]
     assert rates[0] < 0.05 < rates[1] < rates[2] < rates[3] < rates[4] == 1
@@ -1195,9 +1202,12 @@ def test_decay(backend: Replicated, low: int, kind: prep.Decay) -> None:
 ARGMAX_SIZES = [1, 2, 3, 4, 5, 6, 7, 11, 12, 13, 14, 18, 31, 47, 48, 49, 50, 64, 70, 300]
 
 
-@pytest.mark.parametrize("n", ARGMAX_SIZES)
-def test_argmax(backend: Replicated, n: int) -> None:
+@pytest.mark.parametrize(
+    ("n", "round_trip"), [*((n, 20) for n in ARGMAX_SIZES), *((n, 1) for n in ARGMAX_SIZES if n < 300)]
+)
+def test_argmax(backend: Replicated, n: int, round_trip: float) -> None:
     """Exact with no bits dropped: negative values, ties to the lower index, neighbours, full range."""
+    assert not any(level.coarser for level in ops.tournament(n, round_trip))
     rng = np.random.default_rng(n)
     width = 30
     top = (1 << (width - 2)) - 1  # so that differences fit
@@ -1213,7 +1223,7 @@ def test_argmax(backend: Replicated, n: int) -> None:
     async def op(ctx: Context, *shares: Share) -> list[Share]:
         out: list[Share] = []
         for s in shares:
-            value, index = await ops.argmax(ctx, "argmax", s, 0, width)
+            value, index = await ops.argmax(ctx, "argmax", s, 0, width, round_trip)
             assert value.shape == index.shape == ()
             out += [value, index]
         return out
@@ -1248,30 +1258,35 @@ def test_argmax_with_dropped_bits(backend: Replicated, n: int) -> None:
         assert -(2 << low) < (int(signed(value)) << low) - chosen < 5 << low
 
 
+@pytest.mark.parametrize("round_trip", [0, 1, 4.9, 5, 20, 1000])
 @pytest.mark.parametrize("n", [2, 3, 10, 100, 2000, 32000, 50257, 151936])
-def test_tournaments_are_short(n: int) -> None:
+def test_tournaments_are_short(n: int, round_trip: float) -> None:
     """What is planned ends with one winner, whose bits are enough, and values that meet near ones often are
-    told apart exactly.
+    told apart exactly. Parties that are apart take few rounds, and others no fewer.
     """
-    left = n
-    for level in ops.tournament(n):
+    left, levels = n, ops.tournament(n, round_trip)
+    for level in levels:
         assert level.flags * math.prod(level.products) >= level.size - 1
         assert level.coarser <= max(0, math.log2(left / level.size) - 5)
         left = left // level.size + left % level.size
     assert left == 1
-    assert sum(level.rounds for level in ops.tournament(n)) <= (16 if n <= 50257 else 20)
+    rounds, few = (sum(level.rounds for level in each) for each in (levels, ops.tournament(n)))
+    assert few <= (16 if n <= 50257 else 20)
+    assert rounds <= few if round_trip >= 20 else rounds >= few
+    assert round_trip < ops.APART or rounds <= (16 if n <= 50257 else 20)
 
 
 LARGE = 5_000
 
 
 @pytest.mark.parametrize("gap", ["clear", "near", "neighbours"])
-def test_argmax_of_many(backend: Replicated, gap: str) -> None:
+@pytest.mark.parametrize("round_trip", [1, 20])
+def test_argmax_of_many(backend: Replicated, gap: str, round_trip: float) -> None:
     """Of thousands the first are compared more coarsely: the largest is found if it is clearly so, wherever
     it stands; and else one nearly as large, but where the next one stands beside it, which is not in its
     group.
     """
-    width, coarser = 22, ops.tournament(LARGE)[0].coarser
+    width, coarser = 22, ops.tournament(LARGE, round_trip)[0].coarser
     assert coarser > 1
     rng = np.random.default_rng(len(gap))
     rows = []
@@ -1285,7 +1300,7 @@ def test_argmax_of_many(backend: Replicated, gap: str) -> None:
         rows.append(row)
 
     async def op(ctx: Context, *shares: Share) -> list[Share]:
-        return [part for s in shares for part in await ops.argmax(ctx, "argmax", s, 0, width)]
+        return [p for s in shares for p in await ops.argmax(ctx, "argmax", s, 0, width, round_trip)]
 
     got = execute(backend, op, *map(ring, rows))
     for row, value, index in zip(rows, got[::2], got[1::2], strict=True):

@@ -349,7 +349,7 @@ async def _are_zero(ctx: Context, x: Share) -> Any:
 
 
 async def _are_below(ctx: Context, x: Share) -> Any:
-    return await ops.are_below(ctx, "rough", x, 20, 5, 4, (7, 2))
+    return await ops.are_below(ctx, "rough", x, 20, 5, (4,), (7, 2))
 
 
 TABLES = np.arange(3 << 5, dtype=np.uint64).reshape(3, 1 << 5)

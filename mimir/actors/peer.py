@@ -203,7 +203,7 @@ class PartyService:
         longest = min(config.scheduler.max_context, spec.context)
         if sum(terms.buckets) + terms.max_new > longest:
             raise BadInput(f"prompt and answer together exceed the {longest} positions of this model here")
-        settings = Settings(config.fixed_point.scale_bits, config.cheby.deg)
+        settings = Settings(config.fixed_point.scale_bits, config.cheby.deg, config.scheduler.round_trip_ms)
         limits = Limits(
             config.scheduler.prompt_buckets,
             config.scheduler.output_buckets,

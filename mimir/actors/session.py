@@ -152,7 +152,7 @@ class SessionActor(Actor[Any]):
         self._shapes = transformer.weight_shapes(spec)
         self._shapes |= {f"{k}_b": (1, v[1]) for k, v in self._shapes.items() if k not in ("embed", "pos")}
         how = terms.sampler
-        self._sampler = Sampler(how.kind, how.temperature, how.topk, spec.vocab)
+        self._sampler = Sampler(how.kind, how.temperature, how.topk, spec.vocab, settings.round_trip)
         self._cache = Cache.empty(spec.layers)
         self._token: Share | None = None  # the last token chosen
         self._position: Share | None = None  # its position

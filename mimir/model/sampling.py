@@ -41,6 +41,7 @@ class Sampler:
     temperature: float
     topk: int
     vocab: int
+    round_trip: float = ops.ROUND_TRIP  # between the parties, in ms (nonlinear.Settings)
 
 
 def gumbel(seed: bytes, count: int) -> Ring:
@@ -57,14 +58,14 @@ async def choose(ctx: Context, step: str, logits: Share, sampler: Sampler, noise
     """Index (1,), modulo 2^INDEX_BITS, of the next token from logits (vocab,) at LOGIT_SCALE."""
     low = LOGIT_SCALE - CHOICE_SCALE
     if sampler.kind == "greedy":
-        _, index = await ops.argmax(ctx, f"{step}/argmax", logits, low, WIDTH)
+        _, index = await ops.argmax(ctx, f"{step}/argmax", logits, low, WIDTH, sampler.round_trip)
         return index.reshape(1)
     k = min(sampler.topk, sampler.vocab)
     values: list[Share] = []
     indices: list[Share] = []
     kt = index_bits(sampler.vocab)
     for i in range(k):
-        value, index = await ops.argmax(ctx, f"{step}/top {i}", logits, low, ASIDE_WIDTH)
+        value, index = await ops.argmax(ctx, f"{step}/top {i}", logits, low, ASIDE_WIDTH, sampler.round_trip)
         values.append(value.reshape(1))
         indices.append(index.reshape(1))
         if i + 1 < k:
@@ -80,14 +81,14 @@ async def choose(ctx: Context, step: str, logits: Share, sampler: Sampler, noise
     shift = total - NOISE_GRID
     value = await ops.lift(ctx, f"{step}/lift", concat(values), ASIDE_WIDTH)
     noisy = value * inverse + (public << np.uint64(shift) if shift >= 0 else public)
-    won = await _largest(ctx, f"{step}/choose", noisy, total)
+    won = await _largest(ctx, f"{step}/choose", noisy, total, sampler.round_trip)
     (picked,) = await ops.mul(ctx, f"{step}/pick", (won, concat(indices)))
     return picked.sum(0).reshape(1)
 
 
-async def _largest(ctx: Context, step: str, x: Share, scale: int) -> Share:
+async def _largest(ctx: Context, step: str, x: Share, scale: int, round_trip: float) -> Share:
     """One-hot (n,) of the largest of x (n)."""
-    _, index = await ops.argmax(ctx, step, x, 0, scale + NOISE_WIDTH)
+    _, index = await ops.argmax(ctx, step, x, 0, scale + NOISE_WIDTH, round_trip)
     bits = index_bits(x.shape[0])
     c = ctx.take(prep.Lookup(0, bits), 1)
     (o,) = await ctx.doors.open_low(f"{step}/index", bits, index.reshape(1) + c["r"])

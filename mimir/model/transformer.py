@@ -254,7 +254,7 @@ async def attention(
         z = await _per_head(ctx, dq[:, own], keys[i]["x"], *all_k, keys[i]["z"], turned=True)
         slots = np.arange(cache.length + each)
         allowed = (slots[None, :] <= slots[cache.length :, None]).astype(np.uint64)
-        scores.append(Scores(z * (1 << spare), scale, allowed, cache.valid))
+        scores.append(Scores(z * (1 << spare), scale, allowed, cache.valid, s.few_rounds))
     weights = await parts.exponentials(ctx, f"{step}/softmax", scores)
 
     async def mix(ctx: Context) -> list[Share]:

@@ -75,11 +75,17 @@ class Settings:
 
     scale_bits: int = 16
     degree: int = 3  # of the pieces of reciprocal and inverse root
+    round_trip: float = ops.ROUND_TRIP  # between the parties, in ms: what a round may cost to be saved
 
     @property
     def rest(self) -> int:
         """Bits of the remainder: as many as the ring has room for."""
         return {1: 14, 2: 14, 3: 12}[self.degree]
+
+    @property
+    def few_rounds(self) -> bool:
+        """Whether rounds are saved at the price of more preprocessing."""
+        return self.round_trip >= ops.APART
 
 
 def _fit(f: Callable[[Real], Real], left: Real, width: float, degree: int) -> Real:
@@ -169,7 +175,8 @@ COSINES: Final = {
 
 
 async def activation(ctx: Context, step: str, x: Share, name: str, s: Settings, scale: int) -> Share:
-    """SiLU or GELU of x at `scale`, above f, |x| < ACTIVATION_BOUND, result at scale f. Two rounds.
+    """SiLU or GELU of x at `scale`, above f, |x| < ACTIVATION_BOUND, result at scale f. Two rounds; three
+    where rounds are not saved.
 
     What the function is above x / 2 is even, and a sum of cosines near zero; where a second reading, of whole
     numbers, tells that x may lie beyond, the function is x or 0.
@@ -191,7 +198,7 @@ async def activation(ctx: Context, step: str, x: Share, name: str, s: Settings, 
             lifted,
             scale - ACTIVE_REST,
             ACTIVE_REST,
-            ACTIVE_BITS,
+            (ACTIVE_BITS,) if s.few_rounds else ops.digits(ACTIVE_BITS),
             (first, first + a.bins),
         )
 
@@ -380,13 +387,14 @@ async def rms_norm(ctx: Context, step: str, x: Share, scale: int, eps: float, s:
 class Scores:
     """Scores (heads, rows, keys) at `scale`, at most 53, within +-SCORE_BOUND; which of them are allowed,
     publicly: (rows, keys) of 0 and 1; and which keys are valid, secretly: (keys,) bits, or all of them. What
-    is not valid must have a score of 0.
+    is not valid must have a score of 0. Whether rounds are saved is for all of a pass alike.
     """
 
     values: Share
     scale: int
     allowed: Ring
     valid: Share | None
+    few_rounds: bool = True
 
     @property
     def keys(self) -> int:
@@ -403,6 +411,11 @@ class Scores:
         """Of a number of keys."""
         return self.keys.bit_length()
 
+    @property
+    def counts_in_ring(self) -> bool:
+        """Whether counts of keys are tested by one-hots in the ring, or over GF(2) and a round more."""
+        return self.few_rounds and self.values.shape[1] == 1 and self.count_bits <= COUNT_BITS
+
 
 async def exponentials(ctx: Context, step: str, blocks: Sequence[Scores]) -> list[tuple[Share, Share]]:
     """For each block weights e^(score - shift) (heads, rows, keys) at scale 24, 0 where not allowed or not
@@ -411,7 +424,7 @@ async def exponentials(ctx: Context, step: str, blocks: Sequence[Scores]) -> lis
     The shift is the row's maximum, rounded up by at most two coarse bins: it is found by counting, for every
     threshold, the valid scores above it, and by testing those counts for zero. What lies more than EXP_REACH
     below the shift may have weight 0, and has from 9.5 further on; a second, coarse reading tells. Blocks
-    share the 4 rounds; 5 if one has many rows or keys (`_highest_bins`).
+    share the 4 rounds; 5 if one has many rows or keys, or rounds are not saved (`_highest_bins`).
     """
     scale = blocks[0].scale
     half = 1 << (COARSE_BIN + COARSE_BITS - 1)
@@ -442,7 +455,7 @@ async def exponentials(ctx: Context, step: str, blocks: Sequence[Scores]) -> lis
         if invalid is not None:
             lifted = lifted - invalid * (round(REACH_LIFT * 2**scale) - (2 * half << scale))
         (far,) = await ops.are_below(
-            ctx, f"{step}/reach", _whole_words(lifted), scale - 1, REACH_REST, REACH_BITS, (REACH_FROM,)
+            ctx, f"{step}/reach", _whole_words(lifted), scale - 1, REACH_REST, (REACH_BITS,), (REACH_FROM,)
         )
         return ~far
 
@@ -522,8 +535,9 @@ async def _highest_bins(
     ctx: Context, step: str, blocks: Sequence[Scores], one_hots: Sequence[Share]
 ) -> Share:
     """For every row of every head the highest bin that one of its allowed scores lies in, modulo
-    2^COARSE_LANE. One round for a row of up to 2^COUNT_BITS - 1 keys, as in decoding; else two, for a third
-    of the work: where rows or keys are many, processors and bytes take longer than a round.
+    2^COARSE_LANE. One round for a row of up to 2^COUNT_BITS - 1 keys, as in decoding, where rounds are saved;
+    else two, for a third of the work: where rows or keys are many, processors and bytes take longer than a
+    round.
     """
     per_row = []
     for b, hot in zip(blocks, one_hots, strict=True):
@@ -534,7 +548,7 @@ async def _highest_bins(
     counts = per_row[0] if len(per_row) == 1 else np.concatenate(per_row, axis=1)
     at_least = ctx.share(np.cumsum(counts[..., ::-1], axis=-1, dtype=np.uint64)[..., ::-1])[:, 1:]
     # Counts of blocks of about as many keys are tested together.
-    tests = _places([(b.count_bits, b.values.shape[1] == 1 and b.count_bits <= COUNT_BITS) for b in blocks])
+    tests = _places([(b.count_bits, b.counts_in_ring) for b in blocks])
     parts = _by_row(blocks, at_least)
 
     def test(group: list[int], bits: int, ring: bool) -> Callable[[Context], Coroutine[Any, Any, Share]]:

@@ -341,6 +341,10 @@ def drop(x: Share, low: int, width: int) -> Share:
     return Share(kernels.drop(x.flat().v, x.bk.one, (low,), width), x.bk).reshape(*x.shape)
 
 
+ROUND_TRIP: Final = 20.0  # ms between the parties, if nothing else is said
+APART: Final = 5.0  # ms from which on rounds are saved, at the price of more preprocessing
+
+
 DIGIT: Final = 5  # bits of a digit: with 4 or 6 a comparison takes more ANDs
 MOST_DIGITS: Final = 7  # products of more bits take more than larger digits do
 
@@ -398,20 +402,28 @@ def _lesser(count: int) -> tuple[tuple[int, ...], ...]:
 
 
 async def are_below(
-    ctx: Context, step: str, x: Share, low: int, rest: int, bits: int, thresholds: Sequence[int]
+    ctx: Context,
+    step: str,
+    x: Share,
+    low: int,
+    rest: int,
+    sizes: tuple[int, ...],
+    thresholds: Sequence[int],
 ) -> list[Bits]:
     """For each t [x < t * 2^(low + rest)], for x (n) in 0 .. 2^(low + rest + bits) - 2^(low + rest) - 3 *
-    2^low, as words, where x is not within 2^(low + rest) + 3 * 2^low below that: there, either. One round,
-    rest + bits bits.
+    2^low, as words, where x is not within 2^(low + rest) + 3 * 2^low below that: there, either. `sizes` are
+    those of the digits, the lowest first, that the bits are cut into. One round, rest + bits bits; two with
+    more than one digit, for which less is prepared.
 
     The opened value's upper bits, less the mask's, are those of x or one more, as the lower ones carry. 0 < t
     < 2^bits: x < t if the mask's lie within the t values up to the opened ones, modulo 2^bits.
     """
-    c = ctx.take(prep.Digits((bits,), rest), x.shape[0])
+    bits = sum(sizes)
+    c = ctx.take(prep.Digits(sizes, rest), x.shape[0])
     (o,) = await ctx.doors.open_low(step, rest + bits, drop(x, low, rest + bits) + c["r"])
     upper = o >> np.uint64(rest)
     below = [(upper - np.uint64(t)) & np.uint64((1 << bits) - 1) for t in thresholds]
-    first, *others = await _at_most(ctx, step, c["planes"].v, (bits,), [upper, *below])
+    first, *others = await _at_most(ctx, step, c["planes"].v, sizes, [upper, *below])
     return [
         first ^ other ^ kernels.ring_lsb((upper < np.uint64(t)).astype(np.uint64))
         for other, t in zip(others, thresholds, strict=True)
@@ -603,7 +615,9 @@ async def coarse_index(ctx: Context, step: str, x: Share, low: int, rest: int, b
     return one_hot(ctx, c, o >> np.uint64(rest), bits).reshape(*x.shape, 1 << bits)
 
 
-async def argmax(ctx: Context, step: str, x: Share, low: int, width: int) -> tuple[Share, Share]:
+async def argmax(
+    ctx: Context, step: str, x: Share, low: int, width: int, round_trip: float = ROUND_TRIP
+) -> tuple[Share, Share]:
     """Largest of x (n), and its index, modulo 2^INDEX_BITS: two shares (). The largest is divided by 2^low,
     and meant modulo 2^width (`lift` gives it in the ring).
 
@@ -613,15 +627,17 @@ async def argmax(ctx: Context, step: str, x: Share, low: int, width: int) -> tup
     2^(low + coarser).
 
     A tournament in groups: all pairs of a group are compared at once, the winner beats every other. Rounds: 3
-    a level, and one for each product of bits that it takes before the winner is picked.
+    a level, and one for each product of bits that it takes before the winner is picked; how many levels
+    follows from the round trip between the parties, in ms.
     """
+    levels = tournament(x.shape[0], round_trip)
     if x.shape[0] > 1 << INDEX_BITS:
         raise LocalError(f"the largest of {x.shape[0]:,} values: at most 2^{INDEX_BITS} have an index")
-    if width < CHOICE_WIDTH and any(level.coarser for level in tournament(x.shape[0])):
+    if width < CHOICE_WIDTH and any(level.coarser for level in levels):
         raise LocalError(f"so many values are compared at {CHOICE_WIDTH} bits or more, not at {width}")
     value, index = drop(x, low, width), None
     lane = max(INDEX_BITS, -(-width // 8) * 8)
-    for number, level in enumerate(tournament(x.shape[0])):
+    for number, level in enumerate(levels):
         n, size = value.shape[0], level.size
         groups = n // size
         name, last = f"{step}/level {number}", size - 1
@@ -663,12 +679,13 @@ async def lift(ctx: Context, step: str, x: Share, width: int) -> Share:
 INDEX_BITS: Final = 24  # of the numbers modulo which an index is found
 
 # What a tournament is chosen by, in bytes: a gate, a product and an injected bit, with the processor time of
-# all three parties for preparing them, 6 bytes a microsecond; and a round as 20 ms at 100 Mbit/s, or, until
-# there are few enough of them, more.
+# all three parties for preparing them, 6 bytes a microsecond; and a round as its round trip at 100 Mbit/s;
+# where parties are apart as ROUND_TRIP at least, and, until there are few enough rounds, more.
 _GATE_BYTES: Final = 0.16
 _PRODUCT_BYTES: Final = 4
 _BIT_BYTES: Final = 5.5
-_ROUND_BYTES: Final = (250_000, 500_000, 1_000_000)
+_ROUND_BYTES: Final = 12_500  # a ms, and at least
+_DEARER: Final = (1, 2, 4)
 _FEW_ROUNDS: Final = 16
 _GROUPS: Final = (2, 3, 4, 5, 6, 7, 8, 10, 12, 15, 19, 25, 33)  # sizes that are tried
 _WHOLE: Final = 256  # up to so many values may be one group
@@ -686,9 +703,9 @@ class Level:
 
     `coarser` bits more are dropped before values are compared, so that those closer than 3 * 2^coarser may go
     either way. Of n values in groups of g the largest one meets the next by a chance of g / n, and coarser is
-    at most log2(n / g) - 5: all levels together add a tenth to how often the next one wins because values
-    are rounded. Members of a group are far apart then, since neighbours may have to do with one
-    another, as the tokens of digits do.
+    at most log2(n / g) - 5: three such levels, or all, add a tenth to how often the next one wins because
+    values are rounded, and the seven of parties on one site a fifth. Members of a group are far apart then,
+    since neighbours may have to do with one another, as the tokens of digits do.
     """
 
     size: int
@@ -747,10 +764,12 @@ def _cheapest(n: int, first: bool, round_bytes: int) -> tuple[float, tuple[Level
 
 
 @lru_cache(maxsize=64)
-def tournament(n: int) -> tuple[Level, ...]:
-    """The levels in which the largest of n is found."""
-    for round_bytes in _ROUND_BYTES:
-        _, levels = _cheapest(n, True, round_bytes)
+def tournament(n: int, round_trip: float = ROUND_TRIP) -> tuple[Level, ...]:
+    """The levels in which the largest of n is found, for parties so many ms apart, there and back."""
+    apart = round_trip >= APART
+    round_bytes = round(_ROUND_BYTES * max(round_trip, ROUND_TRIP if apart else 1.0))
+    for times in _DEARER if apart else (1,):
+        _, levels = _cheapest(n, True, times * round_bytes)
         if sum(level.rounds for level in levels) <= _FEW_ROUNDS:
             break
     return levels
