@@ -4,6 +4,8 @@
     python bench/targets.py                 a quarter of an hour on two idle cores, 16 GiB; run.py --targets
     python bench/targets.py --only NAME ... of decode, prefill, sessions, argmax; and billion, of which the
                                             1.1 B shape needs 80 GiB, and which is run only if it is named
+    python bench/targets.py --round-trip MS scheduler.round_trip_ms, instead of 20: below 5 more rounds are
+                                            taken for less preprocessing
     python bench/targets.py --threads N     for the kernels of each party, instead of a third of the cores
     python bench/targets.py --show FILE     print the table of a result again
 
@@ -322,7 +324,7 @@ async def sessions(
 
 
 def chooser(spec: PlanSpec) -> Callable[[Context, str, Share], Awaitable[Share]]:
-    greedy = sampling.Sampler("greedy", 1.0, 1, spec.vocab)
+    greedy = sampling.Sampler("greedy", 1.0, 1, spec.vocab, SETTINGS.round_trip)
 
     async def choose(ctx: Context, step: str, logits: Share) -> Share:
         return await sampling.choose(ctx, step, logits, greedy, sampling.no_noise)
@@ -419,7 +421,7 @@ def measured(names: Sequence[str], threads: int) -> dict[str, list[Any]]:
             identity.save(folder / f"key{i}")
             (folder / f"public{i}").write_text(identity.public_hex)
         words = [sys.executable, str(HERE / "targets.py"), "--folder", name]
-        words += ["--threads", str(threads), "--only", *names]
+        words += ["--round-trip", str(SETTINGS.round_trip), "--threads", str(threads), "--only", *names]
         children = [subprocess.Popen([*words, "--party", str(i)]) for i in range(PARTIES)]
         try:
             while any(child.poll() is None for child in children):
@@ -616,7 +618,8 @@ def tables(result: dict[str, Any]) -> str:
     out = [
         f"GPT-2 small, measured {result['date'][:10]} at commit {result['commit']} by `bench/targets.py`, on "
         f"{m['cores']} cores of {m['processor']} ({m['kernels']} kernels), which all three parties share, "
-        f"each with {result.get('threads', 1)} for its kernels; "
+        f"each with {result.get('threads', 1)} for its kernels, "
+        f"and which are said to be {result.get('round_trip', 20):g} ms apart; "
         f"load before and after {result['load'][0]:.1f}, {result['load'][1]:.1f}.",
         "",
         f"| | target | measured | predicted | floor: multiplying | link, {LINK_MBIT:g} Mbit/s "
@@ -745,6 +748,7 @@ def tables(result: dict[str, Any]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    global SETTINGS
     p = argparse.ArgumentParser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -753,6 +757,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     p.add_argument(
         "--only", nargs="+", choices=NAMES, default=list(USUAL), metavar="NAME", help="of " + ", ".join(NAMES)
     )
+    p.add_argument("--round-trip", type=float, default=SETTINGS.round_trip, metavar="MS")
     p.add_argument(
         "--threads", type=threads_rule, default=third(), metavar="N", help="of each party (default a third)"
     )
@@ -764,6 +769,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if a.show:
         print(tables(json.loads(a.show.read_text())))
         return 0
+    SETTINGS = Settings(round_trip=a.round_trip)
     if a.party is not None:
         structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(40))
         kernels.use_threads(a.threads)
@@ -790,6 +796,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "commit": at,
         "machine": machine(),
         "threads": a.threads,
+        "round_trip": a.round_trip,
         "load": [load, os.getloadavg()[0]],
         "rounds": trio.run(planned, SMALL, SETTINGS, CONTEXT),
         "choice": {"rounds": choice.rounds, "sent": choice.sent},
