@@ -535,7 +535,7 @@ def subjects(work: Path) -> list[Subject]:
 
 async def planned(spec: PlanSpec, settings: Settings, slots: int) -> dict[str, int]:
     """Rounds of one answered token at the end of `slots` positions, by the plan that the engine follows."""
-    chooser = sampling.Sampler("greedy", 1.0, 1, spec.vocab)
+    chooser = sampling.Sampler("greedy", 1.0, 1, spec.vocab, settings.round_trip)
 
     async def choose(ctx: Any, step: str, logits: Any) -> Any:
         return await sampling.choose(ctx, step, logits, chooser, sampling.no_noise)
@@ -617,10 +617,12 @@ def measure(
     spec = load_checkpoint(subject.directory).spec
     context = min(lengths.context, spec.context)
     answers = sorted({WARM_TOKENS, *range(3, lengths.ready + 1), lengths.cold})
+    apart = max(1, round(float(wan.partition(":")[0]))) if wan else 1
     settings = {
         "scheduler.max_context": lengths.context,
         "scheduler.prompt_buckets": [b for b in PROMPT_BUCKETS if b <= lengths.bucket],
         "scheduler.output_buckets": answers,
+        "scheduler.round_trip_ms": apart,
         "triple_pool.min_size": POOL,
         "triple_pool.memory_mib": POOL_MIB,
         "deadlines.round": PEER_SECONDS,
@@ -635,7 +637,7 @@ def measure(
         "context": context,
         "threads": threads,
         "shape": {k: getattr(spec, k) for k in ("family", "layers", "width", "hidden", "vocab")},
-        "rounds": trio.run(planned, spec, Settings(), context),
+        "rounds": trio.run(planned, spec, Settings(round_trip=apart), context),
     }
     with mesh(subject.directory, wan, tunnel, settings) as parties:
         row["tunnel"] = parties.tunnel
@@ -659,7 +661,7 @@ def measure(
     row["memory"] = row["cold"].pop("memory")
     for name in ("ready", "prefill"):
         row.get(name, {}).pop("memory", None)
-    row["predicted"] = predicted(spec, Settings(), row, lengths.context, rates)
+    row["predicted"] = predicted(spec, Settings(round_trip=apart), row, lengths.context, rates)
     got, want = row["cold"]["ids"], subject.expected
     whole = want is not None and len(subject.ids) <= lengths.bucket
     row["as_expected"] = got == want[: len(got)] if whole and want is not None else None

@@ -319,7 +319,10 @@ render=("$workdir" --base-port "$base_port" --interface "mm$id" --tokenizer "$mo
 [[ -n $tunnel ]] || render+=(--no-tunnel)
 [[ -z $attest ]] || render+=(--attested)
 [[ -z $wan ]] || render+=(--relay 10.90.0.254)
-# All three are here, so each gets a third of the processors; --set comes later and says otherwise.
+# All three are here: close together, unless --wan says otherwise, and each gets a third of the processors. --set comes
+# later and says otherwise.
+apart=${wan%%[:.]*}
+render+=(--set "scheduler.round_trip_ms=$((apart > 1000 ? 1000 : apart > 1 ? apart : 1))")
 threads=$(($(nproc) / 3))
 render+=(--set "kernels.threads=$((threads > 64 ? 64 : threads > 1 ? threads : 1))")
 "$bin/python" "$root/scripts/render_configs.py" "${render[@]}" "${settings[@]}"
