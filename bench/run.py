@@ -617,7 +617,7 @@ def measure(
     spec = load_checkpoint(subject.directory).spec
     context = min(lengths.context, spec.context)
     answers = sorted({WARM_TOKENS, *range(3, lengths.ready + 1), lengths.cold})
-    apart = max(1, round(float(wan.partition(":")[0]))) if wan else 1
+    apart = min(max(1, int(float(wan.partition(":")[0]))), 1000) if wan else 1  # as scripts/local_mesh.sh
     settings = {
         "scheduler.max_context": lengths.context,
         "scheduler.prompt_buckets": [b for b in PROMPT_BUCKETS if b <= lengths.bucket],

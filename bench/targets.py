@@ -15,12 +15,12 @@ things are not a party's. Weights are random words, alike at both holders of a c
 on them, and what comes out is noise. And the client sits in each process and answers at once. `bench/run.py`
 measures the whole, with tunnel and client, at a short context; what lies between is what they cost.
 
-    decode    A session whose cache holds 111 random positions, as in mimir.dryrun, reads 16 more, so that the
+    decode    A session whose cache holds 95 random positions, as in mimir.dryrun, reads 32 more, so that the
               last token is the one that fills the context: a block of products with weights. The material of
-              a full context fits no pool, so only that of these 16 is made, all of it before the first round
+              a full context fits no pool, so only that of these 32 is made, all of it before the first round
               online; what is ready may exceed triple_pool.memory_mib for that. Online: rounds and
-              bytes of the last, seconds the median of the 15 between two tokens. Preprocessing: all 16, from
-              the entry's material on, by 16. Three such sessions, one after another in the same processes,
+              bytes of the last, seconds the median of the 31 between two tokens. Preprocessing: all 32, from
+              the entry's material on, by 32. Three such sessions, one after another in the same processes,
               of which the median counts: a party serves for days, and the first one pays for memory that the
               machine has not given yet. What that one took stands beside.
     prefill   32 rows from an empty cache, and the token that they give: as PUMA counts (32 in, 1 out).
@@ -95,7 +95,7 @@ from mimir.net.messages import Message, Open, Sampler  # noqa: E402
 
 RESULTS = HERE / "results" / "targets"
 CONTEXT = 128
-BLOCK = 32
+BLOCK = 32  # positions that `decode` reads
 LARGE_BLOCK = 8  # of the 1.1 B shape
 PROMPT = 32
 AT_ONCE = 8
@@ -757,7 +757,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     p.add_argument(
         "--only", nargs="+", choices=NAMES, default=list(USUAL), metavar="NAME", help="of " + ", ".join(NAMES)
     )
-    p.add_argument("--round-trip", type=float, default=SETTINGS.round_trip, metavar="MS")
+    p.add_argument("--round-trip", type=int, default=20, metavar="MS", help="as above (default 20)")
     p.add_argument(
         "--threads", type=threads_rule, default=third(), metavar="N", help="of each party (default a third)"
     )
@@ -769,6 +769,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if a.show:
         print(tables(json.loads(a.show.read_text())))
         return 0
+    if not 0 <= a.round_trip <= 1000:
+        p.error("--round-trip must be from 0 to 1000")
     SETTINGS = Settings(round_trip=a.round_trip)
     if a.party is not None:
         structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(40))

@@ -496,7 +496,7 @@ def _parser(program: str) -> argparse.ArgumentParser:
     )
     cost.add_argument(
         "--round-trip",
-        type=_not_negative,
+        type=_round_trip,
         metavar="MS",
         help="scheduler.round_trip_ms (default: that of a party's file)",
     )
@@ -789,6 +789,12 @@ def _positive(text: str) -> int:
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError("must be at least 1")
+    return value
+
+
+def _round_trip(text: str) -> int:
+    if not 0 <= (value := int(text)) <= 1000:
+        raise argparse.ArgumentTypeError("must be from 0 to 1000")
     return value
 
 

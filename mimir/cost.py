@@ -321,22 +321,22 @@ def command(options: argparse.Namespace) -> int:
     )
     if options.json:
         shape = {k: getattr(spec, k) for k in ("family", "layers", "width", "heads", "hidden", "vocab")}
-        whole: dict[str, Any] = {"event": "cost", "link": asdict(link)}
+        whole: dict[str, Any] = {"event": "cost", "link": asdict(link), "round_trip_ms": apart}
         whole |= {"shape": shape | {"parameters": spec.parameters()}}
         whole |= {"kernels": rates.kernels, "cores": rates.cores} | told.plain()
         print(json.dumps(whole))
     else:
-        print(_text(spec, told, link, rates))
+        print(_text(spec, told, link, rates, apart))
     return 0
 
 
-def _text(spec: PlanSpec, told: Prediction, link: Link, rates: Rates) -> str:
+def _text(spec: PlanSpec, told: Prediction, link: Link, rates: Rates, apart: int) -> str:
     rate = f"{link.rate:g} Mbit/s" if link.rate else "no limit of rate"
     out = [
         f"{spec.family}, {spec.layers} layers of width {spec.width}, vocabulary {spec.vocab}: "
         f"{spec.parameters() / 1e6:.1f} M weights",
         f"link: {link.rtt:g} ms there and back, {rate}; {link.parties_here} of the parties on {rates.cores} "
-        f"cores ({rates.kernels} kernels)",
+        f"cores ({rates.kernels} kernels); scheduler.round_trip_ms = {apart}",
         "",
         f"{'per party':<26}{'rounds':>9}{'MB sent':>10}"
         f"{'processor':>11}{'turns':>8}{'link':>8}{'delay':>8}{'seconds':>9}",

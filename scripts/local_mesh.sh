@@ -322,6 +322,7 @@ render=("$workdir" --base-port "$base_port" --interface "mm$id" --tokenizer "$mo
 # All three are here: close together, unless --wan says otherwise, and each gets a third of the processors. --set comes
 # later and says otherwise.
 apart=${wan%%[:.]*}
+apart=$((10#${apart:-0}))
 render+=(--set "scheduler.round_trip_ms=$((apart > 1000 ? 1000 : apart > 1 ? apart : 1))")
 threads=$(($(nproc) / 3))
 render+=(--set "kernels.threads=$((threads > 64 ? 64 : threads > 1 ? threads : 1))")

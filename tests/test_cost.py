@@ -47,6 +47,9 @@ PLAIN = Story(LLAMA)
 STORIES = {
     "gpt2": Story(GPT2),
     "sampled": Story(LLAMA, sampler=Sampler("sample", 0.8, 3)),
+    "sampled, on one site": Story(
+        LLAMA, sampler=Sampler("sample", 0.8, 3), settings=replace(SETTINGS, round_trip=1)
+    ),
 }
 
 

@@ -24,7 +24,7 @@ from mimir.model import sampling, transformer
 from mimir.model.checkpoint import PlanSpec
 from mimir.mpc import nonlinear, plan, prep
 from mimir.mpc.domain import decode, encode
-from mimir.mpc.nonlinear import Scores
+from mimir.mpc.nonlinear import Scores, Settings
 from mimir.mpc.prep import Joint, Store
 from mimir.net.memory import MemoryNet, Tap, Tapped
 from mimir.net.messages import Sampler
@@ -78,7 +78,7 @@ def held_together(
 
     async def main() -> None:
         net = MemoryNet(PARTIES, tap=tap)
-        async with decoders(net, told[0].spec, most) as running:
+        async with decoders(net, told[0].spec, most, told[0].settings) as running:
             actors = running.actors
             bend(actors)
             passes.extend(Passes(a, partial(before, i)) for i, a in enumerate(actors))
@@ -96,9 +96,10 @@ def held_together(
     return outcomes, passes
 
 
+@pytest.mark.parametrize("round_trip", [1, 20])
 @pytest.mark.parametrize("spec", [LLAMA, GPT2], ids=["llama", "gpt2"])
-def test_sessions_that_are_decoded_together_answer_as_alone(spec: PlanSpec) -> None:
-    told = stories(spec, max_new=4)
+def test_sessions_that_are_decoded_together_answer_as_alone(spec: PlanSpec, round_trip: int) -> None:
+    told = stories(spec, max_new=4, settings=Settings(round_trip=round_trip))
     outcomes, passes = held_together(told)
     assert [o.tokens for o in outcomes] == [s.expected for s in told]
     assert passes[0].rows == passes[1].rows == passes[2].rows
@@ -443,7 +444,8 @@ def test_a_pass_takes_no_more_than_its_sessions_have(spec: PlanSpec) -> None:
         assert cost.rounds == max(plan.run(joint([first])).rounds for first in firsts)
 
 
-def test_weights_of_several_caches_are_those_of_each() -> None:
+@pytest.mark.parametrize("few_rounds", [False, True])
+def test_weights_of_several_caches_are_those_of_each(few_rounds: bool) -> None:
     """Blocks of 3, 8, 256, which takes 16 bits to count, and 20 keys, some of them not valid: each as if it
     were alone, to a rounding.
     """
@@ -461,6 +463,7 @@ def test_weights_of_several_caches_are_those_of_each() -> None:
                     32,
                     np.ones(s.shape[1:], np.uint64),
                     None if v is None else p.share(v.astype(np.uint64), 20 + i),
+                    few_rounds,
                 )
                 for i, (s, v) in enumerate(zip(scores, valid, strict=True))
             ]
@@ -477,6 +480,7 @@ def test_weights_of_several_caches_are_those_of_each() -> None:
                 32,
                 np.ones(s.shape[1:], np.uint64),
                 None if v is None else ctx.share(np.zeros((1, len(v)), np.uint64)),
+                few_rounds,
             )
             for s, v in zip(scores, valid, strict=True)
         ]

@@ -330,6 +330,10 @@ async def _silu(ctx: Context, x: Share) -> Any:
     return await nonlinear.activation(ctx, "silu", x, "silu", Settings(), 53)
 
 
+async def _silu_near(ctx: Context, x: Share) -> Any:
+    return await nonlinear.activation(ctx, "silu", x, "silu", Settings(round_trip=1), 53)
+
+
 async def _relu(ctx: Context, x: Share) -> Any:
     return await nonlinear.relu(ctx, "relu", x, Settings(), transformer.RELU_SCALE)
 
@@ -350,6 +354,10 @@ async def _are_zero(ctx: Context, x: Share) -> Any:
 
 async def _are_below(ctx: Context, x: Share) -> Any:
     return await ops.are_below(ctx, "rough", x, 20, 5, (4,), (7, 2))
+
+
+async def _are_below_by_digits(ctx: Context, x: Share) -> Any:
+    return await ops.are_below(ctx, "rough", x, 20, 5, (2, 2), (7, 2))
 
 
 TABLES = np.arange(3 << 5, dtype=np.uint64).reshape(3, 1 << 5)
@@ -414,11 +422,13 @@ CASES: dict[str, Case] = {
     "read": Case(_read, ((1024,),), ((0,), (29 << 15,), (1 << 15,), ((1 << 15) - 1,))),
     "choose": Case(_choose, ((1024, 2), (1024, 3)), ((0, 0), (1, BIG), (0, -1), (1, 1 << 63))),
     "activation": Case(_silu, ((1024,),), ((0,), (249 << 53,), (-(249 << 53),))),
+    "activation on one site": Case(_silu_near, ((1024,),), ((0,), (249 << 53,), (-(249 << 53),))),
     "relu": Case(_relu, ((2048,),), ((0,), (2047 << 50,), (-(2047 << 50),))),
     "softmax": Case(_softmax, ((1, 32, 32), (32,)), ((0, 0), (249 << 32, 1), (-(249 << 32), 1))),
     "is_zero": Case(_is_zero, ((4096,),), ((0,), (15,), (7,))),
     "are_zero": Case(_are_zero, ((4096,),), ((0,), (15,), (7,))),
     "are_below": Case(_are_below, ((2048,),), ((0,), (14 << 25,), (6 << 25,))),
+    "are_below by digits": Case(_are_below_by_digits, ((2048,),), ((0,), (14 << 25,), (6 << 25,))),
     "wave": Case(_wave, ((2048,),), ((0,), ((1 << 63) - 1,), (-(1 << 63),), (-1,))),
     "decay": Case(_decay, ((2048,),), ((0,), (13 << 29,), (1 << 20,), ((5 << 29) - 1,))),
     "is_negative": Case(_is_negative, ((2048,),), ((0,), (1 << 42,), (-(1 << 42),), (-1,))),

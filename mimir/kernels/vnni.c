@@ -1,13 +1,11 @@
 /* Combinations of words of 32 bits at the avx512 level where the processor has VNNI, which multiplies bytes: 64 at once,
  * adding four neighbours each. Coefficients of 01 elements are such bytes, 0 or 1, and words are taken apart into theirs:
  * so a sum of words times elements is 48 sums a byte, shifted and added. For words of 64 bits sums of subsets are as fast. */
-#include "ct.h"
 #include "levels.h"
 
 #if MK_X86
 #pragma GCC target("avx2,pclmul,aes,avx512f,avx512dq,avx512bw,avx512vl,avx512vnni,prefer-vector-width=512")
 #include <immintrin.h>
-#include <string.h>
 
 #define UNROLL _Pragma("GCC unroll 16")
 
@@ -62,9 +60,9 @@ static inline __m256i numbers(const __m512i s[POWERS])
 }
 
 /* out += for so many rows, n words apart, some of their words times elements; or = if they are the first. The last row
- * stands for those that lack. Meanwhile the next rows are fetched, of which what is read here is a short run. */
-static void some_rows(uint64_t *out, const uint32_t *x, const struct coefficients *r, size_t rows, size_t n, size_t words,
-                      int add)
+ * stands for those that lack. Meanwhile those `ahead` are fetched, of which what is read here is a short run. */
+static void some_rows(uint64_t *out, const uint32_t *x, const struct coefficients *r, size_t rows, size_t ahead, size_t n,
+                      size_t words, int add)
 {
     const uint32_t *row[ROWS];
     UNROLL for (unsigned i = 0; i < ROWS; i++) row[i] = x + n * (i < rows ? i : rows - 1);
@@ -76,7 +74,7 @@ static void some_rows(uint64_t *out, const uint32_t *x, const struct coefficient
             const __mmask16 there = left < SOME ? (__mmask16)((1u << left) - 1) : (__mmask16)0xffff;
             const __m512i *c = r->v[t][b];
             __m512i v[ROWS];
-            if (t < ROWS) _mm_prefetch((const char *)(x + n * (ROWS + t) + b * SOME), _MM_HINT_T0);
+            if (t < ahead) _mm_prefetch((const char *)(x + n * (ROWS + t) + b * SOME), _MM_HINT_T0);
             UNROLL for (unsigned i = 0; i < ROWS; i++) v[i] = bytes(row[i] + b * SOME, there);
             UNROLL for (unsigned j = 0; j < POWERS; j++)
                 UNROLL for (unsigned i = 0; i < ROWS; i++) s[i][j] = _mm512_dpbusd_epi32(s[i][j], v[i], c[j]);
@@ -100,8 +98,10 @@ void mk_gr_combine32_vnni(uint64_t *restrict out, const uint32_t *x, const uint6
     for (size_t at = 0; at < n; at += CHUNK) {
         size_t words = n - at < CHUNK ? n - at : CHUNK;
         lay_out(&laid, r + at, words);
-        for (size_t i = 0; i < m; i += ROWS)
-            some_rows(out + MK_GR * i, x + i * n + at, &laid, m - i < ROWS ? m - i : ROWS, n, words, at > 0);
+        for (size_t i = 0; i < m; i += ROWS) {
+            size_t rows = m - i < ROWS ? m - i : ROWS, more = m - i - rows;
+            some_rows(out + MK_GR * i, x + i * n + at, &laid, rows, more < ROWS ? more : ROWS, n, words, at > 0);
+        }
     }
 }
 
