@@ -32,6 +32,7 @@ from session_fixture import (
 import mimir.actors.session as session_module
 from mimir import calibration, cost, dryrun, kernels, loopback
 from mimir.__main__ import main
+from mimir.actors import triples
 from mimir.actors.lane import open_lane
 from mimir.actors.session import SessionActor
 from mimir.dryrun import ONLINE, PREP
@@ -133,6 +134,21 @@ def test_material_made_in_parts_and_a_prompt_in_steps(monkeypatch: pytest.Monkey
     assert steps[ONLINE][0] > parts[ONLINE][0]
     assert exchanged(story) == [steps] * 3
     assert run_session(story).tokens == whole.tokens == story.expected
+
+
+def test_with_more_memory_more_is_made_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fewer rounds and bytes of preprocessing for the same tokens, as predicted; never less than a batch."""
+    assert triples.batch_bytes(1) == triples.batch_bytes(512 << 20) == triples.BATCH_BYTES
+    monkeypatch.setattr(triples, "BATCH_BYTES", 1)
+    story = Story(LLAMA, prompts=((2, 4, 6, 8),), bucket=4, max_new=8)
+    made = []
+    for memory in (8 << 20, 64 << 20):
+        monkeypatch.setattr("session_fixture.MEMORY", memory)
+        made.append(counted(story))
+        assert exchanged(story) == [made[-1]] * 3
+    (little, much) = made
+    assert much[ONLINE] == little[ONLINE]
+    assert much[PREP][0] < little[PREP][0] / 2 and much[PREP][1] < little[PREP][1]
 
 
 def test_the_model_follows_a_change_of_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
