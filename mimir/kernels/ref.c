@@ -524,43 +524,37 @@ void mk_gr_scale01_ref(uint64_t *restrict out, const uint64_t *x, const uint64_t
         for (int i = 0; i < MK_GR; i++) out[MK_GR * j + i] = x[j] & ct_mask(r[j], i, one);
 }
 
-void mk_gr_combine_ref(uint64_t *restrict out, const uint64_t *x, const uint64_t *r, size_t m, size_t n)
+/* sum += x r for a word x and a 01 element r. */
+static void add_times01(uint64_t *sum, uint64_t x, uint64_t r)
 {
     uint64_t one = ct_one();
-    for (size_t i = 0; i < m; i++) {
-        uint64_t sum[MK_GR] = {0};
-        for (size_t j = 0; j < n; j++)
-            for (int t = 0; t < MK_GR; t++) sum[t] += x[i * n + j] & ct_mask(r[j], t, one);
-        memcpy(out + MK_GR * i, sum, sizeof sum);
-    }
+    for (int t = 0; t < MK_GR; t++) sum[t] += x & ct_mask(r, t, one);
+}
+
+void mk_gr_combine_ref(uint64_t *restrict out, const uint64_t *x, const uint64_t *r, size_t m, size_t n)
+{
+    memset(out, 0, MK_GR * m * sizeof *out);
+    for (size_t i = 0; i < m; i++)
+        for (size_t j = 0; j < n; j++) add_times01(out + MK_GR * i, x[i * n + j], r[j]);
 }
 
 void mk_gr_combine32_ref(uint64_t *restrict out, const uint32_t *x, const uint64_t *r, size_t m, size_t n)
 {
-    uint64_t one = ct_one();
-    for (size_t i = 0; i < m; i++) {
-        uint64_t sum[MK_GR] = {0};
-        for (size_t j = 0; j < n; j++)
-            for (int t = 0; t < MK_GR; t++) sum[t] += x[i * n + j] & ct_mask(r[j], t, one);
-        memcpy(out + MK_GR * i, sum, sizeof sum);
-    }
+    memset(out, 0, MK_GR * m * sizeof *out);
+    for (size_t i = 0; i < m; i++)
+        for (size_t j = 0; j < n; j++) add_times01(out + MK_GR * i, x[i * n + j], r[j]);
 }
 
 void mk_gr_combine_cols_ref(uint64_t *restrict out, const uint64_t *x, const uint64_t *r, size_t m, size_t n)
 {
-    uint64_t one = ct_one();
-    for (size_t j = 0; j < n; j++) {
-        uint64_t sum[MK_GR] = {0};
-        for (size_t i = 0; i < m; i++)
-            for (int t = 0; t < MK_GR; t++) sum[t] += x[i * n + j] & ct_mask(r[i], t, one);
-        memcpy(out + MK_GR * j, sum, sizeof sum);
-    }
+    memset(out, 0, MK_GR * n * sizeof *out);
+    for (size_t i = 0; i < m; i++)
+        for (size_t j = 0; j < n; j++) add_times01(out + MK_GR * j, x[i * n + j], r[i]);
 }
 
 static void take_gr(uint64_t *out, const uint64_t t[4], const uint64_t *r)
 {
-    uint64_t one = ct_one(), word = t[0] * (t[2] + t[3]) + t[1] * t[2];
-    for (unsigned i = 0; i < MK_GR; i++) out[i] += word & ct_mask(*r, i, one);
+    add_times01(out, t[0] * (t[2] + t[3]) + t[1] * t[2], *r);
 }
 
 void mk_gr_cross_ref(uint64_t *restrict out, const uint64_t *x0, const uint64_t *x1, const uint64_t *y0,
