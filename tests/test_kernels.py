@@ -1214,23 +1214,16 @@ ALL_WORDS: tuple[tuple[str, Any], ...] = (("", np.uint64), ("32", np.uint32))
 
 
 def combinations() -> list[tuple[str, Any]]:
-    """Of the library, all that this processor can run, and their words: of 32 bits avx512 has two, and the
-    level shows one of them.
-    """
+    """Of the library, all that this processor can run, and their words."""
     names = ["ref" if name == "portable" else name for name in k.available()]
-    found: list[tuple[str, Any]] = [
-        (f"gr_combine{size}_{n}", kind) for n in names for size, kind in ALL_WORDS
-    ]
-    if "avx512" in names and " avx512_vnni " in Path("/proc/cpuinfo").read_text():
-        found.append(("gr_combine32_vnni", np.uint32))
-    return found
+    return [(f"gr_combine{size}_{name}", kind) for name in names for size, kind in ALL_WORDS]
 
 
 @pytest.mark.parametrize(("name", "kind"), combinations())
 def test_every_combination_gives_the_same_anywhere_in_memory(
     name: str, kind: Any, rng: np.random.Generator
 ) -> None:
-    """Rows in strips and those left over, more words than are laid out at once, words in any place, and
+    """Rows in strips and those left over, more words than lie in a cache at once, words in any place, and
     all ones; each function of the library called by itself.
     """
     run = ctypes.CDLL(str(build.HERE / build.LIBRARY))[f"mk_{name}"]

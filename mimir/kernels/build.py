@@ -14,7 +14,7 @@ from pathlib import Path
 
 from cffi import FFI
 
-SOURCES = ("ref.c", "avx2.c", "avx512.c", "vnni.c", "dispatch.c", "pool.c")
+SOURCES = ("ref.c", "avx2.c", "avx512.c", "dispatch.c", "pool.c")
 # Partial redundancy elimination makes gcc 12 store the accumulators of a register block to the stack in each
 # round: without it gr_combine is three times as fast.
 # A multiplication and an addition of doubles joined into one, as avx512 could, would round otherwise: results

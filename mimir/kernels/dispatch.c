@@ -49,7 +49,6 @@ __attribute__((constructor)) static void choose(void)
 #if MK_X86
     __builtin_cpu_init();
     if (__builtin_cpu_supports("vaes")) levels[1].mk_prg_aes = mk_prg_aes_vaes;
-    if (__builtin_cpu_supports("avx512vnni")) levels[2].mk_gr_combine32 = mk_gr_combine32_vnni;
 #endif
     atomic_store(&active, &levels[best_level()]);
 }

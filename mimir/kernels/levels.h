@@ -84,9 +84,6 @@ MK_EACH(MK_DECLARE)
 /* The generator of the avx2 level where the processor has VAES: the same bits, two blocks at a time. */
 __typeof__(mk_prg_aes) mk_prg_aes_vaes;
 
-/* A combination of the avx512 level where the processor has VNNI: the same numbers. */
-__typeof__(mk_gr_combine32) mk_gr_combine32_vnni;
-
 /* avx2 asks of the machine AVX2, PCLMULQDQ and AES-NI; avx512 asks F, DQ, BW, VL, VPCLMULQDQ and VAES on top. */
 #if defined(__x86_64__) && defined(__GNUC__)
 #define MK_X86 1
