@@ -138,10 +138,14 @@ def main() -> int:
     p.add_argument("--models", nargs="*", help="names from MODELS.json; all if not given")
     p.add_argument("--scale-bits", type=int, default=Fixed.scale_bits)
     p.add_argument("--rounding", choices=("dither", "nearest"), default=Fixed.rounding)
+    p.add_argument("--one-site", action="store_true", help="as with scheduler.round_trip_ms below 5")
     p.add_argument("--no-perplexity", action="store_true")
     a = p.parse_args()
-    fixed = dataclasses.replace(Fixed(), scale_bits=a.scale_bits, rounding=a.rounding)
-    print(f"Fixed point with {fixed.scale_bits} fraction bits, rounding by {fixed.rounding}.\n")
+    fixed = dataclasses.replace(
+        Fixed(), scale_bits=a.scale_bits, rounding=a.rounding, few_rounds=not a.one_site
+    )
+    where = ", of parties on one site" if a.one_site else ""
+    print(f"Fixed point with {fixed.scale_bits} fraction bits, rounding by {fixed.rounding}{where}.\n")
 
     shared = find_shared()
     listed = json.loads((shared / "models" / "MODELS.json").read_text("utf-8"))["models"] if shared else []

@@ -138,9 +138,10 @@ def shape(fixed: Fixed) -> dict[str, Any]:
 def tables(result: dict[str, Any]) -> str:
     """Markdown of a result."""
     fixed = result["fixed"]
+    where = "" if fixed.get("few_rounds", True) else ", of parties on one site"
     out = [
         f"Measured {result['date'][:10]} at commit {result['commit']} by `bench/perplexity.py`: "
-        f"{fixed['scale_bits']} fraction bits, rounding by {fixed['rounding']}.",
+        f"{fixed['scale_bits']} fraction bits, rounding by {fixed['rounding']}{where}.",
         "",
         "| checkpoint | tokens | perplexity, float64 | fixed point | difference | largest in a window "
         "| windows outside the engine's range |",
@@ -189,6 +190,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     p.add_argument("--tokens", type=int, metavar="N", help="scored positions of each, in whole windows")
     p.add_argument("--scale-bits", type=int, default=Fixed.scale_bits, metavar="F")
     p.add_argument("--rounding", choices=("dither", "nearest"), default=Fixed.rounding)
+    p.add_argument("--one-site", action="store_true", help="as with scheduler.round_trip_ms below 5")
     p.add_argument("--no-shape", action="store_true", help=f"without the {SHAPE} shape")
     p.add_argument("--out", type=Path, metavar="DIR", help="folder of the results")
     p.add_argument("--show", type=Path, metavar="FILE", help="print the tables of this result and end")
@@ -196,7 +198,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if a.show:
         print(tables(json.loads(a.show.read_text())))
         return 0
-    fixed = dataclasses.replace(Fixed(), scale_bits=a.scale_bits, rounding=a.rounding)
+    fixed = dataclasses.replace(
+        Fixed(), scale_bits=a.scale_bits, rounding=a.rounding, few_rounds=not a.one_site
+    )
     shared = find_shared()
     listed = json.loads((shared / "models" / "MODELS.json").read_text())["models"] if shared else []
     names = [m["name"] for m in listed]
@@ -207,7 +211,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         "date": now.isoformat(timespec="seconds"),
         "commit": commit(),
         "machine": machine(),
-        "fixed": {"scale_bits": fixed.scale_bits, "rounding": fixed.rounding},
+        "fixed": {
+            "scale_bits": fixed.scale_bits,
+            "rounding": fixed.rounding,
+            "few_rounds": fixed.few_rounds,
+        },
         "perplexity": [],
     }
     for entry in listed:

@@ -187,9 +187,12 @@ class Fixed:
     degree: int = _SETTINGS.degree  # cheby.deg
     rounding: str = "dither"  # as the engine's masks do it; "nearest" is its mean, and deterministic
     seed: int = 1  # of the dither
+    few_rounds: bool = _SETTINGS.few_rounds  # or an activation is chosen before it is truncated
     wave_unit: int = nonlinear.WAVE_UNIT
     wave_period: int = nonlinear.WAVE_PERIOD
     unit_scale: int = prep.UNIT_SCALE
+    chosen_unit: int = nonlinear.CHOSEN_UNIT
+    chosen_scale: int = nonlinear.CHOSEN_SCALE
     factor_scale: int = prep.FACTOR_SCALE
     active_rest: int = nonlinear.ACTIVE_REST
     reach_rest: int = nonlinear.REACH_REST
@@ -536,31 +539,35 @@ class FixedModel:
         lifted = x - round(self.act.left * 2**scale)  # bins from `left` on
         reading, _ = _mask_reading(lifted, scale - fx.active_rest, fx.active_rest, self.rng)
         left, right = reading < 0, reading >= self.act.bins
-        raised = np.where(left | right, 0, x) << (self.act.scale - scale - 1)
-        y = self._cosines(np.where(left | right, 0, x), scale - fx.wave_unit, self.act) + raised
-        y, x = self._truncate(y, self.act.scale - fx.scale_bits), self._truncate(x, scale - fx.scale_bits)
+        at, unit = (self.act.scale, fx.unit_scale) if fx.few_rounds else (fx.chosen_scale, fx.chosen_unit)
+        inside = np.where(left | right, 0, x)
+        y = self._cosines(inside, scale - fx.wave_unit, self.act, at, unit) + (inside << (at - scale - 1))
+        if not fx.few_rounds:  # what is dropped before is far below a unit of f
+            chosen = np.where(left, 0, np.where(right, x << (at - scale), y))
+            return self._truncate(chosen, at - fx.scale_bits)
+        y, x = self._truncate(y, at - fx.scale_bits), self._truncate(x, scale - fx.scale_bits)
         return np.where(left, 0, np.where(right, x, y))
 
-    def _cosines(self, x: Ints, low: int, act: nonlinear.Cosines) -> Ints:
-        """The even part of an activation, at its scale."""
+    def _cosines(self, x: Ints, low: int, act: nonlinear.Cosines, at: int, unit: int) -> Ints:
+        """The even part of an activation, with `at` fraction bits, of which `unit` are each factor's."""
         fx = self.fixed
         c, _ = _mask_reading(x, low, 0, self.rng)
         shift = MEAN_EXCESS * (1 - 2.0**-low)
         if self.rng is not None:
             masks = self.rng.integers(0, 1 << (fx.wave_unit + fx.wave_period), (3, *x.shape))
             c = c + masks.sum(axis=0)
-        y = np.full(x.shape, round(act.constant * 2.0**act.scale), np.int64)
+        y = np.full(x.shape, round(act.constant * 2.0**at), np.int64)
         for i, (k, amplitude) in enumerate(zip(act.turns, act.amplitudes, strict=True)):
-            unit_scale = fx.unit_scale + (i == 0)
+            unit_scale = unit + (i == 0)
             angle = 2 * math.pi * k * 2.0 ** -(fx.wave_unit + fx.wave_period)
             if self.rng is None:
-                y += np.rint(amplitude * np.cos(angle * (c - shift)) * 2.0**act.scale).astype(np.int64)
+                y += np.rint(amplitude * np.cos(angle * (c - shift)) * 2.0**at).astype(np.int64)
                 continue
             cos, sin = np.ones(x.shape, np.int64), np.zeros(x.shape, np.int64)
             for mask in masks:
                 a, b = (np.rint(f(angle * mask) * 2.0**unit_scale).astype(np.int64) for f in (np.cos, np.sin))
                 cos, sin = cos * a - sin * b, cos * b + sin * a
-            public = amplitude * 2.0 ** (act.scale - 3 * unit_scale)
+            public = amplitude * 2.0 ** (at - 3 * unit_scale)
             a, b = (np.rint(f(angle * (c - shift)) * public).astype(np.int64) for f in (np.cos, np.sin))
             y += cos * a + sin * b
         return y

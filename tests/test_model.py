@@ -176,10 +176,11 @@ def test_tables_hold_the_whole_expected_runs(model: Any, seed: int) -> None:
 
 
 @pytest.mark.models
-def test_twin_stays_near_the_float_model(model: Any, seed: int) -> None:
+@pytest.mark.parametrize("few_rounds", [True, False])
+def test_twin_stays_near_the_float_model(model: Any, seed: int, few_rounds: bool) -> None:
     plan = load_checkpoint(model["path"])
     runs = [p["input_ids"] + p["greedy_new_ids"][:TWIN_TOKENS] for p in model["expected"]["prompts"]]
-    rows = {r.name: r for r in compare(plan, runs, Fixed(seed=seed))}
+    rows = {r.name: r for r in compare(plan, runs, Fixed(seed=seed, few_rounds=few_rounds))}
     assert rows["logits"].error_max < TWIN_LOGIT_ERROR
     for row in rows.values():
         assert row.error_rms < 5e-3 * max(row.rms, 1.0), row
@@ -930,12 +931,14 @@ def test_products_wrap_as_the_ring_does(llama_twin: FixedModel, rng: np.random.G
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 @pytest.mark.parametrize("rounding", ["dither", "nearest"])
+@pytest.mark.parametrize("few_rounds", [True, False])
 def test_twin_follows_the_float_model_on_random_weights(
-    tmp_path: Path, family: str, rounding: str, rng: np.random.Generator, seed: int
+    tmp_path: Path, family: str, rounding: str, few_rounds: bool, rng: np.random.Generator, seed: int
 ) -> None:
     plan = load_checkpoint(small(tmp_path / "m", family, "--seed", str(seed % 1000)))
     runs = [rng.integers(0, plan.vocab, 20).tolist() for _ in range(2)]
-    rows = {r.name: r for r in compare(plan, runs, Fixed(rounding=rounding, seed=seed))}
+    fixed = Fixed(rounding=rounding, seed=seed, few_rounds=few_rounds)
+    rows = {r.name: r for r in compare(plan, runs, fixed)}
     assert set(rows) >= {"embed", "0.norm1", "0.scores", "0.softmax", "1.activation", "1.residual2", "logits"}
     assert 0 < rows["logits"].error_max < RANDOM_LOGIT_ERROR
     assert rows["logits"].error_rms < RANDOM_LOGIT_ERROR / 10

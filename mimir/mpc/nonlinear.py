@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from mimir.errors import LocalError
 from mimir.mpc import ops, prep
-from mimir.mpc.domain import Ring, encode
+from mimir.mpc.domain import RING_BITS, Ring, encode
 from mimir.mpc.ops import Context, Piecewise
 from mimir.mpc.share import Bits, Share, concat
 
@@ -44,6 +44,10 @@ REACH_LIFT: Final = REACH_FROM * 8 + EXP_REACH
 REACH_BITS: Final = 7  # in so many bits
 ACTIVE_BITS: Final = 9  # a reading of whole numbers tells where in 2^9 of them an activation's input lies
 ACTIVE_REST: Final = 5  # fraction bits of that
+CHOSEN_SCALE: Final = 54  # of an activation that is chosen before it is truncated: it is below 2^8,
+CHOSEN_ABOVE: Final = CHOSEN_SCALE - 1  # and above -1/2; so is what its cosines give,
+CHOSEN_UNIT: Final = 13  # for which their masks have a bit less a component
+CHOSEN_LANE: Final = 48  # bits of a value that is chosen
 COARSE_BIN: Final = 2  # log2 of the resolution of the row maximum
 COARSE_BITS: Final = 7
 COARSE_REST: Final = 4
@@ -175,19 +179,22 @@ COSINES: Final = {
 
 
 async def activation(ctx: Context, step: str, x: Share, name: str, s: Settings, scale: int) -> Share:
-    """SiLU or GELU of x at `scale`, above f, |x| < ACTIVATION_BOUND, result at scale f. Two rounds; three
-    where rounds are not saved.
+    """SiLU or GELU of x at `scale`, above f and below CHOSEN_SCALE, |x| < ACTIVATION_BOUND, result at scale
+    f. Two rounds; four where rounds are not saved.
 
     What the function is above x / 2 is even, and a sum of cosines near zero; where a second reading, of whole
-    numbers, tells that x may lie beyond, the function is x or 0.
+    numbers, tells that x may lie beyond, the function is x or 0. That is chosen and truncated in one round,
+    each of the two by itself; or, for half of what is prepared, chosen first, at a scale that has room for x,
+    which costs cosines some accuracy.
     """
     a, to = COSINES[name], s.scale_bits
     flat = x.flat()
     n = flat.shape[0]
-    wave = ops.Wave(scale - WAVE_UNIT, WAVE_PERIOD + WAVE_UNIT, a.turns, a.amplitudes, a.constant, a.scale)
+    at, unit = (a.scale, prep.UNIT_SCALE) if s.few_rounds else (CHOSEN_SCALE, CHOSEN_UNIT)
+    wave = ops.Wave(scale - WAVE_UNIT, WAVE_PERIOD + WAVE_UNIT, a.turns, a.amplitudes, a.constant, at, unit)
 
     async def near(ctx: Context) -> Share:
-        return await ops.wave(ctx, step, flat, wave) + flat * (1 << (a.scale - scale - 1))
+        return await ops.wave(ctx, step, flat, wave) + flat * (1 << (at - scale - 1))
 
     async def sides(ctx: Context) -> list[Bits]:
         first = math.ceil((1 << ACTIVE_BITS - 1) - 4 + a.left)  # the bin that begins at `left`
@@ -205,10 +212,17 @@ async def activation(ctx: Context, step: str, x: Share, name: str, s: Settings, 
     y, (left, not_right) = await ops.together(ctx, near, sides)
     # near zero y, right of it x, left of it 0
     bits = ops.joined(Bits(np.stack([(left ^ not_right).v, (~not_right).v], axis=1), ctx.bk), n)
-    y, line = await ops.truncate_if(
-        ctx, f"{step}/truncate", bits, (y, a.scale - to, MOSTLY_ABOVE), (flat, scale - to)
-    )
-    return (y + line).reshape(*x.shape)
+    if s.few_rounds:
+        y, line = await ops.truncate_if(
+            ctx, f"{step}/truncate", bits, (y, at - to, MOSTLY_ABOVE), (flat, scale - to)
+        )
+        return (y + line).reshape(*x.shape)
+    low, flags = RING_BITS - CHOSEN_LANE, Bits(bits.v[:, None], ctx.bk)
+    both = ops.lower(concat([y, flat * (1 << (at - scale))]), low, CHOSEN_LANE).reshape(2 * n, 1)
+    chosen, _ = await ops.pick(ctx, f"{step}/choose", flags, both, (CHOSEN_LANE,), CHOSEN_LANE)
+    y = (chosen[:n, 0] + chosen[n:, 0]) * (1 << low)
+    (y,) = await ops.truncate(ctx, f"{step}/truncate", (y, at - to, CHOSEN_ABOVE))
+    return y.reshape(*x.shape)
 
 
 async def relu(ctx: Context, step: str, x: Share, s: Settings, scale: int) -> Share:

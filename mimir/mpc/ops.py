@@ -537,10 +537,11 @@ class Wave:
     amplitudes: tuple[float, ...]
     constant: float
     scale: int
+    unit: int = prep.UNIT_SCALE  # fraction bits of what masks are made of; see prep.Wave
 
     @property
     def kind(self) -> prep.Wave:
-        return prep.Wave(self.bits, self.turns)
+        return prep.Wave(self.bits, self.turns, self.unit)
 
 
 async def wave(ctx: Context, step: str, x: Share, w: Wave) -> Share:

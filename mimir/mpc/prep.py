@@ -56,6 +56,7 @@ LANES: Final[dict[int, Any]] = {
     RING_BITS: np.uint64,
 }  # numbers of one-hots, by bits
 WORDS: Final[dict[int, Any]] = {HALF_BITS: np.uint32, RING_BITS: np.uint64}  # of weights, by bits
+UNIT_SCALE: Final = 14  # of a component's cos and sin; one more for the first frequency, the largest
 
 
 # --- kinds -----------------------------------------------------------------------------------------
@@ -100,11 +101,12 @@ class Select:
 class Wave:
     bits: int  # of the mask: one turn is 2^bits
     turns: tuple[int, ...]  # the frequencies
+    unit: int = UNIT_SCALE  # of a component's cos and sin
 
     @property
     def scales(self) -> npt.NDArray[np.int64]:
         """Fraction bits of a component's cos and sin, by frequency; a mask's have three times as much."""
-        return UNIT_SCALE + (np.arange(len(self.turns)) == 0)
+        return self.unit + (np.arange(len(self.turns)) == 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -729,7 +731,6 @@ async def _pieces(b: Batch, kind: Pieces, n: int) -> dict[str, Ring]:
     return {"r": r, "e": e.reshape(2, n, kind.degree + 1, -1)}
 
 
-UNIT_SCALE: Final = 14  # of a component's cos and sin; one more for the first frequency, the largest
 FACTOR_SCALE: Final = 12  # of a component's e^-v; as above
 IN_CACHE: Final = 1 << 12  # masks at once, whose cosines and sines lie in a cache while they are computed
 
