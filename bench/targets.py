@@ -24,10 +24,11 @@ measures the whole, with tunnel and client, at a short context; what lies betwee
               of which the median counts: a party serves for days, and the first one pays for memory that the
               machine has not given yet. What that one took stands beside.
     prefill   32 rows from an empty cache, and the token that they give: as PUMA counts (32 in, 1 out).
-    sessions  8 sessions as in `decode`, 4 tokens each at the end of the context. Their material is made one
+    sessions  8 sessions as in `decode`, 6 tokens each at the end of the context. Their material is made one
               session after another, since making eight at once takes eight times the memory; then all go at
               once, and a party's decode actor joins them. Online: tokens by seconds, from when each session
-              has its first one to the end. Twice in the same processes, of which the second time counts; what
+              has its second one to the end: the first is its own prompt's, after which those that are ready
+              go on without the others. Twice in the same processes, of which the second time counts; what
               the first gave, in fresh memory, stands beside. Together: with a token's preprocessing as in
               `decode`, on the same processors, as if nothing overlapped.
     billion   As `decode`, with the 1.1 B Llama shape and 8 positions; all shares are in memory.
@@ -99,7 +100,8 @@ BLOCK = 32  # positions that `decode` reads
 LARGE_BLOCK = 8  # of the 1.1 B shape
 PROMPT = 32
 AT_ONCE = 8
-PASSES = 4  # of each of these sessions
+PASSES = 6  # of each of these sessions
+JOINED = 2  # tokens after which all of them are in one pass
 CHOICES = 3  # argmaxes
 SETTINGS = Settings()
 SEED = 5
@@ -491,7 +493,7 @@ def prefilled(parts: Sequence[Sequence[Sequence[Mapping[str, Any]]]]) -> dict[st
 
 
 def side_by_side(parts: Sequence[Sequence[Sequence[Mapping[str, Any]]]], at_once: int) -> dict[str, Any]:
-    """Tokens a second of so many sessions that all decode at once, from when each has had its first: of the
+    """Tokens a second of so many sessions that all decode at once, from when each has had JOINED: of the
     last ones of which each party has marks, and, beside, of the first.
     """
     first, last = ([marks[some] for marks in parts] for some in (slice(at_once), slice(-at_once, None)))
@@ -501,7 +503,7 @@ def side_by_side(parts: Sequence[Sequence[Sequence[Mapping[str, Any]]]], at_once
 def _rate(parts: Sequence[Sequence[Sequence[Mapping[str, Any]]]]) -> dict[str, Any]:
     seconds = passes = 0.0
     for sessions in parts:
-        began = max(_of(marks, "token")[0]["at"] for marks in sessions)
+        began = max(_of(marks, "token")[JOINED - 1]["at"] for marks in sessions)
         ended = max(_of(marks, "token")[-1]["at"] for marks in sessions)
         seconds = max(seconds, ended - began)
         passes = float(sum(mark["at"] > began for marks in sessions for mark in _of(marks, "token")))
