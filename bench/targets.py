@@ -15,22 +15,22 @@ things are not a party's. Weights are random words, alike at both holders of a c
 on them, and what comes out is noise. And the client sits in each process and answers at once. `bench/run.py`
 measures the whole, with tunnel and client, at a short context; what lies between is what they cost.
 
-    decode    A session whose cache holds 95 random positions, as in mimir.dryrun, reads 32 more, so that the
+    decode    A session whose cache holds 79 random positions, as in mimir.dryrun, reads 48 more, so that the
               last token is the one that fills the context: a block of products with weights. The material of
-              a full context fits no pool, so only that of these 32 is made, all of it before the first round
+              a full context fits no pool, so only that of these 48 is made, all of it before the first round
               online; what is ready may exceed triple_pool.memory_mib for that. Online: rounds and
-              bytes of the last, seconds the median of the 31 between two tokens. Preprocessing: all 32, from
-              the entry's material on, by 32. Three such sessions, one after another in the same processes,
+              bytes of the last, seconds the median of the 47 between two tokens. Preprocessing: all 48, from
+              the entry's material on, by 48. Three such sessions, one after another in the same processes,
               of which the median counts: a party serves for days, and the first one pays for memory that the
               machine has not given yet. What that one took stands beside.
     prefill   32 rows from an empty cache, and the token that they give: as PUMA counts (32 in, 1 out).
     sessions  8 sessions as in `decode`, 6 tokens each at the end of the context. Their material is made one
               session after another, since making eight at once takes eight times the memory; then all go at
-              once, and a party's decode actor joins them. Online: tokens by seconds, from when each session
-              has its second one to the end: the first is its own prompt's, after which those that are ready
-              go on without the others. Twice in the same processes, of which the second time counts; what
-              the first gave, in fresh memory, stands beside. Together: with a token's preprocessing as in
-              `decode`, on the same processors, as if nothing overlapped.
+              once, and a party's decode actor joins them. Online: 8 tokens by the median seconds between two
+              tokens of a session, from its second one on: the first is its own prompt's, after which those
+              that are ready go on without the others. Twice in the same processes, of which the second
+              time counts; what the first gave, in fresh memory, stands beside. Together: with a token's
+              preprocessing as in `decode`, on the same processors, as if nothing overlapped.
     billion   As `decode`, with the 1.1 B Llama shape and 8 positions; all shares are in memory.
     argmax    sampling.choose of 50,257 logits with its preprocessing, the median of three; the index is
               compared with that of the same logits in the clear.
@@ -96,7 +96,7 @@ from mimir.net.messages import Message, Open, Sampler  # noqa: E402
 
 RESULTS = HERE / "results" / "targets"
 CONTEXT = 128
-BLOCK = 32  # positions that `decode` reads
+BLOCK = 48  # positions that `decode` reads
 LARGE_BLOCK = 8  # of the 1.1 B shape
 PROMPT = 32
 AT_ONCE = 8
@@ -493,21 +493,20 @@ def prefilled(parts: Sequence[Sequence[Sequence[Mapping[str, Any]]]]) -> dict[st
 
 
 def side_by_side(parts: Sequence[Sequence[Sequence[Mapping[str, Any]]]], at_once: int) -> dict[str, Any]:
-    """Tokens a second of so many sessions that all decode at once, from when each has had JOINED: of the
-    last ones of which each party has marks, and, beside, of the first.
+    """Tokens a second of so many sessions that decode in one pass: of the last ones of which each party has
+    marks, and, beside, of the first.
     """
     first, last = ([marks[some] for marks in parts] for some in (slice(at_once), slice(-at_once, None)))
     return _rate(last) | {"first": _rate(first)["rate"]}
 
 
 def _rate(parts: Sequence[Sequence[Sequence[Mapping[str, Any]]]]) -> dict[str, Any]:
-    seconds = passes = 0.0
-    for sessions in parts:
-        began = max(_of(marks, "token")[JOINED - 1]["at"] for marks in sessions)
-        ended = max(_of(marks, "token")[-1]["at"] for marks in sessions)
-        seconds = max(seconds, ended - began)
-        passes = float(sum(mark["at"] > began for marks in sessions for mark in _of(marks, "token")))
-    return {"seconds": seconds, "passes": passes, "sessions": len(parts[0]), "rate": passes / seconds}
+    passes = [
+        [_grown(*pair, "at") for marks in sessions for pair in pairwise(_of(marks, "token")[JOINED - 1 :])]
+        for sessions in parts
+    ]
+    seconds = max(statistics.median(each) for each in passes)
+    return {"seconds": seconds, "sessions": len(parts[0]), "rate": len(parts[0]) / seconds}
 
 
 def chosen(parts: Sequence[Sequence[Mapping[str, Any]]], spec: PlanSpec) -> dict[str, Any]:

@@ -191,6 +191,18 @@ def test_the_end_of_a_context_costs_the_same_however_it_was_reached(monkeypatch:
     assert figures(end) == figures(replace(whole, block=4))
 
 
+@pytest.mark.parametrize(
+    ("steps", "most", "sizes"),
+    [(0, 4, []), (3, 4, [3]), (4, 4, [4]), (5, 4, [2, 3]), (31, 6, [5] * 5 + [6]), (13, 4, [3, 3, 3, 4])],
+)
+def test_no_step_is_left_to_a_group_of_its_own(steps: int, most: int, sizes: list[int]) -> None:
+    """As few groups as there can be, in order, of sizes that differ by one."""
+    turn = session_module.plan_turn(0, (1,), steps + 1, 0, 1)
+    groups = session_module._evenly(turn.decode, most)
+    assert [len(group) for group in groups] == sizes
+    assert [step for group in groups for step in group] == list(turn.decode)
+
+
 def test_no_dry_run_where_a_party_could_be() -> None:
     """In a process of its own: once it holds what a party needs, a dry run is refused, with all in place."""
     program = """

@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import pairwise
 from typing import Any, Final, Protocol
 
 import numpy as np
@@ -332,7 +333,7 @@ class SessionActor(Actor[Any]):
         batches = [Batch(name, (name,), lambda: [entry], 0)]
         whole = [*([turn.resume] if turn.resume else []), *turn.prompt, *turn.decode]
         pieces = [[step] for step in whole[: len(whole) - len(turn.decode)]]
-        pieces += [list(turn.decode[at : at + self._group]) for at in range(0, len(turn.decode), self._group)]
+        pieces += _evenly(turn.decode, self._group)
         while pieces:
             block = [pieces.pop(0)]
             while pieces and sum(step.rows for piece in (*block, pieces[0]) for step in piece) <= self._block:
@@ -558,6 +559,15 @@ def _weights_of(demand: Demand, names: frozenset[str] | None = None) -> Demand:
     return {
         k: n for k, n in demand.items() if isinstance(k, prep.Weight) and (names is None or k.name in names)
     }
+
+
+def _evenly(steps: Sequence[Step], most: int) -> list[list[Step]]:
+    """In as few groups of at most so many as there can be, of sizes that differ by one: what a group costs
+    whatever is in it is not paid for a rest.
+    """
+    count = -(-len(steps) // most)
+    cuts = [len(steps) * i // count for i in range(count + 1)] if count else []
+    return [list(steps[a:b]) for a, b in pairwise(cuts)]
 
 
 def _weight_groups(shapes: Mapping[str, tuple[int, int]]) -> list[frozenset[str]]:

@@ -34,13 +34,13 @@ MADE = Counter("mimir_triple_batches_total", "Batches of material made and verif
 SECONDS = Histogram("mimir_triple_batch_seconds", "Seconds to make and verify a batch")
 SENT = Counter("mimir_triple_sent_bytes_total", "Bytes sent to make material")
 
-# Material made at once at least, or twice as much if it is two tokens'; making it takes MAKING times as much
-# memory. A batch costs many rounds and calls whatever is in it, so more is better where there is room.
+# Material made at once at least, or twice as much if it is two tokens'; making it takes up to four times as
+# much memory. A batch costs many rounds and calls whatever is in it, so more is better where there is room.
 BATCH_BYTES: Final = 80 << 20
 BATCH_PART: Final = 12  # of what a session may hold, a batch may be this part
-MAKING: Final = 4
 WHOLE: Final = 64  # items; kinds made of bit lanes can only be cut at whole words
-KEPT: Final = 1 << 30  # bytes of freed memory that wait for the next batch, at least
+KEPT: Final = 1 << 30  # bytes of freed memory that wait for the next batch, at least ...
+KEPT_PART: Final = BATCH_PART // 2  # ... or so many batches, which is half of what a session may hold
 IN_HEAP: Final = 32 << 20  # arrays up to this size, the most that the C library allows, are kept
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 _INT_MAX: Final = (1 << 31) - 1
@@ -54,7 +54,7 @@ def keep_pages(at_once: int = BATCH_BYTES) -> None:
     """
     if (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)) is not None:
         mallopt(_M_MMAP_THRESHOLD, IN_HEAP)
-        mallopt(_M_TRIM_THRESHOLD, min(max(KEPT, MAKING * at_once), _INT_MAX))
+        mallopt(_M_TRIM_THRESHOLD, min(max(KEPT, KEPT_PART * at_once), _INT_MAX))
 
 
 @dataclass(frozen=True, slots=True)
