@@ -5,6 +5,7 @@
     python bench/positions.py --models NAME ...    some of them
     python bench/positions.py --windows 3          windows of text for each (default 2)
     python bench/positions.py --seed 7             draws other windows (default: drawn, and printed)
+    python bench/positions.py --one-site           as with scheduler.round_trip_ms below 5
     python bench/positions.py --show FILE          print the tables of a result again
 
 bench/perplexity.py says what fixed point costs by way of a twin in the clear. This says that the twin is the
@@ -64,6 +65,7 @@ from session_fixture import run as run_virtual  # noqa: E402
 from mimir.model import Plan, Tokenizer, load_checkpoint, sampling, transformer  # noqa: E402
 from mimir.model.checkpoint import Floats  # noqa: E402
 from mimir.mpc.domain import Ring, decode  # noqa: E402
+from mimir.mpc.nonlinear import Settings  # noqa: E402
 from mimir.mpc.ops import INDEX_BITS, Context  # noqa: E402
 from mimir.mpc.replicated import Replicated  # noqa: E402
 from mimir.mpc.share import Share  # noqa: E402
@@ -88,7 +90,14 @@ class Reading:
     chosen: list[int]
 
 
-def engine(plan: Plan, weights: Sequence[Any], ids: Sequence[int], bucket: int, prompt: int) -> Reading:
+def engine(
+    plan: Plan,
+    weights: Sequence[Any],
+    ids: Sequence[int],
+    bucket: int,
+    prompt: int,
+    settings: Settings = SETTINGS,
+) -> Reading:
     """Three sessions over `ids`, the first `prompt` of them padded to `bucket`; the last one is only awaited.
 
     Raises RuntimeError if a session aborts. Logits are of ids[:-1], choices of ids[prompt - 1 : -1].
@@ -104,7 +113,7 @@ def engine(plan: Plan, weights: Sequence[Any], ids: Sequence[int], bucket: int, 
         """Planning runs through here as well, so that material for these rows is made like any other."""
         hidden = await forward(ctx, step, spec, *args)
         for i in range(hidden.shape[0]):
-            z = await transformer.logits(ctx, f"{step}/row {i}", spec, hidden[i : i + 1], SETTINGS)
+            z = await transformer.logits(ctx, f"{step}/row {i}", spec, hidden[i : i + 1], settings)
             if isinstance(ctx.bk, Replicated):
                 rows[ctx.bk.party].append(z.v[:, 0])
         return hidden
@@ -118,7 +127,8 @@ def engine(plan: Plan, weights: Sequence[Any], ids: Sequence[int], bucket: int, 
         return index * 0 + forced[len(heard) - 1]
 
     async def main() -> Any:
-        story = Story(spec, (tuple(int(i) for i in ids[:prompt]),), bucket, len(forced))
+        prompts = (tuple(int(i) for i in ids[:prompt]),)
+        story = Story(spec, prompts, bucket, len(forced), settings=settings)
         return await hold(story, MemoryNet(PARTIES), weights)
 
     with (
@@ -210,27 +220,29 @@ def drawn(
     return windows, logits, outside
 
 
-def measure(plan: Plan, ids: Sequence[int], windows: int, seed: int) -> dict[str, Any]:
+def measure(plan: Plan, ids: Sequence[int], windows: int, seed: int, settings: Settings) -> dict[str, Any]:
     """One checkpoint on windows of its text."""
+    fixed = Fixed(seed=seed, few_rounds=settings.few_rounds)
     began = time.monotonic()
     rng = np.random.default_rng(seed)
     shape = (BUCKET, PROMPT)
     texts, want, outside = drawn(
-        plan, ids, windows, rng, PROMPT + DECODED, lambda w: twin(plan, w, *shape, Fixed(seed=seed))
+        plan, ids, windows, rng, PROMPT + DECODED, lambda w: twin(plan, w, *shape, fixed)
     )
     seeds = range(seed + 1, seed + 1 + TWINS)
-    again = [[twin(plan, w, *shape, Fixed(seed=s)) for w in texts] for s in seeds]
+    again = [[twin(plan, w, *shape, replace(fixed, seed=s)) for w in texts] for s in seeds]
     weights = share_weights({n: plan.encoded(n, SETTINGS.scale_bits) for n in plan.names()}, seed)
-    got = [engine(plan, weights, w, *shape) for w in texts]
+    got = [engine(plan, weights, w, *shape, settings) for w in texts]
     told = beside(got, want, again, texts)
     return told | {"windows": windows, "outside": outside, "seconds": time.monotonic() - began}
 
 
 def tables(result: dict[str, Any]) -> str:
     """Markdown of a result."""
+    where = " --one-site" if result.get("one_site") else ""
     out = [
         f"Measured {result['date'][:10]} at commit {result['commit']} by `bench/positions.py --seed "
-        f"{result['seed']}`: three parties against the twin, logits in units of 2^-16.",
+        f"{result['seed']}{where}`: three parties against the twin, logits in units of 2^-16.",
         "",
         "| checkpoint | positions | largest difference (of twins) | root mean square (of twins) "
         "| choices agree | ln p of the next token, largest | perplexity | windows drawn anew | s |",
@@ -257,6 +269,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     p.add_argument("--models", nargs="+", metavar="NAME", help="of MODELS.json; all if not given")
     p.add_argument("--windows", type=int, default=WINDOWS, metavar="N", help=f"of text each ({WINDOWS})")
     p.add_argument("--seed", type=int, help="of windows, sharing and dithers; drawn if not given")
+    p.add_argument("--one-site", action="store_true", help="as with scheduler.round_trip_ms below 5")
     p.add_argument("--out", type=Path, default=RESULTS, metavar="DIR", help="folder of the results")
     p.add_argument("--show", type=Path, metavar="FILE", help="print the tables of this result and end")
     a = p.parse_args(argv)
@@ -276,6 +289,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise SystemExit(f"positions: {name}: no such model; they are {', '.join(names)}")
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(40))  # sessions log each batch
     seed = secrets.randbelow(1 << 31) if a.seed is None else a.seed
+    settings = replace(SETTINGS, round_trip=0) if a.one_site else SETTINGS
     print(f"positions: seed {seed}", file=sys.stderr)
     now = datetime.now(UTC)
     result: dict[str, Any] = {
@@ -283,6 +297,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "commit": commit(),
         "machine": machine(),
         "seed": seed,
+        "one_site": a.one_site,
         "models": [],
     }
     for entry in listed:
@@ -291,7 +306,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"positions: {entry['name']}", file=sys.stderr)
         plan = load_checkpoint(shared / "models" / entry["directory"])
         ids = Tokenizer.load(plan.directory).encode(text_of(shared, entry), begin=False)
-        result["models"].append({"model": entry["name"], **measure(plan, ids, a.windows, seed)})
+        result["models"].append({"model": entry["name"], **measure(plan, ids, a.windows, seed, settings)})
     a.out.mkdir(parents=True, exist_ok=True)
     target = a.out / f"{now:%Y-%m-%d-%H%M}-{result['commit'][:10]}.json"
     target.write_text(json.dumps(result, indent=1) + "\n")

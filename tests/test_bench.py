@@ -91,20 +91,22 @@ SPREAD = 1.4  # of the twins' distance from one another, by which the engine may
 SEEDS = range(1, 5)
 
 
-@pytest.fixture(scope="module")
-def read(shared_models: dict[str, Any]) -> Any:
-    """A window of text through three parties, and a checkpoint to give the twin."""
+@pytest.fixture(scope="module", params=[20, 1])
+def read(request: pytest.FixtureRequest, shared_models: dict[str, Any]) -> Any:
+    """A window of text through three parties, so many ms apart, and a checkpoint to give the twin."""
+    settings = replace(SETTINGS, round_trip=request.param)
     plan = load_checkpoint(shared_models["TinyStories-656K"]["path"])
     told = shared_models["TinyStories-656K"]["expected"]["prompts"][0]
     ids = (told["input_ids"] + told["greedy_new_ids"])[: POSITIONS[1] + READ + 1]
     weights = share_weights({name: plan.encoded(name, SETTINGS.scale_bits) for name in plan.names()})
-    return plan, ids, positions.engine(plan, weights, ids, *POSITIONS)
+    return plan, ids, settings.few_rounds, positions.engine(plan, weights, ids, *POSITIONS, settings)
 
 
 def from_twins(read: Any, fixed: Fixed) -> tuple[dict[str, Any], float]:
     """The figures against a twin, and the root mean square distance of honest twins from one another."""
-    plan, ids, reading = read
-    twins = [positions.twin(plan, ids, *POSITIONS, replace(Fixed(), seed=s)) for s in SEEDS]
+    plan, ids, few_rounds, reading = read
+    fixed = replace(fixed, few_rounds=few_rounds)
+    twins = [positions.twin(plan, ids, *POSITIONS, Fixed(few_rounds=few_rounds, seed=s)) for s in SEEDS]
     spread = np.sqrt(np.mean([(a - b) ** 2 for a, b in pairwise(twins)]))
     want = positions.twin(plan, ids, *POSITIONS, fixed)
     return positions.beside([reading], [want], [[t] for t in twins], [ids]), float(spread) / positions.UNIT
