@@ -39,23 +39,22 @@ SENT = Counter("mimir_triple_sent_bytes_total", "Bytes sent to make material")
 BATCH_BYTES: Final = 80 << 20
 BATCH_PART: Final = 12  # of what a session may hold, a batch may be this part
 WHOLE: Final = 64  # items; kinds made of bit lanes can only be cut at whole words
-KEPT: Final = 1 << 30  # bytes of freed memory that wait for the next batch, at least
+KEPT: Final = 1 << 30  # bytes of freed memory that wait for the next batch, at least ...
+KEPT_PART: Final = BATCH_PART // 2  # ... or so many batches, which is half of what a session may hold
 IN_HEAP: Final = 32 << 20  # arrays up to this size, the most that the C library allows, are kept
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
-_INT_MAX, _KEEP_ALL = (1 << 31) - 1, -1
+_INT_MAX: Final = (1 << 31) - 1
 
 
 def keep_pages(at_once: int = BATCH_BYTES) -> None:
     """Let the memory of freed arrays wait for the next batch, in the whole process.
 
     What one token takes is freed again some hundred MB later, and glibc by itself gives back what lies at the
-    end of its heap, to be mapped and cleared anew. So it keeps as much as a session may hold; it cannot be
-    told of more than 2 GiB, and then keeps all. Another C library goes on as it does.
+    end of its heap, to be mapped and cleared anew. Another C library goes on as it does.
     """
-    kept = max(KEPT, BATCH_PART * at_once)
     if (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)) is not None:
         mallopt(_M_MMAP_THRESHOLD, IN_HEAP)
-        mallopt(_M_TRIM_THRESHOLD, kept if kept <= _INT_MAX else _KEEP_ALL)
+        mallopt(_M_TRIM_THRESHOLD, min(max(KEPT, KEPT_PART * at_once), _INT_MAX))
 
 
 @dataclass(frozen=True, slots=True)
