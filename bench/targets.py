@@ -2,7 +2,7 @@
 """GPT-2 small, target beside measured: decode at context 128, prefill of 32, eight sessions, argmax alone.
 
     python bench/targets.py                 a quarter of an hour on two idle cores, 16 GiB; run.py --targets
-    python bench/targets.py --only NAME ... of decode, prefill, sessions, argmax; and billion, of which the
+    python bench/targets.py --only NAME ... of decode, prefill, sessions, together, argmax; and billion, whose
                                             1.1 B shape needs 80 GiB, and which is run only if it is named
     python bench/targets.py --round-trip MS scheduler.round_trip_ms, instead of 20: below 5 more rounds are
                                             taken for less preprocessing
@@ -29,8 +29,11 @@ measures the whole, with tunnel and client, at a short context; what lies betwee
               once, and a party's decode actor joins them. Online: 8 tokens by the median seconds between two
               tokens of a session, from its second one on: the first is its own prompt's, after which those
               that are ready go on without the others. Twice in the same processes, of which the second
-              time counts; what the first gave, in fresh memory, stands beside. Together: with a token's
-              preprocessing as in `decode`, on the same processors, as if nothing overlapped.
+              time counts; what the first gave, in fresh memory, stands beside. And with a token's
+              preprocessing as in `decode`, on the same processors, had nothing overlapped.
+    together  8 such sessions of TOKENS tokens each, with what a session may hold unless told otherwise, which
+              prepare and decode at once as sessions do: the producer and the decode actor join them. From the
+              opening of the first, when nothing is prepared, to the last token of all. Twice, as above.
     billion   As `decode`, with the 1.1 B Llama shape and 8 positions; all shares are in memory.
     argmax    sampling.choose of 50,257 logits with its preprocessing, the median of three; the index is
               compared with that of the same logits in the clear.
@@ -80,7 +83,9 @@ from scaling import SMALL, one_pass  # noqa: E402
 from mimir import cost, dryrun, kernels  # noqa: E402
 from mimir.actors.decode import DecodeActor  # noqa: E402
 from mimir.actors.session import Limits, SessionActor, Turn, plan_turn, sized  # noqa: E402
-from mimir.loopback import Decoders  # noqa: E402
+from mimir.actors.triples import SharedProducer, keep_pages  # noqa: E402
+from mimir.config import TriplePool  # noqa: E402
+from mimir.loopback import Lanes  # noqa: E402
 from mimir.manifest import tensors_of  # noqa: E402
 from mimir.model import sampling, transformer  # noqa: E402
 from mimir.model.checkpoint import PlanSpec  # noqa: E402
@@ -101,6 +106,7 @@ LARGE_BLOCK = 8  # of the 1.1 B shape
 PROMPT = 32
 AT_ONCE = 8
 PASSES = 6  # of each of these sessions
+TOKENS = 16  # of each of those that prepare and decode at once
 JOINED = 2  # tokens after which all of them are in one pass
 CHOICES = 3  # argmaxes
 SETTINGS = Settings()
@@ -108,6 +114,7 @@ SEED = 5
 LINK_RTT, LINK_MBIT = 20.0, 100.0  # of the floors
 AHEAD = 1 << 16  # positions: what is ready is never too much
 MEMORY = 4 << 30  # triple_pool.memory_mib: a prompt of 32 goes through the model at once
+USUAL_MEMORY = TriplePool().memory_mib << 20  # unless told otherwise
 BASE_PORT = 19210
 UP_SECONDS = 60.0
 ROUND_SECONDS = 600.0
@@ -162,6 +169,7 @@ class Task:
     sessions: int = 1
     spec: PlanSpec = SMALL
     times: int = 1  # one after another
+    ready: bool = True  # nothing goes online before everything is prepared
 
     @property
     def positions(self) -> int:
@@ -172,6 +180,7 @@ TASKS = (
     Task("decode", CONTEXT - 1 - BLOCK, 1, BLOCK, times=3),
     Task("prefill", 0, PROMPT, 1),
     Task("sessions", CONTEXT - 1 - PASSES, 1, PASSES, AT_ONCE, times=2),
+    Task("together", CONTEXT - 1 - TOKENS, 1, TOKENS, AT_ONCE, times=2, ready=False),
     Task("billion", CONTEXT - 1 - LARGE_BLOCK, 1, LARGE_BLOCK, spec=LARGE),
 )
 NAMES = (*(t.name for t in TASKS), "argmax")
@@ -204,10 +213,12 @@ class Late(SessionActor):
     """A session whose cache holds `before` random positions, all valid, before its first turn."""
 
     before = 0
+    ready = True
 
     async def _sizes(self) -> None:
         await super()._sizes()
-        self._ahead = AHEAD
+        if self.ready:
+            self._ahead = AHEAD
 
     async def _turn(self, turn: Turn) -> None:
         spec, n = self.spec, self.before
@@ -231,6 +242,10 @@ class Start:
 
     missing: int
     event: trio.Event = field(default_factory=trio.Event)
+
+    def __post_init__(self) -> None:
+        if not self.missing:
+            self.event.set()
 
     def ready(self) -> None:
         self.missing -= 1
@@ -286,12 +301,12 @@ async def sessions(
     weights: Any,
     task: Task,
     context: int,
-    decoders: Decoders,
+    lanes: Lanes,
     run: int = 0,
 ) -> list[list[dict[str, Any]]]:
     """Run the sessions of a task at this party, for the n-th time. Returns the marks of each."""
-    start = Start(task.sessions)
-    decoder = decoders.actor = DecodeActor(
+    start = Start(task.sessions if task.ready else 0)
+    decoder = DecodeActor(
         transport,
         MODEL,
         sized(spec, context),
@@ -300,27 +315,31 @@ async def sessions(
         most=AT_ONCE,
         round_seconds=ROUND_SECONDS,
     )
+    producer = SharedProducer(transport, MODEL, weights, round_seconds=ROUND_SECONDS)
+    lanes.actors = decoder, producer
     clients = [Client(task.positions, start) for _ in range(task.sessions)]
     limits = Limits(
         (task.bucket,),
         (task.tokens,),
         context,
         AHEAD,
-        MEMORY,
+        MEMORY if task.ready else USUAL_MEMORY,
         ROUND_SECONDS,
         SESSION_SECONDS,
         SESSION_SECONDS,
     )
     async with trio.open_nursery() as around:
         around.start_soon(decoder.run)
+        around.start_soon(producer.run)
         async with trio.open_nursery() as nursery:
             for number, client in enumerate(clients):
                 name = hashlib.sha256(f"{task.name} {run} {number}".encode()).digest()[:16]
                 terms = Open(name, MODEL, (KEY,), (task.bucket,), task.tokens, Sampler(), False)
-                actor = Late(transport, terms, [client], spec, weights, SETTINGS, limits, decoder)
-                actor.before, client.actor = task.before, actor
+                actor = Late(transport, terms, [client], spec, weights, SETTINGS, limits, decoder, producer)
+                actor.before, actor.ready, client.actor = task.before, task.ready, actor
                 nursery.start_soon(actor.run)
-                await client.prepared.wait()
+                if task.ready:
+                    await client.prepared.wait()
         around.cancel_scope.cancel()
     return [client.marks for client in clients]
 
@@ -395,14 +414,14 @@ async def party(index: int, folder: Path, names: Sequence[str]) -> None:
         protected=False,
     ) as mesh:
         await mesh.wait_up(UP_SECONDS)
-        decoders = Decoders(mesh)
+        lanes = Lanes(mesh)
         weights, of = Noise(None, index), None
         for task in (t for t in TASKS if t.name in names):
             if task.spec is not of:
                 weights, of = Noise(task.spec, index), task.spec
             marks = []
             for run in range(task.times):
-                marks += await sessions(mesh, task.spec, weights, task, CONTEXT, decoders, run)
+                marks += await sessions(mesh, task.spec, weights, task, CONTEXT, lanes, run)
             (folder / f"{task.name}{index}.json").write_text(json.dumps(marks))
         if "argmax" in names:
             told = await argmaxes(mesh, SMALL, CHOICES)
@@ -507,6 +526,20 @@ def _rate(parts: Sequence[Sequence[Sequence[Mapping[str, Any]]]]) -> dict[str, A
     ]
     seconds = max(statistics.median(each) for each in passes)
     return {"seconds": seconds, "sessions": len(parts[0]), "rate": len(parts[0]) / seconds}
+
+
+def at_once(parts: Sequence[Sequence[Sequence[Mapping[str, Any]]]]) -> dict[str, Any]:
+    """Tokens a second of sessions that prepare and decode at once, from the opening of the first of them to
+    the last token of all: of the last ones of which each party has marks, and, beside, of the first.
+    """
+
+    def taken(sessions: Sequence[Sequence[Mapping[str, Any]]]) -> float:
+        opened, tokens = ([m["at"] for marks in sessions for m in _of(marks, k)] for k in ("opened", "token"))
+        return float(max(tokens) - min(opened))
+
+    first, last = (max(taken(p[some]) for p in parts) for some in (slice(AT_ONCE), slice(-AT_ONCE, None)))
+    count = AT_ONCE * TOKENS
+    return {"seconds": last, "tokens": count, "rate": count / last, "first": count / first}
 
 
 def chosen(parts: Sequence[Sequence[Mapping[str, Any]]], spec: PlanSpec) -> dict[str, Any]:
@@ -697,12 +730,19 @@ def tables(result: dict[str, Any]) -> str:
         out.append(
             _line(row + "tokens/s online, in all", TARGETS["sessions online"], told["rate"], p["at once"])
         )
-        if "decode" in got:
-            rate = 1 / (1 / told["rate"] + got["decode"]["prep"]["seconds"])
-            model = 1 / (1 / p["at once"] + p["prep"]["seconds"])
-            out.append(_line(row + "tokens/s together, in all", TARGETS["sessions together"], rate, model))
         if "first" in told:
             out.append(_line(row + "tokens/s online, in all, the first time", None, told["first"]))
+        if "decode" in got:
+            rate = 1 / (1 / told["rate"] + got["decode"]["prep"]["seconds"])
+            out.append(_line(row + "tokens/s together, in all, had nothing overlapped", None, rate))
+    if told := got.get("together"):
+        p = want["token"]
+        row = f"{AT_ONCE} sessions decoding at once: "
+        model = 1 / (1 / p["at once"] + p["prep"]["seconds"])
+        out += [
+            _line(row + "tokens/s together, in all", TARGETS["sessions together"], told["rate"], model),
+            _line(row + "tokens/s together, in all, the first time", None, told["first"]),
+        ]
     if told := got.get("billion"):
         row = f"1.1 B shape, decode at {CONTEXT}, one token: "
         out += [
@@ -776,6 +816,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if a.party is not None:
         structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(40))
         kernels.use_threads(a.threads)
+        keep_pages()
         trio.run(party, a.party, a.folder, a.only)
         return 0
     now, load, at = datetime.now(UTC), os.getloadavg()[0], commit()  # before a commit meanwhile
@@ -792,6 +833,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         figures["prefill"] = prefilled(parts["prefill"])
     if "sessions" in parts:
         figures["sessions"] = side_by_side(parts["sessions"], AT_ONCE)
+    if "together" in parts:
+        figures["together"] = at_once(parts["together"])
     if "argmax" in parts:
         figures["argmax"] = chosen(parts["argmax"], SMALL)
     result: dict[str, Any] = {

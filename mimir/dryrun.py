@@ -31,14 +31,14 @@ import numpy as np
 import numpy.typing as npt
 import trio
 
-import mimir.actors.decode as decode_module
 import mimir.actors.session as session_module
+import mimir.actors.shared as shared_module
 from mimir import kernels
 from mimir.actors import cause_of
 from mimir.actors.decode import DecodeActor
 from mimir.actors.lane import open_lane
 from mimir.actors.session import Limits, SessionActor, Step, Turn, plan_turn, sized
-from mimir.actors.triples import IN_HEAP, Batch, bytes_of
+from mimir.actors.triples import IN_HEAP, Batch, SharedProducer, TripleProducer, bytes_of
 from mimir.config import TriplePool
 from mimir.errors import BadInput, LocalError
 from mimir.manifest import COMPONENTS, tensors_of
@@ -579,6 +579,9 @@ class _Channel:
 
         return {peer: answer(peer, size) for peer, size in expect.items()}
 
+    async def failed(self) -> None:
+        await trio.sleep_forever()
+
     async def abort(self, reason_public: str = "abort") -> None:
         pass
 
@@ -600,11 +603,11 @@ class _Transport:
         return {}
 
 
-async def _open_uncounted(*args: Any, **times: Any) -> Doors:
-    """Lanes for decoding are opened once, for all tokens of all sessions."""
-    counts = _tally.lanes[ONLINE]
+async def _open_uncounted(transport: Any, name: bytes, lane: str, **times: Any) -> Doors:
+    """Shared lanes are opened once, for all tokens of all sessions."""
+    counts = _tally.lanes[lane]
     before = counts.copy()
-    doors = await open_lane(*args, **times)
+    doors = await open_lane(transport, name, lane, **times)
     counts.rounds, counts.sent = before.rounds, before.sent
     counts.busiest, counts.payload = before.busiest, before.payload
     return doors
@@ -709,7 +712,8 @@ def _nothing_real(tally: Tally) -> Iterator[None]:
             for name, value in empty.items():
                 if hasattr(module, name) and module.__name__ != "mimir.mpc.offload":
                     swap(module, name, value)
-        swap(decode_module, "open_lane", _open_uncounted)
+        swap(shared_module, "open_lane", _open_uncounted)
+        swap(session_module, "TripleProducer", _Producer)
         swap(doors_module, "_pack", _bulk_of)
         swap(doors_module, "_digest", _no_digest)
         swap(doors_module, "_split", _no_values)
@@ -836,6 +840,12 @@ class _Session(SessionActor):
                     cache.mask = [Share(stretched((2, *shape)), self._online.bk)]
                     self.triples._caches[name, layer] = [stretched((2, *shape))]
         return plan_turn(number, buckets, max_new, used if number else n, chunk)
+
+
+class _Producer(TripleProducer):
+    async def _work(self) -> None:
+        _lane.set(PREP)  # its rounds are those of the shared one
+        await super()._work()
 
 
 @dataclass(frozen=True, slots=True)
@@ -968,12 +978,14 @@ def _run(
         decoder = DecodeActor(
             transport, terms.model, sized(spec, max_context), shares, settings, most=1, round_seconds=math.inf
         )
-        actor = _Session(transport, terms, [client], spec, shares, settings, limits, decoder)
+        producer = SharedProducer(transport, terms.model, shares, round_seconds=math.inf)
+        actor = _Session(transport, terms, [client], spec, shares, settings, limits, decoder, producer)
         actor.until, actor.most = until, most
         session_module.plan_turn = actor.turn
         try:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(decoder.run)
+                nursery.start_soon(producer.run)
                 await actor.run()
                 lanes.update({name: counts.copy() for name, counts in tally.lanes.items()})
                 nursery.cancel_scope.cancel()

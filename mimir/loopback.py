@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, Final
 from unittest import mock
@@ -22,8 +22,10 @@ import numpy as np
 import structlog
 import trio
 
-from mimir.actors.decode import OPEN_LANE, DecodeActor
+from mimir.actors.decode import DecodeActor
 from mimir.actors.session import Limits, SessionActor, Step, sized
+from mimir.actors.shared import OPEN_LANE, SharedActor
+from mimir.actors.triples import SharedProducer
 from mimir.config import TriplePool
 from mimir.errors import LocalError
 from mimir.manifest import tensors_of
@@ -151,15 +153,16 @@ class _Client:
         return await self._receive.receive()
 
 
-class Decoders:
-    """This party's decode actor, one session after another: the leader asks for its lane."""
+class Lanes:
+    """Opens lanes of this party's shared actors, which are set before sessions: the leader asks for them."""
 
     def __init__(self, transport: Transport) -> None:
-        self.actor: DecodeActor
+        self.actors: Sequence[SharedActor[Any, Any]] = ()
         transport.on_request(OPEN_LANE, self._open)
 
     async def _open(self, peer: int, body: Mapping[str, Any]) -> dict[str, Any]:
-        self.actor.renew(peer, bytes.fromhex(body["lane"]))
+        (actor,) = (a for a in self.actors if a.WORK == body["work"])
+        actor.renew(peer, bytes.fromhex(body["lane"]))
         return {}
 
 
@@ -174,14 +177,16 @@ class _Timed(SessionActor):
             self.planning += time.thread_time() - before
 
 
-async def _session(transport: Transport, decoders: Decoders, number: int) -> dict[str, float]:
+async def _session(transport: Transport, lanes: Lanes, number: int) -> dict[str, float]:
     name = number.to_bytes(16, "big")
     weights, client = _Zeros(SPEC), _Client()
-    decoder = decoders.actor = DecodeActor(
+    decoder = DecodeActor(
         transport, MODEL, sized(SPEC, SPEC.context), weights, SETTINGS, most=1, round_seconds=60.0
     )
+    producer = SharedProducer(transport, MODEL, weights, round_seconds=60.0)
+    lanes.actors = decoder, producer
     terms = Open(name, MODEL, (KEY,), (BUCKET,), TOKENS, Sampler(), False)
-    actor = _Timed(transport, terms, [client], SPEC, weights, SETTINGS, LIMITS, decoder)
+    actor = _Timed(transport, terms, [client], SPEC, weights, SETTINGS, LIMITS, decoder, producer)
     planned: list[float] = []
     made = actor._made
 
@@ -192,6 +197,7 @@ async def _session(transport: Transport, decoders: Decoders, number: int) -> dic
     with mock.patch.object(actor, "_made", noted):
         async with trio.open_nursery() as nursery:
             nursery.start_soon(decoder.run)
+            nursery.start_soon(producer.run)
             await actor.run()
             nursery.cancel_scope.cancel()
     planning = planned[-1] - planned[0]
@@ -232,11 +238,11 @@ async def _rounds(transport: Transport, number: int) -> dict[str, float]:
 
 
 async def _measured(transport: Transport, repetitions: int) -> list[dict[str, float]]:
-    decoders = Decoders(transport)
-    await _session(transport, decoders, 0)  # makes the tables that a party makes once
+    lanes = Lanes(transport)
+    await _session(transport, lanes, 0)  # makes the tables that a party makes once
     out = []
     for number in range(1, repetitions + 1):
-        told = await _session(transport, decoders, number) | await _rounds(transport, number)
+        told = await _session(transport, lanes, number) | await _rounds(transport, number)
         told["thread"] = await _each(lambda: trio.to_thread.run_sync(int), HANDOVERS)
         out.append(told)
     return out

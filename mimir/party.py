@@ -48,8 +48,10 @@ def run(config: Config) -> int:
     # Only now: numpy starts threads when it is imported, and they have to be confined too.
     from mimir import kernels
     from mimir.actors.peer import run_peer
+    from mimir.actors.triples import keep_pages
 
     kernels.use_threads(config.kernels.threads or min(len(os.sched_getaffinity(0)), kernels.MAX_THREADS))
+    keep_pages()
     # What is loaded by now stays; looking through it for garbage again and again takes time for nothing.
     gc.freeze()
     gc.set_threshold(GARBAGE)

@@ -44,7 +44,7 @@ class Party:
     caches: dict[Any, Any] = field(default_factory=dict)
 
     async def context(self, demand: Mapping[prep.Kind, int], name: str = "batch") -> Context:
-        batch = prep.Batch(self.prep_doors, self.weights, self.caches)
+        batch = prep.Batch(self.prep_doors, self.weights, [self.caches])
         material = await prep.produce(batch, name, demand)
         return Context(self.bk, self.doors, prep.Store(material), self.weights)
 

@@ -29,8 +29,10 @@ from parties import DictWeights, share_weights
 from reference import FloatModel
 from trio.testing import MockClock
 
-from mimir.actors.decode import OPEN_LANE, DecodeActor
+from mimir.actors.decode import DecodeActor
 from mimir.actors.session import Limits, SessionActor
+from mimir.actors.shared import OPEN_LANE
+from mimir.actors.triples import SharedProducer
 from mimir.client.connection import PartyError
 from mimir.client.session import Session
 from mimir.errors import AbortError, MimirError
@@ -260,9 +262,11 @@ async def hold(
     actors: list[SessionActor] | None = None,
     tweak: Callable[[Sequence[SessionActor]], None] = lambda sessions: None,
     decoders: Sequence[DecodeActor | None] = (None,) * PARTIES,
+    producers: Sequence[SharedProducer | None] = (None,) * PARTIES,
 ) -> Outcome:
     """One session over `net`, from the client's terms to its end at all four. `tweak` may bend its actors.
-    Its tokens are decoded by `decoders`, with those of other sessions, or in passes of their own.
+    Its tokens are decoded by `decoders`, and its material is made by `producers`, with those of other
+    sessions, or by itself.
     """
     outcome = Outcome()
     terms = story.terms()
@@ -278,6 +282,7 @@ async def hold(
             story.settings,
             limits_of(story),
             decoders[i],
+            producers[i],
         )
         for i in range(PARTIES)
     ]
@@ -329,52 +334,60 @@ async def hold(
     return outcome
 
 
-class Decoders:
-    """Three parties' decode actors of one model, as their services keep them."""
+class Together:
+    """Three parties' shared actors of one model, as their services keep them."""
 
     def __init__(
         self, net: MemoryNet, spec: PlanSpec, most: int, settings: Settings, nursery: trio.Nursery
     ) -> None:
-        self._new = lambda i: DecodeActor(
+        self._decoder = lambda i: DecodeActor(
             net.party(i), MODEL, spec, tiny_weights(spec)[i], settings, most=most, round_seconds=ROUND_SECONDS
+        )
+        self._producer = lambda i: SharedProducer(
+            net.party(i), MODEL, tiny_weights(spec)[i], round_seconds=ROUND_SECONDS
         )
         self._nursery = nursery
         self._scopes: list[trio.CancelScope] = []
         self.actors: list[DecodeActor] = []
+        self.producers: list[SharedProducer] = []
         for i in range(PARTIES):
             self._begin(i)
 
             async def asked(peer: int, body: dict[str, Any], i: int = i) -> dict[str, Any]:
-                self.actors[i].renew(peer, bytes.fromhex(body["lane"]))
+                (actor,) = (a for a in (self.actors[i], self.producers[i]) if a.WORK == body["work"])
+                actor.renew(peer, bytes.fromhex(body["lane"]))
                 return {}
 
             net.party(i)._handlers[OPEN_LANE] = asked
 
     def _begin(self, party: int) -> None:
-        actor, scope = self._new(party), trio.CancelScope()
+        actor, producer, scope = self._decoder(party), self._producer(party), trio.CancelScope()
         self.actors.insert(party, actor)
+        self.producers.insert(party, producer)
         self._scopes.insert(party, scope)
 
         async def run() -> None:
             with scope:
-                await actor.run()
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(actor.run)
+                    nursery.start_soon(producer.run)
 
         self._nursery.start_soon(run)
 
     def restart(self, party: int) -> None:
         """The last session of this party ends, and another begins."""
         self._scopes.pop(party).cancel()
-        del self.actors[party]
+        del self.actors[party], self.producers[party]
         self._begin(party)
 
 
 @asynccontextmanager
-async def decoders(
+async def together(
     net: MemoryNet, spec: PlanSpec, most: int = 8, settings: Settings = SETTINGS
-) -> AsyncIterator[Decoders]:
-    """Decode actors that run."""
+) -> AsyncIterator[Together]:
+    """Shared actors that run."""
     async with trio.open_nursery() as nursery:
-        yield Decoders(net, spec, most, settings, nursery)
+        yield Together(net, spec, most, settings, nursery)
         nursery.cancel_scope.cancel()
 
 

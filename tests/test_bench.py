@@ -232,9 +232,7 @@ def test_late_sessions_are_what_the_model_counts(monkeypatch: pytest.MonkeyPatch
 
     async def work(transport: Any) -> Any:
         weights = targets.Noise(spec, transport.party)
-        return await targets.sessions(
-            transport, spec, weights, task, spec.context, targets.Decoders(transport)
-        )
+        return await targets.sessions(transport, spec, weights, task, spec.context, targets.Lanes(transport))
 
     parts = in_one_process(work)
     online, made = cost.last_token(
@@ -259,14 +257,37 @@ def test_late_sessions_are_what_the_model_counts(monkeypatch: pytest.MonkeyPatch
     assert twice == rate
 
 
+@pytest.mark.slow
+def test_sessions_that_prepare_and_decode_at_once_are_timed_as_a_whole(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Nothing waits for anything to be prepared, and all material of a session is counted."""
+    spec, count = GPT2, 3
+    monkeypatch.setattr(targets, "TOKENS", count)
+    monkeypatch.setattr(targets, "AT_ONCE", 2)
+    task = targets.Task("together", spec.context - count - 1, 1, count, sessions=2, ready=False)
+
+    async def work(transport: Any) -> Any:
+        weights = targets.Noise(spec, transport.party)
+        return await targets.sessions(transport, spec, weights, task, spec.context, targets.Lanes(transport))
+
+    parts = in_one_process(work)
+    marks = [m for p in parts for s in p for m in s]
+    assert sum(m["kind"] == "token" for m in marks) == 3 * 2 * count
+    assert all(max(m["positions"] for m in s if m["kind"] == "made") == count for p in parts for s in p)
+    told = targets.at_once(parts)
+    assert told["tokens"] == 2 * count and told["rate"] == told["first"] == 2 * count / told["seconds"]
+    ends = [max(m["at"] for s in p for m in s if m["kind"] == "token") for p in parts]
+    starts = [min(m["at"] for s in p for m in s if m["kind"] == "opened") for p in parts]
+    assert told["seconds"] == max(end - start for end, start in zip(ends, starts, strict=True))
+
+
 def test_the_whole_prefill_is_told() -> None:
     task = targets.Task("prefill", 0, 4, 1)
 
     async def work(transport: Any) -> Any:
         weights = targets.Noise(GPT2, transport.party)
-        return await targets.sessions(
-            transport, GPT2, weights, task, GPT2.context, targets.Decoders(transport)
-        )
+        return await targets.sessions(transport, GPT2, weights, task, GPT2.context, targets.Lanes(transport))
 
     told = targets.prefilled(in_one_process(work))
     whole = dryrun.run(GPT2, SETTINGS, bucket=4, tokens=1, max_context=GPT2.context, ahead=targets.AHEAD)
@@ -315,6 +336,7 @@ def test_the_table_has_every_target_and_adds_both_lanes() -> None:
             "decode": both,
             "prefill": both | {"all": 36e9},
             "sessions": {"sessions": 8, "rate": 4.0},
+            "together": {"seconds": 40.0, "tokens": 100, "rate": 2.5, "first": 2.0},
             "argmax": both,
         },
         "predicted": {"token": both | {"at once": 2.0}, "prefill": both, "block": 16},
@@ -331,7 +353,9 @@ def test_the_table_has_every_target_and_adds_both_lanes() -> None:
     assert rows[prefill + "GB together, all three"][:3] == ["PUMA 3.77", "36", "0.018"]
     sessions = "8 sessions decoding at once: tokens/s "
     assert rows[sessions + "online, in all"][1:3] == ["4", "2"]
-    assert rows[sessions + "together, in all"][1:3] == [f"{1 / 2.25:.3g}", f"{1 / 2.5:.3g}"]
+    assert rows[sessions + "together, in all"][:3] == ["2", "2.5", f"{1 / 2.5:.3g}"]
+    assert rows[sessions + "together, in all, had nothing overlapped"][1] == f"{1 / 2.25:.3g}"
+    assert rows[sessions + "together, in all, the first time"][1] == "2"
     assert rows["argmax of 50,257: s online"] == ["0.3", "2", "-", "-", "0.24", "0.3"]
 
 

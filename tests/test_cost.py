@@ -6,7 +6,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,11 +22,11 @@ from session_fixture import (
     SETTINGS,
     Sampler,
     Story,
-    decoders,
     hold,
     limits_of,
     run,
     run_session,
+    together,
 )
 
 import mimir.actors.session as session_module
@@ -65,27 +65,31 @@ def no_party_here() -> Iterator[None]:
 def exchanged(story: Story) -> list[dict[str, tuple[int, int]]]:
     """(rounds, bytes) by lane that each of three parties counted in a real session."""
     actors: list[SessionActor] = []
-    opened: list[list[tuple[Doors, int, int]]] = [[] for _ in range(3)]  # to decode; opening is not counted
+    # Shared lanes, of which opening is not counted.
+    opened: list[dict[str, tuple[Doors, int, int]]] = [{} for _ in range(3)]
     told: list[dict[str, tuple[int, int]]] = []
 
-    async def noted(transport: Any, *args: Any, **times: Any) -> Doors:
-        lane = await open_lane(transport, *args, **times)
-        opened[transport.party].append((lane, lane.channel.rounds, lane.channel.sent))
-        return lane
+    async def noted(transport: Any, name: bytes, lane: str, **times: Any) -> Doors:
+        doors = await open_lane(transport, name, lane, **times)
+        opened[transport.party][lane] = (doors, doors.channel.rounds, doors.channel.sent)
+        return doors
 
-    def of(own: Doors, lanes: Sequence[tuple[Doors, int, int]] = ()) -> tuple[int, int]:
-        each = [(own, 0, 0), *lanes]
+    def of(own: Doors, shared: tuple[Doors, int, int]) -> tuple[int, int]:
+        each = [(own, 0, 0), shared]
         return sum(d.channel.rounds - r for d, r, _ in each), sum(d.channel.sent - s for d, _, s in each)
 
     async def main() -> None:
         net = MemoryNet()
-        async with decoders(net, story.spec, settings=story.settings) as running:
-            outcome = await hold(story, net, actors=actors, decoders=running.actors)
+        async with together(net, story.spec, settings=story.settings) as running:
+            outcome = await hold(
+                story, net, actors=actors, decoders=running.actors, producers=running.producers
+            )
             assert outcome.client is None and outcome.parties == [None] * 3
             for actor, lanes in zip(actors, opened, strict=True):
-                told.append({ONLINE: of(actor._online, lanes), PREP: of(actor._making)})
+                own = {ONLINE: actor._online, PREP: actor._making}
+                told.append({lane: of(own[lane], lanes[lane]) for lane in own})
 
-    with mock.patch("mimir.actors.decode.open_lane", noted):
+    with mock.patch("mimir.actors.shared.open_lane", noted):
         run(main)
     return told
 

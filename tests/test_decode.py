@@ -15,10 +15,11 @@ import pytest
 import trio
 import trio.testing
 from parties import Party
-from session_fixture import GPT2, LLAMA, PARTIES, SETTINGS, Outcome, Story, decoders, hold, run
+from session_fixture import GPT2, LLAMA, PARTIES, SETTINGS, Outcome, Story, hold, run, together
 
-from mimir.actors.decode import LEAVING, TAG, DecodeActor
+from mimir.actors.decode import DecodeActor
 from mimir.actors.session import SessionActor
+from mimir.actors.shared import LEAVING, TAG
 from mimir.errors import AbortError, LocalError, PeerError
 from mimir.model import sampling, transformer
 from mimir.model.checkpoint import PlanSpec
@@ -71,6 +72,7 @@ def held_together(
     before: Callable[[int, int], Any] = lambda party, number: None,
     tweak: Callable[[int, Sequence[SessionActor]], None] = lambda number, sessions: None,
     bend: Callable[[Sequence[DecodeActor]], None] = lambda actors: None,
+    share: bool = True,
 ) -> tuple[list[Outcome], list[Passes]]:
     """Run all stories at once; how each ended, and each party's passes."""
     outcomes: list[Outcome] = [Outcome() for _ in told]
@@ -78,14 +80,18 @@ def held_together(
 
     async def main() -> None:
         net = MemoryNet(PARTIES, tap=tap)
-        async with decoders(net, told[0].spec, most, told[0].settings) as running:
+        async with together(net, told[0].spec, most, told[0].settings) as running:
             actors = running.actors
             bend(actors)
             passes.extend(Passes(a, partial(before, i)) for i, a in enumerate(actors))
 
             async def one(number: int) -> None:
                 outcomes[number] = await hold(
-                    told[number], net, decoders=actors, tweak=lambda sessions: tweak(number, sessions)
+                    told[number],
+                    net,
+                    decoders=actors,
+                    producers=running.producers if share else (None,) * PARTIES,
+                    tweak=lambda sessions: tweak(number, sessions),
                 )
 
             async with trio.open_nursery() as nursery:
@@ -205,8 +211,8 @@ def test_one_session_after_another() -> None:
     async def main() -> None:
         net = MemoryNet(PARTIES)
         for _ in range(3):
-            async with decoders(net, GPT2) as running:
-                ends.append(await hold(story, net, decoders=running.actors))
+            async with together(net, GPT2) as running:
+                ends.append(await hold(story, net, decoders=running.actors, producers=running.producers))
 
     run(main)
     assert [o.tokens for o in ends] == [story.expected] * 3
@@ -231,9 +237,9 @@ def test_a_party_that_has_let_go_of_the_lane_gets_another(
 
     async def main() -> None:
         net = MemoryNet(PARTIES)
-        async with decoders(net, GPT2) as running:
+        async with together(net, GPT2) as running:
             for _ in range(3):
-                ends.append(await hold(story, net, decoders=running.actors))
+                ends.append(await hold(story, net, decoders=running.actors, producers=running.producers))
                 for party in restarted:
                     running.restart(party)
 
@@ -278,7 +284,7 @@ def test_a_lane_that_breaks_while_the_actor_ends_breaks_nothing_else() -> None:
             await trio.sleep_forever()
 
     async def main() -> None:
-        async with decoders(MemoryNet(PARTIES), GPT2) as running:
+        async with together(MemoryNet(PARTIES), GPT2) as running:
             running.actors[0]._lane = broken  # type: ignore[method-assign]
             await trio.testing.wait_all_tasks_blocked()
             running.restart(0)

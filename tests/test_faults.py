@@ -435,7 +435,9 @@ def make(demand: Mapping[prep.Kind, int], lies: Mapping[str, Lie], cheater: int,
     """A batch while one party lies: per party its material, or the error that it ended with."""
 
     async def one(party: Party) -> Any:
-        return await prep.produce(prep.Batch(party.prep_doors, party.weights, party.caches), "batch", demand)
+        return await prep.produce(
+            prep.Batch(party.prep_doors, party.weights, [party.caches]), "batch", demand
+        )
 
     with lying(cheater, lies):
         return trial(one, seed)
@@ -765,7 +767,7 @@ async def dealt_dots(p: Party, n: int, lies: Mapping[tuple[int, int], Any]) -> l
     """
     bk = p.prep_doors.bk
     me = bk.party
-    batch = prep.Batch(p.prep_doors, p.weights, p.caches)
+    batch = prep.Batch(p.prep_doors, p.weights, [p.caches])
     v, x = bk.random(2, 3, n), bk.random(3, n)
 
     def part(t: int, k: int, j: int) -> check.Sparse:

@@ -447,6 +447,37 @@ def test_abort_reaches_current_and_later_rounds_on_all_lanes_of_its_session_only
     in_world(world, test)
 
 
+def test_the_end_of_a_channel_is_told_between_rounds(world: Worlds) -> None:
+    """By the abort of a peer, whether one listens then or later; other sessions hear nothing."""
+
+    async def test(w: World) -> None:
+        some, other = w.channels(b"s" * 16, "prep"), w.channels(b"o" * 16)
+        await all_ok(some, 0)
+        heard: list[Exception] = []
+
+        async def listen(channel: Any) -> None:
+            try:
+                await channel.failed()
+            except Exception as error:
+                heard.append(error)
+
+        async with trio.open_nursery() as nursery:
+            for channel in (some[0], some[1], other[0]):
+                nursery.start_soon(listen, channel)
+            await trio.sleep(0.05)
+            assert not heard
+            await some[2].abort("check failed")
+            with trio.fail_after(PATIENCE / 2):
+                while len(heard) < 2:
+                    await trio.sleep(0.01)
+                await listen(some[0])
+            nursery.cancel_scope.cancel()
+        assert len(heard) == 3
+        assert all(isinstance(e, AbortError) and "check failed" in str(e) for e in heard)
+
+    in_world(world, test)
+
+
 def test_abort_before_a_peer_has_opened_its_end(world: Worlds) -> None:
     async def test(w: World) -> None:
         await w.party(0).channel(b"s" * 16, "online").abort()

@@ -1765,7 +1765,7 @@ def test_bits_of_masks(backend: Replicated, width: int) -> None:
     n = 200
 
     async def party(p: Party) -> tuple[Ring, list[dict[str, Ring]]]:
-        batch = prep.Batch(p.prep_doors, p.weights, p.caches)
+        batch = prep.Batch(p.prep_doors, p.weights, [p.caches])
         r = p.prep_doors.bk.random(n) & np.uint64((1 << width) - 1)
         told = [await batch.add3(f"from {low}", r, width, low=low) for low in {0, width // 2, width - 1}]
         await check.verify(p.prep_doors, "verify", [], batch.gates, [], [])

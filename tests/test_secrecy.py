@@ -611,7 +611,7 @@ def test_a_resharing_is_independent_of_the_receivers_own_shares(how: Spoil) -> N
     views: list[tuple[Ring, Ring, Ring]] = []
 
     async def party(p: parties.Party) -> None:
-        batch = prep.Batch(p.prep_doors, p.weights, {})
+        batch = prep.Batch(p.prep_doors, p.weights, [])
         bk = batch.doors.bk
         x, y = bk.random(4096), bk.random(4096)
         if how == "no zero":

@@ -15,8 +15,10 @@ import trio
 from prometheus_client import Counter, Enum, Gauge
 
 from mimir import kernels, keys
-from mimir.actors.decode import OPEN_LANE, DecodeActor
+from mimir.actors.decode import DecodeActor
 from mimir.actors.session import Limits, SessionActor, sized
+from mimir.actors.shared import OPEN_LANE, SharedActor
+from mimir.actors.triples import SharedProducer
 from mimir.admission import revocation
 from mimir.admission.bootstrap import POLICY_RECORD, Admission, GateError, Place, PolicyFile
 from mimir.admission.revocation import Gossip, Revocations, context_of
@@ -83,19 +85,31 @@ class _Gathering:
 
 
 @dataclass(slots=True)
-class _Decoder:
-    """The decode actor of a model, and the sessions that use it."""
+class _Shared:
+    """The actors that sessions of a model share, and how many do."""
 
-    actor: DecodeActor
+    decoder: DecodeActor
+    producer: SharedProducer
     sessions: int = 0
     scope: trio.CancelScope = field(default_factory=trio.CancelScope)
 
+    @property
+    def by_work(self) -> dict[str, SharedActor[Any, Any]]:
+        return {actor.WORK: actor for actor in (self.decoder, self.producer)}
+
     async def run(self) -> None:
         with self.scope:
-            try:
-                await self.actor.run()
-            except Exception as error:  # nothing it does can end the party
-                log.error("decoding ended by an error of ours", model=self.actor.model, exc_info=error)
+            async with trio.open_nursery() as nursery:
+                for actor in self.by_work.values():
+                    nursery.start_soon(self._run, actor)
+
+    async def _run(self, actor: SharedActor[Any, Any]) -> None:
+        try:
+            await actor.run()
+        except Exception as error:  # nothing it does can end the party
+            log.error(
+                "shared work ended by an error of ours", work=actor.WORK, model=actor.model, exc_info=error
+            )
 
 
 class _Weights:
@@ -125,7 +139,7 @@ class PartyService:
         self.store = store
         self._nursery = nursery
         self._sessions: dict[bytes, _Gathering] = {}
-        self._decoders: dict[str, _Decoder] = {}  # by model
+        self._shared: dict[str, _Shared] = {}  # by model
         self._received: dict[
             str, dict[int, str]
         ] = {}  # model -> component -> hash, as this party received it
@@ -216,50 +230,55 @@ class PartyService:
         )
         clients = [gathering.clients[key] for key in terms.clients]
         weights = _Weights(model)
-        with self._decoder(terms.model, spec, weights, settings) as decoder:
-            session = SessionActor(self.transport, terms, clients, spec, weights, settings, limits, decoder)
+        with self._sharing(terms.model, spec, weights, settings) as shared:
+            session = SessionActor(self.transport, terms, clients, spec, weights, settings, limits, *shared)
             await session.run()
 
     @contextmanager
-    def _decoder(
+    def _sharing(
         self, model: str, spec: PlanSpec, weights: _Weights, settings: Settings
-    ) -> Iterator[DecodeActor | None]:
-        """The decode actor that a session shares with others of its model; it ends with the last of them."""
+    ) -> Iterator[tuple[DecodeActor, SharedProducer] | tuple[()]]:
+        """The actors that a session shares with others of its model; they end with the last of them."""
         config = self.config
         if config.scheduler.max_batch == 1:
-            yield None
+            yield ()
             return
-        decoder = self._decoders.get(model)
-        if decoder is None:
-            actor = DecodeActor(
+        shared = self._shared.get(model)
+        if shared is None:
+            seconds = config.deadlines.round
+            decoder = DecodeActor(
                 self.transport,
                 model,
                 sized(spec, config.scheduler.max_context),
                 weights,
                 settings,
                 most=config.scheduler.max_batch,
-                round_seconds=config.deadlines.round,
+                round_seconds=seconds,
             )
-            decoder = self._decoders[model] = _Decoder(actor)
-            self._nursery.start_soon(decoder.run)
-        decoder.sessions += 1
+            producer = SharedProducer(self.transport, model, weights, round_seconds=seconds)
+            shared = self._shared[model] = _Shared(decoder, producer)
+            self._nursery.start_soon(shared.run)
+        shared.sessions += 1
         try:
-            yield decoder.actor
+            yield shared.decoder, shared.producer
         finally:
-            decoder.sessions -= 1
-            if not decoder.sessions:
-                decoder.scope.cancel()
-                del self._decoders[model]
+            shared.sessions -= 1
+            if not shared.sessions:
+                shared.scope.cancel()
+                del self._shared[model]
 
     async def _open_lane(self, peer: int, body: dict[str, Any]) -> dict[str, Any]:
-        model, lane = body.get("model"), body.get("lane")
-        if not isinstance(model, str) or not isinstance(lane, str):
-            raise BadInput("which lane for which model?")
-        decoder = self._decoders.get(model)
-        if decoder is None:
+        model, work, lane = (body.get(name) for name in ("model", "work", "lane"))
+        if not isinstance(model, str) or not isinstance(work, str) or not isinstance(lane, str):
+            raise BadInput("which lane for which work of which model?")
+        shared = self._shared.get(model)
+        if shared is None:
             raise BadInput("no session of this model is open here")
+        actor = shared.by_work.get(work)
+        if actor is None:
+            raise BadInput(f"sessions of a model share no work called {work[:20]!r}")
         try:
-            decoder.actor.renew(peer, bytes.fromhex(lane))
+            actor.renew(peer, bytes.fromhex(lane))
         except ValueError:
             raise BadInput("a lane is named by hexadecimal digits") from None
         return {}

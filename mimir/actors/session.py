@@ -6,6 +6,7 @@ party, wipes its material and keys, names step and suspect in the local log, and
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, nullcontext
@@ -22,7 +23,7 @@ from mimir.actors import Actor, cause_of
 from mimir.actors.decode import DecodeActor, Layers, Row, choose, decode
 from mimir.actors.lane import END_SECONDS, close_lane, open_lane
 from mimir.actors.sampler import Choice, Noise
-from mimir.actors.triples import Batch, TripleProducer, batch_bytes, bytes_of
+from mimir.actors.triples import Batch, SharedProducer, TripleProducer, batch_bytes, bytes_of
 from mimir.errors import AbortError, BadInput, PeerError
 from mimir.model import sampling, transformer
 from mimir.model.checkpoint import PlanSpec
@@ -138,8 +139,11 @@ class SessionActor(Actor[Any]):
         settings: Settings,
         limits: Limits,
         decoder: DecodeActor | None = None,
+        producer: SharedProducer | None = None,
     ) -> None:
-        """Tokens are decoded by `decoder` with those of other sessions, or else in passes of their own."""
+        """Tokens are decoded by `decoder`, and material is made by `producer`, with those of other sessions,
+        or else by itself.
+        """
         super().__init__()
         self.transport = transport
         self.terms = terms
@@ -149,6 +153,7 @@ class SessionActor(Actor[Any]):
         self.settings = settings
         self.limits = limits
         self.decoder = decoder
+        self.producer = producer
         self.log = log.bind(party=transport.party, session=terms.session.hex()[:8])
         self._shapes = transformer.weight_shapes(spec)
         self._shapes |= {f"{k}_b": (1, v[1]) for k, v in self._shapes.items() if k not in ("embed", "pos")}
@@ -210,7 +215,13 @@ class SessionActor(Actor[Any]):
         await self._sizes()
         self.layers = Layers()
         self.triples = TripleProducer(
-            self._making, self.model, self._shapes, self._ahead, self._at_once, self._made
+            self._making,
+            self.model,
+            self._shapes,
+            self._ahead,
+            self._at_once,
+            self._made,
+            self.producer,
         )
         self._noise = Noise(self._online, self.terms.deterministic_seed)
         self._how = Choice(self._sampler, self._noise.draw)
@@ -264,7 +275,8 @@ class SessionActor(Actor[Any]):
 
     def _demand(self, step: Step) -> Demand:
         """What a step takes: planned, so that it cannot differ from what the layers ask for."""
-        demand = dict(_planned(self.spec, self.settings, replace(step, name="")))
+        with _planning:  # by one for all who come this far at once
+            demand = dict(_planned(self.spec, self.settings, replace(step, name="")))
         if step.choose:
             if self._choice is None:
                 self._choice = plan.run(transformer.cost_of_choice(self.spec, self._choose_plan)).demand
@@ -374,7 +386,7 @@ class SessionActor(Actor[Any]):
         assert first is not None
         await self._deliver(0, first)
         decode_began = time.monotonic()
-        with self.decoder.decoding() if self.decoder else nullcontext():
+        with self.decoder.coming() if self.decoder else nullcontext():
             for number, step in enumerate(turn.decode):
                 await self._deliver(number + 1, await self._decode(step))
                 await self._progress("decode", number + 2, turn.max_new)
@@ -447,15 +459,15 @@ class SessionActor(Actor[Any]):
         )
         if self.decoder is not None:
             with trio.move_on_after(self.limits.step_seconds) as scope:
-                token = await self.decoder.next(row)
+                served = await self.decoder.ask(row, self._online.channel, step.name)
             if scope.cancelled_caught:
                 raise BadInput(
                     f"{step.name} was not decoded within deadlines.step = {self.limits.step_seconds:g} s"
                 )
-            self._token = token.index
-            self._passes["rounds"] += token.rounds
-            self._passes["sent"] += token.sent
-            return token.components
+            self._token = served.result.index
+            self._passes["rounds"] += served.rounds
+            self._passes["sent"] += served.sent
+            return served.result.components
         ctx = Context(self._online.bk, self._online, store, self.model)
         self._token, components = await decode(
             ctx, step.name, self._online, self.spec, [row], self.settings, self.layers, [self._how]
@@ -540,10 +552,13 @@ class SessionActor(Actor[Any]):
         return {
             "rounds_online": online.rounds + self._passes["rounds"],
             "sent_online": online.sent + self._passes["sent"],
-            "rounds_preprocessing": making.rounds,
-            "sent_preprocessing": making.sent,
+            "rounds_preprocessing": making.rounds + self.triples.spent["rounds"],
+            "sent_preprocessing": making.sent + self.triples.spent["sent"],
             "seconds": time.monotonic() - self._began,
         }
+
+
+_planning = threading.Lock()
 
 
 @lru_cache(maxsize=PLANNED)

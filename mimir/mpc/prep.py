@@ -209,6 +209,7 @@ class Keys:
     heads: int
     kv_heads: int
     head_dim: int
+    owner: int = 0  # of several sessions whose material is made together; 0 in a session's own
 
 
 @dataclass(frozen=True, slots=True)
@@ -237,6 +238,7 @@ Kind = (
 )
 Demand = Mapping[Kind, int]
 Made = dict[Kind, dict[str, Ring]]
+Caches = dict[tuple[str, int], list[Ring]]  # masks of keys and of values by layer, in the order of positions
 
 
 class Weights(Protocol):
@@ -265,7 +267,7 @@ class Batch:
 
     doors: Doors
     weights: Weights
-    caches: dict[tuple[str, int], list[Ring]]
+    caches: Sequence[Caches]  # masks of the caches that there are, by owner
     out: Made = field(default_factory=dict)
     relations: list[check.Product | check.Dot | check.Complex | check.SquareSum | check.Relation] = field(
         default_factory=list
@@ -945,7 +947,7 @@ async def _keys(b: Batch, kind: Keys, n: int) -> dict[str, Ring]:
     bk = b.doors.bk
     q = bk.random(kind.heads, kind.rows, kind.head_dim)
     new = bk.random(kind.kv_heads, kind.rows, kind.head_dim)
-    cache = b.caches.setdefault(("keys", kind.layer), [])
+    cache = b.caches[kind.owner].setdefault(("keys", kind.layer), [])
     cache.append(new)
     keys = np.concatenate(cache, axis=2)
     if keys.shape[2] != kind.first + kind.rows:
@@ -967,7 +969,7 @@ async def _values(b: Batch, kind: Values, n: int) -> dict[str, Ring]:
     bk = b.doors.bk
     a = bk.random(kind.heads, kind.rows, kind.first + kind.rows)
     new = bk.random(kind.kv_heads, kind.rows, kind.head_dim)
-    cache = b.caches.setdefault(("values", kind.layer), [])
+    cache = b.caches[kind.owner].setdefault(("values", kind.layer), [])
     cache.append(new)
     values = np.concatenate(cache, axis=2)
     if values.shape[2] != kind.first + kind.rows:
@@ -1098,7 +1100,7 @@ def _group(kind: Kind) -> tuple[Any, ...]:
 def order(kind: Kind) -> tuple[str, Any]:
     # All parties make kinds in one order; attention masks in the order of positions.
     if isinstance(kind, Keys):
-        return (type(kind).__name__, (kind.first, kind.layer))
+        return (type(kind).__name__, (kind.owner, kind.first, kind.layer))
     return (type(kind).__name__, repr(kind))
 
 
@@ -1142,6 +1144,21 @@ class Store:
         name, first = next(iter(have.items()))
         total = 1 if isinstance(kind, Keys) else first.shape[_axis(name)]
         return total - self.taken.get(kind, 0)
+
+    def moved(self) -> Store:
+        """The same in memory of its own, if nothing has been taken; what it came from is wiped. Masks of a
+        cache, which holds them too, have been so from the start.
+        """
+        if self.taken:
+            raise LocalError("material of which some was taken stays where it is")
+        own: Made = {}
+        for kind in list(self.material):
+            if isinstance(kind, Keys):
+                own[kind] = self.material.pop(kind)
+            else:
+                own[kind] = {name: v.copy() for name, v in self.material[kind].items()}
+        self.wipe()
+        return Store(own)
 
     def wipe(self) -> None:
         for arrays in self.material.values():
@@ -1221,10 +1238,18 @@ def join(parts: Sequence[Made]) -> Made:
     return out
 
 
+def owned(demand: Demand, owner: int) -> Demand:
+    """A session's demand among those of others: masks of its caches are told from theirs."""
+    return {replace(k, owner=owner) if isinstance(k, Keys) else k: n for k, n in demand.items()}
+
+
 def split(material: dict[Kind, dict[str, Ring]], demands: Sequence[Demand]) -> list[Store]:
-    """Cut one verified batch, made for the sum of several demands, into one store per demand."""
+    """Cut one verified batch, made for the sum of several demands, into one store per demand, in which kinds
+    are named as a session does.
+    """
     whole = Store(material)
     out = []
     for demand in demands:
-        out.append(Store({k: whole.take(k, n) for k, n in demand.items() if n}))
+        taken = {k: whole.take(k, n) for k, n in demand.items() if n}
+        out.append(Store({replace(k, owner=0) if isinstance(k, Keys) else k: v for k, v in taken.items()}))
     return out

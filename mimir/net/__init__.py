@@ -11,7 +11,7 @@ from typing import Any, Protocol, TypeAlias
 
 from mimir.secret import Secret
 
-PROTOCOL_VERSION = 10
+PROTOCOL_VERSION = 11
 
 SESSION_BYTES = 16
 LANES = ("control", "online", "prep")  # one connection each: bulk preprocessing never delays an online frame
@@ -60,6 +60,10 @@ class Channel(Protocol):
         link drops, or if a peer stays silent for `timeout`; `AbortError` once any party has aborted the
         session. After any of these, and after cancellation, the channel is dead and every later round raises.
         """
+        ...
+
+    async def failed(self) -> None:
+        """Wait until the channel is dead, also between rounds, and raise what killed it."""
         ...
 
     async def abort(self, reason_public: str = "abort") -> None:

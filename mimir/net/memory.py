@@ -186,7 +186,7 @@ class MemoryChannel:
         self._net = net
         self._board = board
         self._book = book
-        self._changed = trio.Event()
+        self._changed, self._dead = trio.Event(), trio.Event()
         book.wake = self._wake
 
     @property
@@ -203,6 +203,8 @@ class MemoryChannel:
 
     def _wake(self) -> None:
         self._changed.set()
+        if self._book.failure is not None:
+            self._dead.set()
 
     async def round(
         self, step: str, send: Mapping[int, Payload], expect: Mapping[int, int]
@@ -226,6 +228,12 @@ class MemoryChannel:
         finally:
             if book.in_round:
                 book.broken_off()
+
+    async def failed(self) -> None:
+        """Wait until the channel is dead, and raise what killed it."""
+        if self._book.failure is None:
+            await self._dead.wait()
+        self._book.raise_failure()
 
     async def abort(self, reason_public: str = "abort") -> None:
         self._board.end(self.session, wire.aborted(f"ended here: {reason_public}"))

@@ -730,6 +730,7 @@ class MeshChannel:
         self._book = book
         self._links: dict[int, _Link] = {}
         self._waiting: list[tuple[_Link, _Outgoing]] = []
+        self._dead = trio.Event()
         book.wake = self._wake
         for peer in mesh.peers:
             try:
@@ -753,6 +754,8 @@ class MeshChannel:
         return self._book.received
 
     def _wake(self) -> None:
+        if self._book.failure is not None:
+            self._dead.set()
         for link in self._links.values():
             link.nudge(self._book)
         for _link, item in self._waiting:
@@ -805,6 +808,12 @@ class MeshChannel:
         for link, item in self._waiting:
             if not item.finished:
                 book.fail(wire.blame(link.peer, f"has not taken our frame within {self.timeout:g} s"))
+
+    async def failed(self) -> None:
+        """Wait until the channel is dead, and raise what killed it."""
+        if self._book.failure is None:
+            await self._dead.wait()
+        self._book.raise_failure()
 
     async def abort(self, reason_public: str = "abort") -> None:
         """Kill the session here and at every peer."""
