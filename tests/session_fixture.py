@@ -540,7 +540,7 @@ def hooked(story: Story, hook: Hook) -> Callable[[], Awaitable[Outcome]]:
     or inside `unhooked`.
     """
     said, heard = [0] * PARTIES, [0] * PARTIES
-    opening, resharing = Doors._open, Doors.reshare
+    opening, resharing = Doors._open, Doors.reshare_apart
 
     def tap(f: Any) -> Any:
         return hook(Event("frame", f.lane, f.seq, f.step, f.sender, f.receiver, len(f.payload)), f)
@@ -563,7 +563,7 @@ def hooked(story: Story, hook: Hook) -> Callable[[], Awaitable[Outcome]]:
         changed = hook(event, summands)
         return await resharing(self, step, *(summands if changed is None else changed))
 
-    Doors._open, Doors.reshare = _open, reshare  # type: ignore[method-assign]
+    Doors._open, Doors.reshare_apart = _open, reshare  # type: ignore[method-assign]
     weights = [_Hooked(w, i, hook) for i, w in enumerate(tiny_weights(story.spec))]
     net = MemoryNet(PARTIES, tap=tap)
     return functools.partial(hold, story, net, weights, Taps(to_client, from_client))
@@ -572,11 +572,11 @@ def hooked(story: Story, hook: Hook) -> Callable[[], Awaitable[Outcome]]:
 @contextmanager
 def unhooked() -> Iterator[None]:
     """Restore what `hooked` replaces."""
-    before = Doors._open, Doors.reshare
+    before = Doors._open, Doors.reshare_apart
     try:
         yield
     finally:
-        Doors._open, Doors.reshare = before  # type: ignore[method-assign]
+        Doors._open, Doors.reshare_apart = before  # type: ignore[method-assign]
 
 
 def survey(story: Story) -> list[Event]:

@@ -393,16 +393,16 @@ Made = Mapping[str, Ring]
 @contextmanager
 def lying(cheater: int, lies: Mapping[str, Lie]) -> Iterator[None]:
     """At the named steps one party multiplies wrongly: it keeps, sends and vouches for what its lie makes."""
-    honest = Doors.reshare
+    honest = Doors.reshare_apart
 
-    async def reshare(self: Doors, step: str, *summands: Ring) -> list[Ring]:
+    async def reshare(self: Doors, step: str, *summands: Ring) -> list[tuple[Ring, Ring]]:
         if self.bk.party == cheater and step in lies:
             summands = tuple(s.copy() for s in summands)
             with np.errstate(over="ignore"):
                 lies[step](list(summands))
         return await honest(self, step, *summands)
 
-    with mock.patch.object(Doors, "reshare", reshare):
+    with mock.patch.object(Doors, "reshare_apart", reshare):
         yield
 
 
@@ -447,14 +447,14 @@ def make(demand: Mapping[prep.Kind, int], lies: Mapping[str, Lie], cheater: int,
 def steps_of(*kinds: prep.Kind) -> dict[str, tuple[tuple[int, ...], ...]]:
     """The steps at which material of these kinds is multiplied, and the shapes of the summands."""
     steps: dict[str, tuple[tuple[int, ...], ...]] = {}
-    honest = Doors.reshare
+    honest = Doors.reshare_apart
 
-    async def reshare(self: Doors, step: str, *summands: Ring) -> list[Ring]:
+    async def reshare(self: Doors, step: str, *summands: Ring) -> list[tuple[Ring, Ring]]:
         if not step.startswith("batch/"):
             steps[step] = tuple(s.shape for s in summands)
         return await honest(self, step, *summands)
 
-    with mock.patch.object(Doors, "reshare", reshare):
+    with mock.patch.object(Doors, "reshare_apart", reshare):
         ends = make({kind: DEMANDS[kind] for kind in kinds}, {}, 0)
     assert all(sound(kind, [end[kind] for end in ends], 0) for kind in kinds)
     return steps

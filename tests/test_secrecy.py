@@ -133,8 +133,8 @@ class Watched(Doors):
             self._note(Label(step, 0, "received", self.bk.party, False, 64), out[0])
         return out
 
-    async def reshare(self, step: str, *summands: Ring) -> list[Ring]:
-        out = await super().reshare(step, *summands)
+    async def reshare_apart(self, step: str, *summands: Ring) -> list[tuple[Ring, Ring]]:
+        out = await super().reshare_apart(step, *summands)
         for place, v in enumerate(out):
             self._note(Label(step, place, "received", self.bk.party, False, 64), v[1])
         return out

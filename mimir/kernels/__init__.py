@@ -360,10 +360,12 @@ def bytes_pack(x: U64, size: int) -> U64:
     return words
 
 
-def bytes_unpack(words: U64, n: int, size: int) -> U64:
-    """(ceil(n size / 8),) -> (n,), the inverse of `bytes_pack`, whatever fills the last word."""
+def bytes_unpack(words: U64, n: int, size: int, out: U64 | None = None) -> U64:
+    """(ceil(n size / 8),) -> (n,), written to `out` if there is one: the inverse of `bytes_pack`, whatever
+    fills the last word.
+    """
     _array("words", words, (-(-_count("n", n, 0) * _count("size", size, 1, 8) // 8),))
-    x = np.empty(n, np.uint64)
+    x = _room(out, (n,), words)
     _lib.mk_bytes_unpack(_out(x), _in(words), n, size)
     return x
 

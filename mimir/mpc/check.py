@@ -208,7 +208,7 @@ class MatrixProduct:
     """
 
     a: Ring
-    b: tuple[Sequence[Matrix], Sequence[Matrix]]
+    b: tuple[Sequence[Matrix] | Ring, Sequence[Matrix] | Ring]
     c: Ring
 
     def claims(self, draw: Draw) -> Iterator[Claim]:

@@ -229,13 +229,17 @@ class Doors:
 
         One round, 8 bytes per element. Unverified: a cheater may add an error here.
         """
+        return [np.stack(pair) for pair in await self.reshare_apart(step, *summands)]
+
+    async def reshare_apart(self, step: str, *summands: Ring) -> list[tuple[Ring, Ring]]:
+        """The same, of which the two components are not copied into one array: the own one is the summand."""
         bk = self.bk
         shapes = [z.shape for z in summands]
         size = 8 * sum(z.size for z in summands)
         got = await self.round(
             step, {bk.previous: _pack(summands), bk.following: b""}, {bk.following: size, bk.previous: 0}
         )
-        return [np.stack([z, y]) for z, y in zip(summands, _split(got[bk.following], shapes), strict=True)]
+        return list(zip(summands, _split(got[bk.following], shapes), strict=True))
 
     async def commit(self, phase: str, count: int) -> Coins:
         """Commit to `count` coins: commitments to both peers, then their echo, so that nobody told two

@@ -30,6 +30,7 @@ A *kind* names one sort of correlation, with everything that fixes its shape:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
@@ -238,6 +239,7 @@ Kind = (
 )
 Demand = Mapping[Kind, int]
 Made = dict[Kind, dict[str, Ring]]
+Stack = Sequence[Matrix] | Ring  # matrices of one shape
 Caches = dict[tuple[str, int], list[Ring]]  # masks of keys and of values by layer, in the order of positions
 
 
@@ -256,7 +258,7 @@ class _Branch(Doors):
     def __init__(self, doors: Doors) -> None:
         super().__init__(doors.channel, doors.bk)
 
-    async def reshare(self, step: str, *summands: Ring) -> list[Ring]:
+    async def reshare_apart(self, step: str, *summands: Ring) -> list[tuple[Ring, Ring]]:
         await trio.lowlevel.checkpoint()  # the mesh must keep time while many makers run before a round
         return await ask((step, summands))
 
@@ -307,17 +309,18 @@ class Batch:
         summands = await offload(8 * sum(m.size for m in masks), local)
         return await self.doors.reshare(step, *summands)
 
-    async def matmul(
-        self, step: str, a: Ring, b: tuple[Sequence[Matrix], Sequence[Matrix]], lane: int = RING_BITS
-    ) -> Ring:
-        """Stacks a (2, s, m, k) times b, two components of s matrices (k, n): (2, s, m, n) modulo 2^lane,
-        with its relation; a and b are words of so many bits. One round.
+    async def matmul(self, step: str, a: Ring, b: tuple[Stack, Stack], lane: int = RING_BITS) -> Ring:
+        """Stacks a (2, s, m, k) times b, two components of s matrices (k, n), which may each be one array:
+        (2, s, m, n) modulo 2^lane, with its relation; a and b are words of so many bits. One round.
         """
         bk, width = self.doors.bk, b[0][0].shape[1]
 
         def local() -> Ring:
             z = bk.zero(a.shape[1], a.shape[2], width).astype(WORDS[lane], copy=False)
             first, both = a[0], a[0] + a[1]
+            if isinstance(b[0], np.ndarray) and isinstance(b[1], np.ndarray):
+                kernels.matmul(both, b[0], out=z, add=True)
+                return kernels.matmul(first, b[1], out=z, add=True)
             for i in range(a.shape[1]):
                 product(both[i], b[0][i], z[i], add=True)
                 product(np.ascontiguousarray(first[i]), b[1][i], z[i], add=True)
@@ -458,27 +461,30 @@ class Batch:
         """`reshare` in one round, of which the lowest bits travel, so many as stand beside each summand, in
         whole bytes.
         """
-        told = await self.doors.reshare(step, *(_packed(v, lane) for v, lane in summands))
+        told = await self.doors.reshare_apart(step, *(_packed(v, lane) for v, lane in summands))
         return [
-            t if lane == RING_BITS else self._unpacked(t, v.size, lane).reshape(2, *v.shape)
-            for t, (v, lane) in zip(told, summands, strict=True)
+            np.stack(pair) if lane == RING_BITS else self._unpacked(pair, v.shape, lane)
+            for pair, (v, lane) in zip(told, summands, strict=True)
         ]
 
-    def _unpacked(self, told: Ring, size: int, lane: int) -> Ring:
-        """Numbers (2, size) modulo 2^lane from the words that they travelled in."""
-        self._filled(told, size, lane)
-        return np.stack([kernels.bytes_unpack(packed, size, lane // 8) for packed in told])
+    def _unpacked(self, told: tuple[Ring, Ring], shape: tuple[int, ...], lane: int) -> Ring:
+        """Numbers (2, ..) modulo 2^lane from the words that they travelled in."""
+        out = np.empty((2, math.prod(shape)), np.uint64)
+        self._filled(told, out.shape[1], lane)
+        for to, packed in zip(out, told, strict=True):
+            kernels.bytes_unpack(packed, len(to), lane // 8, out=to)
+        return out.reshape(2, *shape)
 
-    def _filled(self, told: Ring, size: int, lane: int) -> npt.NDArray[np.uint8]:
-        """The bytes of the first `size` lanes of words (2, w). States that the others, which fill the last
-        word, share zeros: no part of a message is free.
+    def _filled(self, told: tuple[Ring, Ring], size: int, lane: int) -> list[npt.NDArray[np.uint8]]:
+        """The bytes of the first `size` lanes of both components (w,). States that the others, which fill the
+        last word, share zeros: no part of a message is free.
         """
-        found = told.view(np.uint8)
+        found = [words.view(np.uint8) for words in told]
         used = size * lane // 8
-        rest = found[:, used:].astype(np.uint64)
+        rest = np.stack([v[used:] for v in found]).astype(np.uint64)
         if rest.size:
             self.zeros.append(rest << np.uint64(RING_BITS - 8))
-        return found[:, :used]
+        return [v[:used] for v in found]
 
     def same_bits(self, x: Ring, bits: Ring, n: int) -> None:
         """State that ring elements (2, j, n), known to be 0 or 1, are the bits (2, j, w).
@@ -517,7 +523,7 @@ class Batch:
                 continue
             part = bk.zero(n, 1 << j)
             await offload(4 * part.size, partial(kernels.double_part, part, e, bit))
-            (high,) = await self.doors.reshare(f"{step}/double {j}", part)
+            (high,) = await self.doors.reshare_apart(f"{step}/double {j}", part)
             for i in range(2):
                 await offload(part.size, partial(kernels.double, e[i], high[i]))
         self.relations.append(check.OneHot(*self._in_parts(e, b), int(shift)))
@@ -547,7 +553,7 @@ class Batch:
         part[n * have :] = 0
         rows = part[: n * have].reshape(n, have)
         await offload(n * have // 2, partial(kernels.double_part, rows, e, bit))
-        (high,) = await self.doors.reshare(step, part.view(np.uint64))
+        (high,) = await self.doors.reshare_apart(step, part.view(np.uint64))
         product = self._filled(high, n * have, lane)
         for i in range(2):
             kernels.double(e[i], product[i].view(e.dtype).reshape(n, have))
@@ -957,9 +963,11 @@ async def _keys(b: Batch, kind: Keys, n: int) -> dict[str, Ring]:
     return {"x": q, "new": new, "z": z}
 
 
-def _by_head(v: Ring, kind: Keys) -> tuple[list[Ring], list[Ring]]:
+def _by_head(v: Ring, kind: Keys) -> tuple[Stack, Stack]:
     """Of each component of (2, kv_heads, ..) the matrix that each head uses."""
     group = kind.heads // kind.kv_heads
+    if group == 1:
+        return v[0], v[1]
     first, second = ([component[head // group] for head in range(kind.heads)] for component in v)
     return first, second
 
@@ -1080,11 +1088,13 @@ async def _make(batch: Batch, group: tuple[Any, ...], kinds: Mapping[Kind, int])
     return {kind: await _MAKERS[type(kind)](batch, kind, n) for kind, n in kinds.items()}
 
 
-async def _reshared(doors: Doors, asks: Mapping[int, tuple[str, Sequence[Ring]]]) -> dict[int, list[Ring]]:
+async def _reshared(
+    doors: Doors, asks: Mapping[int, tuple[str, Sequence[Ring]]]
+) -> dict[int, list[tuple[Ring, Ring]]]:
     """The resharings of several makers in one round, named after the first."""
     first, _ = next(iter(asks.values()))
     step = first if len(asks) == 1 else f"{first} and {len(asks) - 1} more"
-    told = iter(await doors.reshare(step, *(v for _, summands in asks.values() for v in summands)))
+    told = iter(await doors.reshare_apart(step, *(v for _, summands in asks.values() for v in summands)))
     return {i: [next(told) for _ in summands] for i, (_, summands) in asks.items()}
 
 
