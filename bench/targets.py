@@ -33,7 +33,9 @@ measures the whole, with tunnel and client, at a short context; what lies betwee
               preprocessing as in `decode`, on the same processors, had nothing overlapped.
     together  8 such sessions of TOKENS tokens each, with what a session may hold unless told otherwise, which
               prepare and decode at once as sessions do: the producer and the decode actor join them. From the
-              opening of the first, when nothing is prepared, to the last token of all.
+              opening of the first, when nothing is prepared, to the last token of all. In processes of their
+              own, which hold nothing of the tasks before, and after WARM tokens of each, for which the machine
+              gives memory.
     billion   As `decode`, with the 1.1 B Llama shape and 8 positions; all shares are in memory.
     argmax    sampling.choose of 50,257 logits with its preprocessing, the median of three; the index is
               compared with that of the same logits in the clear.
@@ -64,7 +66,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from itertools import pairwise
 from pathlib import Path
@@ -108,6 +110,7 @@ PROMPT = 32
 AT_ONCE = 8
 PASSES = 6  # of each of these sessions
 TOKENS = 48  # of each of those that prepare and decode at once
+WARM = 4  # tokens of each of them before, for which the machine gives memory
 JOINED = 2  # tokens after which all of them are in one pass
 CHOICES = 3  # argmaxes
 SETTINGS = Settings()
@@ -171,6 +174,7 @@ class Task:
     spec: PlanSpec = SMALL
     times: int = 1  # one after another
     ready: bool = True  # nothing goes online before everything is prepared
+    apart: bool = False  # in processes of its own, after a few tokens that are not counted
 
     @property
     def positions(self) -> int:
@@ -181,7 +185,7 @@ TASKS = (
     Task("decode", CONTEXT - 1 - BLOCK, 1, BLOCK, times=3),
     Task("prefill", 0, PROMPT, 1),
     Task("sessions", CONTEXT - 1 - PASSES, 1, PASSES, AT_ONCE, times=2),
-    Task("together", CONTEXT - 1 - TOKENS, 1, TOKENS, AT_ONCE, ready=False),
+    Task("together", CONTEXT - 1 - TOKENS, 1, TOKENS, AT_ONCE, ready=False, apart=True),
     Task("billion", CONTEXT - 1 - LARGE_BLOCK, 1, LARGE_BLOCK, spec=LARGE),
 )
 NAMES = (*(t.name for t in TASKS), "argmax")
@@ -421,6 +425,8 @@ async def party(index: int, folder: Path, names: Sequence[str]) -> None:
             if task.spec is not of:
                 weights, of = Noise(task.spec, index), task.spec
             marks = []
+            if task.apart:
+                await sessions(mesh, task.spec, weights, replace(task, tokens=WARM), CONTEXT, lanes, -1)
             for run in range(task.times):
                 marks += await sessions(mesh, task.spec, weights, task, CONTEXT, lanes, run)
             (folder / f"{task.name}{index}.json").write_text(json.dumps(marks))
@@ -434,6 +440,8 @@ async def party(index: int, folder: Path, names: Sequence[str]) -> None:
 
 def measured(names: Sequence[str], threads: int) -> dict[str, list[Any]]:
     """What the three parties noted, by name, party after party."""
+    if not names:
+        return {}
     from mimir.net.identity import Identity
 
     with tempfile.TemporaryDirectory(prefix="mimir-bench.") as name:
@@ -826,7 +834,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     rates = cost.calibrate()
     want = predicted(SMALL, CONTEXT, rates)
     choice = plan.run(transformer.cost_of_choice(SMALL, chooser(SMALL)))
-    parts = measured(a.only, a.threads)
+    apart = {t.name for t in TASKS if t.apart}
+    parts = measured([name for name in a.only if name not in apart], a.threads)
+    for name in apart.intersection(a.only):
+        parts |= measured([name], a.threads)
     figures: dict[str, Any] = {}
     if "decode" in parts:
         figures["decode"] = decoded(parts["decode"], TASKS[0].positions)

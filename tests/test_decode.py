@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import product
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,9 +19,10 @@ from parties import Party
 from session_fixture import GPT2, LLAMA, PARTIES, SETTINGS, Outcome, Story, hold, run, together
 
 from mimir.actors.decode import DecodeActor
+from mimir.actors.peer import PartyService
 from mimir.actors.session import SessionActor
 from mimir.actors.shared import LEAVING, TAG
-from mimir.errors import AbortError, LocalError, PeerError
+from mimir.errors import AbortError, BadInput, LocalError, PeerError
 from mimir.model import sampling, transformer
 from mimir.model.checkpoint import PlanSpec
 from mimir.mpc import nonlinear, plan, prep
@@ -379,6 +381,43 @@ def test_a_party_that_names_nobody_is_not_waited_for_for_ever() -> None:
     ((outcome,), _) = held_together(told, bend=bend)
     assert outcome.tokens == told[0].expected[:1]  # that of the prompt
     assert "deadlines.step" in str(outcome.parties[0]) and outcome.client is not None
+
+
+def test_a_party_opens_shared_lanes_for_what_it_knows_only() -> None:
+    """Of its own models and works, asked for by the leader, by a name of the right length."""
+    config: Any = SimpleNamespace(
+        scheduler=SimpleNamespace(max_batch=8, max_context=16), deadlines=SimpleNamespace(round=1.0)
+    )
+
+    async def main() -> None:
+        async with trio.open_nursery() as nursery:
+            service = PartyService(config, MemoryNet(PARTIES).party(1), SimpleNamespace(), nursery)  # type: ignore[arg-type]
+            good = {"model": "m", "work": "batch", "lane": "00" * 16}
+            with pytest.raises(BadInput, match="no session of this model"):
+                await service._open_lane(0, good)
+            with service._sharing("m", GPT2, SimpleNamespace(), SETTINGS):  # type: ignore[arg-type]
+                assert (
+                    await service._open_lane(0, good)
+                    == await service._open_lane(0, good | {"work": "pass"})
+                    == {}
+                )
+                for wrong, why in (
+                    ({"model": 1}, "which lane"),
+                    ({"work": None}, "which lane"),
+                    ({"work": "else"}, "share no work called 'else'"),
+                    ({"model": "n"}, "no session of this model"),
+                    ({"lane": "00"}, "by 16 bytes"),
+                    ({"lane": "x"}, "hexadecimal"),
+                ):
+                    with pytest.raises(BadInput, match=why):
+                        await service._open_lane(0, good | wrong)
+                with pytest.raises(BadInput, match="only party 0"):
+                    await service._open_lane(2, good)
+            with pytest.raises(BadInput, match="no session of this model"):
+                await service._open_lane(0, good)
+            nursery.cancel_scope.cancel()
+
+    run(main)
 
 
 # --- what a pass rests on -----------------------------------------------------------------------------------
