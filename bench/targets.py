@@ -34,8 +34,8 @@ measures the whole, with tunnel and client, at a short context; what lies betwee
     together  8 such sessions of TOKENS tokens each, with what a session may hold unless told otherwise, which
               prepare and decode at once as sessions do: the producer and the decode actor join them. From the
               opening of the first, when nothing is prepared, to the last token of all. In processes of their
-              own, which hold nothing of the tasks before, and after WARM tokens of each, for which the machine
-              gives memory.
+              own, which hold nothing of the tasks before, and after WARM tokens of each, for which the
+              machine gives memory.
     billion   As `decode`, with the 1.1 B Llama shape and 8 positions; all shares are in memory.
     argmax    sampling.choose of 50,257 logits with its preprocessing, the median of three; the index is
               compared with that of the same logits in the clear.
@@ -109,7 +109,7 @@ LARGE_BLOCK = 8  # of the 1.1 B shape
 PROMPT = 32
 AT_ONCE = 8
 PASSES = 6  # of each of these sessions
-TOKENS = 48  # of each of those that prepare and decode at once
+TOKENS = 24  # of each of those that prepare and decode at once: more would not fit 23.5 GiB
 WARM = 4  # tokens of each of them before, for which the machine gives memory
 JOINED = 2  # tokens after which all of them are in one pass
 CHOICES = 3  # argmaxes
