@@ -34,8 +34,7 @@ measures the whole, with tunnel and client, at a short context; what lies betwee
     together  8 such sessions of TOKENS tokens each, with what a session may hold unless told otherwise, which
               prepare and decode at once as sessions do: the producer and the decode actor join them. From the
               opening of the first, when nothing is prepared, to the last token of all. In processes of their
-              own, which hold nothing of the tasks before, and after WARM tokens of each, for which the
-              machine gives memory.
+              own, which hold nothing of the tasks before. Twice, as above.
     billion   As `decode`, with the 1.1 B Llama shape and 8 positions; all shares are in memory.
     argmax    sampling.choose of 50,257 logits with its preprocessing, the median of three; the index is
               compared with that of the same logits in the clear.
@@ -66,7 +65,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from itertools import pairwise
 from pathlib import Path
@@ -110,7 +109,6 @@ PROMPT = 32
 AT_ONCE = 8
 PASSES = 6  # of each of these sessions
 TOKENS = 24  # of each of those that prepare and decode at once: more would not fit 23.5 GiB
-WARM = 4  # tokens of each of them before, for which the machine gives memory
 JOINED = 2  # tokens after which all of them are in one pass
 CHOICES = 3  # argmaxes
 SETTINGS = Settings()
@@ -174,7 +172,7 @@ class Task:
     spec: PlanSpec = SMALL
     times: int = 1  # one after another
     ready: bool = True  # nothing goes online before everything is prepared
-    apart: bool = False  # in processes of its own, after a few tokens that are not counted
+    apart: bool = False  # in processes of its own
 
     @property
     def positions(self) -> int:
@@ -185,7 +183,7 @@ TASKS = (
     Task("decode", CONTEXT - 1 - BLOCK, 1, BLOCK, times=3),
     Task("prefill", 0, PROMPT, 1),
     Task("sessions", CONTEXT - 1 - PASSES, 1, PASSES, AT_ONCE, times=2),
-    Task("together", CONTEXT - 1 - TOKENS, 1, TOKENS, AT_ONCE, ready=False, apart=True),
+    Task("together", CONTEXT - 1 - TOKENS, 1, TOKENS, AT_ONCE, times=2, ready=False, apart=True),
     Task("billion", CONTEXT - 1 - LARGE_BLOCK, 1, LARGE_BLOCK, spec=LARGE),
 )
 NAMES = (*(t.name for t in TASKS), "argmax")
@@ -425,8 +423,6 @@ async def party(index: int, folder: Path, names: Sequence[str]) -> None:
             if task.spec is not of:
                 weights, of = Noise(task.spec, index), task.spec
             marks = []
-            if task.apart:
-                await sessions(mesh, task.spec, weights, replace(task, tokens=WARM), CONTEXT, lanes, -1)
             for run in range(task.times):
                 marks += await sessions(mesh, task.spec, weights, task, CONTEXT, lanes, run)
             (folder / f"{task.name}{index}.json").write_text(json.dumps(marks))
@@ -539,15 +535,16 @@ def _rate(parts: Sequence[Sequence[Sequence[Mapping[str, Any]]]]) -> dict[str, A
 
 def at_once(parts: Sequence[Sequence[Sequence[Mapping[str, Any]]]]) -> dict[str, Any]:
     """Tokens a second of sessions that prepare and decode at once, from the opening of the first of them to
-    the last token of all.
+    the last token of all: of the last ones of which each party has marks, and, beside, of the first.
     """
 
     def taken(sessions: Sequence[Sequence[Mapping[str, Any]]]) -> float:
         opened, tokens = ([m["at"] for marks in sessions for m in _of(marks, k)] for k in ("opened", "token"))
         return float(max(tokens) - min(opened))
 
-    seconds, count = max(taken(sessions) for sessions in parts), AT_ONCE * TOKENS
-    return {"seconds": seconds, "tokens": count, "rate": count / seconds}
+    first, last = (max(taken(p[some]) for p in parts) for some in (slice(AT_ONCE), slice(-AT_ONCE, None)))
+    count = AT_ONCE * TOKENS
+    return {"seconds": last, "tokens": count, "rate": count / last, "first": count / first}
 
 
 def chosen(parts: Sequence[Sequence[Mapping[str, Any]]], spec: PlanSpec) -> dict[str, Any]:
@@ -747,9 +744,10 @@ def tables(result: dict[str, Any]) -> str:
         p = want["token"]
         row = f"{AT_ONCE} sessions decoding at once: "
         model = 1 / (1 / p["at once"] + p["prep"]["seconds"])
-        out.append(
-            _line(row + "tokens/s together, in all", TARGETS["sessions together"], told["rate"], model)
-        )
+        out += [
+            _line(row + "tokens/s together, in all", TARGETS["sessions together"], told["rate"], model),
+            _line(row + "tokens/s together, in all, the first time", None, told["first"]),
+        ]
     if told := got.get("billion"):
         row = f"1.1 B shape, decode at {CONTEXT}, one token: "
         out += [

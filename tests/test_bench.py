@@ -276,7 +276,7 @@ def test_sessions_that_prepare_and_decode_at_once_are_timed_as_a_whole(
     assert sum(m["kind"] == "token" for m in marks) == 3 * 2 * count
     assert all(max(m["positions"] for m in s if m["kind"] == "made") == count for p in parts for s in p)
     told = targets.at_once(parts)
-    assert told["tokens"] == 2 * count and told["rate"] == 2 * count / told["seconds"]
+    assert told["tokens"] == 2 * count and told["rate"] == told["first"] == 2 * count / told["seconds"]
     ends = [max(m["at"] for s in p for m in s if m["kind"] == "token") for p in parts]
     starts = [min(m["at"] for s in p for m in s if m["kind"] == "opened") for p in parts]
     assert told["seconds"] == max(end - start for end, start in zip(ends, starts, strict=True))
@@ -336,7 +336,7 @@ def test_the_table_has_every_target_and_adds_both_lanes() -> None:
             "decode": both,
             "prefill": both | {"all": 36e9},
             "sessions": {"sessions": 8, "rate": 4.0},
-            "together": {"seconds": 40.0, "tokens": 100, "rate": 2.5},
+            "together": {"seconds": 40.0, "tokens": 100, "rate": 2.5, "first": 2.0},
             "argmax": both,
         },
         "predicted": {"token": both | {"at once": 2.0}, "prefill": both, "block": 16},
@@ -354,6 +354,7 @@ def test_the_table_has_every_target_and_adds_both_lanes() -> None:
     sessions = "8 sessions decoding at once: tokens/s "
     assert rows[sessions + "online, in all"][1:3] == ["4", "2"]
     assert rows[sessions + "together, in all"][:3] == ["2", "2.5", f"{1 / 2.5:.3g}"]
+    assert rows[sessions + "together, in all, the first time"][1] == "2"
     assert rows[sessions + "together, in all, had nothing overlapped"][1] == f"{1 / 2.25:.3g}"
     assert rows["argmax of 50,257: s online"] == ["0.3", "2", "-", "-", "0.24", "0.3"]
 

@@ -1743,20 +1743,22 @@ def test_freed_arrays_wait_for_the_next_batch() -> None:
     program = """
 import resource, sys, numpy as np
 from mimir.actors import triples
-if sys.argv[1:]: triples.keep_pages()
+size, *at_once = map(int, sys.argv[1:])
+if at_once: triples.keep_pages(*at_once)
 for _ in range(3):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    arrays = [np.ones(3 << 20) for _ in range(3)]
+    arrays = [np.ones(size) for _ in range(3)]
     del arrays
 print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 
-    def faults(*words: str) -> int:
-        return int(
-            subprocess.run([sys.executable, "-c", program, *words], capture_output=True, check=True).stdout
-        )
+    def faults(*words: int) -> int:
+        command = [sys.executable, "-c", program, *map(str, words)]
+        return int(subprocess.run(command, capture_output=True, check=True).stdout)
 
-    assert faults("keep") < 20 < 100 < faults()
+    small, large = 3 << 20, 5 << 20  # of 8 bytes: what is kept, and beyond triples.IN_HEAP
+    assert faults(small, triples.BATCH_BYTES) < 20 < 100 < faults(small)
+    assert faults(large, triples.TOGETHER_BYTES) < 20 < 100 < faults(large, triples.BATCH_BYTES)
 
 
 @pytest.mark.parametrize("width", [1, 2, 3, 4, 5, 8, 9, 14, 16, 17, 23, 33])

@@ -51,7 +51,7 @@ TOGETHER_BYTES: Final = 512 << 20  # what is made at once for several sessions, 
 KEPT: Final = 1 << 30  # bytes of freed memory that wait for the next batch, at least ...
 KEPT_PART: Final = BATCH_PART // 2  # ... or so many times what is made at once
 IN_HEAP: Final = 32 << 20  # arrays up to this size, the most that the C library allows, are kept
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8  # malloc.h
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -3, -4, -8  # malloc.h
 _INT_MAX: Final = (1 << 31) - 1
 _kept = KEPT  # as keep_pages has set it
 
@@ -64,11 +64,15 @@ def keep_pages(at_once: int = BATCH_BYTES) -> None:
     another has freed: threads that begin after this share one. Another C library goes on as it does.
     """
     global _kept
-    _kept = min(max(_kept, KEPT_PART * at_once), _INT_MAX)
+    _kept = max(_kept, KEPT_PART * at_once)
     if (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)) is not None:
         mallopt(_M_ARENA_MAX, 1)
         mallopt(_M_MMAP_THRESHOLD, IN_HEAP)
-        mallopt(_M_TRIM_THRESHOLD, _kept)
+        if _kept <= _INT_MAX:
+            mallopt(_M_TRIM_THRESHOLD, _kept)
+        else:  # more than can be told: all of it, whatever an array's size
+            mallopt(_M_TRIM_THRESHOLD, -1)
+            mallopt(_M_MMAP_MAX, 0)
 
 
 @dataclass(frozen=True, slots=True)
