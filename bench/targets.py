@@ -34,7 +34,8 @@ measures the whole, with tunnel and client, at a short context; what lies betwee
     together  8 such sessions of TOKENS tokens each, with what a session may hold unless told otherwise, which
               prepare and decode at once as sessions do: the producer and the decode actor join them. From the
               opening of the first, when nothing is prepared, to the last token of all. In processes of their
-              own, which hold nothing of the tasks before. Twice, as above.
+              own, which hold nothing of the tasks before. Twice, as above. Left out where it does not fit: it
+              takes 22 GiB with a round trip below 5, and more otherwise.
     billion   As `decode`, with the 1.1 B Llama shape and 8 positions; all shares are in memory.
     argmax    sampling.choose of 50,257 logits with its preprocessing, the median of three; the index is
               compared with that of the same logits in the clear.
@@ -109,6 +110,7 @@ PROMPT = 32
 AT_ONCE = 8
 PASSES = 6  # of each of these sessions
 TOKENS = 24  # of each of those that prepare and decode at once: more would not fit 23.5 GiB
+GIB_APART = {True: 22, False: 28}  # that `together` takes, whether on one site or not
 JOINED = 2  # tokens after which all of them are in one pass
 CHOICES = 3  # argmaxes
 SETTINGS = Settings()
@@ -790,6 +792,21 @@ def tables(result: dict[str, Any]) -> str:
     return "\n".join(out)
 
 
+def fitting(names: Sequence[str], few_rounds: bool, gib: float) -> list[str]:
+    """The tasks for which there is memory; says which are left out."""
+    need = GIB_APART[not few_rounds]
+    apart = {t.name for t in TASKS if t.apart and need > gib}
+    for name in apart.intersection(names):
+        print(f"targets: {name} is left out: it takes {need} GiB of memory, and {gib:.1f} are available")
+    return [name for name in names if name not in apart]
+
+
+def available() -> float:
+    """GiB of memory that nobody uses."""
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")) / (1 << 20)
+
+
 # --- the command --------------------------------------------------------------------------------------------
 
 
@@ -828,6 +845,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         gc.set_threshold(GARBAGE)  # as a party does
         trio.run(party, a.party, a.folder, a.only)
         return 0
+    a.only = fitting(a.only, SETTINGS.few_rounds, available())
     now, load, at = datetime.now(UTC), os.getloadavg()[0], commit()  # before a commit meanwhile
     rates = cost.calibrate()
     want = predicted(SMALL, CONTEXT, rates)

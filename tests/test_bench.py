@@ -359,6 +359,17 @@ def test_the_table_has_every_target_and_adds_both_lanes() -> None:
     assert rows["argmax of 50,257: s online"] == ["0.3", "2", "-", "-", "0.24", "0.3"]
 
 
+def test_what_does_not_fit_the_memory_is_left_out(capsys: pytest.CaptureFixture[str]) -> None:
+    names = ["decode", "together", "argmax"]
+    assert targets.fitting(names, False, 22.5) == names
+    assert targets.fitting(names, True, 22.5) == ["decode", "argmax"]
+    assert (
+        "together is left out: it takes 28 GiB of memory, and 22.5 are available" in capsys.readouterr().out
+    )
+    assert targets.fitting(["decode"], True, 1.0) == ["decode"] and not capsys.readouterr().out
+    assert targets.available() > 0
+
+
 def test_an_argmax_that_is_wrong_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     async def work(transport: Any) -> Any:
         return await targets.argmaxes(transport, GPT2, 2)
