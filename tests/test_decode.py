@@ -22,6 +22,7 @@ from mimir.actors.decode import DecodeActor
 from mimir.actors.peer import PartyService
 from mimir.actors.session import SessionActor
 from mimir.actors.shared import LEAVING, TAG
+from mimir.actors.triples import SharedProducer
 from mimir.errors import AbortError, BadInput, LocalError, PeerError
 from mimir.model import sampling, transformer
 from mimir.model.checkpoint import PlanSpec
@@ -74,7 +75,7 @@ def held_together(
     before: Callable[[int, int], Any] = lambda party, number: None,
     tweak: Callable[[int, Sequence[SessionActor]], None] = lambda number, sessions: None,
     bend: Callable[[Sequence[DecodeActor]], None] = lambda actors: None,
-    share: bool = True,
+    watch: Callable[[Sequence[SharedProducer]], None] = lambda producers: None,
 ) -> tuple[list[Outcome], list[Passes]]:
     """Run all stories at once; how each ended, and each party's passes."""
     outcomes: list[Outcome] = [Outcome() for _ in told]
@@ -85,6 +86,7 @@ def held_together(
         async with together(net, told[0].spec, most, told[0].settings) as running:
             actors = running.actors
             bend(actors)
+            watch(running.producers)
             passes.extend(Passes(a, partial(before, i)) for i, a in enumerate(actors))
 
             async def one(number: int) -> None:
@@ -92,7 +94,7 @@ def held_together(
                     told[number],
                     net,
                     decoders=actors,
-                    producers=running.producers if share else (None,) * PARTIES,
+                    producers=running.producers,
                     tweak=lambda sessions: tweak(number, sessions),
                 )
 

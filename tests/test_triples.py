@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 import trio
-from session_fixture import GPT2, LLAMA, PARTIES, Outcome, Story, hold, run, together
-from test_decode import stories
+from session_fixture import GPT2, LLAMA, PARTIES, Outcome, Story, run
+from test_decode import held_together, stories
 
 from mimir.actors import triples
 from mimir.actors.session import SessionActor
@@ -21,19 +21,18 @@ from mimir.errors import AbortError, LocalError, PeerError
 from mimir.model.checkpoint import PlanSpec
 from mimir.mpc import prep
 from mimir.mpc.prep import Demand, Store
-from mimir.net.memory import MemoryNet, Tap, Tapped
+from mimir.net.memory import Tap, Tapped
 
 MANY = 1 << 30  # bytes: room for everything
 
 
 class Watched:
-    """Notes the sessions of each batch that a party's shared producer makes, and its lanes; `before` is
-    called with the batch's number.
+    """Notes the sessions of each batch that a party's shared producer makes, and, in `lanes`, its lanes;
+    `before` is called with the batch's number.
     """
 
-    def __init__(self, actor: SharedProducer, before: Callable[[int], Any]) -> None:
+    def __init__(self, actor: SharedProducer, lanes: set[bytes], before: Callable[[int], Any]) -> None:
         self.sizes: list[int] = []
-        self.lanes: set[bytes] = set()
         serve, renew = actor._serve, actor.renew
 
         async def served(doors: Any, step: str, members: Sequence[Any]) -> list[list[Store]]:
@@ -42,7 +41,7 @@ class Watched:
             return await serve(doors, step, members)
 
         def noted(peer: int, lane: bytes) -> None:
-            self.lanes.add(lane)
+            lanes.add(lane)
             renew(peer, lane)
 
         actor._serve, actor.renew = served, noted  # type: ignore[method-assign]
@@ -55,31 +54,13 @@ def made_together(
     tweak: Callable[[int, Sequence[SessionActor]], None] = lambda number, sessions: None,
 ) -> tuple[list[Outcome], list[Watched]]:
     """Run all stories at once; how each ended, and each party's batches. `tap` is told the shared lanes."""
-    outcomes: list[Outcome] = [Outcome() for _ in told]
     watched: list[Watched] = []
     lanes: set[bytes] = set()
 
-    async def main() -> None:
-        net = MemoryNet(PARTIES, tap=tap(lanes) if tap else None)
-        async with together(net, told[0].spec, 8, told[0].settings) as running:
-            watched.extend(Watched(a, partial(before, i)) for i, a in enumerate(running.producers))
-            for each in watched:
-                each.lanes = lanes
+    def watch(producers: Sequence[SharedProducer]) -> None:
+        watched.extend(Watched(a, lanes, partial(before, i)) for i, a in enumerate(producers))
 
-            async def one(number: int) -> None:
-                outcomes[number] = await hold(
-                    told[number],
-                    net,
-                    decoders=running.actors,
-                    producers=running.producers,
-                    tweak=lambda sessions: tweak(number, sessions),
-                )
-
-            async with trio.open_nursery() as nursery:
-                for number in range(len(told)):
-                    nursery.start_soon(one, number)
-
-    run(main)
+    outcomes, _ = held_together(told, tap=tap(lanes) if tap else None, tweak=tweak, watch=watch)
     return outcomes, watched
 
 
@@ -285,7 +266,7 @@ class Slow(SharedProducer):
         self.asked.append(len(work.demands))
         if len(self.asked) > 1:
             await trio.sleep_forever()
-        return Served([Store({})], 7, 11)
+        return Served([Store({})], 7, 11, 1)
 
 
 def test_what_is_ready_is_given_while_more_is_made() -> None:

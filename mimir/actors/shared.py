@@ -49,11 +49,14 @@ R = TypeVar("R")
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Served(Generic[R]):
-    """What a session gets; the rounds of the work, and this session's part of the bytes sent."""
+    """What a session gets; the rounds of the work, this session's part of the bytes sent, and how many
+    sessions it was done for.
+    """
 
     result: R
     rounds: int
     sent: int
+    members: int
 
 
 @dataclass(slots=True, eq=False)
@@ -324,4 +327,4 @@ class SharedActor(Actor[Waiting[W, R]]):
         for waiting, result in zip(members, results, strict=True):
             if waiting.gone:
                 self._unwanted(result)
-            waiting.reply.set(Served(result, rounds, sent // len(members)))
+            waiting.reply.set(Served(result, rounds, sent // len(members), len(members)))

@@ -292,7 +292,7 @@ class TripleProducer(Actor[Prepare | Need]):
             stores = served.result
             self.spent["rounds"] += served.rounds
             self.spent["sent"] += served.sent
-            if self._ready:  # it may lie long: not with that of other sessions
+            if self._ready and served.members > 1:  # it may lie long: not with that of other sessions
                 stores = [store.moved() for store in stores]
         else:
             with self._shared.away() if self._shared else nullcontext():
