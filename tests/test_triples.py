@@ -33,12 +33,18 @@ class Watched:
 
     def __init__(self, actor: SharedProducer, lanes: set[bytes], before: Callable[[int], Any]) -> None:
         self.sizes: list[int] = []
+        self.unwanted: list[Store] = []  # made for sessions that were gone by then
         serve, renew = actor._serve, actor.renew
 
         async def served(doors: Any, step: str, members: Sequence[Any]) -> list[list[Store]]:
             self.sizes.append(len(members))
             before(len(self.sizes) - 1)
-            return await serve(doors, step, members)
+            results = await serve(doors, step, members)
+            for member, stores in zip(members, results, strict=True):
+                if member.gone:
+                    assert all(store.material for store in stores)
+                    self.unwanted += stores
+            return results
 
         def noted(peer: int, lane: bytes) -> None:
             lanes.add(lane)
@@ -119,6 +125,7 @@ def test_a_session_that_leaves_while_its_material_is_made_harms_no_other(party: 
 
     outcomes, watched = made_together(told, before=before, tweak=tweak)
     assert outcomes[0].client is not None and watched[party].sizes[3] == 3
+    assert watched[party].unwanted and not any(store.material for store in watched[party].unwanted)
     assert outcomes[0].tokens == told[0].expected[: len(outcomes[0].tokens)]
     assert [o.tokens for o in outcomes[1:]] == [s.expected for s in told[1:]]
     assert [o.parties for o in outcomes[1:]] == [[None] * PARTIES] * 2
@@ -291,6 +298,36 @@ def test_what_is_ready_is_given_while_more_is_made() -> None:
 
     run(main)
     assert shared.asked == [3, 2]
+
+
+@pytest.mark.parametrize("members", [1, 2])
+def test_what_lies_long_is_not_kept_with_that_of_others(members: int) -> None:
+    """The second of two steps comes when the first has not been taken."""
+    kind, whole = prep.Mul(), {name: np.ones((2, 8), np.uint64) for name in ("x", "y", "z")}
+
+    class Ready(Slow):
+        async def ask(self, work: Order, own: Any, name: str) -> Served[list[Store]]:
+            at = 2 * len(self.asked)
+            self.asked.append(1)
+            return Served([Store({kind: {k: v[:, at : at + 2] for k, v in whole.items()}})], 0, 0, members)
+
+    async def progress(made: int) -> None:
+        pass
+
+    async def main() -> None:
+        doors: Any = SimpleNamespace(channel=None)
+        producer = TripleProducer(doors, None, {}, 8, MANY, progress, Ready())  # type: ignore[arg-type]
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(producer.run)
+            steps = ("one", "two")
+            await producer.prepare([Batch(s, (s,), lambda: [{kind: 2}], 1) for s in steps])
+            await trio.sleep(0.1)
+            told = [(await producer.need(step)).take(kind, 2)["x"] for step in steps]
+            assert [np.may_share_memory(x, whole["x"]) for x in told] == [True, members == 1]
+            assert all(x.all() for x in told)
+            nursery.cancel_scope.cancel()
+
+    run(main)
 
 
 def test_what_is_much_is_made_in_parts_on_the_sessions_own_lane(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,9 +1,10 @@
 """Actors: one task and one bounded mailbox each, frozen messages, no shared state.
 
 Every session has its own family of actors (session, triples, matmul, softmax, sampler). Were one of these to
-serve two sessions, two parties could serve them in different order and wait for each other for ever; the
-decode actor, which serves all sessions of a model, agrees with its peers on each pass before. An error in an
-actor rises through its nursery and ends that session, or the sessions of that pass, and no other.
+serve two sessions, two parties could serve them in different order and wait for each other for ever; those
+that serve all sessions of a model (decode, the shared producer) agree with their peers before each piece of
+work. An error in an actor rises through its nursery and ends that session, or the sessions of that work, and
+no other.
 """
 
 from __future__ import annotations
