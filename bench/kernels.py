@@ -184,7 +184,9 @@ def cases() -> list[Case]:
     add("gr_inner 1k", partial(k.gr_inner, p, q), n, "mul", 0, n * 48 * 48)
     add("gr_mul01 1k", partial(k.gr_mul01, p, r), n, "mul")
     add("gr_fold 1k", partial(k.gr_fold, p, 0x123456789ABC), n // 2, "mul")
-    add("gr_halves 1k", partial(k.gr_halves, p, q, p, q), n // 2, "pair")
+    add("gr_halves 1k", partial(k.gr_halves, (p, q, p, q), n), n // 2, "pair")
+    block = [v.copy() for v in (p, q, p, q)]  # is folded in place, again and again
+    add("gr_fold_block 1k", partial(k.gr_fold_block, block, n, (q, p, q, p), n, 0x123456789ABC), n, "pair")
     add("gr_scale01 1k", partial(k.gr_scale01, s, r), n, "mul")
     for m, n in [(1, 1 << 16), (16, 1 << 12), (512, 768)]:
         x, r = w(m, n), w(n)

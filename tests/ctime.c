@@ -360,11 +360,21 @@ static void gr_combine_cols(void)
 static void gr_cross(void)
 {
     mk_gr_cross(out, secret, secret + 24, more, more + 24, public, 8, 3);
+    mk_gr_cross(out, secret, NULL, more, NULL, public, 8, 32);
 }
 
 static void gr_halves(void)
 {
     mk_gr_halves(out, secret, secret + 2 * GR, more, more + 2 * GR, 1);
+    mk_gr_halves(out, secret, NULL, more, more + 2 * GR, 1);
+}
+
+static void gr_fold_block(void)
+{
+    uint64_t *w = out + 8 * GR;
+    memcpy(out + 2 * GR, secret, 4 * GR * sizeof *out);
+    memcpy(w, secret, 4 * GR * sizeof *out);
+    mk_gr_fold_block(out, out + 2 * GR, NULL, w, NULL, more, NULL, more + 2 * GR, NULL, public[0], 2, 1);
 }
 
 static void bytes_wipe(void)
@@ -437,6 +447,7 @@ static void bytes_wipe(void)
     X(gr_combine_cols)                                                                                                 \
     X(gr_cross)                                                                                                        \
     X(gr_halves)                                                                                                       \
+    X(gr_fold_block)                                                                                                   \
     X(bytes_wipe)
 
 static const struct {

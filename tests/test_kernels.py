@@ -14,7 +14,7 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -1300,6 +1300,11 @@ def _elements(groups: U8) -> U64:
     return np.ascontiguousarray(groups.swapaxes(1, 2)).reshape(-1, 48).astype(np.uint64)
 
 
+def _folded(kept: U64, more: U64) -> U64:
+    halves = k.gr_fold_block(list(kept), kept.shape[1], list(more), more.shape[1], 0xABCDEF012345)
+    return np.concatenate([halves, kept.reshape(-1, 48)])
+
+
 def _hot8(e: U8, b: U64, q: U64, r: U64) -> tuple[U8, U8, U8]:
     n, size = e.shape
     out = _groups(n), _groups(n), np.full((48, size), 77, np.uint8)
@@ -1357,18 +1362,49 @@ def test_gr_cross(level: str, rng: np.random.Generator, rows: int, n: int) -> No
     assert got.shape == (k.crosses(rows), 48)
     if want:
         same(got, want)
+    x[1] = y[1] = 0
+    same(k.gr_cross(x[:1], y[:1], r), k.gr_cross(x, y, r))
 
 
-@pytest.mark.parametrize("half", [0, 1, 2, 33])
-def test_gr_halves(level: str, rng: np.random.Generator, half: int) -> None:
-    a0, a1, w0, w1 = (words(rng, 2 * half, 48) for _ in range(4))
+def _halves(parts: Sequence[U64]) -> U64:
+    half = len(parts[0]) // 2
 
     def part(a: U64, b: U64, u: U64, v: U64) -> U64:
         return k.gr_inner(np.ascontiguousarray(a + b), u.copy()) + k.gr_inner(a.copy(), v.copy())
 
-    low = part(a0[:half], a1[:half], w0[:half], w1[:half])
-    slope = part(*(v[half:] - v[:half] for v in (a0, a1, w0, w1)))
-    same(k.gr_halves(a0, a1, w0, w1), np.stack([low, slope]))
+    return np.stack([part(*(v[:half] for v in parts)), part(*(v[half:] - v[:half] for v in parts))])
+
+
+_THERE = list(itertools.product([False, True], repeat=4))  # which of four components are not zero
+
+
+@pytest.mark.parametrize("half", [0, 1, 2, 33])
+def test_gr_halves(level: str, rng: np.random.Generator, half: int) -> None:
+    for there in _THERE:
+        whole = [words(rng, 2 * half, 48) * np.uint64(is_there) for is_there in there]
+        parts = [v if is_there else None for v, is_there in zip(whole, there, strict=True)]
+        same(k.gr_halves(parts, 2 * half), _halves(whole))
+
+
+@pytest.mark.parametrize(
+    ("here", "there"), [(0, 0), (1, 0), (1, 1), (2, 1), (33, 0), (33, 32), (40, 40), (65, 3)]
+)
+def test_gr_fold_block(level: str, rng: np.random.Generator, here: int, there: int) -> None:
+    """As two folds, put together, and the halves of that; whatever components there are."""
+    xi, rows = int(rng.integers(0, 1 << 48)), here + there + (here + there) % 2
+    for first, second in itertools.product(_THERE, _THERE if here < 3 else _THERE[-3:]):
+        kept = [words(rng, 2 * here, 48) if f else None for f in first]
+        more = [words(rng, 2 * there, 48) if f and s else None for f, s in zip(first, second, strict=True)]
+        want = np.zeros((4, rows, 48), np.uint64)
+        for to, a, b in zip(want, kept, more, strict=True):
+            if a is not None:
+                to[:here] = k.gr_fold(a, xi)
+            if b is not None:
+                to[here : here + there] = k.gr_fold(b, xi)
+        same(k.gr_fold_block(kept, 2 * here, more, 2 * there, xi), _halves(list(want)))
+        for a, to in zip(kept, want, strict=True):
+            if a is not None:
+                same(a[:rows], to)
 
 
 def test_gr_all_ones(level: str) -> None:
@@ -1411,6 +1447,8 @@ def test_gr_is_a_ring_with_units(level: str, rng: np.random.Generator) -> None:
 def test_gr_misuse(rng: np.random.Generator) -> None:
     a, r, x = words(rng, 3, 48), words(rng, 3), words(rng, 2, 3)
     g, c = np.zeros((1, 48, k.GROUP), np.uint8), np.zeros((48, 3), np.uint8)
+    frozen = a[:2].copy()
+    frozen.flags.writeable = False
     refuses(
         lambda: k.gr_inner(a, a[:2]),
         lambda: k.gr_inner(a[:, :47], a[:, :47]),
@@ -1428,7 +1466,15 @@ def test_gr_misuse(rng: np.random.Generator) -> None:
         lambda: k.gr_combine(x.T, r[:2]),
         lambda: k.gr_cross(words(rng, 2, 3, 6), words(rng, 2, 3, 6), r),
         lambda: k.gr_cross(words(rng, 2, 3, 4), words(rng, 2, 3, 4), r[:2]),
-        lambda: k.gr_halves(a, a, a, a),
+        lambda: k.gr_cross(words(rng, 2, 3, 4), words(rng, 1, 3, 4), r),
+        lambda: k.gf_cross(words(rng, 1, 3, 4), words(rng, 1, 3, 4), words(rng, 64, 3)),
+        lambda: k.gr_halves([a, a, a, a], 3),
+        lambda: k.gr_halves([a[:2], a[:2], a[:2]], 2),
+        lambda: k.gr_halves([a[:2], a[:2], a[:2], a], 2),
+        lambda: k.gr_fold_block([a[:2], None, None, None], 2, [None] * 4, 4, 1),
+        lambda: k.gr_fold_block([a[:2], None, None, None], 2, [None, a[:2], None, None], 2, 1),
+        lambda: k.gr_fold_block([a[:2], None, None, None], 2, [None] * 4, 0, 1 << 48),
+        lambda: k.gr_fold_block([frozen, None, None, None], 2, [None] * 4, 0, 1),
         lambda: k.gr_hot(a, a.copy()[:2], a.copy(), words(rng, 3, 3), words(rng, 2, 3), r, r),
         lambda: k.gr_hot(a, a.copy(), words(rng, 513, 48), words(rng, 3, 513), x, words(rng, 513), r),
         lambda: k.gr_hot(a, a.copy(), a.copy(), words(rng, 3, 3), words(rng, 49, 3), r, r),
@@ -1486,7 +1532,9 @@ WIDE: dict[str, Callable[[np.random.Generator], Any]] = {
     "gf_combine": lambda g: k.gf_combine(words(g, 77, 64), words(g, 64, 77)),
     "gf_blend": lambda g: k.gf_blend(words(g, 77, 64), words(g, 64)),
     "gr_cross": lambda g: k.gr_cross(words(g, 2, 77, 64), words(g, 2, 77, 64), words(g, 77)),
-    "gr_halves": lambda g: k.gr_halves(*(words(g, 302, 48) for _ in range(4))),
+    "gr_cross, alone": lambda g: k.gr_cross(words(g, 1, 77, 64), words(g, 1, 77, 64), words(g, 77)),
+    "gr_halves": lambda g: k.gr_halves(words(g, 4, 302, 48), 302),
+    "gr_fold_block": lambda g: _folded(words(g, 4, 302, 48), words(g, 4, 204, 48)),
     "gr_inner": lambda g: k.gr_inner(words(g, 301, 48), words(g, 301, 48)),
     "gr_mul01": lambda g: k.gr_mul01(words(g, 301, 48), words(g, 301)),
     "gr_combine": lambda g: k.gr_combine(words(g, 13, 1001), words(g, 1001)),
@@ -1749,7 +1797,10 @@ def walk_fences() -> None:
                 k.gf_combine(w(n, rows), w(64, n))
                 k.gf_blend(w(n, rows), w(rows))
                 k.gr_cross(w(2, n, rows), w(2, n, rows), w(n))
-            k.gr_halves(w(2 * n, 48), w(2 * n, 48), w(2 * n, 48), w(2 * n, 48))
+                k.gr_cross(w(1, n, rows), w(1, n, rows), w(n))
+            k.gr_halves([w(2 * n, 48) for _ in range(4)], 2 * n)
+            for m in (0, n):
+                k.gr_fold_block(*(v for s in (n, m) for v in ([w(2 * s, 48) for _ in range(4)], 2 * s)), 5)
             for have in (1, 4):
                 k.double_part(w(n, have), w(2, n, 8), w(2, n))
                 k.double(w(n, 8), w(n, have))

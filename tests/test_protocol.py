@@ -2114,6 +2114,7 @@ def test_components_that_are_zero_are_left_out_of_a_recursion(
         given = [rng.integers(0, RING, (rows, check.DEGREE), np.uint64) for _ in range(4)]
         some = [v if rng.integers(2) else None for v in given]
         whole = [np.zeros((rows, check.DEGREE), np.uint64) if v is None else v for v in some]
+        some = [None if v is None else v.copy() for v in some]  # as claims are folded where they lie
         claims.append(check.Claim(rows, (some[0], some[1]), (some[2], some[3])))
         filled.append(check.Claim(rows, (whole[0], whole[1]), (whole[2], whole[3])))
     sparse, dense = (check._Recursion(check.RING, c) for c in (claims, filled))
@@ -2126,6 +2127,33 @@ def test_components_that_are_zero_are_left_out_of_a_recursion(
     assert dense.done and np.array_equal(sparse.c, dense.c)
     for got, want in zip((*sparse.a, *sparse.w), (*dense.a, *dense.w), strict=True):
         assert np.array_equal(got, want)
+
+
+@pytest.mark.parametrize("lane", [8, 24, 48, 64])
+def test_values_that_are_computed_anew(rng: np.random.Generator, lane: int) -> None:
+    """Any part of them, as if they had been kept; what is shifted up counts modulo 2^lane alone."""
+    n, up = 1000, 64 - lane
+    bits = rng.integers(0, 2, n, np.uint64)
+    products, shift = rng.integers(0, RING, n, np.uint64), np.uint64(up)
+    packed = kernels.ring_lsb(bits[None])[0]
+    for end in (0, 1, 64, 999, 1000):
+        plain, shifted = check.BitValues(packed, end), check.BitValues(packed, end, up)
+        xor = check.Xored(plain, products[:end] << shift, up)
+        rest = check.Xored(None, products[:end] << shift, up)
+        minus = check.Negative(products[:end])
+        for at in (
+            slice(0, n),
+            slice(0, 64),
+            slice(7, 70),
+            slice(64, 512),
+            slice(960, 1024),
+            slice(1024, 1088),
+        ):
+            want, twice = bits[:end][at], products[:end][at] * np.uint64(2)
+            assert np.array_equal(plain[at], want) and np.array_equal(shifted[at], want << shift)
+            assert np.array_equal(xor[at] << shift, (want - twice) << shift)
+            assert np.array_equal(rest[at] << shift, (np.uint64(0) - twice) << shift)
+            assert np.array_equal(minus[at], np.uint64(0) - products[:end][at])
 
 
 def test_what_a_job_raises_comes_where_its_result_would() -> None:

@@ -69,6 +69,7 @@ _from_buffer: Any = _ffi.from_buffer if not isinstance(_ffi, _Missing) else None
 _WORDS: Any = _ffi.typeof("uint64_t[]") if not isinstance(_ffi, _Missing) else None
 _WORDS32: Any = _ffi.typeof("uint32_t[]") if not isinstance(_ffi, _Missing) else None
 _BYTES: Any = _ffi.typeof("uint8_t[]") if not isinstance(_ffi, _Missing) else None
+_NOTHING: Any = _ffi.NULL if not isinstance(_ffi, _Missing) else None
 _DOUBLES: Any = _ffi.typeof("double[]") if not isinstance(_ffi, _Missing) else None
 
 
@@ -955,13 +956,14 @@ def crosses(rows: int) -> int:
     return int(3 ** (rows.bit_length() - 1) - rows)
 
 
-def _cross_arrays(x: Sequence[U64], y: Sequence[U64]) -> tuple[int, ...]:
-    if len(x) != 2 or len(y) != 2:
+def _cross_arrays(x: Sequence[U64], y: Sequence[U64], alone: bool = False) -> tuple[int, ...]:
+    if len(x) != len(y) or len(x) not in ((1, 2) if alone else (2,)):
         raise LocalError("x and y must have two components")
     shape = _array("x", x[0], (None, None))
     _power_of_two("rows", _count("rows", shape[1], 1, MAX_ROWS))
-    for name, value in (("x", x[1]), ("y", y[0]), ("y", y[1])):
-        _array(name, value, shape)
+    for name, values in (("x", x[1:]), ("y", y)):
+        for value in values:
+            _array(name, value, shape)
     return shape
 
 
@@ -1000,18 +1002,47 @@ def gr_fold(a: U64, xi: int, out: U64 | None = None) -> U64:
     return out
 
 
-def gr_halves(a0: U64, a1: U64, w0: U64, w1: U64) -> U64:
-    """A party's parts of <a, w> over lower halves, and over upper less lower halves: four (n, 48) -> (2,
-    48).
+def gr_halves(parts: Sequence[U64 | None], n: int) -> U64:
+    """A party's parts of <a, w> over lower halves, and over upper less lower halves, of components a_0, a_1,
+    w_0, w_1 (n, 48), n even, None for one that is zero -> (2, 48).
     """
-    n, _ = _array("a0", a0, (None, GR_DEGREE))
-    for name, value in (("a1", a1), ("w0", w0), ("w1", w1)):
-        _array(name, value, (n, GR_DEGREE))
-    if n % 2:
-        raise LocalError(f"a0 must have an even length, not {n}")
+    components = _components("parts", parts, n)
     out = np.empty((2, GR_DEGREE), np.uint64)
-    _lib.mk_gr_halves(_out(out), _in(a0), _in(a1), _in(w0), _in(w1), n // 2)
+    _lib.mk_gr_halves(_out(out), *(_NOTHING if v is None else _in(v) for v in components), n // 2)
     return out
+
+
+def gr_fold_block(kept: Sequence[U64 | None], n: int, more: Sequence[U64 | None], m: int, xi: int) -> U64:
+    """Fold such components (n, 48) in place, and (m, 48), m <= n, to behind them: (n + m) / 2 rows, and a
+    row of zeros if that is odd. Gives the halves of these, as `gr_halves`. Both n and m are even; where
+    `kept` has none, `more` has none, and they do not overlap.
+    """
+    first, second = _components("kept", kept, n), _components("more", more, m)
+    if m > n or any(a is None and b is not None for a, b in zip(first, second, strict=True)):
+        raise LocalError("more has more than kept")
+    if not all(v is None or v.flags.writeable for v in first):
+        raise LocalError("kept must be writable")
+    out = np.empty((2, GR_DEGREE), np.uint64)
+    _lib.mk_gr_fold_block(
+        _out(out),
+        *(_NOTHING if v is None else _out(v) for v in first),
+        *(_NOTHING if v is None else _in(v) for v in second),
+        _word("xi", xi, GR_DEGREE),
+        n // 2,
+        m // 2,
+    )
+    return out
+
+
+def _components(name: str, parts: Sequence[U64 | None], n: int) -> Sequence[U64 | None]:
+    if len(parts) != 4:
+        raise LocalError(f"{name} must be the components of two shares, not {len(parts)}")
+    for value in parts:
+        if value is not None:
+            _array(name, value, (n, GR_DEGREE))
+    if n % 2:
+        raise LocalError(f"{name} must have an even length, not {n}")
+    return parts
 
 
 def gr_scale01(x: U64, r: U64) -> U64:
@@ -1056,12 +1087,14 @@ def gr_cross(x: Sequence[U64], y: Sequence[U64], r: U64) -> U64:
     """Folded products of replicated ring words: x, y of two components (n, rows), r (n,) 01 elements ->
     (crosses(rows), 48).
 
-    As gf_cross: sums over n of r_g times x0 y0 + x0 y1 + x1 y0 of each result that took a difference.
+    As gf_cross: sums over n of r_g times x0 y0 + x0 y1 + x1 y0 of each result that took a difference. Or of
+    x0 y0, if x and y have that component alone.
     """
-    n, rows = _cross_arrays(x, y)
+    n, rows = _cross_arrays(x, y, alone=True)
     _array("r", r, (n,))
     out = np.empty((crosses(rows), GR_DEGREE), np.uint64)
-    _lib.mk_gr_cross(_out(out), _in(x[0]), _in(x[1]), _in(y[0]), _in(y[1]), _in(r), rows, n)
+    x1, y1 = (_in(v[1]) if len(v) == 2 else _NOTHING for v in (x, y))
+    _lib.mk_gr_cross(_out(out), _in(x[0]), x1, _in(y[0]), y1, _in(r), rows, n)
     return out
 
 

@@ -178,6 +178,10 @@ MK_THUNK(mk_gr_fold, (uint64_t *out, const uint64_t *a, uint64_t xi, size_t half
 MK_THUNK(mk_gr_halves,
          (uint64_t *out, const uint64_t *a0, const uint64_t *a1, const uint64_t *w0, const uint64_t *w1, size_t half),
          (out, a0, a1, w0, w1, half))
+MK_THUNK(mk_gr_fold_block,
+         (uint64_t *out, uint64_t *a0, uint64_t *a1, uint64_t *w0, uint64_t *w1, const uint64_t *b0, const uint64_t *b1,
+          const uint64_t *v0, const uint64_t *v1, uint64_t xi, size_t here, size_t there),
+         (out, a0, a1, w0, w1, b0, b1, v0, v1, xi, here, there))
 MK_THUNK(mk_gr_scale01, (uint64_t *out, const uint64_t *x, const uint64_t *r, size_t n), (out, x, r, n))
 MK_THUNK(mk_gr_combine_cols, (uint64_t *out, const uint64_t *x, const uint64_t *r, size_t m, size_t n),
          (out, x, r, m, n))

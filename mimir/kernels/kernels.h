@@ -219,8 +219,13 @@ void mk_gf_blend(uint64_t *out, const uint64_t *x, const uint64_t *w, size_t row
  * fold: out_j = a_j + xi (a_{half+j} - a_j), a has 2 half elements.
  * halves: for replicated vectors of 2 half elements, given by component, out has two elements: with a.w short for
  * sum (a0 + a1)_j w0_j + a0_j w1_j, the first is a.w over the lower halves, the second over upper less lower halves.
+ * NULL stands for a component that is zero.
+ * fold_block: a0, a1, w0, w1 of 2 here elements are folded in place, and b0, b1, v0, v1 of 2 there ones, of which there
+ * are not more, to behind them, and zeros follow up to an even number; out are the halves of that. NULL as above, but
+ * what is NULL in the first four is so in the last.
  * combine: x (m, n), out_i = sum_j x[i, j] r_j, m elements.  combine_cols: out_j = sum_i x[i, j] r_i, n elements.
  * cross: as over GF(2^64), of ring words: x0, x1, y0, y1 (n, rows), out_t = sum_g r_g (x0 y0 + x0 y1 + x1 y0)[t, g].
+ * x1 and y1 may be NULL, both of them: they are zero.
  * hot: what the claims of one-hots are made of (see check.py), for one component e (n, size), size at most MK_ENTRIES, and
  * b (bits, n), bits at most 48: a_i = r_i sum_t b[t, i] X^t, w_i = sum_j e[i, j] q_j, columns_j = sum_i e[i, j] r_i.
  * half_hot: the same for entries of 16 bits.
@@ -231,6 +236,9 @@ void mk_gr_mul01(uint64_t *out, const uint64_t *a, const uint64_t *r, size_t n);
 void mk_gr_fold(uint64_t *out, const uint64_t *a, uint64_t xi, size_t half);
 void mk_gr_halves(uint64_t *out, const uint64_t *a0, const uint64_t *a1, const uint64_t *w0, const uint64_t *w1,
                   size_t half);
+void mk_gr_fold_block(uint64_t *out, uint64_t *a0, uint64_t *a1, uint64_t *w0, uint64_t *w1, const uint64_t *b0,
+                      const uint64_t *b1, const uint64_t *v0, const uint64_t *v1, uint64_t xi, size_t here,
+                      size_t there);
 void mk_gr_scale01(uint64_t *out, const uint64_t *x, const uint64_t *r, size_t n);
 void mk_gr_combine(uint64_t *out, const uint64_t *x, const uint64_t *r, size_t m, size_t n);
 void mk_gr_combine32(uint64_t *out, const uint32_t *x, const uint64_t *r, size_t m, size_t n);

@@ -63,6 +63,7 @@ void mk_ring32_product(uint32_t *c, const uint32_t *a, const uint32_t *b, size_t
     X(mk_gr_mul01)                                                                                                     \
     X(mk_gr_fold)                                                                                                      \
     X(mk_gr_halves)                                                                                                    \
+    X(mk_gr_fold_block)                                                                                                \
     X(mk_gr_scale01)                                                                                                   \
     X(mk_gr_combine)                                                                                                   \
     X(mk_gr_combine32)                                                                                                 \

@@ -382,7 +382,9 @@ static size_t cross_count(size_t rows)
 
 static void cross_column(uint64_t *node, const uint64_t *const from[4], size_t rows, size_t g)
 {
-    for (size_t c = 0; c < 4; c++) memcpy(node + c * rows, from[c] + g * rows, rows * sizeof *node);
+    for (size_t c = 0; c < 4; c++)
+        if (from[c]) memcpy(node + c * rows, from[c] + g * rows, rows * sizeof *node);
+        else memset(node + c * rows, 0, rows * sizeof *node);
 }
 
 static void take_gf(uint64_t *out, const uint64_t t[4], const uint64_t *rho)
@@ -480,41 +482,65 @@ void mk_gr_mul01_ref(uint64_t *restrict out, const uint64_t *a, const uint64_t *
     }
 }
 
+/* out = a + (b - a) xi; out may be a. */
+static void gr_fold_row(uint64_t *out, const uint64_t *a, const uint64_t *b, uint64_t xi)
+{
+    uint64_t p[2 * MK_GR] = {0}, d[MK_GR];
+    for (int i = 0; i < MK_GR; i++) {
+        d[i] = b[i] - a[i];
+        p[i] = a[i];
+    }
+    gr_mul01_add(p, d, xi);
+    gr_reduce(out, p);
+}
+
 void mk_gr_fold_ref(uint64_t *restrict out, const uint64_t *a, uint64_t xi, size_t half)
 {
-    const uint64_t *b = a + MK_GR * half;
-    for (size_t j = 0; j < half; j++) {
-        uint64_t p[2 * MK_GR] = {0}, d[MK_GR];
+    for (size_t j = 0; j < half; j++) gr_fold_row(out + MK_GR * j, a + MK_GR * j, a + MK_GR * (half + j), xi);
+}
+
+/* One row of each half, components a, a', w, w', of which NULL stands for zero. */
+static void halves_add(uint64_t *low, uint64_t *slope, const uint64_t *const c[4], size_t l, size_t h)
+{
+    uint64_t v[4][MK_GR], d[4][MK_GR];
+    for (int k = 0; k < 4; k++)
         for (int i = 0; i < MK_GR; i++) {
-            d[i] = b[MK_GR * j + i] - a[MK_GR * j + i];
-            p[i] = a[MK_GR * j + i];
+            v[k][i] = c[k] ? c[k][MK_GR * l + i] : 0;
+            d[k][i] = c[k] ? c[k][MK_GR * h + i] - v[k][i] : 0;
         }
-        gr_mul01_add(p, d, xi);
-        gr_reduce(out + MK_GR * j, p);
-    }
+    gr_mul_add(low, v[0], v[2]);
+    gr_mul_add(low, v[1], v[2]);
+    gr_mul_add(low, v[0], v[3]);
+    gr_mul_add(slope, d[0], d[2]);
+    gr_mul_add(slope, d[1], d[2]);
+    gr_mul_add(slope, d[0], d[3]);
 }
 
 void mk_gr_halves_ref(uint64_t *restrict out, const uint64_t *a0, const uint64_t *a1, const uint64_t *w0,
                       const uint64_t *w1, size_t half)
 {
+    const uint64_t *const c[4] = {a0, a1, w0, w1};
     uint64_t low[2 * MK_GR] = {0}, slope[2 * MK_GR] = {0};
-    for (size_t j = 0; j < half; j++) {
-        size_t l = MK_GR * j, h = MK_GR * (half + j);
-        uint64_t both[MK_GR], a[MK_GR], d[MK_GR], u0[MK_GR], u1[MK_GR];
-        for (int i = 0; i < MK_GR; i++) {
-            both[i] = a0[l + i] + a1[l + i];
-            a[i] = a0[h + i] - a0[l + i];
-            d[i] = a[i] + a1[h + i] - a1[l + i];
-            u0[i] = w0[h + i] - w0[l + i];
-            u1[i] = w1[h + i] - w1[l + i];
-        }
-        gr_mul_add(low, both, w0 + l);
-        gr_mul_add(low, a0 + l, w1 + l);
-        gr_mul_add(slope, d, u0);
-        gr_mul_add(slope, a, u1);
-    }
+    for (size_t j = 0; j < half; j++) halves_add(low, slope, c, j, half + j);
     gr_reduce(out, low);
     gr_reduce(out + MK_GR, slope);
+}
+
+void mk_gr_fold_block_ref(uint64_t *restrict out, uint64_t *a0, uint64_t *a1, uint64_t *w0, uint64_t *w1,
+                          const uint64_t *b0, const uint64_t *b1, const uint64_t *v0, const uint64_t *v1, uint64_t xi,
+                          size_t here, size_t there)
+{
+    uint64_t *const c[4] = {a0, a1, w0, w1};
+    const uint64_t *const more[4] = {b0, b1, v0, v1};
+    size_t rows = here + there + (here + there) % 2;
+    for (int k = 0; k < 4; k++) {
+        if (!c[k]) continue;
+        for (size_t j = 0; j < here; j++) gr_fold_row(c[k] + MK_GR * j, c[k] + MK_GR * j, c[k] + MK_GR * (here + j), xi);
+        memset(c[k] + MK_GR * here, 0, MK_GR * (rows - here) * sizeof *out);
+        for (size_t j = 0; more[k] && j < there; j++)
+            gr_fold_row(c[k] + MK_GR * (here + j), more[k] + MK_GR * j, more[k] + MK_GR * (there + j), xi);
+    }
+    mk_gr_halves_ref(out, a0, a1, w0, w1, rows / 2);
 }
 
 void mk_gr_scale01_ref(uint64_t *restrict out, const uint64_t *x, const uint64_t *r, size_t n)

@@ -596,33 +596,6 @@ static inline size_t cross_count(size_t rows)
     return all - rows;
 }
 
-/* Runs of CROSS columns of x (.., rows), `width` of which exist. */
-static void turn(uint64_t *to, const uint64_t *x, size_t rows, size_t width)
-{
-    for (size_t i = 0; i < rows; i++)
-        for (size_t j = 0; j < CROSS; j++) to[i * CROSS + j] = j < width ? x[j * rows + i] : 0;
-}
-
-static void cross_columns(uint64_t *node, const uint64_t *const from[4], size_t rows, size_t n, size_t g)
-{
-    for (size_t c = 0; c < 4; c++) turn(node + c * rows * CROSS, from[c] + g * rows, rows, least(n - g, CROSS));
-}
-
-static void cross_planes(uint64_t *to, const uint64_t *planes, size_t n, size_t g)
-{
-    for (size_t s = 0; s < 64; s++)
-        for (size_t j = 0; j < CROSS; j++) to[CROSS * s + j] = g + j < n ? planes[s * n + g + j] : 0;
-}
-
-INLINE void cross_differences(uint64_t *room, const uint64_t *node, size_t stride, size_t half, const int binary)
-{
-    for (size_t c = 0; c < 4; c++)
-        for (size_t j = 0; j < half; j += LANES) {
-            vec low = load(node + c * stride + j), high = load(node + c * stride + half + j);
-            store(room + c * half + j, binary ? high ^ low : high - low);
-        }
-}
-
 /* Word j of vector i becomes word i of vector j. */
 INLINE void turn_square(vec v[LANES])
 {
@@ -633,6 +606,44 @@ INLINE void turn_square(vec v[LANES])
         v[i | s] = swap_high(v[i], v[i | s], s);
         v[i] = low;
     }
+}
+
+/* Runs of CROSS columns of x (.., rows), `width` of which exist. */
+static void turn(uint64_t *to, const uint64_t *x, size_t rows, size_t width)
+{
+    size_t done = 0;
+    for (; width == CROSS && done + LANES <= rows; done += LANES)
+        for (size_t j = 0; j < CROSS; j += LANES) {
+            vec v[LANES];
+            UNROLL for (int l = 0; l < LANES; l++) v[l] = load(x + (j + (size_t)l) * rows + done);
+            turn_square(v);
+            UNROLL for (int l = 0; l < LANES; l++) store(to + (done + (size_t)l) * CROSS + j, v[l]);
+        }
+    for (size_t i = done; i < rows; i++)
+        for (size_t j = 0; j < CROSS; j++) to[i * CROSS + j] = j < width ? x[j * rows + i] : 0;
+}
+
+static void cross_columns(uint64_t *node, const uint64_t *const from[4], size_t rows, size_t n, size_t g)
+{
+    for (size_t c = 0; c < 4; c++)
+        if (from[c]) turn(node + c * rows * CROSS, from[c] + g * rows, rows, least(n - g, CROSS));
+}
+
+static void cross_planes(uint64_t *to, const uint64_t *planes, size_t n, size_t g)
+{
+    for (size_t s = 0; s < 64; s++)
+        for (size_t j = 0; j < CROSS; j++) to[CROSS * s + j] = g + j < n ? planes[s * n + g + j] : 0;
+}
+
+/* Of all four, or of x0 and y0 alone. */
+INLINE void cross_differences(uint64_t *room, const uint64_t *node, size_t stride, size_t half, const int binary,
+                              int alone)
+{
+    for (size_t c = 0; c < 4; c += alone ? 2 : 1)
+        for (size_t j = 0; j < half; j += LANES) {
+            vec low = load(node + c * stride + j), high = load(node + c * stride + half + j);
+            store(room + c * half + j, binary ? high ^ low : high - low);
+        }
 }
 
 /* sums, one for each plane, += the XOR of what term and plane have in common. */
@@ -680,7 +691,7 @@ static uint64_t *gf_cross(uint64_t *out, const uint64_t *node, size_t stride, si
     size_t half = rows / 2 * CROSS;
     out = gf_cross(out, node, stride, rows / 2, slope, room, planes);
     out = gf_cross(out, node + half, stride, rows / 2, slope, room, planes);
-    cross_differences(room, node, stride, half, 1);
+    cross_differences(room, node, stride, half, 1, 0);
     return gf_cross(out, room, half, rows / 2, 1, room + 4 * half, planes);
 }
 
@@ -912,38 +923,63 @@ void MK(mk_gr_inner)(uint64_t *restrict out, const uint64_t *a, const uint64_t *
     inner_finish(out, p);
 }
 
-/* For a run, sums += those of one party's part of a.w: (a + a') w + a w'. */
-static void halves_run(uint64_t *sums, const uint64_t *both, const uint64_t *a, const uint64_t *w, const uint64_t *w1,
-                       size_t n)
+enum { RUN_WORDS = RUN * MK_GR };
+
+/* For a run, sums += the inner product of x and y. */
+static void inner_run(uint64_t *sums, const uint64_t *x, const uint64_t *y, size_t n)
 {
-    uint64_t x[SPREAD] __attribute__((aligned(64))), y[SPREAD] __attribute__((aligned(64)));
-    spread_run(x, both, n);
-    spread_run(y, w, n);
-    leaf_products(sums, x, y);
-    spread_run(x, a, n);
-    spread_run(y, w1, n);
-    leaf_products(sums, x, y);
+    uint64_t u[SPREAD] __attribute__((aligned(64))), v[SPREAD] __attribute__((aligned(64)));
+    spread_run(u, x, n);
+    spread_run(v, y, n);
+    leaf_products(sums, u, v);
+}
+
+/* Of n rows of components, NULL for one that is zero: the sum of components k and l, or what there is of it. */
+static const uint64_t *sum_of_two(uint64_t *room, const uint64_t *const c[4], int k, int l, size_t n)
+{
+    if (!c[k] || !c[l]) return c[k] ? c[k] : c[l];
+    for (size_t i = 0; i < MK_GR * n; i += LANES) store(room + i, load(c[k] + i) + load(c[l] + i));
+    return room;
+}
+
+/* For a run, sums += one party's part of a.w, of components a, a', w, w': (a + a') w + a w', and where one of them is
+ * zero, one product or none. */
+static void part_run(uint64_t *sums, const uint64_t *const c[4], size_t n)
+{
+    uint64_t both[RUN_WORDS] __attribute__((aligned(64)));
+    const uint64_t *x = c[0] ? c[0] : c[1], *y = c[2];
+    if (c[0] && !c[1]) y = sum_of_two(both, c, 2, 3, n);
+    else if (c[0] && y) x = sum_of_two(both, c, 0, 1, n);
+    else if (c[0]) y = c[3];
+    if (x && y) inner_run(sums, x, y, n);
+    if (c[0] && c[1] && c[2] && c[3]) inner_run(sums, c[0], c[3], n);
+}
+
+/* For a run, the parts of what lies below, and of what lies above less what lies below. */
+static void halves_run(uint64_t p[2][INNER_SUMS], const uint64_t *const low[4], const uint64_t *const high[4], size_t n)
+{
+    uint64_t room[4][RUN_WORDS] __attribute__((aligned(64)));
+    const uint64_t *slope[4];
+    for (int k = 0; k < 4; k++) {
+        slope[k] = low[k] ? room[k] : NULL;
+        for (size_t i = 0; low[k] && i < MK_GR * n; i += LANES) store(room[k] + i, load(high[k] + i) - load(low[k] + i));
+    }
+    part_run(p[0], low, n);
+    part_run(p[1], slope, n);
 }
 
 void MK(mk_gr_halves)(uint64_t *restrict out, const uint64_t *a0, const uint64_t *a1, const uint64_t *w0,
                       const uint64_t *w1, size_t half)
 {
-    enum { WORDS = RUN * MK_GR };
+    const uint64_t *const c[4] = {a0, a1, w0, w1};
     uint64_t p[2][INNER_SUMS] __attribute__((aligned(64))) = {{0}};
-    uint64_t both[WORDS] __attribute__((aligned(64))), a[WORDS] __attribute__((aligned(64)));
-    uint64_t u0[WORDS] __attribute__((aligned(64))), u1[WORDS] __attribute__((aligned(64)));
     for (size_t j = 0; j < half; j += RUN) {
-        size_t l = MK_GR * j, h = MK_GR * (half + j), n = least(half - j, RUN);
-        for (size_t i = 0; i < MK_GR * n; i += LANES) store(both + i, load(a0 + l + i) + load(a1 + l + i));
-        halves_run(p[0], both, a0 + l, w0 + l, w1 + l, n);
-        for (size_t i = 0; i < MK_GR * n; i += LANES) {
-            vec d = load(a0 + h + i) - load(a0 + l + i);
-            store(a + i, d);
-            store(both + i, d + load(a1 + h + i) - load(a1 + l + i));
-            store(u0 + i, load(w0 + h + i) - load(w0 + l + i));
-            store(u1 + i, load(w1 + h + i) - load(w1 + l + i));
+        const uint64_t *low[4], *high[4];
+        for (int k = 0; k < 4; k++) {
+            low[k] = c[k] ? c[k] + MK_GR * j : NULL;
+            high[k] = c[k] ? c[k] + MK_GR * (half + j) : NULL;
         }
-        halves_run(p[1], both, a, u0, u1, n);
+        halves_run(p, low, high, least(half - j, RUN));
     }
     inner_finish(out, p[0]);
     inner_finish(out + MK_GR, p[1]);
@@ -1011,13 +1047,13 @@ INLINE void gr_mul01_wide(vec p[2 * GV], const vec a[GV], uint64_t r)
     }
 }
 
-void MK(mk_gr_fold)(uint64_t *restrict out, const uint64_t *a, uint64_t xi, size_t half)
+/* out = a + (b - a) xi for n elements; out may be a. */
+static void fold_run(uint64_t *out, const uint64_t *a, const uint64_t *b, uint64_t xi, size_t n)
 {
-    const uint64_t *b = a + MK_GR * half;
     uint64_t room[3 * MK_GR] __attribute__((aligned(64))) = {0};
     struct powers k;
     if (LANES < 8) powers_of(&k, xi);
-    for (size_t j = 0; j < half; j++, a += MK_GR, b += MK_GR) {
+    for (size_t j = 0; j < n; j++, a += MK_GR, b += MK_GR) {
         vec p[2 * GV], d[GV];
         UNROLL for (int v = 0; v < GV; v++) d[v] = load(b + LANES * v) - load(a + LANES * v);
         if (LANES >= 8) gr_mul01_wide(p, d, xi);
@@ -1027,6 +1063,28 @@ void MK(mk_gr_fold)(uint64_t *restrict out, const uint64_t *a, uint64_t xi, size
         }
         gr_reduce(out + MK_GR * j, p, a);
     }
+}
+
+void MK(mk_gr_fold)(uint64_t *restrict out, const uint64_t *a, uint64_t xi, size_t half)
+{
+    fold_run(out, a, a + MK_GR * half, xi, half);
+}
+
+void MK(mk_gr_fold_block)(uint64_t *restrict out, uint64_t *a0, uint64_t *a1, uint64_t *w0, uint64_t *w1,
+                          const uint64_t *b0, const uint64_t *b1, const uint64_t *v0, const uint64_t *v1, uint64_t xi,
+                          size_t here, size_t there)
+{
+    uint64_t *const c[4] = {a0, a1, w0, w1};
+    const uint64_t *const more[4] = {b0, b1, v0, v1};
+    size_t rows = here + there + (here + there) % 2;
+    for (int k = 0; k < 4; k++) {
+        if (!c[k]) continue;
+        fold_run(c[k], c[k], c[k] + MK_GR * here, xi, here);
+        size_t end = more[k] ? here + there : here;
+        if (more[k]) fold_run(c[k] + MK_GR * here, more[k], more[k] + MK_GR * there, xi, there);
+        memset(c[k] + MK_GR * end, 0, MK_GR * (rows - end) * sizeof *out);
+    }
+    MK(mk_gr_halves)(out, a0, a1, w0, w1, rows / 2);
 }
 
 void MK(mk_gr_scale01)(uint64_t *restrict out, const uint64_t *x, const uint64_t *r, size_t n)
@@ -1251,6 +1309,7 @@ struct crossing {
     uint64_t *out, *spare; /* where the next strip goes; where the last one, if it is not whole */
     size_t left, have;     /* results still to come, and waiting */
     size_t width;          /* columns of a result */
+    int alone;             /* whether there are x0 and y0 only */
     uint64_t *terms, *subsets;
     uint16_t (*choice)[MK_GR];
 };
@@ -1270,11 +1329,12 @@ static void gr_cross(struct crossing *c, const uint64_t *node, size_t stride, si
     if (rows == 1) {
         uint64_t *term = c->terms + CROSS * c->have;
         if (!slope) return;
-        UNROLL for (int j = 0; j < CROSS; j += LANES)
-        {
-            vec y0 = load(node + 2 * stride + j), y1 = load(node + 3 * stride + j);
+        for (int j = 0; c->alone && j < CROSS; j += LANES)
+            store(term + j, sum_value(sum_mul(sum_zero(), factor_of(load(node + j)), factor_of(load(node + 2 * stride + (size_t)j)))));
+        for (int j = 0; !c->alone && j < CROSS; j += LANES) {
+            vec y0 = load(node + 2 * stride + (size_t)j), y1 = load(node + 3 * stride + (size_t)j);
             sum both = sum_mul(sum_zero(), factor_of(load(node + j)), factor_of(y0 + y1));
-            store(term + j, sum_value(sum_mul(both, factor_of(load(node + stride + j)), factor_of(y0))));
+            store(term + j, sum_value(sum_mul(both, factor_of(load(node + stride + (size_t)j)), factor_of(y0))));
         }
         if (++c->have == least(c->left, STRIP)) cross_strip(c);
         return;
@@ -1282,7 +1342,7 @@ static void gr_cross(struct crossing *c, const uint64_t *node, size_t stride, si
     size_t half = rows / 2 * CROSS;
     gr_cross(c, node, stride, rows / 2, slope, room);
     gr_cross(c, node + half, stride, rows / 2, slope, room);
-    cross_differences(room, node, stride, half, 0);
+    cross_differences(room, node, stride, half, 0, c->alone);
     gr_cross(c, room, half, rows / 2, 1, room + 4 * half);
 }
 
@@ -1297,7 +1357,7 @@ void MK(mk_gr_cross)(uint64_t *restrict out, const uint64_t *x0, const uint64_t 
     size_t count = cross_count(rows), whole = count / STRIP * STRIP;
     memset(out, 0, count * MK_GR * sizeof *out);
     for (size_t g = 0; g < n; g += CROSS) {
-        struct crossing c = {out, spare, count, 0, least(n - g, CROSS), terms, subsets, choice};
+        struct crossing c = {out, spare, count, 0, least(n - g, CROSS), !x1, terms, subsets, choice};
         cross_columns(node, from, rows, n, g);
         choose(choice, r + g, c.width);
         gr_cross(&c, node, rows * CROSS, rows, 0, room);

@@ -33,7 +33,7 @@ import numpy.typing as npt
 
 from mimir import kernels
 from mimir.errors import LocalError
-from mimir.mpc.domain import RING_BITS, Ring
+from mimir.mpc.domain import RING_BITS, Ring, words
 from mimir.mpc.doors import Doors
 from mimir.mpc.offload import offload, spread
 from mimir.mpc.weights import Matrix, combine
@@ -79,8 +79,52 @@ class Draw:
 
 Pair = tuple[Ring, Ring]  # the two components of a share, each its own array, so that folding copies nothing
 Sparse = tuple[Ring | None, Ring | None]  # the same of values (n,); None for a component that is zero
+Factor = tuple["Values | None", "Values | None"]  # the same, of what may have to be computed first
 Terms = list[tuple[Sparse, Sparse]]
 _Groups = npt.NDArray[np.uint8]
+
+
+class Values(Protocol):
+    """Values (n,): an array, or what gives any part of one anew, so that less waits for the check."""
+
+    def __getitem__(self, span: slice, /) -> Any: ...
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class BitValues:
+    """Packed bits as `size` ring elements, times 2^up."""
+
+    packed: Ring
+    size: int
+    up: int = 0
+
+    def __getitem__(self, span: slice, /) -> Ring:
+        first, end, _ = span.indices(self.size)
+        low = first // RING_BITS
+        found = kernels.bits_to_ring(self.packed[low : words(end)], end - RING_BITS * low)
+        return found[first - RING_BITS * low :] << np.uint64(self.up)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Xored:
+    """bits - 2 products, or -2 products, modulo 2^(64 - up), for products that are shifted up."""
+
+    bits: BitValues | None
+    products: Ring
+    up: int = 0
+
+    def __getitem__(self, span: slice, /) -> Ring:
+        twice = self.products[span] >> np.uint64(self.up)
+        twice += twice
+        return (np.zeros(1, np.uint64) if self.bits is None else self.bits[span]) - twice
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Negative:
+    values: Ring
+
+    def __getitem__(self, span: slice, /) -> Ring:
+        return np.zeros(1, np.uint64) - self.values[span]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -144,8 +188,8 @@ class Dot:
     How many terms there are, and n, is the same at all parties; which components are None is not.
     """
 
-    x: tuple[Sparse, ...]
-    y: tuple[Sparse, ...]
+    x: tuple[Factor, ...]
+    y: tuple[Factor, ...]
     z: Ring
 
 
@@ -159,9 +203,9 @@ class Complex:
     is p (beta a + gamma b) + q (gamma a - beta b).
     """
 
-    x: tuple[Sparse, Sparse]
-    minus: Sparse
-    y: tuple[Sparse, Sparse]
+    x: tuple[Factor, Factor]
+    minus: Factor
+    y: tuple[Factor, Factor]
     z: tuple[Ring, Ring]
 
     @property
@@ -364,9 +408,6 @@ class _Galois:
     def inner(self, a: Ring, b: Ring) -> Ring:
         return kernels.gr_inner(a, b)
 
-    def fold(self, a: Ring, xi: int, out: Ring) -> None:
-        kernels.gr_fold(a, xi, out=out)
-
     def times(self, a: Ring, xi: int) -> Ring:
         flat = np.ascontiguousarray(a).reshape(-1, DEGREE)
         return kernels.gr_mul01(flat, np.full(len(flat), xi, np.uint64)).reshape(a.shape)
@@ -380,15 +421,27 @@ class _Galois:
     def sum(self, a: Ring) -> Ring:
         return a.sum(axis=0, dtype=np.uint64)
 
-    def halves(self, a: Pair, w: Pair) -> Ring:
-        return kernels.gr_halves(a[0], a[1], w[0], w[1])
+    def halves(self, block: _Block) -> Ring:
+        return kernels.gr_halves(block.parts, block.rows)
+
+    def folded(self, blocks: Sequence[_Block], xi: int, rows: int) -> tuple[_Block, Ring]:
+        """In the memory of the larger one, whose rows come first."""
+        first, *others = sorted(blocks, key=lambda block: -block.rows)
+        second = others[0] if others else _Block(0, (None, None), (None, None))
+        kept = list(first.parts)
+        for k, v in enumerate(second.parts):
+            if v is not None and kept[k] is None:
+                kept[k] = np.zeros((first.rows, *self.shape), np.uint64)
+        halves = kernels.gr_fold_block(kept, first.rows, second.parts, second.rows, xi)
+        a0, a1, w0, w1 = (v if v is None else v[:rows] for v in kept)
+        return _Block(rows, (a0, a1), (w0, w1)), halves
 
     # folding: blocks of ring words (n, rows), coefficients of columns as 01 elements (n,)
 
     def coefficients(self, draw: Draw, columns: int) -> Ring:
         return draw.exceptional(columns)
 
-    def cross(self, x: Pair, y: Pair, coefficients: Ring) -> Ring:
+    def cross(self, x: Sequence[Ring], y: Sequence[Ring], coefficients: Ring) -> Ring:
         return kernels.gr_cross(x, y, coefficients)
 
     def combine(self, z: Ring, coefficients: Ring) -> Ring:
@@ -416,9 +469,6 @@ class _Binary:
     def inner(self, a: Ring, b: Ring) -> Ring:
         return np.array(kernels.gf_inner(a, b), np.uint64)
 
-    def fold(self, a: Ring, xi: int, out: Ring) -> None:
-        kernels.gf_fold(a, xi, out=out)
-
     def times(self, a: Ring, xi: int) -> Ring:
         return kernels.gf_scale(np.ascontiguousarray(a).reshape(-1), xi).reshape(a.shape)
 
@@ -430,19 +480,29 @@ class _Binary:
     def sum(self, a: Ring) -> Ring:
         return np.bitwise_xor.reduce(a, axis=0)
 
-    def halves(self, a: Pair, w: Pair) -> Ring:
-        half = len(a[0]) // 2
-        low = _summand(self, (a[0][:half], a[1][:half]), (w[0][:half], w[1][:half]))
-        da = a[0][half:] ^ a[0][:half], a[1][half:] ^ a[1][:half]
-        dw = w[0][half:] ^ w[0][:half], w[1][half:] ^ w[1][:half]
-        return np.stack([low, _summand(self, da, dw)])
+    def halves(self, block: _Block) -> Ring:
+        half = block.rows // 2
+        a0, a1, w0, w1 = ((v[:half], v[half:] ^ v[:half]) for v in block.parts if v is not None)  # as all are
+        return np.stack([_summand(self, (a0[i], a1[i]), (w0[i], w1[i])) for i in range(2)])
+
+    def folded(self, blocks: Sequence[_Block], xi: int, rows: int) -> tuple[_Block, Ring]:
+        made = []
+        for parts in zip(*(block.parts for block in blocks), strict=True):
+            out, at = np.zeros(rows, np.uint64), 0
+            for v in parts:
+                if v is not None:
+                    kernels.gf_fold(v, xi, out=out[at : at + len(v) // 2])
+                    at += len(v) // 2
+            made.append(out)
+        block = _Block(rows, (made[0], made[1]), (made[2], made[3]))
+        return block, np.zeros(2, np.uint64) if rows % 2 else self.halves(block)
 
     # folding: blocks of words of bits (n, rows), coefficients of the 64 lanes of columns as planes (64, n)
 
     def coefficients(self, draw: Draw, columns: int) -> Ring:
         return kernels.bit_slice(draw.field(RING_BITS * columns), RING_BITS)
 
-    def cross(self, x: Pair, y: Pair, coefficients: Ring) -> Ring:
+    def cross(self, x: Sequence[Ring], y: Sequence[Ring], coefficients: Ring) -> Ring:
         return kernels.gf_cross(x, y, coefficients)
 
     def combine(self, z: Ring, coefficients: Ring) -> Ring:
@@ -481,7 +541,7 @@ def _dots(whole: Dot | Complex) -> Sequence[Dot]:
     return whole.dots if isinstance(whole, Complex) else (whole,)
 
 
-def _given(f: Callable[[Ring], Ring], v: Sparse) -> Sparse:
+def _given(f: Callable[[Any], Ring], v: Factor) -> Sparse:
     return None if v[0] is None else f(v[0]), None if v[1] is None else f(v[1])
 
 
@@ -604,16 +664,16 @@ class _Folding:
                 yield self._of(at + first, n), terms
             at += columns
 
-    def _cuts(self, columns: int, words: int) -> Iterator[tuple[Callable[[Ring], Ring], int, int]]:
+    def _cuts(self, columns: int, words: int) -> Iterator[tuple[Callable[[Values], Ring], int, int]]:
         """Of columns of their own about so many words at a time: what cuts them out, the first, how many."""
         step = max(1, words // self.rows)
         for first in range(0, columns, step):
             n = min(step, columns - first)
             yield partial(self._columns, first=first, n=n), first, n
 
-    def _columns(self, v: Ring, first: int, n: int) -> Ring:
+    def _columns(self, v: Values, first: int, n: int) -> Ring:
         """Columns of a component that stands in columns of its own, with zeros after its end: (n, rows)."""
-        part = v[first * self.rows : (first + n) * self.rows]
+        part: Ring = v[first * self.rows : (first + n) * self.rows]
         if len(part) < n * self.rows:
             part = np.pad(part, (0, n * self.rows - len(part)))
         return np.ascontiguousarray(part).reshape(-1, self.rows)
@@ -624,22 +684,24 @@ class _Folding:
     def cross(self) -> Ring:
         """This party's summands of the values that are not at corners: (3^levels - 2^levels, ...)."""
         out = np.zeros((kernels.crosses(self.rows), *self.ext.shape), np.uint64)
-        products = (((x, y), mine) for mine, (x, y) in self._blocks(AT_ONCE, 0, 1))
+        products: Iterator[tuple[tuple[Sequence[Ring], Sequence[Ring]], Ring]] = (
+            ((x, y), mine) for mine, (x, y) in self._blocks(AT_ONCE, 0, 1)
+        )
         for part in spread(
             partial(self.ext.cross, *xy, mine) for xy, mine in itertools.chain(products, self._pairs())
         ):
             out = self.ext.add(out, part)
         return out
 
-    def _pairs(self) -> Iterator[tuple[tuple[Pair, Pair], Ring]]:
+    def _pairs(self) -> Iterator[tuple[tuple[Sequence[Ring], Sequence[Ring]], Ring]]:
         """What to cross for sums of products: x0 y0 + x0 y1 + x1 y0 is two products a b + c d if
         x = (a, c) and y = (d, b - d). Where this party has no part in a sum nothing is crossed.
         """
         for mine, terms in self._dot_blocks():
             factors = _factors(terms)
             if len(factors) % 2:
-                zero = np.zeros_like(factors[0][0])
-                factors.append((zero, zero))
+                a, b = factors.pop()
+                yield ((a,), (b,)), mine
             for (a, b), (c, d) in zip(factors[::2], factors[1::2], strict=True):
                 yield ((a, c), (d, b - d)), mine
 
@@ -655,11 +717,11 @@ class _Folding:
             n = len(x[0])
             return n, n * ext.lanes, [claimed(mine, x, y)], [ext.combine(v, mine) for pair in z for v in pair]
 
-        def summed(dot: Dot, cut: Callable[[Ring], Ring], mine: Ring) -> _Part:
+        def summed(dot: Dot, cut: Callable[[Values], Ring], mine: Ring) -> _Part:
             terms = [claimed(mine, _given(cut, x), _given(cut, y)) for x, y in zip(dot.x, dot.y, strict=True)]
             return len(mine), len(mine), terms, [ext.combine(cut(v), mine) for v in dot.z]
 
-        def turned(both: Complex, cut: Callable[[Ring], Ring], beta: Ring, gamma: Ring) -> _Part:
+        def turned(both: Complex, cut: Callable[[Values], Ring], beta: Ring, gamma: Ring) -> _Part:
             (a, b), (p, q) = ([_given(blended, _given(cut, v)) for v in pair] for pair in (both.x, both.y))
             x: list[Ring | None] = [None, None]
             y: list[Ring | None] = [None, None]
@@ -889,23 +951,14 @@ class _Block:
     a: Sparse
     w: Sparse
 
+    @property
+    def parts(self) -> tuple[Ring | None, Ring | None, Ring | None, Ring | None]:
+        """The components; only claims over the ring have any that are zero."""
+        return (*self.a, *self.w)
+
     def cut(self, start: int, stop: int) -> _Block:
         a, w = (_given(lambda v: v[start:stop], pair) for pair in (self.a, self.w))
         return _Block(stop - start, a, w)
-
-    def halves(self, ext: Extension) -> Ring:
-        """As of `ext`; with a component that is zero, which only claims over the ring have, all that a party
-        computes is one product, or none.
-        """
-        (a0, a1), (w0, w1) = self.a, self.w
-        if a0 is not None and a1 is not None and w0 is not None and w1 is not None:
-            return ext.halves((a0, a1), (w0, w1))
-        out = np.zeros((2, *ext.shape), np.uint64)
-        for x, y in _factors([(self.a, self.w)]):
-            half = self.rows // 2
-            out[0] = ext.inner(x[:half], y[:half])
-            out[1] = ext.inner(ext.sub(x[half:], x[:half]), ext.sub(y[half:], y[:half]))
-        return out
 
 
 class _Recursion:
@@ -913,7 +966,8 @@ class _Recursion:
 
     Rows stand in blocks, and the entries of a block are halved by themselves, so that a block is made or
     folded, and halved for the next level, while it lies in a cache. What a block has no component for costs
-    nothing; how many rows it has depends on shapes alone, as all parties must pair the same.
+    nothing; how many rows it has depends on shapes alone, as all parties must pair the same. Claims are
+    folded where they lie.
     """
 
     def __init__(self, ext: Extension, claims: Iterable[Claim]) -> None:
@@ -921,7 +975,7 @@ class _Recursion:
         self.c = np.zeros((2, *ext.shape), np.uint64)
         self._halves = np.zeros((2, *ext.shape), np.uint64)
         self._blocks: list[_Block] = []
-        for h in spread(partial(block.halves, ext) for block in self._laid(claims)):
+        for h in spread(partial(ext.halves, block) for block in self._laid(claims)):
             self._halves = ext.add(self._halves, h)
 
     def _laid(self, claims: Iterable[Claim]) -> Iterator[_Block]:
@@ -964,9 +1018,7 @@ class _Recursion:
                 at += count
             return out
 
-        a0, a1, w0, w1 = (
-            joined([(block.rows, (*block.a, *block.w)[k]) for block in blocks]) for k in range(4)
-        )
+        a0, a1, w0, w1 = (joined([(block.rows, block.parts[k]) for block in blocks]) for k in range(4))
         return _Block(rows, (a0, a1), (w0, w1))
 
     def _take(self, block: _Block) -> Iterator[_Block]:
@@ -1007,36 +1059,15 @@ class _Recursion:
         last = len(before) <= 2 and sum(block.rows for block in before) <= 2 * OPEN_BELOW
         self._halves = np.zeros_like(self._halves)
 
-        def folded(pair: Sequence[_Block]) -> tuple[_Block, Ring | None]:
-            rows = sum(block.rows // 2 for block in pair)
-            shape = (rows if last else rows + rows % 2, *ext.shape)
-
-            def one(parts: Sequence[Ring | None]) -> Ring | None:
-                if all(v is None for v in parts):
-                    return None
-                out, at = np.empty(shape, np.uint64), 0
-                for block, v in zip(pair, parts, strict=True):
-                    to = out[at : at + block.rows // 2]
-                    if v is None:
-                        to[:] = 0
-                    else:
-                        ext.fold(v, xi, to)
-                    at += len(to)
-                out[at:] = 0
-                return out
-
-            a0, a1, w0, w1 = (one([(*block.a, *block.w)[k] for block in pair]) for k in range(4))
-            block = _Block(shape[0], (a0, a1), (w0, w1))
-            return block, None if last else block.halves(ext)
-
-        def jobs() -> Iterator[Callable[[], tuple[_Block, Ring | None]]]:
+        def jobs() -> Iterator[Callable[[], tuple[_Block, Ring]]]:
             while before:  # so that a block that was folded is free
-                yield partial(folded, [before.pop() for _ in range(min(2, len(before)))])
+                pair = [before.pop() for _ in range(min(2, len(before)))]
+                rows = sum(block.rows for block in pair) // 2
+                yield partial(ext.folded, pair, xi, rows if last else rows + rows % 2)
 
         for block, halves in spread(jobs()):
             self._blocks.append(block)
-            if halves is not None:
-                self._halves = ext.add(self._halves, halves)
+            self._halves = ext.add(self._halves, halves)
 
     def _challenged(self, told: Ring, draw: Draw) -> int:
         """A challenge, at which c is h from now on."""
@@ -1121,7 +1152,7 @@ class _Bytes(_Recursion):
         )
         self.c <<= up
         self._blocks = [_Block(kernels.GROUP, (a0 << up, a1 << up), (w0, w1))]
-        self._halves = self._blocks[0].halves(RING)
+        self._halves = RING.halves(self._blocks[0])
 
     def _part(self, at: int) -> Ring:
         """What some pairs of groups add to the halves."""

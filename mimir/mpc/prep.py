@@ -414,43 +414,48 @@ class Batch:
 
         # In block j the factors are components j, j + 1, and then j + 2: of each factor, (slot, block).
         mine = [[(slot, (bk.party + slot - k) % 3) for slot in range(2)] for k in range(3)]
-        up = np.uint64(RING_BITS - lane)
+        up = RING_BITS - lane
+        packed = kernels.ring_lsb(ring)
 
-        def stated(k: int, block: int, end: int | None = None) -> check.Sparse:
+        def stated(k: int, block: int, end: int = third) -> check.Factor:
             """Factor k as a share; shifted up so that its product with the second, or with the first
             product, counts modulo 2^lane.
             """
-            have = (ring[slot, block, :end] if (slot, block) in mine[k] else None for slot in range(2))
-            a, b = (v if v is None or k == 1 or not up else v << up for v in have)
+            shift = 0 if k == 1 else up
+            a, b = (
+                check.BitValues(packed[slot, block], end, shift) if (slot, block) in mine[k] else None
+                for slot in range(2)
+            )
             return a, b
 
-        both = await self.deal(f"{step}/xor 1", ring[0, bk.party] * ring[1, bk.party], lane)
-        x = ring.copy()
-        for where in mine[2]:
-            x[where] = 0
-        x -= both
-        x -= both
-        # Stated with what fills the last block, so that nothing of a message is free to be wrong.
-        both <<= up
-        self.relations.extend(check.Dot((stated(0, j),), (stated(1, j),), both[:, j]) for j in range(3))
+        def xored(slot: int, block: int, end: int) -> check.Xored:
+            """The exclusive or of the first two factors, of which this is a component."""
+            known = (slot, block) not in mine[2]
+            bits_of = check.BitValues(packed[slot, block], end) if known else None
+            return check.Xored(bits_of, both[slot, block, :end], up)
 
+        both = await self.deal(f"{step}/xor 1", ring[0, bk.party] * ring[1, bk.party], lane)
         part = bk.zero(3 * third)[:size]
         blocks = [part[j * third : (j + 1) * third] for j in range(3)]
         (_, a), (_, b) = mine[2]  # where the third factor is known in the first slot, and in the second
         k, m = len(blocks[a]), len(blocks[b])
-        blocks[a] += (x[0, a, :k] + x[1, a, :k]) * ring[0, a, :k]
-        blocks[b] += x[0, b, :m] * ring[1, b, :m]
+        blocks[a] += (ring[1, a, :k] - (both[0, a, :k] + both[1, a, :k]) * np.uint64(2)) * ring[0, a, :k]
+        blocks[b] += (ring[0, b, :m] - both[0, b, :m] * np.uint64(2)) * ring[1, b, :m]
+        x = ring  # and what is known of the third factor
+        x -= both
+        x -= both
+        # Stated with what fills the last block, so that nothing of a message is free to be wrong.
+        both <<= np.uint64(up)
+        self.relations.extend(check.Dot((stated(0, j),), (stated(1, j),), both[:, j]) for j in range(3))
+
         (told,) = await self.exchange(f"{step}/xor 2", (part.reshape(-1, n), lane))
         if prove:
-            z = told.reshape(2, -1) << up
+            z = _up(told, lane).reshape(2, -1)
             ends = [(j, len(v), slice(j * third, j * third + len(v))) for j, v in enumerate(blocks)]
             self.relations.extend(
-                check.Dot((stated(2, j, end),), ((x[0, j, :end], x[1, j, :end]),), z[:, span])
+                check.Dot((stated(2, j, end),), ((xored(0, j, end), xored(1, j, end)),), z[:, span])
                 for j, end, span in ends
             )
-            x = x.copy()
-        for where in mine[2]:
-            x[where] += ring[where]
         x = x.reshape(2, -1)[:, :size].reshape(2, -1, n)
         x -= told
         x -= told
@@ -758,6 +763,10 @@ def _blocks(party: int, v: Ring) -> list[tuple[check.Sparse, check.Sparse, check
     return [(known(k, k), known(k + 1, k), known(k + 2, k)) for k in range(3)]
 
 
+def _negative(v: Ring | None) -> check.Values | None:
+    return None if v is None else check.Negative(v)
+
+
 async def _wave(b: Batch, kind: Wave, n: int) -> dict[str, Ring]:
     """cos and sin of the mask are those of a sum of three: the product of three complex numbers of length 1.
 
@@ -791,10 +800,8 @@ async def _wave(b: Batch, kind: Wave, n: int) -> dict[str, Ring]:
         part[block, 0] += p * c - q * s
         part[block, 1] += p * s + q * c
     (z,) = await b.doors.reshare(f"{name}/second", part)
-    minus = np.zeros(1, np.uint64) - sin
-    for k, (c, s, less) in enumerate(
-        zip(_blocks(bk.party, cos), _blocks(bk.party, sin), _blocks(bk.party, minus), strict=True)
-    ):
+    for k, (c, s) in enumerate(zip(_blocks(bk.party, cos), _blocks(bk.party, sin), strict=True)):
+        less = [(_negative(p), _negative(q)) for p, q in s]
         re, im = (both[:, k, i].reshape(2, -1) for i in range(2))
         z_re, z_im = (z[:, k, i].reshape(2, -1) for i in range(2))
         p, q = (re[0], re[1]), (im[0], im[1])
