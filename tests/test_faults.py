@@ -1728,7 +1728,7 @@ CHECKS: dict[str, Check] = {
     ),
     "injection: the second product": Check(
         "mpc.prep:Batch.inject",
-        "self.relations.extend((check.Dot((stated(2, j, end),), ((x[0, j, :end], x[1, j, :end]),), "
+        "self.relations.extend((check.Dot((stated(2, j, end),), ((xored(0, j, end), xored(1, j, end)),), "
         "z[:, span]) for j, end, span in ends))",
         spoiling(prep.DaBit(), "dabit/xor 2"),
     ),
