@@ -11,7 +11,7 @@ from typing import Any, Protocol, TypeAlias
 
 from mimir.secret import Secret
 
-PROTOCOL_VERSION = 11
+PROTOCOL_VERSION = 12
 
 SESSION_BYTES = 16
 LANES = ("control", "online", "prep")  # one connection each: bulk preprocessing never delays an online frame
