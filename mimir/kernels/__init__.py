@@ -990,14 +990,12 @@ def gr_mul01(a: U64, r: U64) -> U64:
     return out
 
 
-def gr_fold(a: U64, xi: int, out: U64 | None = None) -> U64:
-    """lo + xi (hi - lo), the halves of a; xi a 01 element: (n, 48), n even -> (n/2, 48), written to `out` if
-    there is one.
-    """
+def gr_fold(a: U64, xi: int) -> U64:
+    """lo + xi (hi - lo), the halves of a; xi a 01 element: (n, 48), n even -> (n/2, 48)."""
     n, _ = _array("a", a, (None, GR_DEGREE))
     if n % 2:
         raise LocalError(f"a must have an even length, not {n}")
-    out = _room(out, (n // 2, GR_DEGREE), a)
+    out = np.empty((n // 2, GR_DEGREE), np.uint64)
     _lib.mk_gr_fold(_out(out), _in(a), _word("xi", xi, GR_DEGREE), n // 2)
     return out
 
